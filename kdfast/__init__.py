@@ -1,0 +1,49 @@
+"""kdfast: knowledge distillation on synthetic data, at the speed of the hardware.
+
+``import kdfast`` needs torch and numpy only; each part says which extra it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kdfast.backend import get_backend, set_backend, use_backend
+from kdfast.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    KDFastError,
+    MissingExtraError,
+    ShardError,
+)
+
+if TYPE_CHECKING:
+    from kdfast import data, diffusion, functional, methods, models, nn, replay
+
+__version__ = "0.1.0"
+
+_LAZY = ("data", "diffusion", "functional", "methods", "models", "nn", "replay")
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "KDFastError",
+    "MissingExtraError",
+    "ShardError",
+    "__version__",
+    "get_backend",
+    "set_backend",
+    "use_backend",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    # PEP 562: `kdfast.functional` works after a bare `import kdfast`, and costs nothing until then.
+    if name in _LAZY:
+        return importlib.import_module(f"kdfast.{name}")
+    raise AttributeError(f"module 'kdfast' has no attribute {name!r}")

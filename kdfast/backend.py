@@ -1,0 +1,95 @@
+"""Which implementation runs an op: the fused Triton kernels or the plain PyTorch reference."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Literal, cast, get_args
+
+import torch
+
+from kdfast.errors import BackendError, ConfigError
+
+Backend = Literal["auto", "triton", "reference"]
+Resolved = Literal["triton", "reference"]
+
+_choice: Backend | None = None
+
+
+def _checked(name: str, source: str) -> Backend:
+    if name not in get_args(Backend):
+        raise ConfigError(f"{source}: unknown backend {name!r}; accepted: {', '.join(get_args(Backend))}")
+    return cast(Backend, name)
+
+
+def set_backend(name: Backend) -> None:
+    """Choose the backend for every op of this process.
+
+    Args:
+        name: ``"auto"`` (Triton for CUDA and ROCm tensors, the reference for CPU tensors), ``"triton"``, or
+            ``"reference"``. Takes precedence over the environment variable ``KDFAST_BACKEND``.
+
+    Raises:
+        ConfigError: ``name`` is none of these.
+    """
+    global _choice
+    _choice = _checked(name, "set_backend")
+
+
+def get_backend() -> Backend:
+    """The backend in force: what :func:`set_backend` chose, else ``KDFAST_BACKEND``, else ``"auto"``."""
+    if _choice is not None:
+        return _choice
+    return _checked(os.environ.get("KDFAST_BACKEND", "auto"), "KDFAST_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Run a block under another backend."""
+    global _choice
+    before = _choice
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+@functools.cache
+def triton_available() -> bool:
+    """Whether the ``triton`` package is installed (it may still lack a device to run on)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def resolve(*tensors: torch.Tensor | None) -> Resolved:
+    """Pick the implementation for these inputs.
+
+    float64 always takes the reference, since the kernels compute in float32.
+
+    Raises:
+        BackendError: ``triton`` was chosen and cannot run these tensors.
+    """
+    backend = get_backend()
+    present = [tensor for tensor in tensors if tensor is not None]
+    if backend == "reference" or any(tensor.dtype == torch.float64 for tensor in present):
+        return "reference"
+    on_gpu = all(tensor.device.type == "cuda" for tensor in present)
+    if backend == "triton":
+        if not triton_available():
+            raise BackendError("backend 'triton' was chosen, but the triton package is not installed")
+        if not on_gpu and not interpreting():
+            devices = sorted({str(tensor.device) for tensor in present})
+            raise BackendError(
+                f"backend 'triton' was chosen, but the tensors are on {', '.join(devices)}; move them to a "
+                "CUDA device, or set TRITON_INTERPRET=1 before importing kdfast to run kernels on the CPU"
+            )
+        return "triton"
+    return "triton" if present and on_gpu and triton_available() else "reference"

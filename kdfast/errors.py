@@ -1,0 +1,51 @@
+"""Every error kdfast raises on purpose, and the one check for optional dependencies."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class KDFastError(Exception):
+    """Base of all errors that kdfast raises on purpose; the command line prints them as one line."""
+
+
+class BackendError(KDFastError, RuntimeError):
+    """A backend was asked for that cannot run here."""
+
+
+class MissingExtraError(KDFastError, ImportError):
+    """A part of kdfast needs an optional dependency that is not installed."""
+
+
+class ConfigError(KDFastError, ValueError):
+    """A recipe or option is missing, unreadable or invalid (the command line exits with 2)."""
+
+
+class DataError(KDFastError):
+    """A data set or image folder cannot be used."""
+
+
+class ShardError(DataError):
+    """A shard is damaged, or belongs to something else."""
+
+
+class CheckpointError(KDFastError):
+    """A checkpoint cannot be read, or does not fit what it is loaded into."""
+
+
+def require(module: str, *, extra: str, feature: str) -> ModuleType:
+    """Import ``module``, or raise :class:`MissingExtraError` that says which command installs it.
+
+    Args:
+        module: Dotted name to import.
+        extra: The extra of kdfast's that brings it, e.g. ``"dali"``.
+        feature: What the user was trying to use, for the message.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{feature} needs {module.split('.')[0]}, which cannot be imported ({error}). "
+            f'Install it with: pip install "kdfast[{extra}]"'
+        ) from error

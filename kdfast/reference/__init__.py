@@ -1,0 +1,1 @@
+"""The families in plain PyTorch, any dtype: the oracle of the tests and the CPU path."""

@@ -1,0 +1,60 @@
+"""Fixtures shared by every test: one thread, fixed seeds, and the targets an op is tested on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+import kdfast
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an op runs: a backend on a device."""
+
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return "interpreter" if (self.backend, self.device) == ("triton", "cpu") else f"{self.backend}-{self.device}"
+
+
+def targets() -> list[pytest.ParameterSet]:
+    """The reference on the CPU, or in a TRITON_INTERPRET=1 process the kernels; CUDA marked ``gpu``."""
+    if INTERPRETING:
+        return [pytest.param(Target("triton", "cpu"), marks=pytest.mark.interpreter, id="interpreter")]
+    return [
+        pytest.param(Target("reference", "cpu"), id="reference"),
+        pytest.param(Target("triton", "cuda"), marks=pytest.mark.gpu, id="cuda"),
+    ]
+
+
+@pytest.fixture(params=targets())
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Run the test once per target, with its backend in force."""
+    with kdfast.use_backend(request.param.backend):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    # Small tensors are several times faster on one thread, and timing out on a busy machine is not a bug.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    yield
+    torch.set_num_threads(threads)
+    kdfast.backend._choice = None
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
