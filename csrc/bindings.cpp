@@ -262,6 +262,16 @@ PYBIND11_MODULE(_C, module) {
                return py::make_tuple(layout.sums, levels);
              },
              py::arg("capacity"), "(words of sums, [(offset, count) of level 1, ...]).");
+  module.def("sums_of",
+             [](const Array<int32_t>& leaves) {
+               const TreeLayout layout(leaves.size());
+               py::array_t<int64_t> sums(layout.sums);
+               std::fill_n(sums.mutable_data(), layout.sums, 0);
+               auto* bits = reinterpret_cast<uint32_t*>(const_cast<int32_t*>(leaves.data()));
+               PriorityTree(layout, bits, reinterpret_cast<uint64_t*>(sums.mutable_data())).rebuild();
+               return sums;
+             },
+             py::arg("leaves"), "All sums of these leaves (u32 bits in int32), the root first.");
   module.def("philox",
              [](uint64_t key, const std::array<uint32_t, 4>& counter) { return philox4x32(key, counter); },
              py::arg("key"), py::arg("counter"), "One block of Philox-4x32-10.");
