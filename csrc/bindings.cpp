@@ -90,6 +90,72 @@ void tree_set(OwnedTree& self, const Array<int64_t>& index, const Array<uint32_t
   for (int64_t i = 0; i < count; ++i) self.tree.set(slot[i], value[i]);
 }
 
+struct ClassHistogramOwner {
+  explicit ClassHistogramOwner(int64_t classes) {
+    if (classes < 1)
+      throw std::invalid_argument("num_classes: got " + std::to_string(classes) + ", accepted: at least 1");
+    counts.resize(classes);
+  }
+
+  void change(const Array<int64_t>& labels, bool add) {
+    ClassHistogram histogram(static_cast<int64_t>(counts.size()), counts.data());
+    const int64_t classes = histogram.classes();
+    for (int64_t i = 0; i < labels.size(); ++i)
+      if (labels.data()[i] < 0 || labels.data()[i] >= classes)
+        throw std::invalid_argument("labels: got " + std::to_string(labels.data()[i]) + ", accepted: 0 to " +
+                                    std::to_string(classes - 1));
+    for (int64_t i = 0; i < labels.size(); ++i) {
+      const auto label = static_cast<int32_t>(labels.data()[i]);
+      add ? histogram.add(label) : histogram.remove(label);
+    }
+  }
+  void add(const Array<int64_t>& labels) { change(labels, true); }
+  void remove(const Array<int64_t>& labels) { change(labels, false); }
+
+  std::vector<int64_t> counts;
+};
+
+// Slot allocation without rows: which slot each insertion gets, and whom it evicts.
+struct OwnedSlots {
+  OwnedSlots(int64_t capacity, const std::string& eviction, int64_t classes)
+      : layout(capacity),
+        leaves(capacity),
+        generation(capacity),
+        sums(layout.sums),
+        delta(capacity),
+        labels(capacity, kUnlabelled),
+        meta(kMetaWords),
+        counts(std::max<int64_t>(classes, 0)) {
+    meta[kMaxPriority] = -1;
+    // With alpha 1, eps 0 and scale 1 a priority is its own fixed-point mass.
+    core = std::make_unique<ReplayCore>(
+        capacity, 0, classes, eviction_named(eviction), PriorityRule{1.0, 0.0, 1.0}, true,
+        ReplayState{leaves.data(), sums.data(), delta.data(), generation.data(), labels.data(), meta.data(),
+                    counts.data(), nullptr});
+  }
+
+  TreeLayout layout;
+  std::vector<uint32_t> leaves, generation;
+  std::vector<uint64_t> sums;
+  std::vector<float> delta;
+  std::vector<int32_t> labels;
+  std::vector<int64_t> meta, counts;
+  std::unique_ptr<ReplayCore> core;
+};
+
+py::array_t<int64_t> slots_insert(OwnedSlots& self, int64_t count, const py::object& labels,
+                                  const py::object& priority) {
+  if (count < 0)
+    throw std::invalid_argument("count: got " + std::to_string(count) + ", accepted: at least 0");
+  py::array_t<int64_t> index(count);
+  int64_t* out = index.mutable_data();
+  const int64_t* label = optional<int64_t>(labels, count, "labels");
+  const float* value = optional<float>(priority, count, "priority");
+  py::gil_scoped_release release;
+  self.core->add(count, nullptr, label, value, out);
+  return index;
+}
+
 // ReplayCore over numpy views, which it keeps alive. Batches come as addresses (torch's data_ptr): the caller
 // in kdfast/reference/replay.py has checked dtype, layout and length, and a numpy view of each would cost
 // more than the work.
@@ -243,6 +309,26 @@ PYBIND11_MODULE(_C, module) {
       .def(
           "consistent", [](const OwnedTree& self) { return self.tree.consistent(); },
           py::call_guard<py::gil_scoped_release>());
+
+  py::class_<ClassHistogramOwner>(module, "ClassHistogram", "Rows held by class, exactly.")
+      .def(py::init<int64_t>(), py::arg("num_classes"))
+      .def("add", &ClassHistogramOwner::add, py::arg("labels"))
+      .def("remove", &ClassHistogramOwner::remove, py::arg("labels"))
+      .def_property_readonly("counts", [](const ClassHistogramOwner& self) {
+        return py::array_t<int64_t>(static_cast<int64_t>(self.counts.size()), self.counts.data());
+      });
+
+  py::class_<OwnedSlots>(module, "RingSlots", "Slots and evictions alone, without rows.")
+      .def(py::init<int64_t, const std::string&, int64_t>(), py::arg("capacity"),
+           py::arg("eviction") = "fifo", py::arg("num_classes") = 0)
+      .def("insert", &slots_insert, py::arg("count"), py::arg("labels") = py::none(),
+           py::arg("priority") = py::none(), "The slot of each insertion, in order.")
+      .def("remove", [](OwnedSlots& self,
+                        const Array<int64_t>& index) { self.core->remove(index.size(), index.data()); })
+      .def_property_readonly("live", [](const OwnedSlots& self) { return self.meta[kLive]; })
+      .def_property_readonly("generation", [](const OwnedSlots& self) {
+        return py::array_t<uint32_t>(self.layout.capacity, self.generation.data());
+      });
 
   py::class_<BoundCore>(module, "ReplayCore", "The buffer's bookkeeping over arrays that it keeps alive.")
       .def(py::init<int64_t, int64_t, int64_t, const std::string&, double, double, double, bool, py::dict>(),

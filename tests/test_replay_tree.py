@@ -189,6 +189,34 @@ def test_lengths_must_agree() -> None:
         _C.PriorityTree(5).set(np.array([0, 1]), np.array([1], np.uint32))
 
 
+def test_slots_alone() -> None:
+    slots = _C.RingSlots(3, "class_balanced", 2)
+    assert slots.insert(3, np.array([0, 0, 1])).tolist() == [0, 1, 2]
+    assert slots.insert(1, np.array([1])).tolist() == [0]  # the oldest of class 0
+    assert slots.generation.tolist() == [3, 1, 2]
+    slots.remove(np.array([1]))
+    assert slots.live == 2
+    assert slots.insert(2, np.array([0, 0])).tolist() == [1, 2]
+    with pytest.raises(ValueError, match="eviction: got 'lifo'"):
+        _C.RingSlots(3, "lifo")
+    with pytest.raises(ValueError, match="labels: got 2 in row 0"):
+        slots.insert(1, np.array([2]))
+    with pytest.raises(ValueError, match="labels: got 1 elements, accepted: 2"):
+        slots.insert(2, np.array([0]))
+
+
+def test_the_histogram_alone() -> None:
+    histogram = _C.ClassHistogram(3)
+    histogram.add(np.array([0, 2, 2]))
+    histogram.remove(np.array([2]))
+    assert histogram.counts.tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="labels: got 3, accepted: 0 to 2"):
+        histogram.add(np.array([0, 3]))
+    assert histogram.counts.tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="num_classes: got 0"):
+        _C.ClassHistogram(0)
+
+
 def test_the_core_refuses_arrays_that_do_not_fit() -> None:
     arrays = {
         "leaves": np.zeros(4, np.int32),
