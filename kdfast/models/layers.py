@@ -1,4 +1,4 @@
-"""What every network here shares: the skeleton of a classifier, the published initialisation, channel shuffle."""
+"""What every network here shares: a classifier's skeleton, the published initialisation, channel shuffle."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 class ConvNet(nn.Module):
     """A convolutional classifier: features, global average pooling, one linear layer.
 
-    Images ``[B, in_channels, H, W]`` in, logits ``[B, num_classes]`` out, for any ``H`` and ``W``: nothing depends on
-    the image size, because the pooling is global. The method names are timm's, so that either kind of network serves.
+    Images ``[B, in_channels, H, W]`` in, logits ``[B, num_classes]`` out, for any ``H`` and ``W``: nothing
+    depends on the image size, because the pooling is global. The method names are timm's, so that either kind
+    of network serves.
 
     Attributes:
         stages: Names of the modules that end each stage, shallow to deep, ready for
@@ -32,7 +33,7 @@ class ConvNet(nn.Module):
         raise NotImplementedError
 
     def forward_head(self, features: Tensor, *, pre_logits: bool = False) -> Tensor:
-        """Pool a feature map and classify it; with ``pre_logits`` stop at the pooled ``[B, num_features]``."""
+        """Pool a feature map and classify it; ``pre_logits`` stops at the pooled ``[B, num_features]``."""
         pooled: Tensor = self.avgpool(features).flatten(1)
         return pooled if pre_logits else self.get_classifier()(pooled)
 
@@ -51,7 +52,7 @@ class ConvNet(nn.Module):
 
 
 class ChannelShuffle(nn.Module):
-    """Interleave ``groups`` blocks of channels: channel ``g·n + k`` goes to ``k·groups + g``, ``n = C/groups``."""
+    """Interleave blocks of ``n = C/groups`` channels: channel ``g·n + k`` goes to ``k·groups + g``."""
 
     def __init__(self, groups: int) -> None:
         super().__init__()

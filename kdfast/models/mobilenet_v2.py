@@ -1,7 +1,8 @@
 """MobileNetV2 (Sandler et al. 2018) for small images, half width, as CRD (Tian et al. 2020) distils it.
 
-Differences from the ImageNet network: the second stage keeps its resolution, so that 32×32 images end in features of
-2×2; and the default width is one half (``mobilenet_v2`` with T = 6, W = 0.5). Parameter names are the published ones.
+Differences from the ImageNet network: the second stage keeps its resolution, so that 32×32 images end in
+features of 2×2; and the default width is one half (``mobilenet_v2`` with T = 6, W = 0.5). Parameter names are
+the published ones.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ _WIDE = re.compile(r"(?:wrn|wide_?resnet|wresnet)_?(\d+)_(\d+)")
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that :func:`create_model` knows, shortest depth first; ``wrn_D_K`` also works for any D = 6n + 4, K ≥ 1.
+    """Names that :func:`create_model` knows, in natural order; ``wrn_D_K`` works for any D = 6n + 4.
 
     Args:
         pattern: A shell-style filter, e.g. ``"resnet*"``.
@@ -65,8 +65,9 @@ def create_model(name: str, num_classes: int, *, in_channels: int = 3, **kwargs:
     """Build a classifier with fresh weights.
 
     The networks of the papers (:func:`list_models`) take images of any size and have ``forward_features``,
-    ``forward_head``, ``stages`` and ``num_features`` (:class:`~kdfast.models.layers.ConvNet`). Upper case, ``-`` for
-    ``_``, and the spellings of CRD and mdistiller (``ShuffleV1``, ``vgg13_bn``, ``WRN-40-2``) are understood.
+    ``forward_head``, ``stages`` and ``num_features`` (:class:`~kdfast.models.layers.ConvNet`). Upper case,
+    ``-`` for ``_``, and the spellings of CRD and mdistiller (``ShuffleV1``, ``vgg13_bn``, ``WRN-40-2``) are
+    understood.
 
     Args:
         name: A name from :func:`list_models`, ``wrn_D_K``, or ``timm:NAME`` for a network of timm's.

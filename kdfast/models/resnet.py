@@ -1,7 +1,8 @@
 """ResNet-18, -34 and -50 (He et al. 2016), with the stem for small images or the one for ImageNet.
 
-The small-image stem (3×3, stride 1, no max-pool) is the usual one on CIFAR. Parameter names are those of the CIFAR
-checkpoints published with CRD (Tian et al. 2020) and the data-free distillation papers: ``shortcut`` and ``linear``.
+The small-image stem (3×3, stride 1, no max-pool) is the usual one on CIFAR. Parameter names are those of the
+CIFAR checkpoints published with CRD (Tian et al. 2020) and the data-free distillation papers: ``shortcut``
+and ``linear``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W]`` to ``[B, width, ⌈H/stride⌉, ⌈W/stride⌉]``; ``relu2`` is fed the pre-activation sum."""
+        """``[B, C, H, W]`` to ``[B, width, ⌈H/stride⌉, ⌈W/stride⌉]``; ``relu2`` takes the sum."""
         out: Tensor = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
         out = self.relu2(out + self.shortcut(x))
         return out
@@ -63,7 +64,7 @@ class Bottleneck(nn.Module):
         self.relu3 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W]`` to ``[B, 4·width, ⌈H/stride⌉, ⌈W/stride⌉]``; ``relu3`` is fed the pre-activation sum."""
+        """``[B, C, H, W]`` to ``[B, 4·width, ⌈H/stride⌉, ⌈W/stride⌉]``; ``relu3`` takes the sum."""
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.relu2(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
@@ -79,10 +80,11 @@ class ResNet(ConvNet):
         block: :class:`BasicBlock` or :class:`Bottleneck`.
         blocks: Blocks in each of the four stages.
         in_channels: Channels of the images.
-        stem: ``"cifar"``: 3×3, stride 1, no pooling, so that features are at 1/8; ``"imagenet"``: 7×7, stride 2, and
-            a 3×3 max-pool, features at 1/32.
-        output_stride: Input pixels per feature pixel; smaller than the default turns the strides of the last stages
-            into dilations (as dense prediction wants). None: 8 for the CIFAR stem, 32 for the ImageNet stem.
+        stem: ``"cifar"``: 3×3, stride 1, no pooling, so that features are at 1/8; ``"imagenet"``: 7×7, stride
+            2, and a 3×3 max-pool, features at 1/32.
+        output_stride: Input pixels per feature pixel; smaller than the default turns the strides of the last
+            stages into dilations (as dense prediction wants). None: 8 for the CIFAR stem, 32 for the ImageNet
+            stem.
 
     Raises:
         ValueError: If ``stem`` or ``output_stride`` is none of the accepted values.

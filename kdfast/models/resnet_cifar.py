@@ -1,8 +1,9 @@
 """The CIFAR ResNets of depth 6n+2 (He et al. 2016, section 4.2), as the distillation literature uses them.
 
-Widths, projection shortcuts, initialisation and parameter names are those of contrastive representation distillation
-(CRD, Tian et al. 2020) and mdistiller, so that their published teachers load. Differences from He et al.: shortcuts
-are projections (not zero padding), and ``x4`` means stages of 64, 128, 256 channels over a stem of 32.
+Widths, projection shortcuts, initialisation and parameter names are those of contrastive representation
+distillation (CRD, Tian et al. 2020) and mdistiller, so that their published teachers load. Differences from
+He et al.: shortcuts are projections (not zero padding), and ``x4`` means stages of 64, 128, 256 channels over
+a stem of 32.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        # Not in place anywhere in these networks: an in-place ReLU would overwrite what a tap on the batch norm
-        # before it has kept, and saves nothing, since neither of the two keeps the batch norm's output for backward.
+        # Not in place anywhere in these networks: an in-place ReLU would overwrite what a tap on the batch
+        # norm before it has kept, and saves nothing, since neither of the two keeps the batch norm's output
+        # for backward.
         self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
@@ -32,7 +34,7 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W]`` to ``[B, C', ⌈H/stride⌉, ⌈W/stride⌉]``; ``relu2`` is fed the pre-activation sum."""
+        """``[B, C, H, W]`` to ``[B, C', ⌈H/stride⌉, ⌈W/stride⌉]``; ``relu2`` takes the sum."""
         shortcut = x if self.downsample is None else self.downsample(x)
         out: Tensor = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
         out = self.relu2(out + shortcut)

@@ -1,7 +1,7 @@
-"""ShuffleNet V1 (Zhang et al. 2018) and V2 (Ma et al. 2018) for small images, as CRD (Tian et al. 2020) distils them.
+"""ShuffleNet V1 (Zhang et al. 2018) and V2 (Ma et al. 2018) for small images, as in CRD (Tian et al. 2020).
 
-The stem is a 1×1 convolution without pooling. Parameter names are the published ones, and so is the initialisation,
-which is PyTorch's default.
+The stem is a 1×1 convolution without pooling. Parameter names are the published ones, and so is the
+initialisation, which is PyTorch's default.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ def _depthwise(channels: int, stride: int) -> nn.Conv2d:
 
 
 class ShuffleUnitV1(nn.Module):
-    """Grouped 1×1, shuffle, depthwise 3×3, grouped 1×1; added to the input, or beside it where the stride is 2."""
+    """Grouped 1×1, shuffle, depthwise 3×3, grouped 1×1; added to the input, or beside it at stride 2."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, groups: int) -> None:
         super().__init__()
-        # At stride 2 the pooled input is concatenated, so the branch makes only the channels that are missing.
+        # At stride 2 the pooled input is concatenated, so the branch makes only the channels that are
+        # missing.
         made = channels - in_channels if stride == 2 else channels
         middle = made // 4
         # The stem's 24 channels are too few to group (Zhang et al., section 3.2).
@@ -52,7 +53,7 @@ class ShuffleUnitV1(nn.Module):
         self.relu3 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W]`` to ``[B, channels, ⌈H/stride⌉, ⌈W/stride⌉]``; ``relu3`` is fed the pre-activation."""
+        """``[B, C, H, W]`` to ``[B, channels, ⌈H/stride⌉, ⌈W/stride⌉]``; ``relu3`` takes the sum."""
         out = self.shuffle1(self.relu1(self.bn1(self.conv1(x))))
         out = self.relu2(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))

@@ -24,14 +24,14 @@ class FeatureTaps:
             logits = model(images)
             features = taps["layer3"]        # [B, C, h, w], attached to the graph
 
-    The taps are on from construction until :meth:`close` (or the end of the ``with`` block), so a training loop can
-    keep one for its whole length. Each forward pass overwrites the last one's activations; a layer that runs several
-    times in one pass keeps its last output.
+    The taps are on from construction until :meth:`close` (or the end of the ``with`` block), so a training
+    loop can keep one for its whole length. Each forward pass overwrites the last one's activations; a layer
+    that runs several times in one pass keeps its last output.
 
     Args:
         model: Any module.
-        layers: Dotted names as in ``model.named_modules()``. ``"NAME:input"`` taps what goes into the layer instead:
-            ``"layer3.0.relu2:input"`` is the sum before the activation.
+        layers: Dotted names as in ``model.named_modules()``. ``"NAME:input"`` taps what goes into the layer
+            instead: ``"layer3.0.relu2:input"`` is the sum before the activation.
         detach: Cut the activations from the graph, for a teacher that runs outside ``torch.no_grad()``.
 
     Raises:

@@ -1,6 +1,7 @@
 """VGG with batch norm for small images (Simonyan & Zisserman 2015): vgg8, vgg11, vgg13 with one linear layer.
 
-The fully connected layers of the original are gone, as in CRD (Tian et al. 2020), whose parameter names these are.
+The fully connected layers of the original are gone, as in CRD (Tian et al. 2020), whose parameter names these
+are.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class VGG(ConvNet):
         return nn.Sequential(*layers[:-1])
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """``[B, 512, ⌈H/8⌉, ⌈W/8⌉]``, after the last ReLU. Images of 64 pixels or more are pooled once more."""
+        """``[B, 512, ⌈H/8⌉, ⌈W/8⌉]``, after the last ReLU; from 64 pixels on, one more halving."""
         # The published networks pool a fourth time on Tiny ImageNet's 64 pixels, and only there.
         large = min(x.shape[-2:]) >= 64
         x = self.pool(self.relu0(self.block0(x)))

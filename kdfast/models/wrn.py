@@ -12,7 +12,7 @@ from kdfast.models.layers import ConvNet, init_weights
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv twice, plus a shortcut; where the width changes, the shortcut takes the activated input."""
+    """BN-ReLU-conv twice, plus a shortcut, which takes the activated input where the width changes."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -23,7 +23,8 @@ class PreActBlock(nn.Module):
         self.relu2 = nn.ReLU()
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        # Published networks project on a change of width only; a change of stride alone must not go unprojected.
+        # Published networks project on a change of width only; a change of stride alone must not go
+        # unprojected.
         self.convShortcut: nn.Conv2d | None = None
         if in_channels != channels or stride != 1:
             self.convShortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
@@ -81,7 +82,8 @@ class WideResNet(ConvNet):
         self.bn1 = nn.BatchNorm2d(64 * width)
         self.relu = nn.ReLU()
         self.fc = nn.Linear(64 * width, num_classes)
-        # The last stage's own output is not activated: what the classifier pools comes from the ReLU after it.
+        # The last stage's own output is not activated: what the classifier pools comes from the ReLU after
+        # it.
         self.stages = ("block1", "block2", "relu")
         self.num_features = 64 * width
         init_weights(self)
