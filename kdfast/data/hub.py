@@ -110,9 +110,10 @@ def _tables(library: Any, name: str) -> dict[str, Any]:
         else:
             repository, _, config = name.partition(":")
             loaded = library.load_dataset(repository, config or None)
-    except (OSError, ValueError, RuntimeError, library.exceptions.DatasetsError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot load data set 'hf:{name}': {first_line}") from error
+    except Exception as error:
+        # The library lets through whatever its readers raise: IndexError for a saved set of no rows, for one.
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise DataError(f"cannot load data set 'hf:{name}': {reason}") from error
     tables = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     if not any(len(table) for table in tables.values()):
         raise DataError(f"data set 'hf:{name}' is empty")

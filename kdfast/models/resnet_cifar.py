@@ -51,7 +51,7 @@ class CifarResNet(ConvNet):
         in_channels: Channels of the images.
 
     Raises:
-        ValueError: If ``depth`` is not 6n + 2 with n ≥ 1.
+        ValueError: If ``depth`` is not 6n + 2 with n ≥ 1, or ``widths`` are not four positive numbers.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class CifarResNet(ConvNet):
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth of a CIFAR ResNet is 6n + 2 (8, 14, 20, …), got {depth}")
+        if len(widths) != 4 or min(widths) < 1:
+            raise ValueError(f"widths are four positive channel counts (stem, three stages), got {widths}")
         stem, *stage_widths = widths
         self.conv1 = nn.Conv2d(in_channels, stem, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
