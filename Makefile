@@ -92,7 +92,7 @@ format: $(STAMP) ## Rewrite the code the way `lint` wants it
 	$(BIN)/clang-format -i $(CPP)
 
 docs: $(STAMP) ## Build the documentation into docs/site
-	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 bench: $(STAMP) ## Run the benchmarks
 	OMP_NUM_THREADS=1 $(PY) -m pytest bench --benchmark-only $(BENCH_ARGS)
