@@ -191,33 +191,43 @@ def test_console_script_is_installed(built: Built, tmp_path: Path) -> None:
 
 
 # Torch's own requirements come with torch; everything else is somebody's extra, Triton included.
-ALONE = """
+ALONE = '''
 import importlib.metadata, re, sys
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 def closure(name, seen):
     for text in importlib.metadata.requires(name) or []:
-        match = re.match(r"[\\w.-]+", text)
-        if "extra ==" not in text and match and match[0].lower() not in seen:
+        required = normal(re.match(r"[\\w.-]+", text)[0])
+        if "extra ==" not in text and required not in seen:
             try:
-                importlib.metadata.distribution(match[0])
+                importlib.metadata.distribution(required)
             except importlib.metadata.PackageNotFoundError:
                 continue
-            seen.add(match[0].lower())
-            closure(match[0], seen)
+            seen.add(required)
+            closure(required, seen)
     return seen
 
 allowed = closure("torch", {"torch", "numpy"}) - {"triton"}
 owners = importlib.metadata.packages_distributions()
-names = {module for module, dists in owners.items() if allowed & {dist.lower() for dist in dists}}
+names = {module for module, dists in owners.items() if allowed & {normal(dist) for dist in dists}}
 names |= {"torch", "functorch", "torchgen", "numpy", "kdfast", *sys.stdlib_module_names}
 
-class Nothing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] not in names:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+class Only:
+    """A finder that does not find what is not allowed: as if it were not installed."""
 
-sys.meta_path.insert(0, Nothing())
-"""
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return self.finder.find_spec(name, path, target) if name.split(".")[0] in names else None
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Only, sys.meta_path)
+'''
 
 
 def test_the_core_needs_torch_and_numpy_alone(built: Built, tmp_path: Path) -> None:
@@ -251,6 +261,37 @@ def test_the_core_needs_torch_and_numpy_alone(built: Built, tmp_path: Path) -> N
         tmp_path,
     )
     assert out.strip() == "ok"
+
+
+def test_every_module_works_alone_or_names_its_extra(built: Built, tmp_path: Path) -> None:
+    """With torch and numpy alone no module fails but by saying which extra it wants; none needs Triton."""
+    out = python(
+        built,
+        ALONE
+        + textwrap.dedent(
+            """
+            import importlib, pkgutil
+            import kdfast
+            count = 0
+            for info in pkgutil.walk_packages(kdfast.__path__, "kdfast."):
+                if info.name.startswith(("kdfast.kernels", "kdfast._C")):
+                    continue
+                count += 1
+                try:
+                    importlib.import_module(info.name)
+                except kdfast.MissingExtraError as error:
+                    if 'pip install "kdfast[' not in str(error):
+                        print(info.name, error)
+                except Exception as error:
+                    print(info.name, repr(error))
+            print(count)
+            """
+        ),
+        tmp_path,
+    )
+    *wrong, count = out.splitlines()
+    assert wrong == []
+    assert int(count) >= 15
 
 
 def test_import_is_quick_and_pulls_in_nothing(built: Built, tmp_path: Path) -> None:
