@@ -45,7 +45,15 @@ class NinjaBuildExt(build_ext):
 
         # -ffp-contract=off: priorities must equal the GPU's bit for bit. No -march=native: wheels travel.
         includes = [CSRC.resolve(), Path(pybind11.get_include()), *map(Path, self.compiler.include_dirs)]
-        cflags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+        cflags = [
+            "-std=c++17",
+            "-O3",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wextra",
+        ]
         cflags += [f"-I{path}" for path in includes]
         cflags += os.environ.get("CXXFLAGS", "").split()
         ldflags = ["-shared", "-pthread", *os.environ.get("LDFLAGS", "").split()]
@@ -55,7 +63,9 @@ class NinjaBuildExt(build_ext):
         with open(build_dir / "build.ninja", "w") as handle:
             writer = ninja_syntax.Writer(handle, width=10_000)
             writer.variable("cxx", os.environ.get("CXX", "c++"))
-            writer.rule("compile", "$cxx -MMD -MF $out.d $cflags -c $in -o $out", depfile="$out.d", deps="gcc")
+            writer.rule(
+                "compile", "$cxx -MMD -MF $out.d $cflags -c $in -o $out", depfile="$out.d", deps="gcc"
+            )
             writer.rule("link", "$cxx $in $ldflags -o $out")
             objects = []
             for source in ext.sources:
