@@ -1,10 +1,10 @@
 """Checkpoints: a directory of safetensors and JSON, written whole or not at all, read without pickle.
 
-    checkpoints/step-00000300/
-        checkpoint.json          format, step, what each file holds: size and SHA-256
-        states.json              everything that is not a tensor
-        model.safetensors        one file a state that has tensors; the model's is a plain state dict
-        optimizer.safetensors    …
+checkpoints/step-00000300/
+    checkpoint.json          format, step, what each file holds: size and SHA-256
+    states.json              everything that is not a tensor
+    model.safetensors        one file a state that has tensors; the model's is a plain state dict
+    optimizer.safetensors    …
 """
 
 from __future__ import annotations
@@ -82,14 +82,22 @@ def save_checkpoint(
             if tensors:
                 try:
                     save_file(tensors, folder / f"{name}.safetensors")
-                except Exception as error:  # safetensors hides the errno of a full disk in an error of its own
+                except (
+                    Exception
+                ) as error:  # safetensors hides the errno of a full disk in an error of its own
                     raise _as_os_error(error) from error
         (folder / STATES).write_text(json.dumps(documents))
         listing = {
             file.name: {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
             for file in sorted(folder.iterdir())
         }
-        manifest = {"format": FORMAT, "version": VERSION, "step": step, "info": dict(info or {}), "files": listing}
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "info": dict(info or {}),
+            "files": listing,
+        }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for old in _listed(Path(directory))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -124,7 +132,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         try:
             states[name] = unflatten(document, read_tensors(file) if file.name in manifest["files"] else {})
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path / STATES}: state {name!r} does not fit its tensors: {error}") from error
+            raise CheckpointError(
+                f"{path / STATES}: state {name!r} does not fit its tensors: {error}"
+            ) from error
     return Checkpoint(path, int(manifest["step"]), states, manifest["info"])
 
 
@@ -165,7 +175,8 @@ def _listed(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return sorted(
-        (path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:])
+        (path for path in directory.iterdir() if _NAME.fullmatch(path.name)),
+        key=lambda path: int(path.name[5:]),
     )
 
 

@@ -36,7 +36,9 @@ def evaluate_classification(
     metrics = require("torchmetrics.classification", extra="train", feature="evaluation")
     tops = {"accuracy": 1, "top5_accuracy": 5} if num_classes > 5 else {"accuracy": 1}
     counters = {
-        name: metrics.MulticlassAccuracy(num_classes, average="micro", top_k=k, validate_args=False).to(device)
+        name: metrics.MulticlassAccuracy(num_classes, average="micro", top_k=k, validate_args=False).to(
+            device
+        )
         for name, k in tops.items()
     }
 

@@ -1,7 +1,7 @@
 """``metrics.jsonl``: one JSON object a line, which plots and reports read; mirrored to TensorBoard.
 
-    {"kind": "train", "step": 50, "epoch": 1, "loss": 0.71, "lr": 0.05, "images_per_second": 5120.0, "seconds": 1.2}
-    {"kind": "eval", "step": 100, "epoch": 1, "seconds": 2.0, "accuracy": 0.91, "top5_accuracy": 0.99}
+{"kind": "train", "step": 50, "epoch": 1, "loss": 0.71, "lr": 0.05, "images_per_second": 5120.0, "seconds": 1.2}
+{"kind": "eval", "step": 100, "epoch": 1, "seconds": 2.0, "accuracy": 0.91, "top5_accuracy": 0.99}
 """
 
 from __future__ import annotations
@@ -24,15 +24,21 @@ class MetricsLog:
         tensorboard: Directory for TensorBoard's event files, or ``None``.
     """
 
-    def __init__(self, path: Path, *, resume_step: int | None = None, tensorboard: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, *, resume_step: int | None = None, tensorboard: Path | None = None
+    ) -> None:
         self._path = path
         kept = "" if resume_step is None else _until(path, resume_step)
         files.write_file(path, kept)
         self._handle = open(path, "a")  # noqa: SIM115 — lives as long as the run
         self._board: Any = None
         if tensorboard is not None:
-            writer = require("torch.utils.tensorboard", extra="train", feature="the TensorBoard log").SummaryWriter
-            self._board = writer(str(tensorboard), purge_step=None if resume_step is None else resume_step + 1)
+            writer = require(
+                "torch.utils.tensorboard", extra="train", feature="the TensorBoard log"
+            ).SummaryWriter
+            self._board = writer(
+                str(tensorboard), purge_step=None if resume_step is None else resume_step + 1
+            )
 
     def write(self, kind: str, step: int, **values: float) -> None:
         """Add a line of this ``kind`` (``"train"`` or ``"eval"``)."""

@@ -121,5 +121,7 @@ def _folder(path: str | Path) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{path}: does not exist")
     if not (folder / CONFIG).exists():
-        raise CheckpointError(f"{folder}: holds no {CONFIG}, so it is not a saved model (a finished run has one)")
+        raise CheckpointError(
+            f"{folder}: holds no {CONFIG}, so it is not a saved model (a finished run has one)"
+        )
     return folder

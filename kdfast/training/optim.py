@@ -55,7 +55,9 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.name == "multistep" and not self.milestones:
-            raise ConfigError("milestones: got none, accepted: one or more epochs, ascending (schedule is multistep)")
+            raise ConfigError(
+                "milestones: got none, accepted: one or more epochs, ascending (schedule is multistep)"
+            )
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ConfigError(f"milestones: got {list(self.milestones)}, accepted: ascending epochs")
 

@@ -15,7 +15,9 @@ _LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 class Task:
     """One bar; made by :meth:`Progress.task`."""
 
-    def __init__(self, owner: Progress, description: str, total: int | None, unit: str, completed: int) -> None:
+    def __init__(
+        self, owner: Progress, description: str, total: int | None, unit: str, completed: int
+    ) -> None:
         self._owner, self.description, self.total, self.unit = owner, description, total, unit
         self.completed = completed
         self._first, self._started, self._printed = completed, time.monotonic(), time.monotonic()
@@ -77,7 +79,9 @@ class Progress:
             self._rich.stop()
             self._rich = None
 
-    def task(self, description: str, total: int | None = None, *, unit: str = "it", completed: int = 0) -> Task:
+    def task(
+        self, description: str, total: int | None = None, *, unit: str = "it", completed: int = 0
+    ) -> Task:
         """Begin a bar.
 
         Args:
@@ -97,7 +101,9 @@ class Progress:
 
     def _show(self, task: Task, note: str) -> None:
         if self._rich is not None:
-            self._rich.update(task._bar, completed=task.completed, rate=f"{task.rate:.1f} {task.unit}/s", note=note)
+            self._rich.update(
+                task._bar, completed=task.completed, rate=f"{task.rate:.1f} {task.unit}/s", note=note
+            )
         elif self.enabled and (
             time.monotonic() - task._printed >= _LINE_EVERY or task.completed == task.total
         ):

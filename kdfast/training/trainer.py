@@ -27,7 +27,9 @@ from kdfast.training.rng import rng_state, set_rng_state
 __all__ = ["Stateful", "TrainResult", "Trainer", "TrainerConfig", "TrainingInterrupted"]
 
 StepFunction = Callable[[nn.Module, Any], torch.Tensor]
-_AGREE_EVERY = 8  # steps between asking all ranks whether one was interrupted: each asking waits for the device
+_AGREE_EVERY = (
+    8  # steps between asking all ranks whether one was interrupted: each asking waits for the device
+)
 
 
 class Stateful(Protocol):
@@ -83,7 +85,15 @@ class TrainerConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_steps", "accumulate", "eval_every", "checkpoint_every", "keep", "log_every"):
+        for name in (
+            "epochs",
+            "max_steps",
+            "accumulate",
+            "eval_every",
+            "checkpoint_every",
+            "keep",
+            "log_every",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: got {value}, accepted: at least 1")
@@ -247,7 +257,11 @@ class Trainer:
             while place.step < total and (group := list(islice(iterator, config.accumulate))):
                 loss = self._optimize(group)
                 images = sum(_images(batch) for batch in group) * self.accelerator.num_processes
-                place.step, place.batch, place.images = place.step + 1, place.batch + len(group), place.images + images
+                place.step, place.batch, place.images = (
+                    place.step + 1,
+                    place.batch + len(group),
+                    place.images + images,
+                )
                 place.seconds = time.monotonic() - clock
                 window.add(loss, images)
                 if place.step % config.log_every == 0 or place.step == total:
@@ -372,7 +386,11 @@ class Trainer:
             states["scaler"] = self.accelerator.scaler.state_dict()
         path = self.out / "checkpoints" / f"step-{place.step:08d}"
         if self.accelerator.is_main_process:
-            info = {"fingerprint": self._fingerprint, "epoch": place.epoch, "world_size": self.accelerator.num_processes}
+            info = {
+                "fingerprint": self._fingerprint,
+                "epoch": place.epoch,
+                "world_size": self.accelerator.num_processes,
+            }
             path = save_checkpoint(path.parent, states, step=place.step, info=info, keep=self.config.keep)
         self.accelerator.wait_for_everyone()
         return path
@@ -391,7 +409,10 @@ class Trainer:
             for name, thing in self._state.items():
                 thing.load_state_dict(states[f"extra_{name}"])
             self._place = _Place(**states["place"])
-            if _resumable(batches) and (loader := states["loader"][self.accelerator.process_index]) is not None:
+            if (
+                _resumable(batches)
+                and (loader := states["loader"][self.accelerator.process_index]) is not None
+            ):
                 batches.load_state_dict(loader)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             problem = " ".join(str(error).split())
@@ -405,9 +426,13 @@ class Trainer:
                 f"{self.accelerator.num_processes}; resume with as many as before"
             )
         before = info["fingerprint"]
-        changed = sorted(k for k in before.keys() | self._fingerprint if before.get(k) != self._fingerprint.get(k))
+        changed = sorted(
+            k for k in before.keys() | self._fingerprint if before.get(k) != self._fingerprint.get(k)
+        )
         if changed:
-            details = "; ".join(f"{k}: {before.get(k)!r} before, {self._fingerprint.get(k)!r} now" for k in changed)
+            details = "; ".join(
+                f"{k}: {before.get(k)!r} before, {self._fingerprint.get(k)!r} now" for k in changed
+            )
             raise CheckpointError(f"{checkpoint.path}: belongs to a run with other settings ({details})")
 
     def _open_log(self, *, resumed: bool) -> None:
@@ -427,12 +452,16 @@ class Trainer:
         try:
             count = len(batches)
         except TypeError:
-            raise TypeError(f"batches: got a {type(batches).__name__} without a length, accepted: one with len()") from None
+            raise TypeError(
+                f"batches: got a {type(batches).__name__} without a length, accepted: one with len()"
+            ) from None
         if count < 1:
             raise KDFastError("batches: got none, accepted: at least one batch an epoch")
         counts = gather_objects(count)
         if len(set(counts)) > 1:
-            raise KDFastError(f"batches: ranks have {counts}, accepted: as many on each rank (last_batch='fill')")
+            raise KDFastError(
+                f"batches: ranks have {counts}, accepted: as many on each rank (last_batch='fill')"
+            )
         per_epoch = math.ceil(count / self.config.accumulate)
         return per_epoch, self.config.max_steps or per_epoch * self.config.epochs
 

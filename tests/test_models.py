@@ -1,0 +1,341 @@
+"""The networks: what they compute, what they weigh, and what the registry refuses."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kdfast.data.datasets import load_dataset
+from kdfast.errors import MissingExtraError
+from kdfast.models import FeatureTaps, create_model, list_models
+from kdfast.models.layers import ChannelShuffle, ConvNet
+
+# Parameters with 100 classes. The integers follow from the code published with contrastive representation
+# distillation (RepDistiller, which mdistiller shares); the millions are what tables print.
+PUBLISHED = {
+    "resnet8": (83_892, "0.08"),
+    "resnet14": (181_108, "0.18"),
+    "resnet20": (278_324, "0.28"),
+    "resnet32": (472_756, "0.47"),
+    "resnet44": (667_188, "0.67"),
+    "resnet56": (861_620, "0.86"),
+    "resnet110": (1_736_564, "1.74"),
+    "resnet8x4": (1_233_540, "1.23"),
+    "resnet32x4": (7_433_860, "7.43"),
+    "resnet18": (11_220_132, "11.22"),
+    "resnet34": (21_328_292, "21.33"),
+    "resnet50": (23_705_252, "23.71"),
+    "wrn_16_1": (180_916, "0.18"),
+    "wrn_16_2": (703_284, "0.70"),
+    "wrn_40_1": (569_780, "0.57"),
+    "wrn_40_2": (2_255_156, "2.26"),
+    "vgg8": (3_965_028, "3.97"),
+    "vgg11": (9_277_284, "9.28"),
+    "vgg13": (9_462_180, "9.46"),
+    "mobilenet_v2": (812_836, "0.81"),
+    "shufflenet_v1": (949_258, "0.95"),
+    "shufflenet_v2": (1_355_528, "1.36"),
+}
+SMALL = ["resnet8", "wrn_16_1", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2"]
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def meta(name: str, num_classes: int = 100, **options: object) -> nn.Module:
+    # No storage and no initialisation: building all of them for real would take seconds.
+    with torch.device("meta"):
+        return create_model(name, num_classes, **options)
+
+
+def test_every_listed_model_has_a_published_count() -> None:
+    assert set(list_models()) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(name: str) -> None:
+    exact, millions = PUBLISHED[name]
+    assert count(meta(name)) == exact
+    assert f"{exact / 1e6:.2f}" == millions
+
+
+@pytest.mark.parametrize("depth", [8, 14, 20, 32, 44, 56, 110])
+def test_cifar_resnet_counts_follow_from_the_layer_table(depth: int) -> None:
+    # He et al. 2016, section 4.2: n blocks of two 3x3 convolutions a stage, plus two projections.
+    n = (depth - 2) // 6
+    convolution = lambda i, o, k: i * o * k * k + 2 * o  # noqa: E731  (its batch norm has a scale and a shift)
+    total = convolution(3, 16, 3) + 64 * 100 + 100
+    for i, o in ((16, 16), (16, 32), (32, 64)):
+        total += (
+            convolution(i, o, 3)
+            + (2 * n - 1) * convolution(o, o, 3)
+            + (convolution(i, o, 1) if i != o else 0)
+        )
+    assert count(meta(f"resnet{depth}")) == total
+
+
+def test_wrn_by_pattern() -> None:
+    # Zagoruyko & Komodakis 2016, Table 5: WRN-28-10 has 36.5M parameters (with 10 classes).
+    assert round(count(meta("wrn-28-10", 10)) / 1e6, 1) == 36.5
+    assert count(meta("WRN-40-2")) == PUBLISHED["wrn_40_2"][0]
+
+
+def test_resnet50_with_the_imagenet_stem_has_the_well_known_count() -> None:
+    # He et al. 2016: 25.6M with 1000 classes; torchvision counts 25,557,032.
+    assert count(meta("resnet50", 1000, stem="imagenet")) == 25_557_032
+    assert count(meta("resnet18", 1000, stem="imagenet")) == 11_689_512
+
+
+def test_mobilenet_v2_full_width_has_the_well_known_count() -> None:
+    # Sandler et al. 2018, Table 4: 3.4M; torchvision counts 3,504,872. The published CIFAR code, followed
+    # here, keeps the 1x1 expansion of the first stage, which torchvision leaves out: 32·32 weights and 2·32.
+    assert count(meta("mobilenet_v2", 1000, width=1.0, stem="imagenet")) == 3_504_872 + 32 * 32 + 2 * 32
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("resnet20", ["conv1.weight", "layer1.0.bn2.running_var", "layer2.0.downsample.0.weight", "fc.bias"]),
+        ("resnet18", ["layer4.1.conv2.weight", "layer2.0.shortcut.1.weight", "linear.weight"]),
+        (
+            "wrn_16_2",
+            ["block1.layer.0.convShortcut.weight", "block3.layer.1.bn1.weight", "bn1.bias", "fc.weight"],
+        ),
+        ("vgg13", ["block0.0.bias", "block0.3.weight", "block4.4.running_mean", "classifier.weight"]),
+        (
+            "mobilenet_v2",
+            ["conv1.0.weight", "blocks.1.0.conv.7.weight", "conv2.1.bias", "classifier.0.weight"],
+        ),
+        ("shufflenet_v1", ["layer1.0.conv1.weight", "layer3.3.bn3.bias", "linear.weight"]),
+        ("shufflenet_v2", ["layer1.0.conv5.weight", "layer2.7.bn3.weight", "conv2.weight", "linear.bias"]),
+    ],
+)
+def test_parameter_names_are_those_of_published_checkpoints(name: str, keys: list[str]) -> None:
+    assert set(keys) <= set(meta(name).state_dict())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 16), (8, 8), (15, 17), (5, 9), (64, 64)])
+@pytest.mark.parametrize("name", [*SMALL, "resnet8x4", "vgg8", "resnet18"])
+def test_images_of_any_size(name: str, size: tuple[int, int]) -> None:
+    model = meta(name, 7, in_channels=1)
+    with torch.device("meta"):
+        assert model(torch.empty(3, 1, *size)).shape == (3, 7)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_features_head_and_stages_agree_with_forward(name: str) -> None:
+    model = create_model(name, 5).eval()
+    assert isinstance(model, ConvNet)
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad(), FeatureTaps(model, model.stages) as taps:
+        logits = model(x)
+        features = model.forward_features(x)
+        torch.testing.assert_close(taps[model.stages[-1]], features)
+        sizes = [kept.shape[-1] for _, kept in taps.items()]
+    assert features.shape[:2] == (2, model.num_features)
+    assert sizes == sorted(sizes, reverse=True)
+    torch.testing.assert_close(model.forward_head(features), logits)
+    pooled = model.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(pooled, features.mean((2, 3)))
+    torch.testing.assert_close(model.get_classifier()(pooled), logits)
+
+
+@pytest.mark.parametrize("name", [*SMALL, "vgg8"])
+def test_every_parameter_learns_and_activations_keep_their_scale(name: str) -> None:
+    model = create_model(name, 10)
+    logits = model(torch.randn(8, 3, 16, 16))
+    assert 1e-3 < logits.std() < 10
+    F.cross_entropy(logits, torch.arange(8)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+        # A bias before batch norm cancels; VGG has those because the published networks do.
+        if not (name == "vgg8" and key.endswith("0.bias")):
+            assert parameter.grad.abs().max() > 0, key
+
+
+def test_wrn_shortcut_takes_the_activated_input_where_the_width_changes() -> None:
+    block = create_model("wrn_16_2", 10).eval().block1.layer[0]
+    x = torch.randn(1, 16, 4, 4)
+    nn.init.zeros_(block.conv2.weight)
+    torch.testing.assert_close(block(x), block.convShortcut(F.relu(block.bn1(x))))
+    identity = create_model("wrn_16_1", 10).eval().block1.layer[0]
+    nn.init.zeros_(identity.conv2.weight)
+    torch.testing.assert_close(identity(x), x)
+
+
+def test_channel_shuffle_interleaves_the_groups() -> None:
+    x = torch.arange(6.0).reshape(1, 6, 1, 1)
+    assert ChannelShuffle(3)(x).flatten().tolist() == [0, 2, 4, 1, 3, 5]
+    assert ChannelShuffle(2)(x).flatten().tolist() == [0, 3, 1, 4, 2, 5]
+
+
+@pytest.mark.parametrize(("output_stride", "side"), [(32, 2), (16, 4), (8, 8), (None, 2)])
+def test_output_stride_dilates_instead_of_striding(output_stride: int | None, side: int) -> None:
+    model = meta("resnet50", 10, stem="imagenet", output_stride=output_stride)
+    with torch.device("meta"):
+        assert model.forward_features(torch.empty(1, 3, 64, 64)).shape == (1, 2048, side, side)
+    assert count(model) == count(meta("resnet50", 10, stem="imagenet"))
+    if output_stride == 8:
+        assert [model.layer4[i].conv2.dilation[0] for i in range(3)] == [2, 4, 4]
+
+
+def test_same_seed_same_weights() -> None:
+    def build() -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        return create_model("mobilenet_v2", 4).state_dict()
+
+    first, second = build(), build()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_state_dict_is_plain_tensors_and_round_trips_through_safetensors(tmp_path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, other = create_model("shufflenet_v2", 4).eval(), create_model("shufflenet_v2", 4).eval()
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(model(x), other(x))
+
+
+def test_list_models_is_in_natural_order_and_filters() -> None:
+    assert list_models("resnet?") == ["resnet8"]
+    names = list_models()
+    assert names.index("resnet8") < names.index("resnet14") < names.index("resnet110")
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("ShuffleV1", "shufflenet_v1"),
+        ("shufflenet-v2", "shufflenet_v2"),
+        ("MobileNetV2", "mobilenet_v2"),
+        ("vgg13_bn", "vgg13"),
+        ("ResNet50", "resnet50"),
+        ("wrn40_2", "wrn_40_2"),
+    ],
+)
+def test_other_spellings(alias: str, name: str) -> None:
+    assert count(meta(alias)) == PUBLISHED[name][0]
+
+
+def test_unknown_name_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown model 'resnet2O'.*resnet20"):
+        create_model("resnet2O", 10)
+    with pytest.raises(ValueError, match=r"unknown model 'zzz'.*known: mobilenet_v2"):
+        create_model("zzz", 10)
+
+
+@pytest.mark.parametrize("argument", ["num_classes", "in_channels"])
+def test_sizes_below_one_and_other_types_are_refused(argument: str) -> None:
+    arguments = {"num_classes": 10, "in_channels": 3}
+    for value, error in ((0, ValueError), ("10", TypeError), (True, TypeError), (2.0, TypeError)):
+        with pytest.raises(error, match=argument):
+            create_model("resnet8", **{**arguments, argument: value})
+
+
+def test_unknown_option_names_the_accepted_ones() -> None:
+    with pytest.raises(TypeError, match=r"'resnet18' has no option 'stam'; it accepts stem, output_stride"):
+        create_model("resnet18", 10, stam="imagenet")
+    with pytest.raises(TypeError, match="'depth'"):
+        create_model("resnet20", 10, depth=32)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet18", {"stem": "big"}, "stem"),
+        ("resnet18", {"output_stride": 3}, "output_stride"),
+        ("wrn_17_2", {}, "6n \\+ 4"),
+        ("wrn_16_0", {}, "at least 1"),
+        ("wrn_16_1", {"dropout": 1.0}, "dropout"),
+        ("resnet20", {"widths": (16, 16)}, "widths"),
+        ("mobilenet_v2", {"width": 0.0}, "width"),
+        ("mobilenet_v2", {"expansion": 0}, "expansion"),
+        ("mobilenet_v2", {"stem": "big"}, "stem"),
+        ("shufflenet_v1", {"groups": 5}, "groups"),
+        ("shufflenet_v2", {"size": 3}, "size"),
+    ],
+)
+def test_options_out_of_range(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_model(name, 10, **options)
+
+
+def test_cifar_resnet_refuses_other_depths() -> None:
+    from kdfast.models.resnet_cifar import CifarResNet
+
+    with pytest.raises(ValueError, match="6n \\+ 2"):
+        CifarResNet(10, depth=18)
+
+
+def test_replaced_classifier_is_reported() -> None:
+    model = create_model("resnet8", 10)
+    model.fc = nn.Identity()
+    with pytest.raises(TypeError, match="fc was replaced by a Identity"):
+        model.get_classifier()
+
+
+class _FakeTimm(ModuleType):
+    """Stands in for timm, which does not import beside the CPU build of torch."""
+
+    def __init__(self) -> None:
+        super().__init__("timm")
+        self.calls: list[tuple[str, dict[str, object]]] = []
+
+    def create_model(self, name: str, **options: object) -> nn.Module:
+        if name not in self.list_models():
+            raise RuntimeError(f"Unknown model ({name})")
+        if options.get("fail"):
+            raise RuntimeError("out of memory")
+        self.calls.append((name, options))
+        return nn.Identity()
+
+    def list_models(self) -> list[str]:
+        return ["swin_tiny", "vit_base"]
+
+
+def test_timm_names_go_to_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = _FakeTimm()
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    assert isinstance(create_model("timm:swin_tiny", 12, in_channels=1, pretrained=True), nn.Identity)
+    assert timm.calls == [("swin_tiny", {"num_classes": 12, "in_chans": 1, "pretrained": True})]
+    with pytest.raises(ValueError, match="timm has no model 'swin_tine'; did you mean timm:swin_tiny"):
+        create_model("timm:swin_tine", 12)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        create_model("timm:swin_tiny", 12, fail=True)
+
+
+def test_timm_missing_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingExtraError, match=r"kdfast\[models\]"):
+        create_model("timm:resnet18", 10)
+
+
+@pytest.mark.slow
+def test_resnet8_learns_the_digits() -> None:
+    train, test = (load_dataset("digits", split, image_size=16) for split in ("train", "test"))
+    x, y = train.images / 255.0, train.labels
+    model = create_model("resnet8", 10)
+    steps = 12 * (len(x) // 64)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+    for step in range(steps):
+        if step % (len(x) // 64) == 0:
+            order = torch.randperm(len(x))
+        batch = order[(step * 64) % (len(x) // 64 * 64) :][:64]
+        loss = F.cross_entropy(model(x[batch]), y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    with torch.no_grad():
+        accuracy = (model(test.images / 255.0).argmax(1) == test.labels).float().mean()
+    assert accuracy >= 0.97
