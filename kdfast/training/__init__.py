@@ -10,21 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdfast.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+    from kdfast.training.config import TrainerConfig, TrainResult
     from kdfast.training.evaluate import evaluate_classification, evaluate_segmentation
+    from kdfast.training.interrupt import TrainingInterrupted
     from kdfast.training.metrics import MetricsLog, read_metrics
     from kdfast.training.model_io import ModelConfig, load_model, load_model_config, save_model
     from kdfast.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
     from kdfast.training.progress import Progress
-    from kdfast.training.trainer import Trainer, TrainerConfig, TrainingInterrupted, TrainResult
+    from kdfast.training.trainer import Trainer
 
 _HOME = {
     "checkpoint": ("Checkpoint", "latest_checkpoint", "load_checkpoint", "save_checkpoint"),
+    "config": ("TrainResult", "TrainerConfig"),
     "evaluate": ("evaluate_classification", "evaluate_segmentation"),
+    "interrupt": ("TrainingInterrupted",),
     "metrics": ("MetricsLog", "read_metrics"),
     "model_io": ("ModelConfig", "load_model", "load_model_config", "save_model"),
     "optim": ("OptimizerConfig", "ScheduleConfig", "build_optimizer", "build_schedule"),
     "progress": ("Progress",),
-    "trainer": ("TrainResult", "Trainer", "TrainerConfig", "TrainingInterrupted"),
+    "trainer": ("Trainer",),
 }
 
 __all__ = [

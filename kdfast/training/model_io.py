@@ -86,7 +86,8 @@ def load_model_config(path: str | Path) -> ModelConfig:
         raise CheckpointError(f"{folder / CONFIG}: has unknown keys {', '.join(unknown)}")
     if missing := sorted({"model", "num_classes", "image_size"} - document.keys()):
         raise CheckpointError(f"{folder / CONFIG}: lacks {', '.join(missing)}")
-    return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in document.items()})
+    entries: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in document.items()}
+    return ModelConfig(**entries)
 
 
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:

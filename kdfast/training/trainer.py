@@ -9,20 +9,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kdfast.errors import CheckpointError, ConfigError, KDFastError
+from kdfast.errors import CheckpointError, KDFastError
 from kdfast.training.accelerator import gather_objects, make_accelerator
+from kdfast.training.batches import Window, count_images, resumable, to_device
 from kdfast.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from kdfast.training.config import Stateful, TrainerConfig, TrainResult
 from kdfast.training.interrupt import Interrupt, TrainingInterrupted, deferred_interrupt
 from kdfast.training.metrics import MetricsLog
-from kdfast.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
+from kdfast.training.optim import build_optimizer, build_schedule
 from kdfast.training.progress import Progress, Task
-from kdfast.training.rng import rng_state, set_rng_state
+from kdfast.training.rng import rng_state, seed_everything, set_rng_state
 
 __all__ = ["Stateful", "TrainResult", "Trainer", "TrainerConfig", "TrainingInterrupted"]
 
@@ -30,92 +32,6 @@ StepFunction = Callable[[nn.Module, Any], torch.Tensor]
 _AGREE_EVERY = (
     8  # steps between asking all ranks whether one was interrupted: each asking waits for the device
 )
-
-
-class Stateful(Protocol):
-    """Anything whose state belongs in a checkpoint: a replay buffer, a generator of batches."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Tensors, numbers, strings, nested in dicts and lists."""
-
-    def load_state_dict(self, state: Any) -> None:
-        """Put it back."""
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """How a network is trained.
-
-    Attributes:
-        epochs: Passes over the batches.
-        max_steps: Stop after this many optimiser steps instead, over as many epochs as that takes.
-        seed: For Python, NumPy and torch; each rank adds its number.
-        device: ``"auto"`` takes the GPU if there is one.
-        precision: ``"bf16"`` and ``"fp16"`` run the step under autocast (fp16 with loss scaling).
-        accumulate: Batches that share one optimiser step; their mean gradient is taken.
-        clip_grad_norm: Upper bound of the gradient's norm.
-        ema_decay: Keep an exponential moving average of the weights; it is what is evaluated and returned.
-        optimizer: The optimiser.
-        schedule: Its learning rate over time.
-        eval_every: Epochs between evaluations; the last epoch is always evaluated.
-        checkpoint_every: Epochs between checkpoints.
-        checkpoint_steps: Optimiser steps between checkpoints within an epoch.
-        keep: Checkpoints that stay on disk.
-        log_every: Optimiser steps between lines of the log (each waits for the device once).
-        tensorboard: Mirror the log to TensorBoard.
-        progress: Show a progress bar.
-    """
-
-    epochs: int = 1
-    max_steps: int | None = None
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    accumulate: int = 1
-    clip_grad_norm: float | None = None
-    ema_decay: float | None = None
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    eval_every: int = 1
-    checkpoint_every: int = 1
-    checkpoint_steps: int | None = None
-    keep: int = 2
-    log_every: int = 50
-    tensorboard: bool = True
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "max_steps",
-            "accumulate",
-            "eval_every",
-            "checkpoint_every",
-            "keep",
-            "log_every",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: got {value}, accepted: at least 1")
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run hands back.
-
-    Attributes:
-        model: The trained network (the moving average if one was kept), unwrapped, in evaluation mode.
-        metrics: The last evaluation, plus ``best_accuracy`` and ``best_epoch`` where accuracy is measured.
-        steps: Optimiser steps taken over all resumed parts.
-        images: Images that went through the network.
-        seconds: Wall-clock time over all resumed parts.
-    """
-
-    model: nn.Module
-    metrics: dict[str, float]
-    steps: int
-    images: int
-    seconds: float
 
 
 @dataclass
@@ -152,7 +68,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        step: Callable[[nn.Module, Any], torch.Tensor],
+        step: StepFunction,
         config: TrainerConfig | None = None,
         *,
         out: str | Path | None = None,
@@ -170,7 +86,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self._ema: AveragedModel | None = None
         if self.config.ema_decay is not None:
-            average = get_ema_multi_avg_fn(self.config.ema_decay)
+            average = get_ema_multi_avg_fn(self.config.ema_decay)  # type: ignore[no-untyped-call]
             self._ema = AveragedModel(self._bare, multi_avg_fn=average)
         self._place = _Place()
         self._log: MetricsLog | None = None
@@ -183,7 +99,7 @@ class Trainer:
     @property
     def network(self) -> nn.Module:
         """The network as it would be used: unwrapped, the moving average if there is one."""
-        return self._bare if self._ema is None else cast(nn.Module, self._ema.module)
+        return self._bare if self._ema is None else self._ema.module
 
     @property
     def _bare(self) -> nn.Module:
@@ -212,7 +128,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         restored = None if found is None else load_checkpoint(found)
         if restored is None:
-            _seed(self.config.seed + self.accelerator.process_index)
+            seed_everything(self.config.seed + self.accelerator.process_index)
         else:
             self._restore(restored, batches)
         self._open_log(resumed=restored is not None)
@@ -247,7 +163,7 @@ class Trainer:
     ) -> None:
         place, config = self._place, self.config
         clock = time.monotonic() - place.seconds
-        window = _Window(self.device)
+        window = Window(self.device)
         last_epoch = self._epochs(total)
         while place.epoch < last_epoch and place.step < total:
             self.model.train()
@@ -256,7 +172,7 @@ class Trainer:
             # Groups are taken as they come: looking ahead would put the loader's state past what was used.
             while place.step < total and (group := list(islice(iterator, config.accumulate))):
                 loss = self._optimize(group)
-                images = sum(_images(batch) for batch in group) * self.accelerator.num_processes
+                images = sum(count_images(batch) for batch in group) * self.accelerator.num_processes
                 place.step, place.batch, place.images = (
                     place.step + 1,
                     place.batch + len(group),
@@ -285,7 +201,7 @@ class Trainer:
             last = number == len(group) - 1
             # Gradients of all ranks are averaged once a group, with its last batch.
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                batch = _to(batch, self.device)
+                batch = to_device(batch, self.device)
                 with self.accelerator.autocast():
                     loss = self._step_function(self.model, batch)
                 self.accelerator.backward(loss / len(group))
@@ -299,27 +215,21 @@ class Trainer:
             self._ema.update_parameters(self._bare)
         return total
 
-    def _iterate(self, batches: Any, restored: Checkpoint | None) -> Iterator[Any]:
+    def _iterate(self, batches: Iterable[Any], restored: Checkpoint | None) -> Iterator[Any]:
         """This epoch's batches; after a restart those that are left of it, with the random states as they were."""
-        if restored is None:
-            self._epoch_rng = rng_state()
-            if hasattr(batches, "set_epoch"):
-                batches.set_epoch(self._place.epoch)
-            return iter(batches)
-        rank = self.accelerator.process_index
-        at_start = self._place.batch == 0
-        if at_start:
-            set_rng_state(restored.states["rng"][rank])
-            return self._iterate(batches, None)
-        self._epoch_rng = restored.states["epoch_rng"][rank]
-        set_rng_state(self._epoch_rng)
-        if hasattr(batches, "set_epoch") and not _resumable(batches):
+        rank, used = self.accelerator.process_index, self._place.batch
+        if restored is not None:
+            set_rng_state(restored.states["epoch_rng" if used else "rng"][rank])
+        self._epoch_rng = rng_state()
+        reread = restored is not None and used > 0
+        if hasattr(batches, "set_epoch") and not (reread and resumable(batches)):
             batches.set_epoch(self._place.epoch)
         iterator = iter(batches)
-        if not _resumable(batches):
-            for _ in islice(iterator, self._place.batch):
-                pass
-        set_rng_state(restored.states["rng"][rank])
+        if restored is not None and reread:
+            if not resumable(batches):
+                for _ in islice(iterator, used):
+                    pass
+            set_rng_state(restored.states["rng"][rank])
         return iterator
 
     def _stop_if_asked(self, interrupt: Interrupt, batches: Iterable[Any]) -> None:
@@ -331,7 +241,7 @@ class Trainer:
         if number:
             raise TrainingInterrupted(self._save(batches), number)
 
-    def _log_window(self, window: _Window) -> str:
+    def _log_window(self, window: Window) -> str:
         loss, speed = window.close()
         self._check_finite(loss)
         rate = self.optimizer.param_groups[0]["lr"]
@@ -377,7 +287,7 @@ class Trainer:
             "place": vars(place),
             "rng": gather_objects(rng_state()),
             "epoch_rng": gather_objects(self._epoch_rng),
-            "loader": gather_objects(batches.state_dict() if _resumable(batches) else None),
+            "loader": gather_objects(batches.state_dict() if resumable(batches) else None),
             **{f"extra_{name}": thing.state_dict() for name, thing in self._state.items()},
         }
         if self._ema is not None:
@@ -410,7 +320,7 @@ class Trainer:
                 thing.load_state_dict(states[f"extra_{name}"])
             self._place = _Place(**states["place"])
             if (
-                _resumable(batches)
+                resumable(batches)
                 and (loader := states["loader"][self.accelerator.process_index]) is not None
             ):
                 batches.load_state_dict(loader)
@@ -467,48 +377,3 @@ class Trainer:
 
     def _epochs(self, total: int) -> int:
         return total if self.config.max_steps else self.config.epochs
-
-
-class _Window:
-    """Loss and speed since the last line of the log; the loss stays on the device until then."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.note = ""
-        self._loss = torch.zeros((), device=device)
-        self._steps, self._images, self._since = 0, 0, time.monotonic()
-
-    def add(self, loss: torch.Tensor, images: int) -> None:
-        self._loss += loss
-        self._steps += 1
-        self._images += images
-
-    def close(self) -> tuple[float, float]:
-        loss = float(self._loss) / self._steps
-        speed = self._images / max(time.monotonic() - self._since, 1e-9)
-        self._loss.zero_()
-        self._steps, self._images, self._since = 0, 0, time.monotonic()
-        return loss, speed
-
-
-def _seed(seed: int) -> None:
-    from accelerate.utils import set_seed
-
-    set_seed(seed)
-
-
-def _resumable(batches: Any) -> bool:
-    return hasattr(batches, "state_dict") and hasattr(batches, "load_state_dict")
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    from accelerate.utils import send_to_device
-
-    return send_to_device(batch, device, non_blocking=True)
-
-
-def _images(batch: Any) -> int:
-    """Rows of the first tensor in a batch."""
-    if isinstance(batch, torch.Tensor):
-        return len(batch) if batch.dim() else 0
-    entries = batch.values() if isinstance(batch, Mapping) else batch
-    return _images(next(iter(entries))) if isinstance(batch, (Mapping, list, tuple)) else 0
