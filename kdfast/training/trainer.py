@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -155,7 +156,7 @@ class Trainer:
 
     def _run(
         self,
-        batches: Iterable[Any],
+        batches: Any,
         total: int,
         restored: Checkpoint | None,
         interrupt: Interrupt,
@@ -183,7 +184,10 @@ class Trainer:
                 if place.step % config.log_every == 0 or place.step == total:
                     window.note = self._log_window(window)
                 task.advance(note=window.note)
-                self._stop_if_asked(interrupt, batches)
+                if place.batch >= len(batches):  # the loader already stands at the next epoch: so must we
+                    break
+                if place.step % _AGREE_EVERY == 0 or self.accelerator.num_processes == 1:
+                    self._stop_if_asked(interrupt, batches)
                 if config.checkpoint_steps and place.step % config.checkpoint_steps == 0:
                     self._save(batches)
             place.epoch, place.batch = place.epoch + 1, 0
@@ -193,6 +197,8 @@ class Trainer:
             place.seconds = time.monotonic() - clock
             if ended or place.epoch % config.checkpoint_every == 0:
                 self._save(batches)
+            if not ended:
+                self._stop_if_asked(interrupt, batches)
 
     def _optimize(self, group: list[Any]) -> torch.Tensor:
         """One optimiser step over the batches of a group; returns their mean loss, still on the device."""
@@ -234,12 +240,8 @@ class Trainer:
 
     def _stop_if_asked(self, interrupt: Interrupt, batches: Iterable[Any]) -> None:
         number = interrupt.signal or 0
-        if self.accelerator.num_processes > 1:
-            if self._place.step % _AGREE_EVERY:
-                return
-            number = max(gather_objects(number))
-        if number:
-            raise TrainingInterrupted(self._save(batches), number)
+        if max(gather_objects(number)):
+            raise TrainingInterrupted(self._save(batches), number or signal.SIGINT)
 
     def _log_window(self, window: Window) -> str:
         loss, speed = window.close()
