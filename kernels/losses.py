@@ -20,6 +20,7 @@ Launch plans: :func:`kl_plan`. Kernel bodies: _kl_rows.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,14 +75,16 @@ def kl_plan(num_classes: int, inner: int, class_stride: int, itemsize: int) -> K
     """
     padded = max(2, triton.next_power_of_2(num_classes))
     if class_stride != 1 and inner > 1 and padded <= MAX_CLASSES:
-        pixels = max(32, min(256, 8192 // padded))
-        return KLPlan("classes", CLASS_PIXEL, padded, pixels, 1, 4)
+        # bf16 loads hold 8 pixels a thread: half as many threads as float32 for the same wide loads.
+        pixels = max(32, min(256, 8192 // padded)) if itemsize == 2 else max(32, min(256, 4096 // padded))
+        warps = 8 if itemsize > 2 and padded * pixels >= 8192 else 4
+        return KLPlan("classes", CLASS_PIXEL, padded, pixels, 1, warps)
     if padded > MAX_ROW:
         return KLPlan("two_pass", ONE_ROW, 4096, 1, 1, 8)
     if padded > 1024:
         return KLPlan("rows", ONE_ROW, padded, 1, 1, min(16, max(2, padded // 1024)))
     vector = 16 // itemsize
-    while vector > 1 and num_classes % vector:
+    while vector > 2 and num_classes % vector:  # a pair at least: single lanes compile badly
         vector //= 2
     lanes = min(32, max(1, padded // 32))
     width = min(padded, lanes * vector)
@@ -175,6 +178,7 @@ def kd_kl(
         grid = (triton.cdiv(num_rows, plan.rows),)
     partial = student.new_empty(grid, dtype=torch.float32) if reduce else None
     counter = arrival_counter(student.device) if reduce else None
+    unit = math.gcd(16, *(stride[0] for stride in (s_strides, t_strides, gs_strides, gt_strides)))
     kernel = _kl_rows.kd_kl_two_pass_kernel if plan.regime == "two_pass" else _kl_rows.kd_kl_tile_kernel
     tile = (
         {"BLOCK": plan.chunks}
@@ -206,11 +210,12 @@ def kd_kl(
             *_value_and_pointer(scale.divisor),
             num_rows,
             layout.inner,
-            *s_strides,
-            *t_strides,
-            *gs_strides,
-            *gt_strides,
+            *_in_units(s_strides, unit),
+            *_in_units(t_strides, unit),
+            *_in_units(gs_strides, unit),
+            *_in_units(gt_strides, unit),
             V=num_classes,
+            UNIT=unit,
             **tile,
             T_PTR=isinstance(scale.temperature, torch.Tensor),
             DIVISOR_PTR=isinstance(scale.divisor, torch.Tensor),
@@ -226,6 +231,10 @@ def kd_kl(
             enable_fp_fusion=True,
         )
     return loss if reduce else rows
+
+
+def _in_units(strides: tuple[int, int, int], unit: int) -> tuple[int, int, int]:
+    return strides[0] // unit, strides[1], strides[2]
 
 
 def _value_and_pointer(value: torch.Tensor | float) -> tuple[float, torch.Tensor | None]:
