@@ -88,7 +88,9 @@ def walk(
         sizes = [1]
         merged = [[1] for _ in strides]
     if len(sizes) > MAX_DIMS:
-        raise ValueError(f"tensors of shape {shape} keep {len(sizes)} dimensions apart; at most {MAX_DIMS} can be")
+        raise ValueError(
+            f"tensors of shape {shape} keep {len(sizes)} dimensions apart; at most {MAX_DIMS} can be"
+        )
     dense = all(known[0] in (0, 1) for known in merged)
     rows = dense and pinned_at != 0 and (len(sizes) == 1 or (sizes[0] >= min_row and sizes[0] % aligned == 0))
     reach = max(sum(abs(s) * (n - 1) for s, n in zip(known, sizes, strict=True)) for known in merged)

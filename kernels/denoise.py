@@ -192,7 +192,11 @@ def denoise_step(
     Returns:
         y, m, mask and n, the latter three None unless asked for.
     """
-    y = torch.empty_like(sample, dtype=dtype) if order is None else ordered_empty(sample.shape, order, dtype, sample.device)
+    y = (
+        torch.empty_like(sample, dtype=dtype)
+        if order is None
+        else ordered_empty(sample.shape, order, dtype, sample.device)
+    )
     m = torch.empty_like(y) if want_x0 else None
     bits = torch.empty(mask_bytes(y.numel()), dtype=torch.uint8, device=y.device) if want_mask else None
     following = None
@@ -248,7 +252,9 @@ def denoise_step(
             frame.cond,
             frame.uncond,
             # v is never guided: it comes from the conditional half, or from each half's own rows.
-            (0 if frame.doubled else frame.cond) + sample.shape[1] * channel_stride if learned_variance else 0,
+            (0 if frame.doubled else frame.cond) + sample.shape[1] * channel_stride
+            if learned_variance
+            else 0,
             0 if following is None else y.shape[0] * following.stride(0),
             1.0 if guide.scale is None else guide.scale,
             0.0 if clip is None else clip,
@@ -257,7 +263,10 @@ def denoise_step(
             STEP_ON_DEVICE=isinstance(step, torch.Tensor),
             SEED_ON_DEVICE=isinstance(seed, torch.Tensor),
             HAS_SEED=seed is not None,
-            SEED_RUN=plan.rows and element is not None and element[0] == 1 and all(stride % 4 == 0 for stride in element[1:]),
+            SEED_RUN=plan.rows
+            and element is not None
+            and element[0] == 1
+            and all(stride % 4 == 0 for stride in element[1:]),
             GUIDED=guide.scale is not None,
             OWN_ROWS=frame.doubled,
             CLIP=clip is not None,

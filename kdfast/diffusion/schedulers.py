@@ -155,7 +155,9 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
         result = ops.denoise_step(
             sample,
             model_output,
-            self._table(eta, use_clipped, clip is not None, sample.device, table_dtype(sample, model_output, noise)),
+            self._table(
+                eta, use_clipped, clip is not None, sample.device, table_dtype(sample, model_output, noise)
+            ),
             row_of(timestep, sample.device),
             guidance=guide,
             noise=noise,
@@ -196,7 +198,9 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
         """Coefficients of every training timestep, so that a slice of ``timesteps`` finds its own."""
         prediction = self.config.prediction_type
         if prediction not in _PREDICTION_TYPES:
-            raise ValueError(f"prediction_type: must be one of {', '.join(_PREDICTION_TYPES)}, got {prediction!r}")
+            raise ValueError(
+                f"prediction_type: must be one of {', '.join(_PREDICTION_TYPES)}, got {prediction!r}"
+            )
         stride = self.config.num_train_timesteps // self.num_inference_steps
         sources = (self.alphas_cumprod, self.final_alpha_cumprod)
         return table_cache(self).get(
@@ -262,7 +266,9 @@ def ddim_table(
     """
     alpha = alphas_cumprod.detach().cpu().float()
     previous = torch.arange(len(alpha)) - stride
-    alpha_prev = torch.where(previous >= 0, alpha[previous.clamp(min=0)], final_alpha_cumprod.detach().cpu().float())
+    alpha_prev = torch.where(
+        previous >= 0, alpha[previous.clamp(min=0)], final_alpha_cumprod.detach().cpu().float()
+    )
     beta = 1 - alpha
     variance = ((1 - alpha_prev) / beta) * (1 - alpha / alpha_prev)
     sigma32 = eta * variance**0.5

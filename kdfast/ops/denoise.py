@@ -314,7 +314,11 @@ def denoise_step(
 def _broadcast(
     sample: Tensor, model_output: Tensor, noise: Tensor | None, history: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None, Sequence[Tensor]]:
-    if sample.dim() > 1 and model_output.dim() == sample.dim() and model_output.shape[1] > sample.shape[1] > 1:
+    if (
+        sample.dim() > 1
+        and model_output.dim() == sample.dim()
+        and model_output.shape[1] > sample.shape[1] > 1
+    ):
         model_output = model_output.narrow(1, 0, sample.shape[1])
     present = [sample, model_output, *history] + ([] if noise is None else [noise])
     try:
@@ -345,7 +349,9 @@ def _check(
     dtype = sample.dtype
     for tensor in inputs:
         if not tensor.is_floating_point():
-            raise TypeError(f"sample, model_output, history and noise must be floating-point, got {tensor.dtype}")
+            raise TypeError(
+                f"sample, model_output, history and noise must be floating-point, got {tensor.dtype}"
+            )
         if tensor.device != sample.device:
             raise ValueError(f"all inputs must be on one device, got {sample.device} and {tensor.device}")
         if tensor.dtype != dtype:
@@ -407,7 +413,7 @@ def _check_guided(
             )
 
 
-# --- registered ops, for torch.compile, export and fake tensors -----------------------------------------------
+# --- registered ops, for torch.compile, export and fake tensors -----------------------------------
 
 _STEP_SCHEMA = (
     "(Tensor sample, Tensor model_output, Tensor table, Tensor? step_tensor, SymInt step, Tensor[] history, "
@@ -596,7 +602,9 @@ def _backward_backward(ctx: Any, ggx: Tensor, ggo: Tensor) -> tuple[Any, ...]:
     return (y, m if ctx.has_m else None, *([None] * 12))
 
 
-_registered = torch.library.custom_op("kdfast::denoise_step", _step_impl, mutates_args=(), schema=_STEP_SCHEMA)
+_registered = torch.library.custom_op(
+    "kdfast::denoise_step", _step_impl, mutates_args=(), schema=_STEP_SCHEMA
+)
 _registered.register_fake(_step_fake)
 _registered.register_autograd(_step_backward, setup_context=_step_setup)
 _registered_backward = torch.library.custom_op(

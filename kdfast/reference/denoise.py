@@ -40,7 +40,9 @@ def iteration_order(tensor: Tensor) -> tuple[int, ...]:
     return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], -shape[dim], dim)))
 
 
-def ordered_empty(shape: Sequence[int], order: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def ordered_empty(
+    shape: Sequence[int], order: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """An empty tensor, dense, with its dimensions from the outermost to the innermost as in ``order``."""
     strides, step = [0] * len(shape), 1
     for dim in reversed(order):
@@ -145,7 +147,9 @@ def denoise_step(
     compute = _compute_dtype(dtype)
     px, po, a, b, d, *rest, c, s = coefficients(table, step)
     x = sample.to(compute)
-    o = guide(model_output, sample.shape[0], sample.shape[1] if sample.dim() > 1 else None, guidance).to(compute)
+    o = guide(model_output, sample.shape[0], sample.shape[1] if sample.dim() > 1 else None, guidance).to(
+        compute
+    )
     laid_out = torch.empty_like(sample, dtype=dtype) if order is None else None
     known_order = iteration_order(laid_out) if laid_out is not None else tuple(order or ())
 

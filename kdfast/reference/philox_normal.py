@@ -40,7 +40,9 @@ def normal(seed: int, step: int, shape: tuple[int, ...], device: torch.device | 
     """
     count = math.prod(shape)
     group = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)
-    words = philox(seed, (group & _LOW, group >> 32, torch.full_like(group, step & _LOW), torch.zeros_like(group)))
+    words = philox(
+        seed, (group & _LOW, group >> 32, torch.full_like(group, step & _LOW), torch.zeros_like(group))
+    )
     lanes = []
     for i, k in (words[:2], words[2:]):
         # float32 first, as the kernel does: it rounds a 32-bit integer to 24 bits.
