@@ -214,7 +214,7 @@ def denoise_step_backward_kernel(
     STEP_ON_DEVICE: tl.constexpr, GUIDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of sample and model output from those of y (and of m), in one pass."""
-    start, live, column, c0, c1, c2, c3, c4, c5 = _locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
+    start, live, _, c0, c1, c2, c3, c4, c5 = _locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
     if STEP_ON_DEVICE:
         t = tl.load(step).to(tl.int64)
     else:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import kdfast
 from kdfast.functional import denoise_step
 from kdfast.ops import denoise as ops
+from kdfast.ops._denoise_run import implementation
 from kdfast.reference import denoise as reference
 from kdfast.reference.philox_normal import normal, philox
 from tests.conformance import ConformanceSuite, Inputs, OpCase, assert_verbose_allclose
@@ -204,9 +205,9 @@ def test_learned_variance(target: Target) -> None:
 def test_the_clip_mask_is_one_bit_an_element_in_memory_order(target: Target) -> None:
     x = randn(2, 3, 4, 5, device=target.device).contiguous(memory_format=torch.channels_last)
     o = randn(2, 3, 4, 5, seed=1, device=target.device)
-    implementation = ops._implementation(x, o)
+    chosen = implementation(x, o)
     rows = table(target.device)
-    _, _, bits, _ = implementation.denoise_step(x, o, rows, 1, dtype=torch.float32, clip=0.8, want_mask=True)
+    _, _, bits, _ = chosen.denoise_step(x, o, rows, 1, dtype=torch.float32, clip=0.8, want_mask=True)
     inside = (rows[1, 0] * x + rows[1, 1] * o).abs() <= 0.8
     assert bits.shape == (15,)
     assert torch.equal(reference.unpack_bits(bits, x.shape, reference.iteration_order(x)), inside)

@@ -1,4 +1,4 @@
-"""One denoising step in plain PyTorch: the oracle of kernels/denoise.py, whose equations it follows, and the CPU path."""
+"""One denoising step in plain PyTorch: the CPU path, and the oracle of kernels/denoise.py (equations there)."""
 
 from __future__ import annotations
 
