@@ -74,7 +74,7 @@ NO_GUIDANCE = Guidance()
 
 
 class _Frame(NamedTuple):
-    """The common shape of all operands, with the two halves of a doubled sample as a dimension of their own."""
+    """The common shape of all operands; the halves of a doubled sample are a dimension of their own."""
 
     shape: tuple[int, ...]
     output: Strides  # of the model output, 0 along the halves

@@ -30,7 +30,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
     classifier-free guidance in the same pass. Timesteps on a GPU are read there, without a synchronisation.
 
     Attributes:
-        keep_pred_original: Set to False to leave ``pred_original_sample`` None: a quarter less memory traffic.
+        keep_pred_original: False leaves ``pred_original_sample`` None: a quarter less traffic.
     """
 
     keep_pred_original: bool = True
@@ -94,19 +94,19 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
         """Classifier-free guidance and :meth:`step` in one pass.
 
         Args:
-            model_output: Both halves of the batch ``[2B, ≥ C, …]``; channels after C (DiT's variance) are ignored.
+            model_output: Both halves of the batch ``[2B, ≥ C, …]``; channels after C are not read.
             timestep: As in :meth:`step`.
             sample: x_t ``[B, C, …]``, or ``[2B, C, …]`` with a row for each half; the result matches it.
             guidance_scale: g of u + g·(c − u).
             order: Which half is first: the conditional (DiT) or the unconditional (Stable Diffusion).
-            cfg_channels: Guide only the first channels (DiT's authors: 3); None: all. The others come from the
-                conditional half or, for a sample of 2B rows, each from its own.
+            cfg_channels: Guide only the first channels (DiT's authors: 3); None: all. The others come from
+                the conditional half or, for a sample of 2B rows, each from its own.
             eta: As in :meth:`step`.
             generator: As in :meth:`step`; noise has the sample's shape.
             use_clipped_model_output: As in :meth:`step`.
             variance_noise: As in :meth:`step`.
-            seed: Make the noise in the kernel instead, keyed by (seed, timestep, element): an int, or an int64
-                tensor of one element on the sample's device.
+            seed: Make the noise in the kernel instead, keyed by (seed, timestep, element): an int, or an
+                int64 tensor of one element on the sample's device.
             return_dict: As in :meth:`step`.
 
         Raises:

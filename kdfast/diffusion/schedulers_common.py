@@ -101,8 +101,8 @@ def check_same_channels(sample: Tensor, model_output: Tensor) -> None:
         given, wanted = model_output.shape[1], sample.shape[1]
         if given > wanted > 1:
             raise ValueError(
-                f"model_output: has {given} channels for a sample of {wanted}; pass model_output[:, :{wanted}], "
-                "or use step_cfg, which reads no more channels than the sample has"
+                f"model_output: has {given} channels for a sample of {wanted}; pass "
+                f"model_output[:, :{wanted}], or use step_cfg, which reads only as many as the sample has"
             )
 
 

@@ -19,9 +19,9 @@ _STEP_SCHEMA = (
     "bool want_x0, bool want_mask) -> (Tensor, Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
-    "(Tensor grad_y, Tensor? grad_m, Tensor table, Tensor? step_tensor, SymInt step, Tensor? mask, int[] order, "
-    "float? guidance_scale, bool cond_first, int? guided_channels, SymInt[] sample_shape, ScalarType sample_dtype, "
-    "SymInt[] output_shape, ScalarType output_dtype) -> (Tensor, Tensor)"
+    "(Tensor grad_y, Tensor? grad_m, Tensor table, Tensor? step_tensor, SymInt step, Tensor? mask, "
+    "int[] order, float? guidance_scale, bool cond_first, int? guided_channels, SymInt[] sample_shape, "
+    "ScalarType sample_dtype, SymInt[] output_shape, ScalarType output_dtype) -> (Tensor, Tensor)"
 )
 
 

@@ -157,10 +157,10 @@ def denoise_step(
     Args:
         sample: x ``[B, C, …]`` (or ``[2B, C, …]`` beside a guided output), any strides.
         model_output: o ``[B, ≥ C, …]``, guided ``[2B, ≥ C, …]``; channels after C are not read (but as v).
-        table: Coefficients ``[steps, 10]`` on the sample's device, columns :data:`COLUMNS`; float32, or float64
-            when any input is.
-        step: Row of the table, an int or an integer tensor of one element (not checked on a GPU: the result of a
-            step outside the table is NaN).
+        table: Coefficients ``[steps, 10]`` on the sample's device, columns :data:`COLUMNS`; float32, or
+            float64 when any input is.
+        step: Row of the table, an int or an integer tensor of one element (not checked on a GPU: the result
+            of a step outside the table is NaN).
         guidance: How the halves of ``model_output`` combine.
         history: Up to three earlier predictions, of the sample's shape.
         noise: z, of the sample's shape.

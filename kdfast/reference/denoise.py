@@ -1,4 +1,4 @@
-"""One denoising step in plain PyTorch: the CPU path, and the oracle of kernels/denoise.py (equations there)."""
+"""One denoising step in plain PyTorch: the CPU path, and the oracle of kernels/denoise.py (see there)."""
 
 from __future__ import annotations
 
