@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "DDIMScheduler": "schedulers",
+    "DDPMScheduler": "schedulers_ddpm",
 }
 
 __all__ = ["DDIMScheduler"]

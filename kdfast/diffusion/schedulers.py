@@ -11,11 +11,13 @@ from kdfast.diffusion.schedulers_common import (
     BIG,
     check_same_channels,
     columns,
+    draw_noise,
     diffusers,
     noisy,
     row_of,
     table_cache,
     table_dtype,
+    unguided,
 )
 from kdfast.functional.denoise import Order, guidance
 from kdfast.ops import denoise as ops
@@ -149,7 +151,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
         # Dynamic thresholding at a maximum of 1 clamps to ±1, whatever the quantile.
         clip = 1.0 if config.thresholding else config.clip_sample_range if config.clip_sample else None
         if eta > 0:
-            noise = _noise(model_output, sample, guide, generator, noise, seed)
+            noise = draw_noise(model_output, sample, guide, generator, noise, seed)
         else:
             noise = seed = None
         result = ops.denoise_step(
@@ -187,9 +189,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
         """Dynamic thresholding needs a quantile of each image: diffusers' own step, after guidance."""
         if seed is not None:
             raise ValueError("seed: not with dynamic thresholding; pass a generator")
-        if guide.scale is not None:
-            guided = ops.guided_output(model_output, sample, guide)
-            model_output = guided.to(model_output.dtype)
+        model_output = unguided(model_output, sample, guide)
         return super().step(model_output, timestep, sample, eta, use_clipped, generator, noise, return_dict)
 
     def _table(
@@ -220,31 +220,6 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
         """v = √ᾱ_t·ε − √(1 − ᾱ_t)·x₀ (Salimans & Ho 2022), as in diffusers."""
         root, complement = noisy(self.alphas_cumprod, timesteps, sample)
         return root * noise - complement * sample
-
-
-def _noise(
-    model_output: Tensor,
-    sample: Tensor,
-    guide: ops.Guidance,
-    generator: torch.Generator | list[torch.Generator] | None,
-    noise: Tensor | None,
-    seed: int | Tensor | None,
-) -> Tensor | None:
-    """The step's noise tensor, or None if the kernel makes it."""
-    given = [
-        name
-        for name, value in (("generator", generator), ("variance_noise", noise), ("seed", seed))
-        if value is not None
-    ]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)}: give one source of noise, got {len(given)}")
-    if noise is not None or seed is not None:
-        return noise
-    # Diffusers draws in the shape of the guided output, which has the sample's rows and channels.
-    shape = model_output.shape if guide.scale is None else sample.shape
-    return diffusers.utils.torch_utils.randn_tensor(  # type: ignore[no-any-return]
-        shape, generator=generator, device=model_output.device, dtype=model_output.dtype
-    )
 
 
 def ddim_table(

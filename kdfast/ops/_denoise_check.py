@@ -111,3 +111,24 @@ def check_guided(
                 f"noise and history must have the sample's shape {tuple(sample.shape)}, "
                 f"got {tuple(other.shape)}"
             )
+
+
+def check_learned(sample: Tensor, model_output: Tensor, others: Sequence[Tensor]) -> None:
+    """Refuse a model output without a variance for each of the sample's channels."""
+    if (
+        sample.dim() < 2
+        or model_output.dim() != sample.dim()
+        or model_output.shape[1] < 2 * sample.shape[1]
+        or model_output.shape[2:] != sample.shape[2:]
+        or model_output.shape[0] not in (sample.shape[0], 2 * sample.shape[0])
+    ):
+        raise ValueError(
+            f"a learned variance takes a model_output with two channels for each of the sample's: sample "
+            f"{tuple(sample.shape)}, model_output {tuple(model_output.shape)}"
+        )
+    for other in others:
+        if other.shape != sample.shape:
+            raise ValueError(
+                f"noise and history must have the sample's shape {tuple(sample.shape)}, "
+                f"got {tuple(other.shape)}"
+            )
