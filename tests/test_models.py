@@ -14,6 +14,9 @@ from kdfast.data.datasets import load_dataset
 from kdfast.errors import MissingExtraError
 from kdfast.models import FeatureTaps, create_model, list_models
 from kdfast.models.layers import ChannelShuffle, ConvNet
+from kdfast.models.mobilenet_v2 import InvertedResidual
+from kdfast.models.resnet import Bottleneck
+from kdfast.models.shufflenet import ShuffleDownV2, ShuffleUnitV1, ShuffleUnitV2
 
 # Parameters with 100 classes. The integers follow from the code published with contrastive representation
 # distillation (RepDistiller, which mdistiller shares); the millions are what tables print.
@@ -168,6 +171,90 @@ def test_wrn_shortcut_takes_the_activated_input_where_the_width_changes() -> Non
     identity = create_model("wrn_16_1", 10).eval().block1.layer[0]
     nn.init.zeros_(identity.conv2.weight)
     torch.testing.assert_close(identity(x), x)
+
+
+class Formula:
+    """The layers of a block as functions of its own parameters, to write the block's formula with."""
+
+    def __init__(self, block: nn.Module) -> None:
+        for module in block.modules():
+            if isinstance(module, nn.BatchNorm2d):  # otherwise every batch norm is close to the identity
+                for tensor in (module.weight.data, module.bias.data, module.running_mean):
+                    tensor.uniform_(0.5, 1.5)
+        self.state = block.eval().state_dict()
+
+    def conv(self, name: str, x: torch.Tensor, stride: int = 1, groups: int = 1) -> torch.Tensor:
+        weight = self.state[f"{name}.weight"]
+        return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2, groups=groups)
+
+    def bn(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        parts = (self.state[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *parts)
+
+
+def test_basic_blocks_follow_their_formula() -> None:
+    x = torch.randn(2, 16, 6, 6)
+    block = create_model("resnet8", 10).layer2[0]
+    f = Formula(block)
+    out = f.bn("bn2", f.conv("conv2", f.bn("bn1", f.conv("conv1", x, 2)).relu()))
+    shortcut = f.bn("downsample.1", f.conv("downsample.0", x, 2))
+    torch.testing.assert_close(block(x), (out + shortcut).relu())
+    plain = create_model("resnet8", 10).layer1[0]
+    f = Formula(plain)
+    out = f.bn("bn2", f.conv("conv2", f.bn("bn1", f.conv("conv1", x)).relu()))
+    torch.testing.assert_close(plain(x), (out + x).relu())
+
+
+def test_bottleneck_follows_its_formula() -> None:
+    x = torch.randn(2, 16, 5, 5)
+    block = Bottleneck(16, 4, 2)
+    f = Formula(block)
+    out = f.bn("bn1", f.conv("conv1", x)).relu()
+    out = f.bn("bn3", f.conv("conv3", f.bn("bn2", f.conv("conv2", out, 2)).relu()))
+    shortcut = f.bn("shortcut.1", f.conv("shortcut.0", x, 2))
+    torch.testing.assert_close(block(x), (out + shortcut).relu())
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(4, 1), (4, 2), (8, 1)])
+def test_inverted_residual_follows_its_formula(channels: int, stride: int) -> None:
+    x = torch.randn(2, 4, 5, 5)
+    block = InvertedResidual(4, channels, stride, 3)
+    f = Formula(block)
+    out = f.bn("conv.1", f.conv("conv.0", x)).relu()
+    out = f.bn("conv.4", f.conv("conv.3", out, stride, groups=12)).relu()
+    out = f.bn("conv.7", f.conv("conv.6", out))
+    torch.testing.assert_close(block(x), out + x if (channels, stride) == (4, 1) else out)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_shuffle_unit_v1_follows_its_formula(stride: int) -> None:
+    x = torch.randn(2, 12, 5, 5)
+    block = ShuffleUnitV1(12, 24 if stride == 2 else 12, stride, 3)
+    middle = block.conv2.out_channels
+    f = Formula(block)
+    out = f.bn("bn1", f.conv("conv1", x, groups=3)).relu()
+    out = out[:, torch.arange(middle).reshape(3, -1).T.flatten()]
+    out = f.bn("bn2", f.conv("conv2", out, stride, groups=middle)).relu()
+    out = f.bn("bn3", f.conv("conv3", out, groups=3))
+    pooled = F.avg_pool2d(x, 3, 2, 1)
+    joined = torch.cat((out, pooled), 1) if stride == 2 else out + x
+    torch.testing.assert_close(block(x), joined.relu())
+
+
+def test_shuffle_units_v2_follow_their_formulas() -> None:
+    x = torch.randn(2, 8, 5, 5)
+    order = torch.arange(8).reshape(2, -1).T.flatten()
+    unit = ShuffleUnitV2(8)
+    f = Formula(unit)
+    out = f.bn("bn2", f.conv("conv2", f.bn("bn1", f.conv("conv1", x[:, 4:])).relu(), groups=4))
+    out = f.bn("bn3", f.conv("conv3", out)).relu()
+    torch.testing.assert_close(unit(x), torch.cat((x[:, :4], out), 1)[:, order])
+    down = ShuffleDownV2(8, 8)
+    f = Formula(down)
+    left = f.bn("bn2", f.conv("conv2", f.bn("bn1", f.conv("conv1", x, 2, groups=8)))).relu()
+    right = f.bn("bn4", f.conv("conv4", f.bn("bn3", f.conv("conv3", x)).relu(), 2, groups=4))
+    right = f.bn("bn5", f.conv("conv5", right)).relu()
+    torch.testing.assert_close(down(x), torch.cat((left, right), 1)[:, order])
 
 
 def test_channel_shuffle_interleaves_the_groups() -> None:

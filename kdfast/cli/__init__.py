@@ -1,1 +1,1 @@
-
+"""The ``kdfast`` command."""

@@ -1,1 +1,1 @@
-
+"""Schedulers, the sampling loop and the synthesizer."""

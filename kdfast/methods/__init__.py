@@ -1,1 +1,1 @@
-
+"""The five methods."""

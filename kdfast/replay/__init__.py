@@ -1,1 +1,1 @@
-
+"""Prioritized replay."""

@@ -1,1 +1,1 @@
-
+"""Training loops and checkpoints."""
