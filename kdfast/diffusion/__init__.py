@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 _MODULES = {
     "DDIMScheduler": "schedulers",
     "DDPMScheduler": "schedulers_ddpm",
+    "EulerAncestralDiscreteScheduler": "schedulers_euler",
+    "EulerDiscreteScheduler": "schedulers_euler",
+    "FlowMatchEulerDiscreteScheduler": "schedulers_euler",
+    "LCMScheduler": "schedulers_lcm",
+    "DPMSolverMultistepScheduler": "schedulers_dpm",
 }
 
 __all__ = ["DDIMScheduler"]
