@@ -14,6 +14,7 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 from kdfast.diffusion import DPMSolverMultistepScheduler  # noqa: E402
+from kdfast.ops.denoise import COLUMNS  # noqa: E402
 from tests.conftest import INTERPRETING, Target  # noqa: E402
 from tests.test_schedulers_ddim import deviation, inputs  # noqa: E402
 
@@ -54,20 +55,29 @@ def compare(
     theirs, ours = pair(**case)
     theirs.set_timesteps(steps)
     ours.set_timesteps(steps, device=device)
+    for scheduler in (theirs, ours):
+        scheduler.set_begin_index(0)  # Karras schedules repeat timesteps, and a search would find the second
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     sample = inputs(dtype)[0]
     for t, t_ours in zip(theirs.timesteps, ours.timesteps, strict=True):
         output = torch.sin(3 * sample)
+        at = ours.step_index or 0
+        ours._step_index = at
+        order = ours._order()
         want = theirs.step(output, t, sample, generator=generators[0]).prev_sample
         got = ours.step(output.to(device), t_ours, sample.to(device), generator=generators[1]).prev_sample
         assert torch.equal(generators[0].get_state(), generators[1].get_state()), "drew differently"
         assert got.dtype == want.dtype
         if not want.isfinite().all():
             break  # a step of h = 0 or of σ' > σ: not a number in diffusers
-        predicted = max(float(m.abs().max()) for m in theirs.model_outputs if m is not None)
-        # What x and m, which may be much larger than their combination, round to in float32.
-        slack = max(1.0, max(predicted, float(sample.abs().max())) / max(float(want.abs().max()), 1e-3))
-        assert deviation(got.cpu(), want) <= tolerance * slack, t
+        # The algorithms in ε, and third order, subtract terms that may be thousands of times the result; those
+        # are rounded in float32 (by diffusers also in float64 and bfloat16), and that is the bound.
+        row = ours._table(torch.device("cpu"), torch.float64)[(order - 1) * steps + at]
+        factors = [row[COLUMNS.index(name)].abs() for name in ("a", "b", "d1", "d2")]
+        operands = [sample, *(m for m in reversed(theirs.model_outputs) if m is not None)]
+        terms = sum(float(f * x.abs().max()) for f, x in zip(factors, operands, strict=False))
+        error = float((got.cpu().double() - want.double()).abs().max())
+        assert error <= tolerance * max(terms, float(want.abs().max())), t
         sample = want
 
 
@@ -105,6 +115,7 @@ def test_no_case_of_the_grid_uses_the_step_of_diffusers(monkeypatch: pytest.Monk
     for case in [*random.Random(2).sample(CASES, 40), {"thresholding": True}]:
         ours = pair(**case)[1]
         ours.set_timesteps(4)
+        ours.set_begin_index(0)
         sample, output, _ = inputs(torch.float32)
         for t in ours.timesteps:
             sample = ours.step(output, t, sample).prev_sample
@@ -160,7 +171,7 @@ def test_gradients_reach_every_step() -> None:
         for t in scheduler.timesteps:
             current = scheduler.step(torch.sin(current), t, current).prev_sample
         grads.append(torch.autograd.grad(current.square().sum(), sample)[0])
-    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+    assert deviation(grads[1], grads[0]) <= 1e-4
 
 
 def test_a_learned_variance_is_not_read() -> None:
