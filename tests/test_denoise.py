@@ -93,7 +93,17 @@ def oracle(
 def opcheck_args(inputs: Inputs) -> tuple[Any, tuple[Any, ...]]:
     sample, output = (inputs[key].clone().requires_grad_() for key in ("sample", "model_output"))
     args = (sample, output, inputs["coefficients"], None, 3, [], None, None, None, None, None, torch.float32)
-    return torch.ops.kdfast.denoise_step.default, (*args, None, True, None, False, 1.0, True, True, torch.float32)
+    return torch.ops.kdfast.denoise_step.default, (
+        *args,
+        None,
+        True,
+        None,
+        False,
+        1.0,
+        True,
+        True,
+        torch.float32,
+    )
 
 
 def case(name: str, maker: Any, options: dict[str, Any] | None = None, **more: Any) -> OpCase:

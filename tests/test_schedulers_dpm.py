@@ -39,7 +39,9 @@ def possible(case: dict[str, Any]) -> bool:
 
 
 CASES = [
-    case for values in itertools.product(*GRID.values()) if possible(case := dict(zip(GRID, values, strict=True)))
+    case
+    for values in itertools.product(*GRID.values())
+    if possible(case := dict(zip(GRID, values, strict=True)))
 ]
 
 
@@ -70,7 +72,7 @@ def compare(
         assert got.dtype == want.dtype
         if not want.isfinite().all():
             break  # a step of h = 0 or of σ' > σ: not a number in diffusers
-        # The algorithms in ε, and third order, subtract terms that may be thousands of times the result; those
+        # The algorithms in ε, and third order, subtract terms that may be thousands of times the result; they
         # are rounded in float32 (by diffusers also in float64 and bfloat16), and that is the bound.
         row = ours._table(torch.device("cpu"), torch.float64)[(order - 1) * steps + at]
         factors = [row[COLUMNS.index(name)].abs() for name in ("a", "b", "d1", "d2")]
@@ -141,7 +143,9 @@ def test_given_noise() -> None:
     results = []
     for scheduler in (theirs, ours):
         scheduler.set_timesteps(6)
-        results.append(scheduler.step(output, scheduler.timesteps[0], sample, variance_noise=noise).prev_sample)
+        results.append(
+            scheduler.step(output, scheduler.timesteps[0], sample, variance_noise=noise).prev_sample
+        )
     assert deviation(results[1], results[0]) <= 1e-6
 
 
@@ -180,7 +184,9 @@ def test_a_learned_variance_is_not_read() -> None:
     results = []
     for scheduler in (theirs, ours):
         scheduler.set_timesteps(4)
-        results.append(scheduler.step(torch.cat([output, more], 1), scheduler.timesteps[0], sample).prev_sample)
+        results.append(
+            scheduler.step(torch.cat([output, more], 1), scheduler.timesteps[0], sample).prev_sample
+        )
     assert deviation(results[1], results[0]) <= 1e-6
 
 
@@ -214,4 +220,6 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="has 6 channels"):
         ours.step(torch.cat([output, output], 1), ours.timesteps[0], sample)
     with pytest.raises(ValueError, match="one source of noise"):
-        ours.step_cfg(torch.cat([output, output]), ours.timesteps[0], sample, 2.0, variance_noise=sample, seed=1)
+        ours.step_cfg(
+            torch.cat([output, output]), ours.timesteps[0], sample, 2.0, variance_noise=sample, seed=1
+        )

@@ -10,18 +10,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdfast.diffusion.schedulers import DDIMScheduler
+    from kdfast.diffusion.schedulers_ddpm import DDPMScheduler
+    from kdfast.diffusion.schedulers_dpm import DPMSolverMultistepScheduler
+    from kdfast.diffusion.schedulers_euler import (
+        EulerAncestralDiscreteScheduler,
+        EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+    )
+    from kdfast.diffusion.schedulers_lcm import LCMScheduler
 
 _MODULES = {
     "DDIMScheduler": "schedulers",
     "DDPMScheduler": "schedulers_ddpm",
+    "DPMSolverMultistepScheduler": "schedulers_dpm",
     "EulerAncestralDiscreteScheduler": "schedulers_euler",
     "EulerDiscreteScheduler": "schedulers_euler",
     "FlowMatchEulerDiscreteScheduler": "schedulers_euler",
     "LCMScheduler": "schedulers_lcm",
-    "DPMSolverMultistepScheduler": "schedulers_dpm",
 }
 
-__all__ = ["DDIMScheduler"]
+__all__ = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "LCMScheduler",
+]
 
 
 def __getattr__(name: str) -> Any:

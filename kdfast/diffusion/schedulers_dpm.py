@@ -1,13 +1,13 @@
 """DPM-Solver multistep (Lu et al. 2022, arXiv:2206.00927 and 2211.01095) over the fused step.
 
-With λ = log α − log σ, h = λ_t − λ_s0, r₀ = (λ_s0 − λ_s1)/h, r₁ = (λ_s1 − λ_s2)/h and the predictions m₀, m₁, m₂:
+With λ = log α − log σ, h = λ_t − λ_s0, r₀ = (λ_s0 − λ_s1)/h, r₁ = (λ_s1 − λ_s2)/h, predictions m₀, m₁, m₂:
 
     D₁₀ = (m₀ − m₁)/r₀,  D₁₁ = (m₁ − m₂)/r₁
     y = a·x + k₀·m₀ + u₀·D₁₀ + u₁·D₁₁ + c·z
       = a·x + (k₀ + u₀/r₀)·m₀ + (u₁/r₁ − u₀/r₀)·m₁ − (u₁/r₁)·m₂ + c·z
 
-The predictions are x₀ for the ``++`` algorithms and ε for the others; the step makes m₀ and stores it, and reads
-m₁ and m₂ as its history.
+The predictions are x₀ for the ``++`` algorithms and ε for the others; the step makes m₀ and stores it, and
+reads m₁ and m₂ as its history.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ from kdfast.ops import denoise as ops
 class DPMSolverMultistepScheduler(GuidedStep, diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc, name-defined]
     """A drop-in for ``diffusers.DPMSolverMultistepScheduler``: same config, same results, one kernel a step.
 
-    All four algorithms, orders 1 to 3, midpoint and Heun. Diffusers computes in float32; so does this, but for
-    float64 inputs, which stay float64.
+    All four algorithms, orders 1 to 3, midpoint and Heun. Diffusers computes in float32; so does this, but
+    for float64 inputs, which stay float64.
     """
+
+    model_outputs: list[Any]
 
     def step(
         self,
@@ -51,8 +53,8 @@ class DPMSolverMultistepScheduler(GuidedStep, diffusers.DPMSolverMultistepSchedu
         """One step; arguments and result as in ``diffusers.DPMSolverMultistepScheduler.step``.
 
         Args:
-            model_output: The model's prediction, of the sample's shape (further channels are a variance, which
-                ``variance_type`` must announce).
+            model_output: The model's prediction, of the sample's shape (further channels are a variance,
+                which ``variance_type`` must announce).
             timestep: One of ``timesteps``; it is read on the first step only.
             sample: x, any strides, which the result keeps.
             generator: Draws the noise of the stochastic algorithms, as diffusers would.

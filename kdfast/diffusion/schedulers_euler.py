@@ -1,7 +1,7 @@
 """Euler samplers in σ (Karras et al. 2022, Alg. 2), ancestral and for flow matching, over the fused step.
 
-With σ → σ' and dt = σ' − σ: y = x + dt·(x − x₀)/σ. Diffusers computes in float32 and returns the model output's
-dtype; so do these, but for float64 inputs, which stay float64.
+With σ → σ' and dt = σ' − σ: y = x + dt·(x − x₀)/σ. Diffusers computes in float32 and returns the model
+output's dtype; so do these, but for float64 inputs, which stay float64.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def begin_step(scheduler: Any, timestep: Any) -> int:
 def warn_unscaled(scheduler: Any) -> None:
     """Diffusers' warning for a loop that feeds the model x instead of x/√(σ² + 1)."""
     if not scheduler.is_scale_input_called:
-        logger.warning("scale_model_input should be called before step, so that the model sees its input scaled")
+        logger.warning(
+            "scale_model_input should be called before step, so that the model sees its input scaled"
+        )
 
 
 def sigma_x0(sigma: Tensor, prediction_type: str, scheduler: str) -> tuple[Tensor, Tensor]:
@@ -161,7 +163,13 @@ class EulerDiscreteScheduler(GuidedStep, diffusers.EulerDiscreteScheduler):  # t
         return self._euler(model_output, sample, begin_step(self, timestep), 0.0, guide, return_dict)
 
     def _euler(
-        self, model_output: Tensor, sample: Tensor, row: int, gamma: float, guide: ops.Guidance, return_dict: bool
+        self,
+        model_output: Tensor,
+        sample: Tensor,
+        row: int,
+        gamma: float,
+        guide: ops.Guidance,
+        return_dict: bool,
     ) -> Any:
         warn_unscaled(self)
         prediction = self.config.prediction_type
@@ -191,7 +199,7 @@ class EulerDiscreteScheduler(GuidedStep, diffusers.EulerDiscreteScheduler):  # t
 
 
 class EulerAncestralDiscreteScheduler(GuidedStep, diffusers.EulerAncestralDiscreteScheduler):  # type: ignore[misc, name-defined]
-    """A drop-in for ``diffusers.EulerAncestralDiscreteScheduler``: same config, same results, one kernel a step.
+    """A drop-in for ``diffusers.EulerAncestralDiscreteScheduler``: same config, same results, one kernel.
 
     Attributes:
         keep_pred_original: Set to False to leave ``pred_original_sample`` None.
@@ -220,7 +228,9 @@ class EulerAncestralDiscreteScheduler(GuidedStep, diffusers.EulerAncestralDiscre
             ValueError: An integer timestep, or shapes that do not fit.
         """
         check_same_channels(sample, model_output)
-        return self._fused(model_output, timestep, sample, ops.NO_GUIDANCE, generator, None, None, return_dict)
+        return self._fused(
+            model_output, timestep, sample, ops.NO_GUIDANCE, generator, None, None, return_dict
+        )
 
     def _fused(
         self,
@@ -247,7 +257,11 @@ class EulerAncestralDiscreteScheduler(GuidedStep, diffusers.EulerAncestralDiscre
             sample,
             model_output,
             table_cache(self).get(
-                prediction, sample.device, dtype, (self.sigmas,), lambda: ancestral_table(self.sigmas, prediction)
+                prediction,
+                sample.device,
+                dtype,
+                (self.sigmas,),
+                lambda: ancestral_table(self.sigmas, prediction),
             ),
             row,
             guidance=guide,
@@ -260,7 +274,9 @@ class EulerAncestralDiscreteScheduler(GuidedStep, diffusers.EulerAncestralDiscre
         self._step_index += 1
         if not return_dict:
             return result.y, result.x0
-        output = diffusers.schedulers.scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
+        output = (
+            diffusers.schedulers.scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
+        )
         return output(prev_sample=result.y, pred_original_sample=result.x0)
 
 
@@ -276,7 +292,7 @@ def ancestral_table(sigmas: Tensor, prediction_type: str) -> Tensor:
 
 
 class FlowMatchEulerDiscreteScheduler(GuidedStep, diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc, name-defined]
-    """A drop-in for ``diffusers.FlowMatchEulerDiscreteScheduler``: same config, same results, one kernel a step.
+    """A drop-in for ``diffusers.FlowMatchEulerDiscreteScheduler``: same config, same results, one kernel.
 
     The model predicts the velocity ε − x₀ (Lipman et al. 2023): y = x + (σ' − σ)·o, or with
     ``stochastic_sampling`` y = (1 − σ')·(x − σ·o) + σ'·z.
@@ -322,7 +338,9 @@ class FlowMatchEulerDiscreteScheduler(GuidedStep, diffusers.FlowMatchEulerDiscre
                 return_dict=return_dict,
             )
         check_same_channels(sample, model_output)
-        return self._fused(model_output, timestep, sample, ops.NO_GUIDANCE, generator, None, None, return_dict)
+        return self._fused(
+            model_output, timestep, sample, ops.NO_GUIDANCE, generator, None, None, return_dict
+        )
 
     def _fused(
         self,
@@ -357,7 +375,9 @@ class FlowMatchEulerDiscreteScheduler(GuidedStep, diffusers.FlowMatchEulerDiscre
         self._step_index += 1
         if not return_dict:
             return (result.y,)
-        output = diffusers.schedulers.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput
+        output = (
+            diffusers.schedulers.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput
+        )
         return output(prev_sample=result.y)
 
 

@@ -53,7 +53,9 @@ class LCMScheduler(GuidedStep, diffusers.LCMScheduler):  # type: ignore[misc, na
             ValueError: No ``set_timesteps`` yet, or shapes that do not fit.
         """
         check_same_channels(sample, model_output)
-        return self._fused(model_output, timestep, sample, ops.NO_GUIDANCE, generator, None, None, return_dict)
+        return self._fused(
+            model_output, timestep, sample, ops.NO_GUIDANCE, generator, None, None, return_dict
+        )
 
     def _fused(
         self,
@@ -88,7 +90,7 @@ class LCMScheduler(GuidedStep, diffusers.LCMScheduler):  # type: ignore[misc, na
             sample, model_output, table, row, guidance=guide, noise=noise, seed=seed, clip=clip, want_x0=True
         )
         denoised = result.x0
-        if clip is not None:
+        if clip is not None and denoised is not None:
             c_skip, c_out = self._boundary(row)
             denoised = denoised * c_out + sample * c_skip
         self._step_index += 1
