@@ -220,7 +220,9 @@ def test_the_clip_mask_is_one_bit_an_element_in_memory_order(target: Target) -> 
     _, _, bits, _ = chosen.denoise_step(x, o, rows, 1, dtype=torch.float32, clip=0.8, want_mask=True)
     inside = (rows[1, 0] * x + rows[1, 1] * o).abs() <= 0.8
     assert bits.shape == (15,)
-    assert torch.equal(reference.unpack_bits(bits, x.shape, reference.iteration_order(x)), inside)
+    assert torch.equal(
+        reference.unpack_bits(bits, x.shape, reference.iteration_order(x.shape, x.stride())), inside
+    )
 
 
 # --- layouts and dtypes ---------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class _Step(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # The step may live on the device and be advanced in place: saving it makes a late change an error.
         ctx.save_for_backward(*(t if isinstance(t, Tensor) else None for t in (bits, call.mask, call.step)))
-        ctx.call, ctx.order = call, reference.iteration_order(y)
+        ctx.call, ctx.order = call, reference.iteration_order(y.shape, y.stride())
         ctx.likes = tuple(
             Like(t.shape, t.dtype) if needed else None
             for t, needed in zip((sample, model_output), ctx.needs_input_grad[:2], strict=True)
