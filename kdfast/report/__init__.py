@@ -1,1 +1,1 @@
-
+"""Plots and pages from metrics files."""
