@@ -261,6 +261,15 @@ def test_augment_sees_plain_images_and_is_seeded_by_place(shards: Path, kind: st
     assert epochs[0][0].min() < -0.5
 
 
+def test_regimes_by_name(shards: Path) -> None:
+    with ShardLoader(shards, 50, loader="torch", augment="none") as loader:
+        assert sorted(flat(seen(loader))) == list(range(50))
+    with ShardLoader(shards, 50, loader="torch", augment="high") as loader:
+        ((images, _),) = list(loader)
+    assert images.shape == (50, 3, 8, 8)
+    assert len(images.unique()) > 100
+
+
 def test_on_error_raise_names_shard_key_and_fault(tmp_path: Path, kind: str) -> None:
     files = good(4)
     files[2] = (files[2][0], b"garbage")
@@ -431,7 +440,12 @@ def test_refuses_a_state_of_other_data(shards: Path, tmp_path: Path) -> None:
         ({"mean": (0.5,) * 3}, ValueError, "mean, std: give both or neither"),
         ({"mean": (0.5,) * 2, "std": (1.0,) * 3}, ValueError, "mean: got 2 values"),
         ({"mean": (0.5,) * 3, "std": (1.0, 1.0, 0.0)}, ValueError, "std: got .* must be positive"),
-        ({"augment": "flip"}, TypeError, "augment: got str"),
+        ({"augment": 3}, TypeError, "augment: got int"),
+        (
+            {"augment": "flip"},
+            ValueError,
+            "augment: got 'flip'; accepted: 'none', 'standard', 'high', 'extreme'",
+        ),
         ({"device": "meta"}, ValueError, "device: got 'meta'"),
     ],
 )
