@@ -1,4 +1,4 @@
-"""Samplers over the fused denoising step: drop-in schedulers for diffusers' pipelines.
+"""Samplers over the fused denoising step, drop-ins for diffusers' schedulers; and the synthesizer.
 
 Everything here needs ``pip install "kdfast[diffusion]"``; nothing is imported before it is used.
 """
@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdfast.diffusion.schedulers import DDIMScheduler
+    from kdfast.diffusion.synthesizer import SynthesisResult, Synthesizer
 
 _MODULES = {
     "DDIMScheduler": "schedulers",
     "DDPMScheduler": "schedulers_ddpm",
+    "SynthesisResult": "synthesizer",
+    "Synthesizer": "synthesizer",
 }
 
-__all__ = ["DDIMScheduler"]
+__all__ = ["DDIMScheduler", "DDPMScheduler", "SynthesisResult", "Synthesizer"]
 
 
 def __getattr__(name: str) -> Any:
