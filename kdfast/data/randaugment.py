@@ -139,10 +139,9 @@ def smooth(images: torch.Tensor) -> torch.Tensor:
 
 
 def _posterize(images: torch.Tensor, strength: float, sign: torch.Tensor) -> torch.Tensor:
-    levels = 2 ** (8 - round(4 * strength))
-    step = 256 // levels
-    kept: torch.Tensor = (images * 255).round().div(step).floor()
-    return (kept * step / 255).to(images.dtype)
+    # The low bits of each byte, up to four of them.
+    step = 1 << round(4 * strength)
+    return ((images * 255).round().div(step).floor() * step / 255).to(images.dtype)
 
 
 def _solarize(images: torch.Tensor, strength: float, sign: torch.Tensor) -> torch.Tensor:
