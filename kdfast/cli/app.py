@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -241,6 +242,8 @@ def _values(recipe: Path | None, overrides: list[str] | None, **options: Any) ->
 
 
 def _show(result: Mapping[str, Any], as_json: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":  # under torchrun all ranks have the same result
+        return
     if as_json:
         typer.echo(json.dumps(result))
         return
