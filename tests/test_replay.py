@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from kdfast.reference import replay as reference
 from kdfast.reference.replay import Meta, PriorityRule, ReplayState, SumLayout
 from tests import replay_oracle as oracle
 from tests.conformance import ConformanceSuite, OpCase
-from tests.conftest import INTERPRETING, Target
+from tests.conftest import Target
 
 RULE = PriorityRule(alpha=0.6, eps=1e-6, scale=2.0**22)
 SEED = 2**63 + 12345  # beyond int64, so that its bits must travel unchanged
@@ -328,10 +327,3 @@ def test_the_meta_words_are_the_cores_and_the_kernels() -> None:
     named = {name: int(value) for name, value in re.findall(r"^(\w+) = tl\.constexpr\((\d+)\)", source, re.M)}
     assert named == words
 
-
-@pytest.fixture
-def _no_interpreter() -> Iterator[None]:
-    if INTERPRETING:
-        pytest.skip("compiles for real")
-    pytest.importorskip("triton")
-    yield

@@ -5,6 +5,7 @@ Every function takes tensors in any layout and returns float32 (float64 for floa
 
 from __future__ import annotations
 
+from kdfast.functional.denoise import denoise_step
 from kdfast.functional.losses import kd_kl_div
 
-__all__ = ["kd_kl_div"]
+__all__ = ["denoise_step", "kd_kl_div"]
