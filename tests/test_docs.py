@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -78,6 +79,20 @@ def test_shell_blocks_name_what_exists() -> None:
                     line for word in words[2:] if word.startswith("recipes/") and not (ROOT / word).is_file()
                 ]
     assert wrong == []
+
+
+def test_the_picture_and_its_caption_show_one_run() -> None:
+    """The numbers under the picture are those of the metrics that it was drawn from."""
+    metrics = json.loads((ROOT / "docs" / "pages" / "assets" / "demo.json").read_text())
+    caption = re.search(
+        r"^\*From one run of `make demo`.*?\*$", (ROOT / "README.md").read_text(), re.M | re.S
+    )
+    assert caption is not None
+    names = ("teacher", "student", "student_hard_label", "student_noise")
+    want = [f"{100 * metrics[f'{name}_accuracy']:.1f}" for name in names]
+    assert re.findall(r"(\d+\.\d) %", caption[0].replace("\n", " ")) == want
+    assert f"seed {metrics['settings']['seed']}" in caption[0]
+    assert metrics["settings"]["device"] in caption[0]
 
 
 def test_relative_links_of_the_readme_lead_somewhere() -> None:

@@ -46,6 +46,7 @@ class Built:
     sdist: Path
     wheel: Path
     site: Path
+    log: str
 
     def names(self) -> set[str]:
         with zipfile.ZipFile(self.wheel) as archive:
@@ -95,10 +96,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     shutil.copytree(ROOT, tree, ignore=LEFTOVERS)
     # `build` makes the wheel from the unpacked sdist, so a file missing there is missing everywhere.
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", base / "dist"]
-    checked(*build, tree, cwd=base, KDFAST_REQUIRE_EXTENSION="1", CXXFLAGS="-O0")
+    log = checked(*build, tree, cwd=base, KDFAST_REQUIRE_EXTENSION="1", CXXFLAGS="-O0")
     (sdist,) = (base / "dist").glob("*.tar.gz")
     (wheel,) = (base / "dist").glob("*.whl")
-    return Built(tree, sdist, wheel, pip_install(wheel, base / "site"))
+    return Built(tree, sdist, wheel, pip_install(wheel, base / "site"), log)
 
 
 # An editable install finds in the checkout what the wheel lacks; here it must not.
@@ -141,6 +142,16 @@ def test_wheel_carries_the_package_and_nothing_else(built: Built) -> None:
     assert [name for name in names if re.fullmatch(r"kdfast/_C\..*\.(so|pyd)", name)]
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"kdfast"}
     assert [name for name in names if name.endswith("licenses/LICENSE")]
+
+
+def test_the_extension_is_compiled_to_travel(built: Built) -> None:
+    """Optimised, rounding as the GPU does, for no particular machine."""
+    compiled = [line for line in built.log.splitlines() if "bindings.cpp" in line and " -c " in line]
+    assert compiled, built.log
+    for line in compiled:
+        assert {"-std=c++17", "-O3", "-ffp-contract=off"} <= set(line.split())
+        assert "-march" not in line
+        assert "-mtune" not in line
 
 
 def test_wheel_metadata(built: Built) -> None:
