@@ -22,7 +22,7 @@ def _locate(
     numel, inner,
     SIZES: tl.constexpr, NDIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """This program's block: linear index of its start, live lanes, first innermost coordinate, coordinates."""
+    """This program's block: linear index of its start, live lanes, innermost start, coordinates."""
     pid = tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
@@ -102,10 +102,12 @@ def denoise_step_kernel(
     step, seed, steps, numel, inner,
     cond_offset, uncond_offset, variance_offset, next_copy_offset,
     guidance, clip, guided_channels,
-    X: tl.constexpr, OUT: tl.constexpr, OWN: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H3: tl.constexpr,
+    X: tl.constexpr, OUT: tl.constexpr, OWN: tl.constexpr,
+    H1: tl.constexpr, H2: tl.constexpr, H3: tl.constexpr,
     Z: tl.constexpr, Y: tl.constexpr, M: tl.constexpr, NEXT: tl.constexpr, E: tl.constexpr,
     SIZES: tl.constexpr, NDIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, PINNED: tl.constexpr,
-    STEP_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, HAS_SEED: tl.constexpr, SEED_RUN: tl.constexpr,
+    STEP_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr,
+    HAS_SEED: tl.constexpr, SEED_RUN: tl.constexpr,
     GUIDED: tl.constexpr, OWN_ROWS: tl.constexpr, CLIP: tl.constexpr, LEARNED: tl.constexpr,
     NEXT_COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

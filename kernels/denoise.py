@@ -74,7 +74,7 @@ NO_GUIDANCE = Guidance()
 
 
 class _Frame(NamedTuple):
-    """The common shape of all operands, with the two halves of a doubled sample as a dimension of their own."""
+    """The common shape of all operands; the halves of a doubled sample are a dimension of their own."""
 
     shape: tuple[int, ...]
     output: Strides  # of the model output, 0 along the halves
@@ -164,6 +164,7 @@ def denoise_step(
     mask: torch.Tensor | None = None,
     order: Sequence[int] | None = None,
     want_x0: bool = False,
+    x0_dtype: torch.dtype | None = None,
     want_mask: bool = False,
     next_dtype: torch.dtype | None = None,
     next_copies: int = 1,
@@ -175,7 +176,7 @@ def denoise_step(
         model_output: o: the sample's rows (with ``guidance``: both halves), and at least its channels.
         table: float32 ``[steps, 10]``, contiguous, on the sample's device.
         step: Row of the table; an integer tensor of one element is read by the kernel.
-        dtype: Of y and m.
+        dtype: Of y.
         guidance: How both halves combine.
         history: Up to three tensors h_j of the sample's shape.
         noise: z, of the sample's shape.
@@ -185,6 +186,7 @@ def denoise_step(
         mask: Instead of clamping, zero m where this mask (of an earlier step) has no bit.
         order: Lay y out in this order of dimensions (the mask's), rather than the sample's.
         want_x0: Store m.
+        x0_dtype: Of m, if not y's.
         want_mask: Store where the clamp let m through.
         next_dtype: Store n in this dtype.
         next_copies: Times that n is repeated along the batch.
@@ -197,7 +199,7 @@ def denoise_step(
         if order is None
         else ordered_empty(sample.shape, order, dtype, sample.device)
     )
-    m = torch.empty_like(y) if want_x0 else None
+    m = torch.empty_like(y, dtype=x0_dtype or dtype) if want_x0 else None
     bits = torch.empty(mask_bytes(y.numel()), dtype=torch.uint8, device=y.device) if want_mask else None
     following = None
     if next_dtype is not None:

@@ -93,7 +93,7 @@ def oracle(
 def opcheck_args(inputs: Inputs) -> tuple[Any, tuple[Any, ...]]:
     sample, output = (inputs[key].clone().requires_grad_() for key in ("sample", "model_output"))
     args = (sample, output, inputs["coefficients"], None, 3, [], None, None, None, None, None, torch.float32)
-    return torch.ops.kdfast.denoise_step.default, (*args, None, True, None, False, 1.0, True, True)
+    return torch.ops.kdfast.denoise_step.default, (*args, None, True, None, False, 1.0, True, True, torch.float32)
 
 
 def case(name: str, maker: Any, options: dict[str, Any] | None = None, **more: Any) -> OpCase:
@@ -103,7 +103,7 @@ def case(name: str, maker: Any, options: dict[str, Any] | None = None, **more: A
         make=maker,
         run=run(**options),
         oracle=oracle(**options),
-        # 257 is no multiple of anything; [3, 4, 16, 16] is dense and divides into blocks; [2, 4, 5] has no row of 8.
+        # 257 is a multiple of nothing; [3, 4, 16, 16] divides into blocks; [2, 4, 5] has no row of 8.
         shapes=more.pop("shapes", [(3, 4, 16, 16), (2, 4, 5), (1, 4, 257), (2, 4, 2, 3, 5)]),
         small_shapes=more.pop("small_shapes", [(2, 4, 3, 5), (2, 4, 131)]),
         launches=1,
@@ -440,9 +440,9 @@ REFUSALS = {
     "one-dimensional table": (ValueError, "coefficients", {"coefficients": torch.zeros(10)}),
     "table not contiguous": (ValueError, "contiguous", {"coefficients": torch.zeros(10, 5).T}),
     "table in float64": (ValueError, "float32", {"coefficients": torch.zeros(5, 10).double()}),
-    "table in float32 for float64": (ValueError, "float64", {"sample": X.double(), "model_output": X.double()}),
+    "table in float32 for float64": (ValueError, "float64", {"sample": X.double()}),
     "table requires grad": (ValueError, "gradient", {"coefficients": torch.zeros(5, 10, requires_grad=True)}),
-    "table elsewhere": (ValueError, "coefficients.*meta", {"coefficients": torch.zeros(5, 10, device="meta")}),
+    "table elsewhere": (ValueError, "meta", {"coefficients": torch.zeros(5, 10, device="meta")}),
     "step too large": (ValueError, r"\[0, 5\).*got 5", {"step": 5}),
     "negative step": (ValueError, "got -1", {"step": -1}),
     "step of two elements": (ValueError, "one element", {"step": torch.tensor([1, 2])}),
@@ -456,8 +456,16 @@ REFUSALS = {
     "output elsewhere": (ValueError, "one device", {"model_output": torch.zeros(2, 4, 3, device="meta")}),
     "order": (ValueError, "order.*cond_uncond", {"order": "first"}),
     "scale": (TypeError, "guidance_scale", {"guidance_scale": "2x"}),
-    "guided rows": (ValueError, r"two rows.*\(2, 4, 3\)", {"guidance_scale": 2.0, "sample": torch.zeros(3, 4, 3)}),
-    "guided channels": (ValueError, "one channel for each", {"guidance_scale": 2.0, "model_output": torch.zeros(4, 3, 3)}),
+    "guided rows": (
+        ValueError,
+        r"two rows.*\(2, 4, 3\)",
+        {"guidance_scale": 2.0, "sample": torch.zeros(3, 4, 3)},
+    ),
+    "guided channels": (
+        ValueError,
+        "one channel for each",
+        {"guidance_scale": 2.0, "model_output": torch.zeros(4, 3, 3)},
+    ),
     "cfg_channels": (
         ValueError,
         r"cfg_channels: must be in \[0, 4\], got 5",
@@ -526,7 +534,8 @@ def test_the_step_is_linear_in_everything_without_a_clip() -> None:
     whole = denoise_step(x, o, rows, 1, noise=z, history=[h])
     parts = sum(
         denoise_step(*(t if at == kept else torch.zeros_like(t) for at, t in enumerate((x, o))), rows, 1,
-                     noise=z if kept == 2 else torch.zeros_like(z), history=[h if kept == 3 else torch.zeros_like(h)])
+                     noise=z if kept == 2 else torch.zeros_like(z),
+                     history=[h if kept == 3 else torch.zeros_like(h)])
         for kept in range(4)
     )  # fmt: skip
     torch.testing.assert_close(whole, parts, rtol=1e-12, atol=1e-12)
@@ -536,6 +545,6 @@ def test_importing_the_op_needs_no_triton() -> None:
     import subprocess
     import sys
 
-    code = "import sys; sys.modules['triton'] = None; import kdfast.functional; import kdfast; print(kdfast.__version__)"
+    code = "import sys; sys.modules['triton'] = None; import kdfast.functional; print(kdfast.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == kdfast.__version__

@@ -59,7 +59,7 @@ def test_shell_blocks_name_what_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     from typer.main import get_command
 
-    from kdfast.cli import app
+    from kdfast.cli.app import app
 
     group = get_command(app)
     commands = getattr(group, "commands")  # noqa: B009 - a click group; typer types it as a command

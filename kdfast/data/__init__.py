@@ -9,6 +9,7 @@ from kdfast.errors import ShardError
 
 if TYPE_CHECKING:
     from kdfast.data import augment, surrogate
+    from kdfast.data.datasets import load_dataset
     from kdfast.data.loader import ShardLoader
     from kdfast.data.manifest import Manifest, read_manifest
     from kdfast.data.preflight import Fault, check_shards

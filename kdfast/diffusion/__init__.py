@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "DDIMScheduler": "schedulers",
+    "DDPMScheduler": "schedulers_ddpm",
     "SynthesisResult": "synthesizer",
     "Synthesizer": "synthesizer",
 }
 
-__all__ = ["DDIMScheduler", "SynthesisResult", "Synthesizer"]
+__all__ = ["DDIMScheduler", "DDPMScheduler", "SynthesisResult", "Synthesizer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,11 +11,13 @@ from kdfast.diffusion.schedulers_common import (
     BIG,
     check_same_channels,
     columns,
+    draw_noise,
     diffusers,
     noisy,
     row_of,
     table_cache,
     table_dtype,
+    unguided,
 )
 from kdfast.functional.denoise import Order, guidance
 from kdfast.ops import denoise as ops
@@ -30,7 +32,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
     classifier-free guidance in the same pass. Timesteps on a GPU are read there, without a synchronisation.
 
     Attributes:
-        keep_pred_original: Set to False to leave ``pred_original_sample`` None: a quarter less memory traffic.
+        keep_pred_original: False leaves ``pred_original_sample`` None: a quarter less traffic.
     """
 
     keep_pred_original: bool = True
@@ -94,19 +96,19 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
         """Classifier-free guidance and :meth:`step` in one pass.
 
         Args:
-            model_output: Both halves of the batch ``[2B, ≥ C, …]``; channels after C (DiT's variance) are ignored.
+            model_output: Both halves of the batch ``[2B, ≥ C, …]``; channels after C are not read.
             timestep: As in :meth:`step`.
             sample: x_t ``[B, C, …]``, or ``[2B, C, …]`` with a row for each half; the result matches it.
             guidance_scale: g of u + g·(c − u).
             order: Which half is first: the conditional (DiT) or the unconditional (Stable Diffusion).
-            cfg_channels: Guide only the first channels (DiT's authors: 3); None: all. The others come from the
-                conditional half or, for a sample of 2B rows, each from its own.
+            cfg_channels: Guide only the first channels (DiT's authors: 3); None: all. The others come from
+                the conditional half or, for a sample of 2B rows, each from its own.
             eta: As in :meth:`step`.
             generator: As in :meth:`step`; noise has the sample's shape.
             use_clipped_model_output: As in :meth:`step`.
             variance_noise: As in :meth:`step`.
-            seed: Make the noise in the kernel instead, keyed by (seed, timestep, element): an int, or an int64
-                tensor of one element on the sample's device.
+            seed: Make the noise in the kernel instead, keyed by (seed, timestep, element): an int, or an
+                int64 tensor of one element on the sample's device.
             return_dict: As in :meth:`step`.
 
         Raises:
@@ -149,7 +151,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
         # Dynamic thresholding at a maximum of 1 clamps to ±1, whatever the quantile.
         clip = 1.0 if config.thresholding else config.clip_sample_range if config.clip_sample else None
         if eta > 0:
-            noise = _noise(model_output, sample, guide, generator, noise, seed)
+            noise = draw_noise(model_output, sample, guide, generator, noise, seed)
         else:
             noise = seed = None
         result = ops.denoise_step(
@@ -187,9 +189,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
         """Dynamic thresholding needs a quantile of each image: diffusers' own step, after guidance."""
         if seed is not None:
             raise ValueError("seed: not with dynamic thresholding; pass a generator")
-        if guide.scale is not None:
-            guided = ops.guided_output(model_output, sample, guide)
-            model_output = guided.to(model_output.dtype)
+        model_output = unguided(model_output, sample, guide)
         return super().step(model_output, timestep, sample, eta, use_clipped, generator, noise, return_dict)
 
     def _table(
@@ -220,31 +220,6 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
         """v = √ᾱ_t·ε − √(1 − ᾱ_t)·x₀ (Salimans & Ho 2022), as in diffusers."""
         root, complement = noisy(self.alphas_cumprod, timesteps, sample)
         return root * noise - complement * sample
-
-
-def _noise(
-    model_output: Tensor,
-    sample: Tensor,
-    guide: ops.Guidance,
-    generator: torch.Generator | list[torch.Generator] | None,
-    noise: Tensor | None,
-    seed: int | Tensor | None,
-) -> Tensor | None:
-    """The step's noise tensor, or None if the kernel makes it."""
-    given = [
-        name
-        for name, value in (("generator", generator), ("variance_noise", noise), ("seed", seed))
-        if value is not None
-    ]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)}: give one source of noise, got {len(given)}")
-    if noise is not None or seed is not None:
-        return noise
-    # Diffusers draws in the shape of the guided output, which has the sample's rows and channels.
-    shape = model_output.shape if guide.scale is None else sample.shape
-    return diffusers.utils.torch_utils.randn_tensor(  # type: ignore[no-any-return]
-        shape, generator=generator, device=model_output.device, dtype=model_output.dtype
-    )
 
 
 def ddim_table(

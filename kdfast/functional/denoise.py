@@ -19,7 +19,7 @@ def guidance(
 
     Args:
         scale: Guidance scale, or None for one output a sample.
-        order: Which half of the batch comes first: the conditional (DiT) or the unconditional (Stable Diffusion).
+        order: Which half comes first: the conditional (DiT) or the unconditional (Stable Diffusion).
         cfg_channels: Channels that are guided; None: all.
 
     Raises:
@@ -60,23 +60,23 @@ def denoise_step(
 
     Args:
         sample: x ``[B, C, …]``, any strides, floating-point.
-        model_output: o, of the sample's shape (or broadcast against it); with ``guidance_scale`` ``[2B, C, …]``.
-            Channels after C (a learned variance) are not read.
+        model_output: o, of the sample's shape (or broadcast against it), with ``guidance_scale``
+            ``[2B, C, …]``. Channels after C (a learned variance) are not read.
         coefficients: float32 ``[steps, 10]``, float64 for float64 inputs, on the sample's device.
-        step: Row of ``coefficients``: an int, or an integer tensor of one element on the sample's device, which is
-            read there without a synchronisation (outside the table: NaN on a GPU).
+        step: Row of ``coefficients``: an int, or an integer tensor of one element on the sample's device,
+            which is read there without a synchronisation (outside the table: NaN on a GPU).
         guidance_scale: g. With it the sample may also have 2B rows, one for each half.
         noise: z, of the sample's shape.
-        seed: Make z in the kernel: Philox normals keyed by (seed, step, element). An int ≥ 0, or an int64 tensor of one
-            element on the sample's device, so that a captured graph sees its current value.
-        order: ``"cond_uncond"`` (DiT) or ``"uncond_cond"`` (Stable Diffusion): the halves of ``model_output``.
+        seed: Make z in the kernel: Philox normals keyed by (seed, step, element). An int ≥ 0, or an int64
+            tensor of one element on the sample's device, so that a captured graph sees its current value.
+        order: ``"cond_uncond"`` (DiT) or ``"uncond_cond"`` (Stable Diffusion): which half is which.
         cfg_channels: Guide only the first channels; the rest is the conditional half's.
         clip: Clamp the predicted x₀ to ±clip. Its subgradient is 1 at ±clip, 0 outside.
         history: Up to three tensors h_j.
 
     Returns:
-        y in the promoted dtype of the inputs, with the sample's strides. Differentiable (any number of times) in
-        ``sample``, ``model_output``, ``noise`` and ``history``.
+        y in the promoted dtype of the inputs, with the sample's strides. Differentiable, any number of times,
+        in ``sample``, ``model_output``, ``noise`` and ``history``.
 
     Raises:
         ValueError: Shapes, devices, dtypes or a step that do not fit together.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
+
+Stem = Literal["cifar", "imagenet"]
 
 
 class ConvNet(nn.Module):
@@ -92,3 +96,50 @@ def init_weights(model: nn.Module, *, linear_std: float | None = None) -> None:
 def scaled(channels: int, width: float) -> int:
     """``channels`` times a width multiplier, rounded down as the published CIFAR networks do, at least 1."""
     return max(1, int(channels * width))
+
+
+def check_stem(stem: str) -> bool:
+    """Whether the stem is the one for small images.
+
+    Raises:
+        ValueError: If it is neither ``"cifar"`` nor ``"imagenet"``.
+    """
+    if stem not in ("cifar", "imagenet"):
+        raise ValueError(f'stem is "cifar" or "imagenet", got {stem!r}')
+    return stem == "cifar"
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """How a stage samples: the stride of its first block, the dilation of that block and of the others."""
+
+    stride: int
+    first_dilation: int
+    dilation: int
+
+
+def plan_stages(stem_stride: int, strides: Sequence[int], output_stride: int | None) -> list[StagePlan]:
+    """Turn the strides beyond ``output_stride`` into dilations (DeepLabV3, Chen et al. 2017).
+
+    Args:
+        stem_stride: Input pixels per pixel before the first stage.
+        strides: Stride of each stage, 1 or 2.
+        output_stride: Input pixels per pixel after the last stage; None dilates nothing.
+
+    Raises:
+        ValueError: If ``output_stride`` cannot be reached.
+    """
+    accepted = [stem_stride << twos for twos in range(strides.count(2) + 1)]
+    if output_stride is not None and output_stride not in accepted:
+        raise ValueError(f"output_stride of this network is one of {accepted}, got {output_stride}")
+    limit = accepted[-1] if output_stride is None else output_stride
+    plans, reached, dilation = [], stem_stride, 1
+    for stride in strides:
+        before = dilation
+        if reached * stride <= limit:
+            reached *= stride
+        else:
+            # The first block of the stage still reads at the spacing of the stage before it.
+            dilation, stride = dilation * stride, 1
+        plans.append(StagePlan(stride, before, dilation))
+    return plans

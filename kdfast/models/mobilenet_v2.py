@@ -7,11 +7,11 @@ the published ones.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from kdfast.models.layers import ConvNet, init_weights, scaled
+from kdfast.models.layers import ConvNet, Stem, check_stem, init_weights, plan_stages, scaled
 
 # channels, blocks, stride of the first block; the expansion is 1 in the first stage and `expansion` after it.
 _STAGES = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
@@ -20,14 +20,16 @@ _STAGES = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 
 class InvertedResidual(nn.Module):
     """1×1 to ``expansion`` times the width, depthwise 3×3, linear 1×1; plus the input where shapes allow."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, expansion: int) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, expansion: int, dilation: int = 1
+    ) -> None:
         super().__init__()
         hidden = in_channels * expansion
         self.conv = nn.Sequential(
             nn.Conv2d(in_channels, hidden, 1, bias=False),
             nn.BatchNorm2d(hidden),
             nn.ReLU(),
-            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False),
+            nn.Conv2d(hidden, hidden, 3, stride, dilation, dilation, groups=hidden, bias=False),
             nn.BatchNorm2d(hidden),
             nn.ReLU(),
             nn.Conv2d(hidden, channels, 1, bias=False),
@@ -55,9 +57,12 @@ class MobileNetV2(ConvNet):
         expansion: Expansion of the inverted residuals, T.
         in_channels: Channels of the images.
         stem: ``"imagenet"`` gives the second stage the stride 2 of the original.
+        output_stride: Input pixels per feature pixel; smaller than the default (16, or 32 with the ImageNet
+            stem) turns the last strides into dilations.
 
     Raises:
-        ValueError: If ``width`` is not positive, ``expansion`` is below 1, or ``stem`` is unknown.
+        ValueError: If ``width`` is not positive, ``expansion`` is below 1, or ``stem`` or ``output_stride``
+            is none of the accepted values.
     """
 
     classifier_name: ClassVar[str] = "classifier.0"
@@ -69,26 +74,26 @@ class MobileNetV2(ConvNet):
         width: float = 0.5,
         expansion: int = 6,
         in_channels: int = 3,
-        stem: Literal["cifar", "imagenet"] = "cifar",
+        stem: Stem = "cifar",
+        output_stride: int | None = None,
     ) -> None:
         super().__init__()
         if width <= 0:
             raise ValueError(f"width is a positive multiplier, got {width}")
         if expansion < 1:
             raise ValueError(f"expansion is at least 1, got {expansion}")
-        if stem not in ("cifar", "imagenet"):
-            raise ValueError(f'stem is "cifar" or "imagenet", got {stem!r}')
         channels = scaled(32, width)
         self.conv1 = _conv_bn_relu(in_channels, channels, 3, 2)
         self.blocks = nn.ModuleList()
-        for index, (base, count, stride) in enumerate(_STAGES):
-            if index == 1 and stem == "imagenet":
-                stride = 2
-            inputs = [channels] + [scaled(base, width)] * (count - 1)
-            channels = scaled(base, width)
+        strides = [stride for _, _, stride in _STAGES]
+        strides[1] = 1 if check_stem(stem) else 2
+        plans = plan_stages(2, strides, output_stride)
+        for index, ((base, count, _), plan) in enumerate(zip(_STAGES, plans)):
+            inputs, channels = channels, scaled(base, width)
             factor = expansion if index else 1
-            strides = [stride] + [1] * (count - 1)
-            stage = [InvertedResidual(c, channels, s, factor) for c, s in zip(inputs, strides)]
+            stage = [InvertedResidual(inputs, channels, plan.stride, factor, plan.first_dilation)]
+            for _ in range(count - 1):
+                stage.append(InvertedResidual(channels, channels, 1, factor, plan.dilation))
             self.blocks.append(nn.Sequential(*stage))
         self.num_features = scaled(1280, max(1.0, width))
         self.conv2 = _conv_bn_relu(channels, self.num_features, 1, 1)

@@ -12,6 +12,8 @@ from functools import partial
 from torch import nn
 
 from kdfast.errors import require
+from kdfast.models.deeplab import DeepLabV3
+from kdfast.models.mobilenet_v1 import MobileNetV1
 from kdfast.models.mobilenet_v2 import MobileNetV2
 from kdfast.models.resnet import BasicBlock, Bottleneck, ResNet
 from kdfast.models.resnet_cifar import CifarResNet
@@ -33,9 +35,12 @@ _BUILDERS: dict[str, Builder] = {
     "vgg8": partial(VGG, widths=VGG8),
     "vgg11": partial(VGG, widths=VGG11),
     "vgg13": partial(VGG, widths=VGG13),
+    "mobilenet_v1": MobileNetV1,
     "mobilenet_v2": MobileNetV2,
     "shufflenet_v1": ShuffleNetV1,
     "shufflenet_v2": ShuffleNetV2,
+    "deeplabv3_resnet50": partial(DeepLabV3, backbone="resnet50"),
+    "deeplabv3_mobilenet_v2": partial(DeepLabV3, backbone="mobilenet_v2"),
 }
 
 # What other code bases call the same networks, after lower-casing and '-' → '_'.
@@ -43,7 +48,9 @@ _ALIASES = {
     "vgg8_bn": "vgg8",
     "vgg11_bn": "vgg11",
     "vgg13_bn": "vgg13",
+    "mobilenetv1": "mobilenet_v1",
     "mobilenetv2": "mobilenet_v2",
+    "deeplabv3_mobilenet": "deeplabv3_mobilenet_v2",
     "shufflenetv1": "shufflenet_v1",
     "shufflenetv2": "shufflenet_v2",
     "shufflev1": "shufflenet_v1",
@@ -62,7 +69,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def create_model(name: str, num_classes: int, *, in_channels: int = 3, **kwargs: object) -> nn.Module:
-    """Build a classifier with fresh weights.
+    """Build a network with fresh weights: a classifier, or with ``deeplabv3_*`` a classifier of every pixel.
 
     The networks of the papers (:func:`list_models`) take images of any size and have ``forward_features``,
     ``forward_head``, ``stages`` and ``num_features`` (:class:`~kdfast.models.layers.ConvNet`). Upper case,

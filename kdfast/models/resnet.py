@@ -7,11 +7,11 @@ and ``linear``.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from kdfast.models.layers import ConvNet, init_weights
+from kdfast.models.layers import ConvNet, Stem, check_stem, init_weights, plan_stages
 
 _WIDTHS = (64, 128, 256, 512)
 
@@ -99,29 +99,27 @@ class ResNet(ConvNet):
         block: type[BasicBlock] | type[Bottleneck] = BasicBlock,
         blocks: tuple[int, int, int, int] = (2, 2, 2, 2),
         in_channels: int = 3,
-        stem: Literal["cifar", "imagenet"] = "cifar",
+        stem: Stem = "cifar",
         output_stride: int | None = None,
     ) -> None:
         super().__init__()
-        if stem not in ("cifar", "imagenet"):
-            raise ValueError(f'stem is "cifar" or "imagenet", got {stem!r}')
-        small = stem == "cifar"
+        small = check_stem(stem)
         self.conv1 = nn.Conv2d(
             in_channels, 64, 3 if small else 7, 1 if small else 2, 1 if small else 3, bias=False
         )
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU()
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
-        strides, dilations = _strides(1 if small else 4, output_stride)
         channels = 64
         layers: list[nn.Sequential] = []
-        for width, count, stride, (first_dilation, dilation) in zip(_WIDTHS, blocks, strides, dilations):
-            stage: list[nn.Module] = [block(channels, width, stride, first_dilation)]
+        plans = plan_stages(1 if small else 4, (1, 2, 2, 2), output_stride)
+        for width, count, plan in zip(_WIDTHS, blocks, plans):
+            stage: list[nn.Module] = [block(channels, width, plan.stride, plan.first_dilation)]
             channels = width * block.expansion
-            stage += [block(channels, width, 1, dilation) for _ in range(count - 1)]
+            stage += [block(channels, width, 1, plan.dilation) for _ in range(count - 1)]
             layers.append(nn.Sequential(*stage))
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
-        self.linear = nn.Linear(channels, num_classes)
+        self.linear: nn.Module = nn.Linear(channels, num_classes)
         self.stages = ("layer1", "layer2", "layer3", "layer4")
         self.num_features = channels
         init_weights(self)
@@ -131,24 +129,3 @@ class ResNet(ConvNet):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         features: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return features
-
-
-def _strides(stem_stride: int, output_stride: int | None) -> tuple[list[int], list[tuple[int, int]]]:
-    """Stride of each stage, and its dilation in the first block and in the others."""
-    natural = 8 * stem_stride
-    accepted = [natural >> shift for shift in range(4)]
-    wanted = natural if output_stride is None else output_stride
-    if wanted not in accepted:
-        raise ValueError(f"output_stride of this stem is one of {sorted(accepted)}, got {output_stride}")
-    strides, dilations, reached, dilation = [1], [(1, 1)], stem_stride, 1
-    for _ in range(3):
-        # The first block of a stage still reads at the spacing of the stage before it.
-        before = dilation
-        if reached < wanted:
-            strides.append(2)
-            reached *= 2
-        else:
-            strides.append(1)
-            dilation *= 2
-        dilations.append((before, dilation))
-    return strides, dilations

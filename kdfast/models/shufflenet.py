@@ -1,7 +1,7 @@
 """ShuffleNet V1 (Zhang et al. 2018) and V2 (Ma et al. 2018) for small images, as in CRD (Tian et al. 2020).
 
-The stem is a 1×1 convolution without pooling. Parameter names are the published ones, and so is the
-initialisation, which is PyTorch's default.
+By default the stem is a 1×1 convolution without pooling. Parameter names are the published ones, and so is
+the initialisation, which is PyTorch's default.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kdfast.models.layers import ChannelShuffle, ConvNet
+from kdfast.models.layers import ChannelShuffle, ConvNet, Stem, check_stem
 
 _STEM = 24
 # The paper's 4 and 8 groups do not divide the narrower bottleneck of the published CIFAR networks.
@@ -21,6 +21,13 @@ _V2_WIDTHS = {0.5: (48, 96, 192, 1024), 1.0: (116, 232, 464, 1024), 1.5: (176, 3
 
 def _pointwise(in_channels: int, channels: int, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, channels, 1, groups=groups, bias=False)
+
+
+def _stem(in_channels: int, stem: Stem) -> tuple[nn.Conv2d, nn.Module]:
+    """The first convolution, and the pooling after it."""
+    if check_stem(stem):
+        return _pointwise(in_channels, _STEM), nn.Identity()
+    return nn.Conv2d(in_channels, _STEM, 3, 2, 1, bias=False), nn.MaxPool2d(3, 2, 1)
 
 
 def _depthwise(channels: int, stride: int) -> nn.Conv2d:
@@ -70,19 +77,23 @@ class ShuffleNetV1(ConvNet):
         num_classes: Outputs of the classifier.
         groups: Groups of the 1×1 convolutions: 1, 2 or 3; the widths follow Table 1 of the paper.
         in_channels: Channels of the images.
+        stem: ``"cifar"``: a 1×1 convolution; ``"imagenet"``: 3×3 at stride 2 and a max-pool, features at
+            1/32.
 
     Raises:
-        ValueError: If ``groups`` is none of the three.
+        ValueError: If ``groups`` is none of the three, or ``stem`` is unknown.
     """
 
     classifier_name: ClassVar[str] = "linear"
 
-    def __init__(self, num_classes: int, *, groups: int = 3, in_channels: int = 3) -> None:
+    def __init__(
+        self, num_classes: int, *, groups: int = 3, in_channels: int = 3, stem: Stem = "cifar"
+    ) -> None:
         super().__init__()
         if groups not in _V1_WIDTHS:
             raise ValueError(f"groups of ShuffleNet V1 is one of {sorted(_V1_WIDTHS)}, got {groups}")
         widths = _V1_WIDTHS[groups]
-        self.conv1 = _pointwise(in_channels, _STEM)
+        self.conv1, self.maxpool = _stem(in_channels, stem)
         self.bn1 = nn.BatchNorm2d(_STEM)
         self.relu = nn.ReLU()
         self.layer1 = self._stage(_STEM, widths[0], 4, groups)
@@ -99,7 +110,7 @@ class ShuffleNetV1(ConvNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """``[B, num_features, ⌈H/8⌉, ⌈W/8⌉]``, after the last ReLU."""
-        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         features: Tensor = self.layer3(self.layer2(self.layer1(x)))
         return features
 
@@ -166,19 +177,23 @@ class ShuffleNetV2(ConvNet):
         num_classes: Outputs of the classifier.
         size: Width: 0.5, 1 or 1.5; widths follow Table 5 of the paper.
         in_channels: Channels of the images.
+        stem: ``"cifar"``: a 1×1 convolution; ``"imagenet"``: 3×3 at stride 2 and a max-pool, features at
+            1/32.
 
     Raises:
-        ValueError: If ``size`` is none of the three.
+        ValueError: If ``size`` is none of the three, or ``stem`` is unknown.
     """
 
     classifier_name: ClassVar[str] = "linear"
 
-    def __init__(self, num_classes: int, *, size: float = 1.0, in_channels: int = 3) -> None:
+    def __init__(
+        self, num_classes: int, *, size: float = 1.0, in_channels: int = 3, stem: Stem = "cifar"
+    ) -> None:
         super().__init__()
         if size not in _V2_WIDTHS:
             raise ValueError(f"size of ShuffleNet V2 is one of {sorted(_V2_WIDTHS)}, got {size}")
         widths = _V2_WIDTHS[size]
-        self.conv1 = _pointwise(in_channels, _STEM)
+        self.conv1, self.maxpool = _stem(in_channels, stem)
         self.bn1 = nn.BatchNorm2d(_STEM)
         self.relu1 = nn.ReLU()
         self.layer1 = self._stage(_STEM, widths[0], 4)
@@ -199,7 +214,7 @@ class ShuffleNetV2(ConvNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """``[B, num_features, ⌈H/8⌉, ⌈W/8⌉]``, after the last ReLU."""
-        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.maxpool(self.relu1(self.bn1(self.conv1(x))))
         x = self.layer3(self.layer2(self.layer1(x)))
         features: Tensor = self.relu2(self.bn2(self.conv2(x)))
         return features

@@ -25,8 +25,8 @@ def broadcast(
     except RuntimeError:
         shapes = ", ".join(str(tuple(t.shape)) for t in present)
         raise ValueError(
-            f"sample, model_output, history and noise must broadcast to one shape (model_output may have more "
-            f"channels), got {shapes}"
+            f"sample, model_output, history and noise must broadcast to one shape (model_output may have "
+            f"more channels), got {shapes}"
         ) from None
     expanded = [t.expand(shape) for t in present]
     noise = expanded.pop() if noise is not None else None
@@ -100,13 +100,35 @@ def check_guided(
         or model_output.shape[2:] != sample.shape[2:]
     ):
         raise ValueError(
-            f"guidance takes a model_output with two rows and at least one channel for each of the sample's (whose "
-            f"rows may be doubled too): sample {tuple(sample.shape)}, model_output {given}"
+            f"guidance takes a model_output with two rows and at least one channel for each of the sample's "
+            f"(whose rows may be doubled too): sample {tuple(sample.shape)}, model_output {given}"
         )
     if guidance.channels is not None and not 0 <= guidance.channels <= sample.shape[1]:
         raise ValueError(f"cfg_channels: must be in [0, {sample.shape[1]}], got {guidance.channels}")
     for other in [*history] + ([] if noise is None else [noise]):
         if other.shape != sample.shape:
             raise ValueError(
-                f"noise and history must have the sample's shape {tuple(sample.shape)}, got {tuple(other.shape)}"
+                f"noise and history must have the sample's shape {tuple(sample.shape)}, "
+                f"got {tuple(other.shape)}"
+            )
+
+
+def check_learned(sample: Tensor, model_output: Tensor, others: Sequence[Tensor]) -> None:
+    """Refuse a model output without a variance for each of the sample's channels."""
+    if (
+        sample.dim() < 2
+        or model_output.dim() != sample.dim()
+        or model_output.shape[1] < 2 * sample.shape[1]
+        or model_output.shape[2:] != sample.shape[2:]
+        or model_output.shape[0] not in (sample.shape[0], 2 * sample.shape[0])
+    ):
+        raise ValueError(
+            f"a learned variance takes a model_output with two channels for each of the sample's: sample "
+            f"{tuple(sample.shape)}, model_output {tuple(model_output.shape)}"
+        )
+    for other in others:
+        if other.shape != sample.shape:
+            raise ValueError(
+                f"noise and history must have the sample's shape {tuple(sample.shape)}, "
+                f"got {tuple(other.shape)}"
             )

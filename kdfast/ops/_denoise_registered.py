@@ -16,12 +16,12 @@ _STEP_SCHEMA = (
     "(Tensor sample, Tensor model_output, Tensor table, Tensor? step_tensor, SymInt step, Tensor[] history, "
     "Tensor? noise, Tensor? seed_tensor, int? seed, Tensor? mask, int[]? order, ScalarType dtype, "
     "float? guidance_scale, bool cond_first, int? guided_channels, bool learned_variance, float? clip, "
-    "bool want_x0, bool want_mask) -> (Tensor, Tensor, Tensor)"
+    "bool want_x0, bool want_mask, ScalarType? x0_dtype) -> (Tensor, Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
-    "(Tensor grad_y, Tensor? grad_m, Tensor table, Tensor? step_tensor, SymInt step, Tensor? mask, int[] order, "
-    "float? guidance_scale, bool cond_first, int? guided_channels, SymInt[] sample_shape, ScalarType sample_dtype, "
-    "SymInt[] output_shape, ScalarType output_dtype) -> (Tensor, Tensor)"
+    "(Tensor grad_y, Tensor? grad_m, Tensor table, Tensor? step_tensor, SymInt step, Tensor? mask, "
+    "int[] order, float? guidance_scale, bool cond_first, int? guided_channels, SymInt[] sample_shape, "
+    "ScalarType sample_dtype, SymInt[] output_shape, ScalarType output_dtype) -> (Tensor, Tensor)"
 )
 
 
@@ -55,6 +55,7 @@ def run_registered(
         call.clip,
         call.want_x0,
         graded and call.clip is not None,
+        call.x0_dtype,
     )
     return y, m if call.want_x0 else None
 
@@ -83,6 +84,7 @@ def _step_impl(
     clip: float | None,
     want_x0: bool,
     want_mask: bool,
+    x0_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(
         table,
@@ -93,6 +95,7 @@ def _step_impl(
         learned_variance,
         clip,
         want_x0,
+        x0_dtype,
         None if order is None else tuple(order),
         mask,
     )
@@ -108,12 +111,13 @@ def _step_fake(
     sample: Tensor, model_output: Tensor, table: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     order, dtype, want_x0, want_mask = rest[7], rest[8], rest[14], rest[15]
+    x0_dtype = rest[16]
     if order is None:
         y = torch.empty_like(sample, dtype=dtype)
     else:
         y = reference.ordered_empty(sample.shape, order, dtype, sample.device)
     bits = y.new_empty((y.numel() + 7) // 8, dtype=torch.uint8) if want_mask else _no_bits(y)
-    return y, torch.empty_like(y) if want_x0 else y.new_empty(0), bits
+    return y, torch.empty_like(y, dtype=x0_dtype or dtype) if want_x0 else y.new_empty(0), bits
 
 
 def _backward_impl(
@@ -162,7 +166,7 @@ def _step_backward(ctx: Any, grad_y: Tensor | None, grad_m: Tensor | None, _bits
     table, step_tensor, mask = ctx.saved_tensors
     if grad_y is None and grad_m is not None:
         grad_y = torch.zeros_like(grad_m)
-    nothing: list[Any] = [None] * 19
+    nothing: list[Any] = [None] * 20
     if grad_y is None:
         return tuple(nothing)
     gx, go = torch.ops.kdfast.denoise_step_backward(
@@ -187,16 +191,16 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     grad_y, grad_m, table, step_tensor, step, mask, order, *guidance = inputs[:10]
     ctx.save_for_backward(table, step_tensor, mask)
     ctx.step, ctx.order, ctx.guidance = step, order, guidance
-    ctx.dtype, ctx.has_m = grad_y.dtype, grad_m is not None
+    ctx.dtype, ctx.m_dtype = grad_y.dtype, None if grad_m is None else grad_m.dtype
 
 
 def _backward_backward(ctx: Any, ggx: Tensor, ggo: Tensor) -> tuple[Any, ...]:
     table, step_tensor, mask = ctx.saved_tensors
     y, m, _ = torch.ops.kdfast.denoise_step(
         ggx, ggo, table, step_tensor, ctx.step, [], None, None, None, mask, list(ctx.order), ctx.dtype,
-        *ctx.guidance, False, None, ctx.has_m, False,
+        *ctx.guidance, False, None, ctx.m_dtype is not None, False, ctx.m_dtype,
     )  # fmt: skip
-    return (y, m if ctx.has_m else None, *([None] * 12))
+    return (y, m if ctx.m_dtype is not None else None, *([None] * 12))
 
 
 _registered = torch.library.custom_op(

@@ -33,6 +33,7 @@ class Call:
     learned_variance: bool = False
     clip: float | None = None
     want_x0: bool = False
+    x0_dtype: torch.dtype | None = None
     order: tuple[int, ...] | None = None
     mask: Tensor | None = None
 
@@ -76,6 +77,7 @@ def run(
             mask=call.mask,
             order=call.order,
             want_x0=call.want_x0,
+            x0_dtype=call.x0_dtype,
             want_mask=want_mask,
             next_dtype=next_dtype,
             next_copies=next_copies,

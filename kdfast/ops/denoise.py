@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from kdfast.ops._denoise_check import broadcast, check, check_guided
+from kdfast.ops._denoise_check import broadcast, check, check_guided, check_learned
 from kdfast.ops._denoise_registered import run_registered
 from kdfast.ops._denoise_run import Call, Like, run, run_backward
 from kdfast.reference import denoise as reference
 from kdfast.reference.denoise import COLUMNS, NO_GUIDANCE, Guidance
 
-__all__ = ["COLUMNS", "NO_GUIDANCE", "Guidance", "StepResult", "denoise_step", "guided_output"]
+__all__ = ["COLUMNS", "NO_GUIDANCE", "Guidance", "StepResult", "denoise_step", "guided_output", "predicted_variance"]
 
 
 class StepResult(NamedTuple):
@@ -113,6 +113,7 @@ class _Backward(torch.autograd.Function):
             step=step if step is not None else ctx.call.step,
             dtype=ctx.dtypes[0],
             want_x0=ctx.dtypes[1] is not None,
+            x0_dtype=ctx.dtypes[1],
         )
         if ggx is None:
             ggx = torch.zeros(ctx.shape, dtype=ctx.dtypes[0], device=ctx.device)
@@ -127,6 +128,12 @@ def guided_output(model_output: Tensor, sample: Tensor, guidance: Guidance) -> T
     """The output after guidance, with the sample's rows and channels, in float32 at least; differentiable."""
     check_guided(sample, model_output, guidance, None, ())
     return reference.guide(model_output, sample.shape[0], sample.shape[1], guidance)
+
+
+def predicted_variance(model_output: Tensor, sample: Tensor, guidance: Guidance) -> Tensor:
+    """What the model says of the variance, for each of the sample's elements; never guided."""
+    check_learned(sample, model_output, ())
+    return reference.variance(model_output, sample, guidance)
 
 
 def _traced(*tensors: Tensor | None) -> bool:
@@ -149,6 +156,8 @@ def denoise_step(
     learned_variance: bool = False,
     clip: float | None = None,
     want_x0: bool = False,
+    dtype: torch.dtype | None = None,
+    x0_dtype: torch.dtype | None = None,
     next_dtype: torch.dtype | None = None,
     next_copies: int = 1,
 ) -> StepResult:
@@ -157,10 +166,10 @@ def denoise_step(
     Args:
         sample: x ``[B, C, …]`` (or ``[2B, C, …]`` beside a guided output), any strides.
         model_output: o ``[B, ≥ C, …]``, guided ``[2B, ≥ C, …]``; channels after C are not read (but as v).
-        table: Coefficients ``[steps, 10]`` on the sample's device, columns :data:`COLUMNS`; float32, or float64
-            when any input is.
-        step: Row of the table, an int or an integer tensor of one element (not checked on a GPU: the result of a
-            step outside the table is NaN).
+        table: Coefficients ``[steps, 10]`` on the sample's device, columns :data:`COLUMNS`; float32, or
+            float64 when any input is.
+        step: Row of the table, an int or an integer tensor of one element (not checked on a GPU: the result
+            of a step outside the table is NaN).
         guidance: How the halves of ``model_output`` combine.
         history: Up to three earlier predictions, of the sample's shape.
         noise: z, of the sample's shape.
@@ -168,11 +177,13 @@ def denoise_step(
         learned_variance: Channels C … 2C − 1 of the output hold v, and z is multiplied by exp(c + d3·v).
         clip: Clamp the predicted x₀ to ±clip.
         want_x0: Also return the predicted x₀.
+        dtype: Of y, if not the promoted dtype of the inputs.
+        x0_dtype: Of x₀, if not y's.
         next_dtype: Also return s·y in this dtype.
         next_copies: Times that s·y is repeated along the batch.
 
     Returns:
-        y and x₀ in the inputs' promoted dtype, with the sample's strides; gradients flow to ``sample``,
+        y and x₀ with the sample's strides; gradients flow to ``sample``,
         ``model_output``, ``noise`` and ``history``.
 
     Raises:
@@ -180,7 +191,9 @@ def denoise_step(
         TypeError: Inputs that are not floating-point.
     """
     inputs = [sample, model_output, *history] + ([] if noise is None else [noise])
-    dtype = check(inputs, sample, model_output, table, step, guidance, noise, seed, history)
+    promoted = check(inputs, sample, model_output, table, step, guidance, noise, seed, history)
+    if learned_variance:
+        check_learned(sample, model_output, [*history] + ([] if noise is None else [noise]))
     if guidance.scale is None and any(t.shape != sample.shape for t in inputs) and not learned_variance:
         sample, model_output, noise, history = broadcast(sample, model_output, noise, history)
     graded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
@@ -192,7 +205,9 @@ def denoise_step(
             channels = sample.shape[1] if sample.dim() > 1 else None
             model_output = reference.guide(model_output, sample.shape[0], channels, guidance)
             guidance = NO_GUIDANCE
-    call = Call(table, step, dtype, guidance, seed, learned_variance, clip, want_x0)
+    call = Call(
+        table, step, dtype or promoted, guidance, seed, learned_variance, clip, want_x0, x0_dtype
+    )
     if _traced(*inputs):
         y, m = run_registered(call, sample, model_output, noise, history, graded)
     elif graded:

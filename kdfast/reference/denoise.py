@@ -1,4 +1,4 @@
-"""One denoising step in plain PyTorch: the CPU path, and the oracle of kernels/denoise.py (equations there)."""
+"""One denoising step in plain PyTorch: the CPU path, and the oracle of kernels/denoise.py (see there)."""
 
 from __future__ import annotations
 
@@ -139,12 +139,13 @@ def denoise_step(
     mask: Tensor | None = None,
     order: Sequence[int] | None = None,
     want_x0: bool = False,
+    x0_dtype: torch.dtype | None = None,
     want_mask: bool = False,
     next_dtype: torch.dtype | None = None,
     next_copies: int = 1,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y, m, clip mask and next input of one step; arguments as those of the kernel's ``denoise_step``."""
-    compute = _compute_dtype(dtype)
+    compute = _compute_dtype(table.dtype)
     px, po, a, b, d, *rest, c, s = coefficients(table, step)
     x = sample.to(compute)
     o = guide(model_output, sample.shape[0], sample.shape[1] if sample.dim() > 1 else None, guidance).to(
@@ -153,7 +154,7 @@ def denoise_step(
     laid_out = torch.empty_like(sample, dtype=dtype) if order is None else None
     known_order = iteration_order(laid_out) if laid_out is not None else tuple(order or ())
 
-    def output(value: Tensor) -> Tensor:
+    def output(value: Tensor, dtype: torch.dtype) -> Tensor:
         target = ordered_empty(value.shape, known_order, dtype, value.device)
         same = value.dtype == dtype and value.stride() == target.stride()
         return value if same else target.copy_(value)
@@ -171,19 +172,19 @@ def denoise_step(
     if noise is not None or seed is not None:
         z = noise.to(compute) if noise is not None else _noise(seed if seed is not None else 0, step, x)
         if learned_variance:
-            v = _variance(model_output, sample, guidance).to(compute)
+            v = variance(model_output, sample, guidance).to(compute)
             z = z * (v * rest[2] + c).exp()
             c = 1.0
         terms.append((z, c))
-    y = output(_sum(terms))
+    y = output(_sum(terms), dtype)
     following = None
     if next_dtype is not None:
         following = ordered_empty((next_copies * y.shape[0], *y.shape[1:]), known_order, next_dtype, y.device)
         following.copy_(torch.cat([y.to(compute) * s] * next_copies))
-    return y, output(m) if want_x0 else None, bits, following
+    return y, output(m, x0_dtype or dtype) if want_x0 else None, bits, following
 
 
-def _variance(model_output: Tensor, sample: Tensor, guidance: Guidance) -> Tensor:
+def variance(model_output: Tensor, sample: Tensor, guidance: Guidance) -> Tensor:
     """What the model says of the variance: the channels after the sample's, never guided."""
     channels, rows = sample.shape[1], sample.shape[0]
     v = model_output.narrow(1, channels, channels)
