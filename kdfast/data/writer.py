@@ -224,7 +224,10 @@ class ShardWriter:
         upright = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
         return [
             Record(
-                f"{self._first + first + i:09d}", self._encode(image), labels[i].tobytes(), extras[i] if extras else None
+                f"{self._first + first + i:09d}",
+                self._encode(image),
+                labels[i].tobytes(),
+                extras[i] if extras else None,
             )
             for i, image in enumerate(upright)
         ]
