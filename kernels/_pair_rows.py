@@ -22,6 +22,15 @@ def _clamped_gap(s, t, k, log_ratio, KIND: tl.constexpr):
 
 
 @triton.jit
+def _without(logits, is_target, KIND: tl.constexpr):
+    """The logits as float32, for DKD without the target class: masked here, since the load's mask sets its width."""
+    out = logits.to(tl.float32)
+    if KIND == 1:
+        out = tl.where(is_target, float("-inf"), out)
+    return out
+
+
+@triton.jit
 def _series(x):
     """(expm1(x) - x)/x² for |x| < 1/2."""
     return 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040)))))
@@ -165,15 +174,13 @@ def pair_tile_kernel(
     live = _per_row(valid, LAYOUT)
     if V < CHUNKS * WIDTH:
         live = live & (classes < V)
-    others = live  # the classes whose softmax is compared
     is_target = live
     if KIND == 1:
         target = tl.load(target_ptr + rows, mask=valid, other=0)
         is_target = classes == _per_row(target, LAYOUT)
-        others = live & (classes != _per_row(target, LAYOUT))
 
-    s = tl.load(s_ptr + s_at, mask=others, other=float("-inf")).to(tl.float32)
-    t = tl.load(t_ptr + t_at, mask=others, other=float("-inf")).to(tl.float32)
+    s = _without(tl.load(s_ptr + s_at, mask=live, other=float("-inf")), is_target, KIND)
+    t = _without(tl.load(t_ptr + t_at, mask=live, other=float("-inf")), is_target, KIND)
     s_top = _over_classes(s, LAYOUT, True) * k
     t_top = _over_classes(t, LAYOUT, True) * k
     q = tl.exp2(s * k - _per_row(s_top, LAYOUT))
@@ -184,7 +191,7 @@ def pair_tile_kernel(
     q *= _per_row(s_inv, LAYOUT)
     p *= _per_row(t_inv, LAYOUT)
     gap = _clamped_gap(s, t, k, _per_row(log_ratio, LAYOUT), KIND)
-    term, w_s, w_t = _terms(gap, p, q, others, beta, KIND, False)
+    term, w_s, w_t = _terms(gap, p, q, live, beta, KIND, False)
     divergence = _over_classes(term, LAYOUT, False)
 
     binary = divergence * 0.0
@@ -206,8 +213,8 @@ def pair_tile_kernel(
     if closest < 1e-3:
         # Some row's student and teacher nearly agree, and its digits have cancelled: read the tile again, so
         # that the common branch keeps no registers for this one.
-        s = tl.load(s_ptr + s_at, mask=others, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_ptr + t_at, mask=others, other=float("-inf")).to(tl.float32)
+        s = _without(tl.load(s_ptr + s_at, mask=live, other=float("-inf")), is_target, KIND)
+        t = _without(tl.load(t_ptr + t_at, mask=live, other=float("-inf")), is_target, KIND)
         q = tl.exp2(s * k - _per_row(s_top, LAYOUT)) * _per_row(s_inv, LAYOUT)
         p = tl.exp2(t * k - _per_row(t_top, LAYOUT)) * _per_row(t_inv, LAYOUT)
         gap = _clamped_gap(s, t, k, _per_row(log_ratio, LAYOUT), KIND)
@@ -257,11 +264,8 @@ def _walk(
     for start in range(0, V, BLOCK):
         classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
         live = classes < V
-        others = live
-        if KIND == 1:
-            others = live & (classes != target)
-        s = tl.load(s_row + classes * s_class, mask=others, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_row + classes * t_class, mask=others, other=float("-inf")).to(tl.float32)
+        s = _without(tl.load(s_row + classes * s_class, mask=live, other=float("-inf")), classes == target, KIND)
+        t = _without(tl.load(t_row + classes * t_class, mask=live, other=float("-inf")), classes == target, KIND)
         q = tl.exp2(s * k - s_top) * s_inv
         p = tl.exp2(t * k - t_top) * t_inv
         gap = _clamped_gap(s, t, k, log_ratio, KIND)
@@ -321,11 +325,9 @@ def pair_loop_kernel(
     t_acc = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        others = classes < V
-        if KIND == 1:
-            others = others & (classes != target)
-        s = tl.load(s_row + classes * s_class, mask=others, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_row + classes * t_class, mask=others, other=float("-inf")).to(tl.float32)
+        live = classes < V
+        s = _without(tl.load(s_row + classes * s_class, mask=live, other=float("-inf")), classes == target, KIND)
+        t = _without(tl.load(t_row + classes * t_class, mask=live, other=float("-inf")), classes == target, KIND)
         s_new, t_new = tl.maximum(s_peak, s), tl.maximum(t_peak, t)
         s_acc = s_acc * tl.exp2((s_peak - s_new) * k) + tl.exp2((s - s_new) * k)
         t_acc = t_acc * tl.exp2((t_peak - t_new) * k) + tl.exp2((t - t_new) * k)

@@ -18,7 +18,7 @@ DKD (Zhao et al. 2022, arXiv:2203.08679, Eq. 7), y the target class, b = σ(λ) 
 
 Bytes moved, N = elements of one logit tensor: 2N for the loss alone, 3N with the student's gradient, 4N with
 both, written by the forward launch; a backward whose upstream gradient is 1 moves nothing, otherwise it
-recomputes. Rows that do not fit on the chip (V > 16384) are read three times: 4N, 7N, 8N.
+recomputes. Rows that do not fit on the chip (V > 8192) are read three times: 4N, 7N, 8N.
 
 Bodies: _pair_rows.py.
 """
@@ -41,7 +41,7 @@ JSD, DKD = 0, 1
 CHUNK_ROW_LANE, ROW_CHUNK_LANE, CLASS_PIXEL, ONE_ROW = range(4)
 
 #: A row pair up to this many classes stays in registers.
-MAX_ROW = 16384
+MAX_ROW = 8192
 #: The same for the class dimension of [B, C, H, W].
 MAX_CLASSES = 256
 
@@ -81,11 +81,11 @@ def pair_plan(num_classes: int, inner: int, class_stride: int, itemsize: int) ->
     """
     padded = max(2, triton.next_power_of_2(num_classes))
     if class_stride != 1 and inner > 1 and padded <= MAX_CLASSES:
-        return PairPlan("classes", CLASS_PIXEL, padded, max(16, min(256, 2048 // padded)), 1, 4)
+        return PairPlan("classes", CLASS_PIXEL, padded, max(16, min(256, 2048 // padded)), 1, 8 if padded > 128 else 4)
     if padded > MAX_ROW:
         return PairPlan("loop", ONE_ROW, 2048, 1, 1, 8)
     if padded > 512:
-        return PairPlan("rows", ONE_ROW, padded, 1, 1, min(32, max(4, padded // 512)))
+        return PairPlan("rows", ONE_ROW, padded, 1, 1, max(4, padded // 512))
     vector = 16 // itemsize
     while vector > 2 and num_classes % vector:  # a pair at least: single lanes compile badly
         vector //= 2
