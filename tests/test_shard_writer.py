@@ -157,6 +157,7 @@ def test_kill_minus_nine_and_resume_give_the_same_set(tmp_path: Path) -> None:
     # What a kill between two renames, or during a write, leaves behind.
     (killed / "shard-000004.tar").write_bytes(b"renamed, not entered")
     (killed / "shard-000005.tar.tmp").write_bytes(b"half")
+    (killed / "shard-000011.idx.tmp").write_bytes(b"half, of a run with smaller shards")
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert done.stdout == "40\n"
     assert checksums(killed) == checksums(tmp_path / "undisturbed")
