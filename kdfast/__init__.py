@@ -20,7 +20,13 @@ from kdfast.errors import (
 )
 
 if TYPE_CHECKING:
-    from kdfast import data, diffusion, functional, methods, models, nn, replay
+    from kdfast import data as data
+    from kdfast import diffusion as diffusion
+    from kdfast import functional as functional
+    from kdfast import methods as methods
+    from kdfast import models as models
+    from kdfast import nn as nn
+    from kdfast import replay as replay
 
 __version__ = "0.1.0"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -58,10 +57,13 @@ def use_backend(name: Backend) -> Iterator[None]:
         _choice = before
 
 
-@functools.cache
+# Looked up once, here: torch.compile traces what calls triton_available().
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def triton_available() -> bool:
     """Whether the ``triton`` package is installed (it may still lack a device to run on)."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
 def interpreting() -> bool:

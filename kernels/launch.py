@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -45,3 +45,56 @@ def triton_version() -> tuple[int, int]:
     """Triton's (major, minor): tile orders and cluster launches depend on it."""
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+class RowLayout(NamedTuple):
+    """Rows as ``outer × inner``, and for each tensor its strides (outer, inner, class) in elements."""
+
+    outer: int
+    inner: int
+    strides: list[tuple[int, int, int]]
+
+
+def as_rows(tensors: Sequence[torch.Tensor], dim: int) -> RowLayout | None:
+    """View tensors of one shape as rows over dimension ``dim`` without copying any.
+
+    Neighbouring dimensions merge where every tensor allows it, in logical order, so that row ``r`` is
+    ``(r // inner, r % inner)`` in each. None when more than two groups are left.
+    """
+    shape = tensors[0].shape
+    groups: list[tuple[int, list[int]]] = []  # size, stride of each tensor
+    for axis, size in enumerate(shape):
+        if axis == dim or size == 1:
+            continue
+        strides = [tensor.stride(axis) for tensor in tensors]
+        if groups and groups[-1][1] == [stride * size for stride in strides]:
+            groups[-1] = (groups[-1][0] * size, strides)
+        else:
+            groups.append((size, strides))
+    if len(groups) > 2:
+        return None
+    class_strides = [tensor.stride(dim) if shape[dim] > 1 else 1 for tensor in tensors]
+    none = (1, [0] * len(tensors))
+    if len(groups) == 1 and min(class_strides) != 1:
+        groups = [none, *groups]  # classes lie across: the one group is what neighbours in memory
+    (outer, outer_strides), (inner, inner_strides) = (*groups, none, none)[:2]
+    return RowLayout(outer, inner, list(zip(outer_strides, inner_strides, class_strides)))
+
+
+_counters: dict[tuple[int | None, int], torch.Tensor] = {}
+
+
+def arrival_counter(device: torch.device) -> torch.Tensor:
+    """A zero that kernels count their finished programs in, and leave at zero.
+
+    One a stream, since launches of two streams may overlap. While a graph is captured it is a fresh one:
+    memory of the graph's pool must not outlive it in a cache.
+    """
+    if device.type != "cuda":
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _counters:
+        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _counters[key]

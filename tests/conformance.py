@@ -148,8 +148,13 @@ class ConformanceSuite:
             leaves[key] = leaves[key].clone(memory_format=torch.preserve_format).requires_grad_()
         outputs = as_tuple(fn(**leaves))
         # An upstream gradient that is neither 1 nor constant.
-        total = sum((out * torch.linspace(0.5, 1.5, out.numel(), device=out.device, dtype=out.dtype).view_as(out)).sum()
-                    for out in outputs if out.requires_grad)
+        total = sum(
+            (
+                out * torch.linspace(0.5, 1.5, out.numel(), device=out.device, dtype=out.dtype).view_as(out)
+            ).sum()
+            for out in outputs
+            if out.requires_grad
+        )
         grads = torch.autograd.grad(total, [leaves[key] for key in case.differentiable])  # type: ignore[arg-type]
         return outputs, dict(zip(case.differentiable, grads, strict=True))
 
@@ -186,7 +191,9 @@ class ConformanceSuite:
         for key, grad in grads.items():
             assert grad.dtype == inputs[key].dtype
             scale = max(float(expected[key].abs().max()), 1e-30) if expected[key].numel() else 1.0
-            assert_verbose_allclose(grad / scale, expected[key] / scale, rtol=rtol, atol=atol, what=f"grad of {key}")
+            assert_verbose_allclose(
+                grad / scale, expected[key] / scale, rtol=rtol, atol=atol, what=f"grad of {key}"
+            )
 
     @pytest.mark.parametrize("layout", ["transposed", "sliced", "strided", "channels_last"])
     def test_layouts_do_not_change_the_result(self, target: Target, case: OpCase, layout: str) -> None:
@@ -203,13 +210,17 @@ class ConformanceSuite:
         for got, want in zip(others, results, strict=True):
             assert_verbose_allclose(got, want, rtol=rtol, atol=atol, what=f"{case.name}, {layout}")
         for key in grads:
-            assert_verbose_allclose(other_grads[key], grads[key], rtol=rtol, atol=atol, what=f"grad of {key}, {layout}")
+            assert_verbose_allclose(
+                other_grads[key], grads[key], rtol=rtol, atol=atol, what=f"grad of {key}, {layout}"
+            )
 
     def test_empty_input(self, target: Target, case: OpCase) -> None:
         if case.empty_shape is None:
             pytest.skip("refuses empty input")
         inputs = case.inputs(case.empty_shape, torch.float32, target.device)
-        for got, want in zip(as_tuple(case.run(**inputs)), as_tuple(case.oracle(**self._to64(inputs))), strict=True):
+        for got, want in zip(
+            as_tuple(case.run(**inputs)), as_tuple(case.oracle(**self._to64(inputs))), strict=True
+        ):
             assert got.shape == want.shape
             assert torch.equal(got.isnan().cpu(), want.isnan())
 

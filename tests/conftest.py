@@ -23,7 +23,11 @@ class Target:
     device: str
 
     def __str__(self) -> str:
-        return "interpreter" if (self.backend, self.device) == ("triton", "cpu") else f"{self.backend}-{self.device}"
+        return (
+            "interpreter"
+            if (self.backend, self.device) == ("triton", "cpu")
+            else f"{self.backend}-{self.device}"
+        )
 
 
 def targets() -> list[pytest.ParameterSet]:

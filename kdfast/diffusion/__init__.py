@@ -1,4 +1,4 @@
-"""Samplers over the fused denoising step: drop-in schedulers for diffusers' pipelines.
+"""Samplers over the fused denoising step, drop-ins for diffusers' schedulers; and the synthesizer.
 
 Everything here needs ``pip install "kdfast[diffusion]"``; nothing is imported before it is used.
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         FlowMatchEulerDiscreteScheduler,
     )
     from kdfast.diffusion.schedulers_lcm import LCMScheduler
+    from kdfast.diffusion.synthesizer import SynthesisResult, Synthesizer
 
 _MODULES = {
     "DDIMScheduler": "schedulers",
@@ -27,6 +28,8 @@ _MODULES = {
     "EulerDiscreteScheduler": "schedulers_euler",
     "FlowMatchEulerDiscreteScheduler": "schedulers_euler",
     "LCMScheduler": "schedulers_lcm",
+    "SynthesisResult": "synthesizer",
+    "Synthesizer": "synthesizer",
 }
 
 __all__ = [
@@ -37,6 +40,8 @@ __all__ = [
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "LCMScheduler",
+    "SynthesisResult",
+    "Synthesizer",
 ]
 
 

@@ -1,5 +1,11 @@
-"""What users call: validated, documented, dispatched to a kernel or to the reference."""
+"""What users call: each function checks its arguments, documents its equation, and picks the backend.
+
+Every function takes tensors in any layout and returns float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
 
 from kdfast.functional.denoise import denoise_step
+from kdfast.functional.losses import kd_kl_div
 
-__all__ = ["denoise_step"]
+__all__ = ["denoise_step", "kd_kl_div"]

@@ -1,0 +1,87 @@
+"""Argument checks shared by the public functions: each error names the argument, what it got, what it takes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def check_logits(
+    student: torch.Tensor, teacher: torch.Tensor, names: tuple[str, str] = ("student", "teacher")
+) -> None:
+    """Two floating-point tensors of one shape, at least 1-d, on one device."""
+    for name, tensor in zip(names, (student, teacher), strict=True):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}; a tensor of logits is needed")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: got dtype {tensor.dtype}; floating-point logits are needed")
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{names[1]}: got shape {tuple(teacher.shape)}; {names[0]} has {tuple(student.shape)}, and they must match"
+        )
+    if student.dim() == 0:
+        raise ValueError(f"{names[0]}: got a 0-d tensor; logits need a class dimension")
+    if student.device != teacher.device:
+        raise ValueError(
+            f"{names[1]}: is on {teacher.device}; {names[0]} is on {student.device}, and they must match"
+        )
+
+
+def check_dim(dim: int, tensor: torch.Tensor) -> int:
+    """The class dimension as a non-negative index."""
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"dim: got {type(dim).__name__}; an int is needed")
+    if not -tensor.dim() <= dim < tensor.dim():
+        raise ValueError(
+            f"dim: got {dim}; accepted: {-tensor.dim()} to {tensor.dim() - 1} for {tensor.dim()}-d logits"
+        )
+    return dim % tensor.dim()
+
+
+def check_temperature(temperature: float | torch.Tensor, logits: torch.Tensor) -> float | torch.Tensor:
+    """A positive finite float, or a 0-d tensor on the logits' device (whose value is not read: no sync)."""
+    if isinstance(temperature, torch.Tensor):
+        if temperature.requires_grad:
+            raise ValueError(
+                "temperature: requires grad; kdfast gives it no gradient, pass temperature.detach()"
+            )
+        if temperature.numel() != 1:
+            raise ValueError(
+                f"temperature: got shape {tuple(temperature.shape)}; a float or a 0-d tensor is needed"
+            )
+        if temperature.device == logits.device and temperature.device.type != "cpu":
+            return temperature.reshape(())
+        if temperature.device.type != "cpu":
+            raise ValueError(f"temperature: is on {temperature.device}; the logits are on {logits.device}")
+        if torch.compiler.is_compiling():
+            return temperature.reshape(())  # a value that the trace cannot look at
+        temperature = temperature.item()  # host memory: no sync
+    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
+        raise TypeError(f"temperature: got {type(temperature).__name__}; a float or a 0-d tensor is needed")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature: got {temperature}; a finite value above 0 is needed")
+    return float(temperature)
+
+
+def check_rowwise(
+    name: str, value: torch.Tensor | None, rows: torch.Size, logits: torch.Tensor
+) -> torch.Tensor | None:
+    """One value a row: bool for ``mask``, floating point without gradient otherwise."""
+    if value is None:
+        return None
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; a tensor is needed")
+    if name == "mask" and value.dtype != torch.bool:
+        raise TypeError(f"mask: got dtype {value.dtype}; bool is needed (True = the row counts)")
+    if name != "mask" and not value.is_floating_point():
+        raise TypeError(f"{name}: got dtype {value.dtype}; a floating-point tensor is needed")
+    if value.shape != rows:
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}; {tuple(rows)} is needed, the logits' without the class dimension"
+        )
+    if value.device != logits.device:
+        raise ValueError(f"{name}: is on {value.device}; the logits are on {logits.device}")
+    if value.requires_grad:
+        raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
+    return value

@@ -1,0 +1,222 @@
+"""The replay ops: choice of backend, and the registered forms that torch.compile sees.
+
+Eager calls go straight to the C++ core or the kernels, since torch's dispatcher costs more than the work on a CPU.
+First-in-first-out buffers live wholly on their device. The other evictions choose their victims in the C++ core:
+`add` copies the bookkeeping of a buffer on a GPU to the host and back, which syncs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kdfast.backend import resolve
+from kdfast.reference import replay as reference
+from kdfast.reference.replay import Drawn, ReplayState
+
+__all__ = ["add", "rebuild", "remove", "sample", "update"]
+
+Affine = tuple[torch.Tensor, torch.Tensor]
+
+
+def _on_kernels(state: ReplayState) -> bool:
+    return resolve(state.leaves) == "triton"
+
+
+def sample(
+    state: ReplayState, batch_size: int, beta: float, stratified: bool = True, affine: Affine | None = None
+) -> Drawn:
+    """Draw rows; see :func:`kdfast.reference.replay.sample`. One launch (two when rows exceed 16 KB)."""
+    if torch.compiler.is_compiling():
+        return Drawn(*_sample_op(*_sample_state(state), batch_size, beta, stratified, *(affine or (None, None))))
+    if not _on_kernels(state):
+        return reference.sample(state, batch_size, beta, stratified, affine)
+    from kdfast.kernels import replay as kernels
+
+    layout = (state.layout.offsets, state.layout.counts)
+    return Drawn(*kernels.sample(*_sample_state(state), layout, batch_size, beta, stratified, affine))
+
+
+def update(
+    state: ReplayState,
+    index: torch.Tensor,
+    priority: torch.Tensor,
+    generation: torch.Tensor | None = None,
+    largest: bool = False,
+) -> None:
+    """Re-score rows; see :func:`kdfast.reference.replay.update`. One launch."""
+    if torch.compiler.is_compiling():
+        state.foreign_writes = True
+        rule = (state.rule.alpha, state.rule.eps, state.rule.scale)
+        _update_op(*_update_state(state), index, priority, generation, *rule, largest)
+        return
+    if not _on_kernels(state):
+        reference.update(state, index, priority, generation, largest)
+        return
+    from kdfast.kernels import replay as kernels
+
+    state.foreign_writes = True
+    layout = (state.layout.offsets, state.layout.counts)
+    rule = (state.rule.alpha, state.rule.eps, state.rule.scale)
+    kernels.update(*_update_state(state), layout, index, priority, generation, rule, largest)
+
+
+def add(
+    state: ReplayState,
+    samples: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    priority: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Insert rows; see :func:`kdfast.reference.replay.add`. One launch a ``capacity`` of rows."""
+    if state.eviction != "fifo" or not _on_kernels(state):
+        return reference.add(state, samples, labels, priority)
+    from kdfast.kernels import replay as kernels
+
+    state.foreign_writes = True
+    layout = (state.layout.offsets, state.layout.counts)
+    rule = (state.rule.alpha, state.rule.eps, state.rule.scale)
+    parts = []
+    for start in range(0, samples.shape[0], state.capacity):
+        part = slice(start, start + state.capacity)
+        batch = [None if t is None else t[part] for t in (samples, labels, priority)]
+        parts.append(
+            kernels.add(
+                *_update_state(state), state.labels, state.class_counts, state.rows, layout, *batch, rule
+            )
+        )
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=state.device)
+
+
+def remove(state: ReplayState, index: torch.Tensor) -> None:
+    """Empty slots; a rare call, always in the C++ core."""
+    reference.remove(state, index)
+
+
+def rebuild(state: ReplayState) -> None:
+    """Recompute all sums from the leaves."""
+    if not _on_kernels(state):
+        reference.rebuild(state)
+        return
+    from kdfast.kernels import replay as kernels
+
+    state.foreign_writes = True
+    kernels.rebuild(state.leaves, state.sums, (state.layout.offsets, state.layout.counts))
+
+
+def _sample_state(state: ReplayState) -> tuple[torch.Tensor, ...]:
+    return state.meta, state.leaves, state.sums, state.generation, state.labels, state.rows
+
+
+def _update_state(state: ReplayState) -> tuple[torch.Tensor, ...]:
+    return state.meta, state.leaves, state.sums, state.delta, state.generation
+
+
+# --- the registered forms: sample and update, the two calls of a training step -------------------------------
+
+
+def _borrowed(
+    meta: torch.Tensor,
+    leaves: torch.Tensor,
+    sums: torch.Tensor,
+    generation: torch.Tensor,
+    *,
+    delta: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    rule: tuple[float, float, float] = (0.0, 0.0, 1.0),
+) -> ReplayState:
+    """A state over the tensors that an op got; what it does not use is filled with empty memory."""
+    capacity, device = leaves.numel(), leaves.device
+    return ReplayState(
+        leaves=leaves,
+        sums=sums,
+        delta=torch.empty(capacity, device=device) if delta is None else delta,
+        generation=generation,
+        labels=torch.empty(capacity, dtype=torch.int32, device=device) if labels is None else labels,
+        meta=meta,
+        class_counts=torch.empty(0, dtype=torch.int64, device=device),
+        rows=torch.empty(capacity, 0, device=device) if rows is None else rows,
+        eviction="fifo",
+        rule=reference.PriorityRule(*rule),
+    )
+
+
+@torch.library.custom_op("kdfast::replay_sample", mutates_args=("meta",))
+def _sample_op(
+    meta: torch.Tensor,
+    leaves: torch.Tensor,
+    sums: torch.Tensor,
+    generation: torch.Tensor,
+    labels: torch.Tensor,
+    rows: torch.Tensor,
+    batch_size: int,
+    beta: float,
+    stratified: bool,
+    gain: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    state = _borrowed(meta, leaves, sums, generation, labels=labels, rows=rows)
+    affine = None if gain is None or bias is None else (gain, bias)
+    drawn = sample(state, batch_size, beta, stratified, affine)
+    return drawn[0], drawn[1], drawn[2], drawn[3], drawn[4], drawn[5]
+
+
+@_sample_op.register_fake
+def _(
+    meta: torch.Tensor,
+    leaves: torch.Tensor,
+    sums: torch.Tensor,
+    generation: torch.Tensor,
+    labels: torch.Tensor,
+    rows: torch.Tensor,
+    batch_size: int,
+    beta: float,
+    stratified: bool,
+    gain: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def whole() -> torch.Tensor:
+        return leaves.new_empty((batch_size,), dtype=torch.int64)
+
+    def factor() -> torch.Tensor:
+        return leaves.new_empty((batch_size,), dtype=torch.float32)
+
+    kind = rows.dtype if gain is None else torch.float32
+    samples = rows.new_empty((batch_size, *rows.shape[1:]), dtype=kind)
+    return samples, whole(), whole(), whole(), factor(), factor()
+
+
+@torch.library.custom_op("kdfast::replay_update", mutates_args=("meta", "leaves", "sums", "delta"))
+def _update_op(
+    meta: torch.Tensor,
+    leaves: torch.Tensor,
+    sums: torch.Tensor,
+    delta: torch.Tensor,
+    generation: torch.Tensor,
+    index: torch.Tensor,
+    priority: torch.Tensor,
+    row_generation: torch.Tensor | None,
+    alpha: float,
+    eps: float,
+    scale: float,
+    largest: bool,
+) -> None:
+    state = _borrowed(meta, leaves, sums, generation, delta=delta, rule=(alpha, eps, scale))
+    update(state, index, priority, row_generation, largest)
+
+
+@_update_op.register_fake
+def _(
+    meta: torch.Tensor,
+    leaves: torch.Tensor,
+    sums: torch.Tensor,
+    delta: torch.Tensor,
+    generation: torch.Tensor,
+    index: torch.Tensor,
+    priority: torch.Tensor,
+    row_generation: torch.Tensor | None,
+    alpha: float,
+    eps: float,
+    scale: float,
+    largest: bool,
+) -> None:
+    return None

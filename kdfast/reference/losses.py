@@ -1,0 +1,109 @@
+"""Distillation losses in plain PyTorch: the oracle of the tests and the path for CPU and float64 tensors.
+
+The divergence is accumulated in a form that does not cancel when student and teacher nearly agree, which is
+where replay priorities are decided: with δ = log p - log q, every term p·(δ + expm1(-δ)) is ≥ 0 and their sum
+equals Σ p·δ, because Σ p·expm1(-δ) = Σ (q - p) = 0.
+"""
+
+from __future__ import annotations
+
+import torch
+
+#: Below this |δ| the divergence is accumulated as p·(δ + expm1(-δ)), above it as p·δ + (q - p).
+NEAR = 0.5
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 when any input is float64, else float32: half types are widened once, on reading."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def kd_kl_rows(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: torch.Tensor | float, dim: int
+) -> torch.Tensor:
+    """KL(softmax(teacher/T) ‖ softmax(student/T)) of each row, without the factor T².
+
+    Differentiable in both logits, to any order. A class whose teacher logit is -inf contributes nothing.
+
+    Args:
+        student: Logits, any floating dtype.
+        teacher: Logits of the same shape.
+        temperature: T, a float or a 0-d tensor.
+        dim: The class dimension, which is summed out.
+
+    Returns:
+        float32 (float64 for float64 inputs), the logits' shape without ``dim``.
+    """
+    dtype = compute_dtype(student, teacher)
+    log_q = torch.log_softmax(student.to(dtype) / temperature, dim)
+    log_p = torch.log_softmax(teacher.to(dtype) / temperature, dim)
+    absent = teacher.detach() == float("-inf")
+    p, q = log_p.exp(), log_q.exp()
+    # Absent classes leave by masked_fill, before any product: 0·inf would be NaN, forward and backward.
+    delta = log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0)
+    near = (delta.detach().abs() < NEAR) & ~absent
+    small = torch.where(near, delta, torch.zeros_like(delta))
+    terms = torch.where(near, p * (small + torch.special.expm1(-small)), p * delta + (q - p))
+    return terms.sum(dim)
+
+
+def kd_kl_gradients(
+    upstream: torch.Tensor,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    temperature: torch.Tensor | float,
+    dim: int,
+    row_weight: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    divisor: torch.Tensor | float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of :func:`kd_kl` in closed form, recentred; what a registered op needs, below autograd.
+
+    ``upstream`` is 0-d for a reduced loss, else one value a row.
+    """
+    dtype = compute_dtype(student, teacher)
+    log_q = torch.log_softmax(student.to(dtype) / temperature, dim)
+    log_p = torch.log_softmax(teacher.to(dtype) / temperature, dim)
+    absent = teacher == float("-inf")
+    p, q = log_p.exp(), log_q.exp()
+    delta = torch.where(absent, 0.0, log_p - log_q)
+    near = (delta.abs() < NEAR) & ~absent
+    difference = torch.where(near, p * torch.special.expm1(torch.where(near, -delta, 0.0)), q - p)
+    centre = difference.sum(dim, keepdim=True)
+    difference = difference - centre * q
+    delta = delta + centre
+    kl = (p * delta + difference).sum(dim, keepdim=True)
+    scale = upstream.to(dtype) * (temperature / divisor)  # T² of the loss over T of the softmax
+    if row_weight is not None:
+        scale = scale * row_weight.to(dtype)
+    scale = scale.unsqueeze(dim) if scale.dim() else scale
+    grads = [scale * difference, scale * p * (delta - kl)]
+    if mask is not None:
+        grads = [grad.masked_fill(~mask.unsqueeze(dim), 0.0) for grad in grads]
+    return grads[0].to(student.dtype), grads[1].to(teacher.dtype)
+
+
+def kd_kl(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    temperature: torch.Tensor | float,
+    dim: int,
+    row_weight: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    divisor: torch.Tensor | float,
+    reduce: bool,
+) -> torch.Tensor:
+    """T²·w·KL of each row, divided by ``divisor``; summed to a 0-d tensor when ``reduce``.
+
+    A row with ``mask`` False is exactly 0 and passes no gradient, whatever its logits hold.
+    """
+    if mask is not None:
+        keep = mask.unsqueeze(dim)
+        student, teacher = (x.masked_fill(~keep, 0.0) for x in (student, teacher))
+    rows = kd_kl_rows(student, teacher, temperature, dim) * (temperature * temperature)
+    if row_weight is not None:
+        rows = rows * row_weight.to(rows.dtype)
+    if mask is not None:
+        rows = rows.masked_fill(~mask, 0.0)
+    rows = rows / divisor
+    return rows.sum() if reduce else rows
