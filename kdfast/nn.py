@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kdfast.functional import kd_kl_div
+from kdfast.functional import dkd_loss, jsd_loss, kd_kl_div
 from kdfast.functional.losses import Reduction
 
-__all__ = ["KDLoss"]
+__all__ = ["DKDLoss", "JSDLoss", "KDLoss"]
 
 
 class KDLoss(nn.Module):
@@ -50,3 +50,112 @@ class KDLoss(nn.Module):
     def extra_repr(self) -> str:
         """The options."""
         return f"temperature={self.temperature}, dim={self.dim}, reduction={self.reduction!r}"
+
+
+class JSDLoss(nn.Module):
+    """:func:`kdfast.functional.jsd_loss` with its options fixed.
+
+    Args:
+        beta: β in [0, 1]; 0 is KL(teacher ‖ student), 1 is KL(student ‖ teacher).
+        temperature: T > 0.
+        dim: The class dimension.
+        reduction: As in :func:`~kdfast.functional.kd_kl_div`.
+
+    Shape:
+        Two tensors of logits of one shape → a 0-d tensor (for ``reduction="none"``, one value a row).
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        *,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+    ) -> None:
+        super().__init__()
+        self.beta, self.temperature, self.dim, self.reduction = beta, temperature, dim, reduction
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        row_weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of these logits; see :func:`~kdfast.functional.jsd_loss`."""
+        return jsd_loss(
+            student,
+            teacher,
+            beta=self.beta,
+            temperature=self.temperature,
+            dim=self.dim,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            mask=mask,
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"beta={self.beta}, temperature={self.temperature}, dim={self.dim}, reduction={self.reduction!r}"
+
+
+class DKDLoss(nn.Module):
+    """:func:`kdfast.functional.dkd_loss` with its options fixed.
+
+    Args:
+        alpha: Weight of the target-class part.
+        beta: Weight of the non-target part.
+        temperature: T > 0.
+        ignore_index: Rows with this target do not count.
+        dim: The class dimension.
+        reduction: As in :func:`~kdfast.functional.kd_kl_div`.
+
+    Shape:
+        Two tensors of logits of one shape, and int64 targets without the class dimension → a 0-d tensor (for
+        ``reduction="none"``, one value a row).
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        *,
+        ignore_index: int = -100,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+    ) -> None:
+        super().__init__()
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        self.ignore_index, self.dim, self.reduction = ignore_index, dim, reduction
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        target: torch.Tensor,
+        row_weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of these logits; see :func:`~kdfast.functional.dkd_loss`."""
+        return dkd_loss(
+            student,
+            teacher,
+            target,
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature,
+            ignore_index=self.ignore_index,
+            dim=self.dim,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            mask=mask,
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return (
+            f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, "
+            f"ignore_index={self.ignore_index}, dim={self.dim}, reduction={self.reduction!r}"
+        )

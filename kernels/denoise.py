@@ -27,12 +27,12 @@ compiles nothing. Bodies: _denoise_bodies.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from ._denoise_bodies import denoise_step_backward_kernel, denoise_step_kernel
 from ._strided import Strides, Walk, iteration_order, walk
@@ -84,17 +84,16 @@ class _Frame(NamedTuple):
     pinned: int  # the channel dimension, if it has to stay apart
     doubled: bool
 
-    def spread(self, tensor: torch.Tensor) -> Strides:
-        """Strides of a tensor of the sample's shape in this frame."""
-        strides = tensor.stride()
+    def spread(self, strides: Strides) -> Strides:
+        """Strides in this frame of a tensor of the sample's shape."""
         return (strides[0] * self.shape[1], *strides) if self.doubled else strides
 
 
-def _frame(sample_shape: torch.Size, output: torch.Tensor, guidance: Guidance) -> _Frame:
-    shape, strides = tuple(sample_shape), output.stride()
+def _frame(shape: tuple[int, ...], rows: int, strides: Strides, guidance: Guidance) -> _Frame:
+    """The frame of a sample of ``shape`` beside a model output of ``rows`` and ``strides``."""
     if guidance.scale is None:
         return _Frame(shape, strides, strides, 0, 0, -1, False)
-    batch = output.shape[0] // 2
+    batch = rows // 2
     doubled = shape[0] == 2 * batch and batch > 0
     first, second = 0, batch * strides[0]
     cond, uncond = (first, second) if guidance.cond_first else (second, first)
@@ -113,23 +112,75 @@ def _contiguous(shape: Sequence[int]) -> Strides:
     return tuple(reversed(strides))
 
 
-def _geometry(plan: Walk, launch_plan: StepPlan) -> tuple[tuple[int], dict[str, Any]]:
+class _Geometry(NamedTuple):
+    """Everything of a launch that follows from shapes and strides."""
+
+    grid: tuple[int]
+    frame: _Frame
+    numel: int
+    inner: int
+    constants: dict[str, Any]  # compile-time constants of the kernel
+
+
+def _launch_constants(plan: Walk) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and the compile-time constants that both kernels share."""
-    if plan.rows:
-        grid = plan.numel // plan.inner * triton.cdiv(plan.inner, launch_plan.block)
-    else:
-        grid = triton.cdiv(plan.numel, launch_plan.block)
+    chosen = step_plan(plan.numel)
+    rows, length = (plan.numel // plan.inner, plan.inner) if plan.rows else (1, plan.numel)
     constants = {
         "SIZES": plan.sizes,
         "NDIM": plan.ndim,
         "ROWS": plan.rows,
         "WIDE": plan.wide,
         "PINNED": plan.pinned,
-        "BLOCK": launch_plan.block,
-        "num_warps": launch_plan.num_warps,
+        "BLOCK": chosen.block,
+        "num_warps": chosen.num_warps,
         "enable_fp_fusion": True,
     }
-    return (grid,), constants
+    return (rows * -(-length // chosen.block),), constants
+
+
+@functools.lru_cache(maxsize=1024)
+def _geometry(
+    shape: tuple[int, ...],
+    output_rows: int,
+    output_strides: Strides,
+    strides: tuple[Strides | None, ...],
+    guidance: Guidance,
+    seeded: bool,
+) -> _Geometry:
+    """Plan the step of a sample of ``shape``; ``strides`` in the order of :data:`_OPERANDS`, Y first.
+
+    Only what is read takes part: each further tensor may keep dimensions from merging.
+    """
+    frame = _frame(shape, output_rows, output_strides, guidance)
+    walked = {
+        name: frame.spread(own) for name, own in zip(_OPERANDS, strides, strict=True) if own is not None
+    }
+    walked["OUT"] = frame.output
+    if frame.doubled:
+        walked["OWN"] = frame.own
+    if seeded:
+        walked["E"] = _contiguous(frame.shape)
+    order = iteration_order(frame.shape, walked["Y"])
+    plan = walk(frame.shape, order, tuple(walked.values()), pinned=frame.pinned, aligned=8)
+    grid, constants = _launch_constants(plan)
+    found = dict(zip(walked, plan.strides, strict=True))
+    element = found.get("E")
+    constants.update({name: found.get(name) for name in (*_OPERANDS, "OUT", "OWN", "E")})
+    constants.update(
+        GUIDED=guidance.scale is not None,
+        OWN_ROWS=frame.doubled,
+        HAS_SEED=seeded,
+        # Four neighbours share a Philox counter where a block holds whole groups of them.
+        SEED_RUN=plan.rows
+        and element is not None
+        and element[0] == 1
+        and not any(s % 4 for s in element[1:]),
+    )
+    return _Geometry(grid, frame, plan.numel, plan.inner, constants)
+
+
+_OPERANDS = ("Y", "X", "H1", "H2", "H3", "Z", "M", "NEXT")
 
 
 def ordered_empty(
@@ -209,33 +260,26 @@ def denoise_step(
         return y, m, bits, following
 
     guide = Guidance(*guidance)
-    frame = _frame(sample.shape, model_output, guide)
-    # Only what is read takes part: each further tensor may keep dimensions from merging.
-    walked: dict[str, Strides] = {"Y": frame.spread(y), "OUT": frame.output}
-    named = {"X": sample, "Z": noise, "M": m, "NEXT": following}
-    named.update({f"H{at}": tensor for at, tensor in enumerate(history, start=1)})
-    walked.update({key: frame.spread(tensor) for key, tensor in named.items() if tensor is not None})
-    if frame.doubled:
-        walked["OWN"] = frame.own
-    if seed is not None:
-        walked["E"] = _contiguous(frame.shape)
-    plan = walk(
-        frame.shape,
-        iteration_order(frame.shape, walked["Y"]),
-        tuple(walked.values()),
-        pinned=frame.pinned,
-        aligned=8,
+    hidden = (*history, None, None, None)[:3]
+    operands = (y, sample, *hidden, noise, m, following)
+    geometry = _geometry(
+        tuple(sample.shape),
+        model_output.shape[0] if model_output.dim() else 1,
+        model_output.stride(),
+        tuple(None if tensor is None else tensor.stride() for tensor in operands),
+        # Another scale is the same geometry.
+        guide if guide.scale is None else guide._replace(scale=1.0),
+        seed is not None,
     )
-    strides = {key: None for key in ("X", "OUT", "OWN", "H1", "H2", "H3", "Z", "Y", "M", "NEXT", "E")}
-    strides.update(zip(walked, plan.strides, strict=True))
-    element = strides["E"]
-    grid, constants = _geometry(plan, step_plan(plan.numel))
-    hidden = [*history, None, None, None][:3]
-    channel_stride = model_output.stride(1) if model_output.dim() > 1 else 0
+    frame = geometry.frame
+    variance_offset = 0
+    if learned_variance:
+        # v is never guided: it comes from the conditional half, or from each half's own rows.
+        variance_offset = (0 if frame.doubled else frame.cond) + sample.shape[1] * model_output.stride(1)
     with device_guard(sample):
         launch(
             denoise_step_kernel,
-            grid,
+            geometry.grid,
             sample,
             model_output,
             *hidden,
@@ -249,32 +293,21 @@ def denoise_step(
             step,
             0 if seed is None else seed,
             table.shape[0],
-            plan.numel,
-            plan.inner,
+            geometry.numel,
+            geometry.inner,
             frame.cond,
             frame.uncond,
-            # v is never guided: it comes from the conditional half, or from each half's own rows.
-            (0 if frame.doubled else frame.cond) + sample.shape[1] * channel_stride
-            if learned_variance
-            else 0,
+            variance_offset,
             0 if following is None else y.shape[0] * following.stride(0),
             1.0 if guide.scale is None else guide.scale,
             0.0 if clip is None else clip,
             guide.channels or 0,
-            **strides,
             STEP_ON_DEVICE=isinstance(step, torch.Tensor),
             SEED_ON_DEVICE=isinstance(seed, torch.Tensor),
-            HAS_SEED=seed is not None,
-            SEED_RUN=plan.rows
-            and element is not None
-            and element[0] == 1
-            and all(stride % 4 == 0 for stride in element[1:]),
-            GUIDED=guide.scale is not None,
-            OWN_ROWS=frame.doubled,
             CLIP=clip is not None,
             LEARNED=learned_variance,
             NEXT_COPIES=next_copies,
-            **constants,
+            **geometry.constants,
         )
     return y, m, bits, following
 
@@ -308,7 +341,7 @@ def denoise_step_backward(
         return
     shape = tuple(grad_y.shape)
     guide = Guidance(*guidance)
-    frame = None if grad_output is None else _frame(grad_y.shape, grad_output, guide)
+    frame = None if grad_output is None else _frame(shape, grad_output.shape[0], grad_output.stride(), guide)
     tensors = [tensor for tensor in (grad_y, grad_m, grad_sample) if tensor is not None]
     strides = [tensor.stride() for tensor in tensors] + ([] if frame is None else [frame.output])
     plan = walk(
@@ -322,7 +355,7 @@ def denoise_step_backward(
     gys, gms, gxs, gos = (
         next(found) if tensor is not None else None for tensor in (grad_y, grad_m, grad_sample, grad_output)
     )
-    grid, constants = _geometry(plan, step_plan(plan.numel))
+    grid, constants = _launch_constants(plan)
     with device_guard(grad_y):
         launch(
             denoise_step_backward_kernel,

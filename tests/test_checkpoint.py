@@ -117,7 +117,7 @@ def test_no_checkpoint_is_not_an_empty_one(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "none") is None
     with pytest.raises(CheckpointError, match="does not exist"):
         load_checkpoint(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="holds no checkpoint.json"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint\.json"):
         load_checkpoint(tmp_path)
 
 

@@ -93,7 +93,17 @@ def oracle(
 def opcheck_args(inputs: Inputs) -> tuple[Any, tuple[Any, ...]]:
     sample, output = (inputs[key].clone().requires_grad_() for key in ("sample", "model_output"))
     args = (sample, output, inputs["coefficients"], None, 3, [], None, None, None, None, None, torch.float32)
-    return torch.ops.kdfast.denoise_step.default, (*args, None, True, None, False, 1.0, True, True, torch.float32)
+    return torch.ops.kdfast.denoise_step.default, (
+        *args,
+        None,
+        True,
+        None,
+        False,
+        1.0,
+        True,
+        True,
+        torch.float32,
+    )
 
 
 def case(name: str, maker: Any, options: dict[str, Any] | None = None, **more: Any) -> OpCase:
@@ -210,7 +220,9 @@ def test_the_clip_mask_is_one_bit_an_element_in_memory_order(target: Target) -> 
     _, _, bits, _ = chosen.denoise_step(x, o, rows, 1, dtype=torch.float32, clip=0.8, want_mask=True)
     inside = (rows[1, 0] * x + rows[1, 1] * o).abs() <= 0.8
     assert bits.shape == (15,)
-    assert torch.equal(reference.unpack_bits(bits, x.shape, reference.iteration_order(x)), inside)
+    assert torch.equal(
+        reference.unpack_bits(bits, x.shape, reference.iteration_order(x.shape, x.stride())), inside
+    )
 
 
 # --- layouts and dtypes ---------------------------------------------------------------------------

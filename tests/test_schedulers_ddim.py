@@ -334,6 +334,18 @@ def test_a_changed_config_or_schedule_is_seen() -> None:
     assert deviation(ours.step(output, 500, sample)[0], theirs.step(output, 500, sample)[0]) <= 1e-13
 
 
+def test_inference_mode_and_then_training() -> None:
+    sample, output, _ = inputs(torch.float32)
+    with torch.inference_mode():
+        ours = DDIMScheduler()
+        ours.set_timesteps(10)
+        want = ours.step(output, 500, sample).prev_sample
+    leaf = sample.clone().requires_grad_()
+    got = ours.step(output, 500, leaf).prev_sample
+    got.sum().backward()
+    assert torch.equal(got.detach(), want)
+
+
 def test_a_slice_of_the_timesteps_finds_its_rows() -> None:
     theirs, ours = pair()
     sample, output, _ = inputs()

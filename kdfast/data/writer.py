@@ -192,7 +192,7 @@ class ShardWriter:
         try:
             if self._state == "open":
                 if self._short is not None and self._accepted == self.manifest.num_samples:
-                    self._manifest = self.manifest
+                    self._manifest, self._short = self.manifest, None
                 elif self._pending:
                     self._publish()
                 self._manifest = replace(self._manifest, complete=True)
@@ -224,7 +224,10 @@ class ShardWriter:
         upright = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
         return [
             Record(
-                f"{self._first + first + i:09d}", self._encode(image), labels[i].tobytes(), extras[i] if extras else None
+                f"{self._first + first + i:09d}",
+                self._encode(image),
+                labels[i].tobytes(),
+                extras[i] if extras else None,
             )
             for i, image in enumerate(upright)
         ]
@@ -357,8 +360,8 @@ def _checked(
     num_classes: int | None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     # Copied: the caller may reuse its buffers while the encoders are still at work.
-    pixels = np.array(images.detach().cpu() if isinstance(images, torch.Tensor) else images, copy=True)
-    numbers = np.asarray(labels.detach().cpu() if isinstance(labels, torch.Tensor) else labels)
+    pixels = np.array(images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images)
+    numbers = np.asarray(labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else labels)
     if pixels.dtype != np.uint8:
         raise TypeError(f"images: got {pixels.dtype}; must be uint8")
     if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:

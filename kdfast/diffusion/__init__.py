@@ -10,16 +10,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdfast.diffusion.schedulers import DDIMScheduler
+    from kdfast.diffusion.schedulers_ddpm import DDPMScheduler
+    from kdfast.diffusion.schedulers_dpm import DPMSolverMultistepScheduler
+    from kdfast.diffusion.schedulers_euler import (
+        EulerAncestralDiscreteScheduler,
+        EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+    )
+    from kdfast.diffusion.schedulers_lcm import LCMScheduler
     from kdfast.diffusion.synthesizer import SynthesisResult, Synthesizer
 
 _MODULES = {
     "DDIMScheduler": "schedulers",
     "DDPMScheduler": "schedulers_ddpm",
+    "DPMSolverMultistepScheduler": "schedulers_dpm",
+    "EulerAncestralDiscreteScheduler": "schedulers_euler",
+    "EulerDiscreteScheduler": "schedulers_euler",
+    "FlowMatchEulerDiscreteScheduler": "schedulers_euler",
+    "LCMScheduler": "schedulers_lcm",
     "SynthesisResult": "synthesizer",
     "Synthesizer": "synthesizer",
 }
 
-__all__ = ["DDIMScheduler", "DDPMScheduler", "SynthesisResult", "Synthesizer"]
+__all__ = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "LCMScheduler",
+    "SynthesisResult",
+    "Synthesizer",
+]
 
 
 def __getattr__(name: str) -> Any:

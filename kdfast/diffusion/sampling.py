@@ -66,7 +66,7 @@ def step_generators(
     return generators
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample_latents(
     denoiser: torch.nn.Module,
     scheduler: Any,
@@ -104,7 +104,9 @@ def sample_latents(
     """
     guided = guidance_scale != 1.0
     if guided and null_class is None:
-        raise ValueError(f"null_class: got None, but guidance_scale={guidance_scale} needs the unconditional label")
+        raise ValueError(
+            f"null_class: got None, but guidance_scale={guidance_scale} needs the unconditional label"
+        )
     dtype = next(denoiser.parameters()).dtype
     x = noise.float() * scheduler.init_noise_sigma
     if guided:
@@ -124,7 +126,8 @@ def sample_latents(
             ).prev_sample
         else:
             x = step(_without_variance(output, x, scheduler), timestep, x, **options).prev_sample
-    return x.float()
+    result: torch.Tensor = x.float()
+    return result
 
 
 def _without_variance(output: torch.Tensor, x: torch.Tensor, scheduler: Any) -> torch.Tensor:

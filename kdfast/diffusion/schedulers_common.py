@@ -25,6 +25,11 @@ class _Entry(NamedTuple):
     table: Tensor
 
 
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written in place; those made in inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class TableCache:
     """Coefficient tables by (key, device, dtype), rebuilt when the schedule they were made from changes."""
 
@@ -44,14 +49,15 @@ class TableCache:
         full_key = (key, device, dtype)
         entry = self._entries.get(full_key)
         if entry is not None and all(
-            new is old and new._version == version
+            new is old and _version(new) == version
             for new, old, version in zip(sources, entry.sources, entry.versions, strict=True)
         ):
             return entry.table
         if len(self._entries) >= self._limit:
             self._entries.pop(next(iter(self._entries)))
-        table = build().to(dtype).to(device)
-        self._entries[full_key] = _Entry(tuple(sources), tuple(t._version for t in sources), table)
+        with torch.inference_mode(False):  # the table may serve a training step later
+            table = build().to(dtype).to(device)
+        self._entries[full_key] = _Entry(tuple(sources), tuple(map(_version, sources)), table)
         return table
 
 
@@ -130,7 +136,7 @@ def draw_noise(
         raise ValueError(f"{' and '.join(given)}: give one source of noise, got {len(given)}")
     if noise is not None or seed is not None:
         return noise
-    # Diffusers draws in the shape of the output that it steps with: guided, and without a variance's channels.
+    # Diffusers draws in the shape of the output it steps with: guided, without a variance's channels.
     plain = guide.scale is None and model_output.shape[1:2] == sample.shape[1:2]
     return diffusers.utils.torch_utils.randn_tensor(  # type: ignore[no-any-return]
         model_output.shape if plain else sample.shape,
@@ -177,7 +183,9 @@ class GuidedStep:
             ValueError: Shapes that do not fit, an unknown ``order``, or two sources of noise.
         """
         guide = guidance(guidance_scale, order, cfg_channels)
-        return self._fused(model_output, timestep, sample, guide, generator, variance_noise, seed, return_dict)
+        return self._fused(
+            model_output, timestep, sample, guide, generator, variance_noise, seed, return_dict
+        )
 
     def _fused(
         self,

@@ -1,4 +1,4 @@
-"""DDPM's ancestral sampler (Ho et al. 2020; learned variances: Nichol & Dhariwal 2021) over the fused step."""
+"""DDPM's ancestral sampler (Ho et al. 2020; Nichol & Dhariwal 2021) over the fused denoising step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class DDPMScheduler(GuidedStep, diffusers.DDPMScheduler):  # type: ignore[misc, 
         """One step back in time; arguments and result as in ``diffusers.DDPMScheduler.step``.
 
         Args:
-            model_output: The model's prediction, of the sample's shape; with a learned variance twice its channels.
+            model_output: The model's prediction, of the sample's shape; with a learned variance, twice its
+                channels.
             timestep: t, one of ``timesteps``: an int or a tensor of one element on any device.
             sample: x_t, any strides, which the result keeps.
             generator: Draws the noise, as diffusers would.
@@ -58,7 +59,9 @@ class DDPMScheduler(GuidedStep, diffusers.DDPMScheduler):  # type: ignore[misc, 
         """
         if not self.variance_type.startswith("learned"):
             check_same_channels(sample, model_output)
-        return self._fused(model_output, timestep, sample, ops.NO_GUIDANCE, generator, None, None, return_dict)
+        return self._fused(
+            model_output, timestep, sample, ops.NO_GUIDANCE, generator, None, None, return_dict
+        )
 
     def _fused(
         self,
@@ -134,7 +137,7 @@ class DDPMScheduler(GuidedStep, diffusers.DDPMScheduler):  # type: ignore[misc, 
             pairs = list(zip(steps, [*steps[1:], -1], strict=True))
             # The first of equal timesteps counts, as in diffusers.
             cached = self.__dict__["_kdfast_previous"] = (self.timesteps, dict(reversed(pairs)))
-        return cached[1]  # type: ignore[no-any-return]
+        return cached[1]
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         prediction, variance = self.config.prediction_type, self.variance_type
@@ -145,7 +148,9 @@ class DDPMScheduler(GuidedStep, diffusers.DDPMScheduler):  # type: ignore[misc, 
             device,
             dtype,
             sources,
-            lambda: ddpm_table(self.alphas_cumprod, self._previous() if listed else None, prediction, variance),
+            lambda: ddpm_table(
+                self.alphas_cumprod, self._previous() if listed else None, prediction, variance
+            ),
         )
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

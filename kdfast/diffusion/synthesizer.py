@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from kdfast.data.writer import ShardWriter
-from kdfast.diffusion.parts import joined, merge_parts, part_directory, shard_range
+from kdfast.diffusion.parts import check_same_run, joined, merge_parts, part_directory, shard_range
 from kdfast.diffusion.sampling import sample_latents, sample_noise, step_generators
 from kdfast.errors import ConfigError, DataError
 
@@ -90,19 +90,22 @@ class Synthesizer:
         if isinstance(pipeline_or_model, torch.nn.Module):
             model = pipeline_or_model
         else:
-            model = getattr(pipeline_or_model, "transformer", None)
-            if not isinstance(model, torch.nn.Module):
+            found = getattr(pipeline_or_model, "transformer", None)
+            if not isinstance(found, torch.nn.Module):
                 raise ConfigError(
                     f"pipeline_or_model: got {type(pipeline_or_model).__name__}, accepted: a denoiser (nn.Module) or a "
                     "pipeline with a class-conditional transformer, such as DiTPipeline"
                 )
+            model = found
             vae = vae if vae is not None else getattr(pipeline_or_model, "vae", None)
             scheduler = scheduler if scheduler is not None else pipeline_or_model.scheduler
         self.model, self.vae, self.scheduler = model.eval(), vae, scheduler
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.cfg_channels, self.eta, self.seed, self.paper_rng = cfg_channels, eta, seed, paper_rng
         self._check_sampler()
-        self.num_classes = num_classes if num_classes is not None else _from_config(model, "num_embeds_ada_norm")
+        self.num_classes = (
+            num_classes if num_classes is not None else _from_config(model, "num_embeds_ada_norm")
+        )
         self.sample_shape = sample_shape if sample_shape is not None else _sample_shape(model)
         if device is not None:
             self.model.to(device)
@@ -112,7 +115,9 @@ class Synthesizer:
         self.weights_id = weights_id if weights_id is not None else fingerprint(self.model)
         scheduler.set_timesteps(num_inference_steps, device=self.device)
 
-    def sample(self, classes: Sequence[int], indices: Sequence[int]) -> tuple[torch.Tensor, list[dict[str, int]]]:
+    def sample(
+        self, classes: Sequence[int], indices: Sequence[int]
+    ) -> tuple[torch.Tensor, list[dict[str, int]]]:
         """Make the images with these keys.
 
         A sample whose latent comes out non-finite is refused and drawn again with fresh noise.
@@ -187,11 +192,15 @@ class Synthesizer:
         self._check_plan(chosen, images, batch_size, rank, world_size)
         root, metadata = Path(directory), self.metadata(chosen)
         start, stop = shard_range(images, samples_per_shard, rank, world_size)
+        check_same_run(root, metadata)
         target = root
         if world_size > 1:
-            if joined(root, images, metadata, resume=resume):
+            if start == stop:  # more ranks than shards
+                return SynthesisResult(0, 0, 0, merge_parts(root, images, samples_per_shard, world_size))
+            if joined(root, images, resume=resume):
                 return SynthesisResult(stop - start, 0, len(_noted(root / REFUSED)), True)
             target = part_directory(root, start, stop)
+            check_same_run(target, metadata)
         with ShardWriter(
             target,
             samples_per_shard=samples_per_shard,
@@ -254,22 +263,26 @@ class Synthesizer:
             generators=step_generators(self.seed, classes, indices, **key),
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to uint8 ``[B, 3, H, W]``; grey images are repeated to three channels."""
         images = latents
         if self.vae is not None:
             weight = next(self.vae.parameters())
-            images = self.vae.decode((latents / self.vae.config.scaling_factor).to(weight.dtype)).sample.float()
+            images = self.vae.decode(
+                (latents / self.vae.config.scaling_factor).to(weight.dtype)
+            ).sample.float()
         pixels = (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
 
     def _check_sampler(self) -> None:
         if self.scheduler is None:
-            raise ConfigError("scheduler: got None, accepted: a kdfast scheduler, e.g. kdfast.diffusion.DDIMScheduler()")
+            raise ConfigError(
+                "scheduler: got None, accepted: a kdfast scheduler, e.g. kdfast.diffusion.DDIMScheduler()"
+            )
         if self.guidance_scale < 1:
             raise ConfigError(
-                f"guidance_scale: got {self.guidance_scale}, accepted: at least 1 (1 samples without guidance; below it "
+                f"guidance_scale: got {self.guidance_scale}, accepted: at least 1 (1 is without guidance; below it "
                 "the condition is weakened, which makes images of no class)"
             )
         if self.guidance_scale != 1 and not hasattr(self.scheduler, "step_cfg"):

@@ -257,11 +257,15 @@ def _open(config: DemoConfig) -> Path:
         files.write_json(out / SETTINGS, _identity(config))
         return out
     if not config.resume:
-        raise ConfigError(f"--out: {out} holds a demo already; go on with --resume, or choose another directory")
+        raise ConfigError(
+            f"--out: {out} holds a demo already; go on with --resume, or choose another directory"
+        )
     before, now = json.loads((out / SETTINGS).read_text()), _identity(config)
     if changed := [key for key in now if before.get(key) != now[key]]:
         details = "; ".join(f"{key}: {before.get(key)!r} before, {now[key]!r} now" for key in changed)
-        raise ConfigError(f"--out: {out} holds a demo with other settings ({details}); choose another directory")
+        raise ConfigError(
+            f"--out: {out} holds a demo with other settings ({details}); choose another directory"
+        )
     return out
 
 
@@ -309,7 +313,9 @@ def _print_table(metrics: dict[str, Any], page: Path) -> None:
         style = "bold" if key == "student_accuracy" else ""
         table.add_row(name, f"{100 * metrics[key]:.1f} %", style=style)
     console = require("rich.console", extra="train", feature="The demo").Console(stderr=True)
-    console.print("", table, f"\n{metrics['seconds']:.0f} seconds. See {page}", highlight=False, soft_wrap=True)
+    console.print(
+        "", table, f"\n{metrics['seconds']:.0f} seconds. See {page}", highlight=False, soft_wrap=True
+    )
 
 
 def _outcome(metrics: dict[str, Any]) -> str:

@@ -77,10 +77,14 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
-            raise ConfigError(f"image_size: got {self.image_size}, accepted: a multiple of patch_size={self.patch_size}")
+            raise ConfigError(
+                f"image_size: got {self.image_size}, accepted: a multiple of patch_size={self.patch_size}"
+            )
 
 
-def run(config: DiffusionConfig, out: str | Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+def run(
+    config: DiffusionConfig, out: str | Path, *, resume: bool = False, progress: bool = True
+) -> dict[str, Any]:
     """Train and save a diffusion model.
 
     Args:
@@ -103,7 +107,9 @@ def run(config: DiffusionConfig, out: str | Path, *, resume: bool = False, progr
     test = to_memory(load_dataset(config.data, "test", image_size=config.image_size))
     seed_everything(config.seed)
     network = build_dit(config, train.num_classes)
-    fixed = list(NoisyBatches(test, noising, config, train.num_classes, batches=-(-len(test) // config.batch_size)))
+    fixed = list(
+        NoisyBatches(test, noising, config, train.num_classes, batches=-(-len(test) // config.batch_size))
+    )
     trainer = Trainer(
         network,
         denoising_loss,
@@ -114,7 +120,9 @@ def run(config: DiffusionConfig, out: str | Path, *, resume: bool = False, progr
             clip_grad_norm=1.0,
             ema_decay=config.ema_decay,
             optimizer=OptimizerConfig("adamw", config.lr, weight_decay=0.01, betas=(0.9, 0.99)),
-            schedule=ScheduleConfig("cosine", warmup_epochs=min(1.0, 100 / config.steps_per_epoch), min_ratio=0.05),
+            schedule=ScheduleConfig(
+                "cosine", warmup_epochs=min(1.0, 100 / config.steps_per_epoch), min_ratio=0.05
+            ),
             log_every=min(25, config.steps_per_epoch),
             progress=progress,
         ),
@@ -157,7 +165,7 @@ def build_dit(config: DiffusionConfig, num_classes: int) -> nn.Module:
         # the network would hardly ever see an image without any label. NoisyBatches drops them for all blocks at once.
         if hasattr(module, "dropout_prob"):
             module.dropout_prob = 0.0
-        if name.endswith("norm1.linear") or name.startswith("proj_out_"):
+        if isinstance(module, nn.Linear) and name.endswith(("norm1.linear", "proj_out_1", "proj_out_2")):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     return dit
@@ -172,7 +180,8 @@ def denoising_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """
     noisy, timesteps, labels, clean, weight = batch
     predicted = model(noisy, timestep=timesteps, class_labels=labels).sample.float()
-    return (weight * (predicted - clean).square().flatten(1).mean(1)).mean()
+    loss: torch.Tensor = (weight * (predicted - clean).square().flatten(1).mean(1)).mean()
+    return loss
 
 
 class NoisyBatches:
@@ -186,7 +195,9 @@ class NoisyBatches:
         batches: How many make an epoch.
     """
 
-    def __init__(self, dataset: Any, noising: Any, config: DiffusionConfig, num_classes: int, *, batches: int) -> None:
+    def __init__(
+        self, dataset: Any, noising: Any, config: DiffusionConfig, num_classes: int, *, batches: int
+    ) -> None:
         self._images = dataset.images[:, : config.channels].float() / 127.5 - 1
         self._labels, self._null = dataset.labels, num_classes
         self._noising, self._config, self._batches, self._epoch = noising, config, batches, 0
@@ -211,7 +222,13 @@ class NoisyBatches:
             clean = self._images[rows]
             noise = torch.randn(clean.shape, generator=generator)
             labels = torch.where(dropped, self._null, self._labels[rows])
-            yield self._noising.add_noise(clean, noise, timesteps), timesteps, labels, clean, self._weight[timesteps]
+            yield (
+                self._noising.add_noise(clean, noise, timesteps),
+                timesteps,
+                labels,
+                clean,
+                self._weight[timesteps],
+            )
 
 
 def _noising(config: DiffusionConfig) -> Any:

@@ -155,7 +155,9 @@ def load_generator(config: SynthConfig, device: torch.device) -> Synthesizer:
     try:
         settings = DDIMScheduler.load_config(str(root / SCHEDULER)) if (root / SCHEDULER).is_dir() else {}
     except OSError as error:
-        raise CheckpointError(f"{root / SCHEDULER}: cannot be read: {' '.join(str(error).split())}") from error
+        raise CheckpointError(
+            f"{root / SCHEDULER}: cannot be read: {' '.join(str(error).split())}"
+        ) from error
     # Latents have no range to clip to, and a transformer alone says nothing of its schedule: DiT's is the default.
     settings = settings or {"beta_schedule": "linear", "clip_sample": False}
     return Synthesizer(
@@ -192,7 +194,9 @@ def _network(kind: Any, folder: Path, config: SynthConfig) -> Any:
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := [str(key) for key in found.get(fault) or ()]:
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise CheckpointError(f"weights {folder}: do not match config.json: {fault.replace('_', ' ')} {shown}")
+            raise CheckpointError(
+                f"weights {folder}: do not match config.json: {fault.replace('_', ' ')} {shown}"
+            )
     return network
 
 
@@ -215,10 +219,17 @@ def _write_diffusion(
     return result.written, result.refused, result.complete
 
 
-def _write_noise(config: SynthConfig, accelerator: Any, bar: Callable[[int, int], None]) -> tuple[int, int, bool]:
+def _write_noise(
+    config: SynthConfig, accelerator: Any, bar: Callable[[int, int], None]
+) -> tuple[int, int, bool]:
     if not accelerator.is_main_process:
         return 0, 0, False
-    facts = {"generator": "noise", "noise": config.noise, "seed": config.seed, "image_size": config.image_size}
+    facts = {
+        "generator": "noise",
+        "noise": config.noise,
+        "seed": config.seed,
+        "image_size": config.image_size,
+    }
     written = 0
     with ShardWriter(
         config.out,
@@ -232,7 +243,9 @@ def _write_noise(config: SynthConfig, accelerator: Any, bar: Callable[[int, int]
         bar(writer.num_samples, config.images)
         for start in range(writer.num_samples, config.images, config.batch_size):
             count = min(config.batch_size, config.images - start)
-            writer.write(_noise(config, count, start), torch.arange(start, start + count) % config.num_classes)
+            writer.write(
+                _noise(config, count, start), torch.arange(start, start + count) % config.num_classes
+            )
             written += count
             bar(start + count, config.images)
     return written, 0, True

@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from kdfast.functional.denoise import denoise_step
 from kdfast.functional.losses import kd_kl_div
+from kdfast.functional.losses_more import dkd_loss, jsd_loss
 
-__all__ = ["denoise_step", "kd_kl_div"]
+__all__ = ["denoise_step", "dkd_loss", "jsd_loss", "kd_kl_div"]

@@ -157,7 +157,11 @@ def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
     ctx.save_for_backward(table, step_tensor, mask)
     ctx.set_materialize_grads(False)
     ctx.step, ctx.guidance, ctx.want_x0 = step, inputs[12:15], inputs[17]
-    ctx.order = inputs[10] if inputs[10] is not None else reference.iteration_order(output[0])
+    ctx.order = (
+        inputs[10]
+        if inputs[10] is not None
+        else reference.iteration_order(output[0].shape, output[0].stride())
+    )
     ctx.sample, ctx.output = (sample.shape, sample.dtype), (model_output.shape, model_output.dtype)
     ctx.noise_dtype, ctx.history_dtypes = None if noise is None else noise.dtype, [h.dtype for h in history]
 

@@ -20,7 +20,15 @@ from kdfast.ops._denoise_run import Call, Like, run, run_backward
 from kdfast.reference import denoise as reference
 from kdfast.reference.denoise import COLUMNS, NO_GUIDANCE, Guidance
 
-__all__ = ["COLUMNS", "NO_GUIDANCE", "Guidance", "StepResult", "denoise_step", "guided_output", "predicted_variance"]
+__all__ = [
+    "COLUMNS",
+    "NO_GUIDANCE",
+    "Guidance",
+    "StepResult",
+    "denoise_step",
+    "guided_output",
+    "predicted_variance",
+]
 
 
 class StepResult(NamedTuple):
@@ -46,7 +54,7 @@ class _Step(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # The step may live on the device and be advanced in place: saving it makes a late change an error.
         ctx.save_for_backward(*(t if isinstance(t, Tensor) else None for t in (bits, call.mask, call.step)))
-        ctx.call, ctx.order = call, reference.iteration_order(y)
+        ctx.call, ctx.order = call, reference.iteration_order(y.shape, y.stride())
         ctx.likes = tuple(
             Like(t.shape, t.dtype) if needed else None
             for t, needed in zip((sample, model_output), ctx.needs_input_grad[:2], strict=True)
@@ -205,9 +213,7 @@ def denoise_step(
             channels = sample.shape[1] if sample.dim() > 1 else None
             model_output = reference.guide(model_output, sample.shape[0], channels, guidance)
             guidance = NO_GUIDANCE
-    call = Call(
-        table, step, dtype or promoted, guidance, seed, learned_variance, clip, want_x0, x0_dtype
-    )
+    call = Call(table, step, dtype or promoted, guidance, seed, learned_variance, clip, want_x0, x0_dtype)
     if _traced(*inputs):
         y, m = run_registered(call, sample, model_output, noise, history, graded)
     elif graded:

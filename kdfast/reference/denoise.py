@@ -34,10 +34,9 @@ class Guidance(NamedTuple):
 NO_GUIDANCE = Guidance()
 
 
-def iteration_order(tensor: Tensor) -> tuple[int, ...]:
+def iteration_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
     """Dimensions from the outermost to the innermost in memory; ties keep their place."""
-    shape, strides = tensor.shape, tensor.stride()
-    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], -shape[dim], dim)))
+    return tuple(sorted(range(len(shape)), key=lambda dim: (-strides[dim], -shape[dim], dim)))
 
 
 def ordered_empty(
@@ -151,22 +150,24 @@ def denoise_step(
     o = guide(model_output, sample.shape[0], sample.shape[1] if sample.dim() > 1 else None, guidance).to(
         compute
     )
-    laid_out = torch.empty_like(sample, dtype=dtype) if order is None else None
-    known_order = iteration_order(laid_out) if laid_out is not None else tuple(order or ())
+    if order is None:
+        strides = torch.empty_like(sample, dtype=dtype).stride()
+    else:
+        strides = ordered_empty(sample.shape, order, dtype, sample.device).stride()
 
     def output(value: Tensor, dtype: torch.dtype) -> Tensor:
-        target = ordered_empty(value.shape, known_order, dtype, value.device)
-        same = value.dtype == dtype and value.stride() == target.stride()
-        return value if same else target.copy_(value)
+        if value.dtype == dtype and value.stride() == strides:
+            return value
+        return torch.empty_strided(value.shape, strides, dtype=dtype, device=value.device).copy_(value)
 
     m = _sum([(x, px), (o, po)])
     bits = None
     if clip is not None:
         if want_mask:
-            bits = pack_bits((m >= -clip) & (m <= clip), known_order)
+            bits = pack_bits((m >= -clip) & (m <= clip), iteration_order(m.shape, strides))
         m = m.clamp_(-clip, clip)
     if mask is not None:
-        m = m * unpack_bits(mask, m.shape, known_order)
+        m = m * unpack_bits(mask, m.shape, iteration_order(m.shape, strides))
     terms = [(x, a), (m, b), (o, d)]
     terms += [(h.to(compute), factor) for h, factor in zip(history, rest, strict=False)]
     if noise is not None or seed is not None:
@@ -179,7 +180,8 @@ def denoise_step(
     y = output(_sum(terms), dtype)
     following = None
     if next_dtype is not None:
-        following = ordered_empty((next_copies * y.shape[0], *y.shape[1:]), known_order, next_dtype, y.device)
+        shape = (next_copies * y.shape[0], *y.shape[1:])
+        following = ordered_empty(shape, iteration_order(y.shape, strides), next_dtype, y.device)
         following.copy_(torch.cat([y.to(compute) * s] * next_copies))
     return y, output(m, x0_dtype or dtype) if want_x0 else None, bits, following
 

@@ -28,7 +28,9 @@ def write_grid(path: str | Path, images: Any, *, columns: int, scale: int = 4) -
     image = require("matplotlib.image", extra="report", feature="a sample grid")
     pixels: NDArray[np.uint8] = np.asarray(images)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or not len(pixels):
-        raise ValueError(f"images: got {pixels.dtype} {list(pixels.shape)}, accepted: uint8 [N, 3, H, W] with N ≥ 1")
+        raise ValueError(
+            f"images: got {pixels.dtype} {list(pixels.shape)}, accepted: uint8 [N, 3, H, W] with N ≥ 1"
+        )
     if columns < 1:
         raise ValueError(f"columns: got {columns}, accepted: at least 1")
     count, _, height, width = pixels.shape

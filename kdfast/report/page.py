@@ -131,15 +131,19 @@ def _demo_page(run: Run) -> Page:
     accuracy = dict(zip(_DEMO_NAMES, (float(metrics[key]) for key in _DEMO_KEYS)))
     _, soft, hard, noise = accuracy.values()
     lead = (
-        f"A teacher learned from real digits. A diffusion model made {int(metrics['images']):,} synthetic ones, and the "
-        f"student learned from those and the teacher's soft labels alone. On held-out real digits it reaches "
+        f"A teacher learned from real digits. A diffusion model made {int(metrics['images']):,} synthetic ones, and "
+        f"the student learned from those and the teacher's soft labels alone. On held-out real digits it reaches "
         f"{_percent(soft)}; on the same images with hard labels {_percent(hard)}, from noise {_percent(noise)}."
     )
     cards = tuple(
         Card(_percent(value), name, main=key == "student_accuracy")
         for key, (name, value) in zip(_DEMO_KEYS, accuracy.items())
     )
-    sections = [Section("Accuracy on held-out real images", (Figure(svg=plots.bars(accuracy, xlabel="top-1 accuracy")),))]
+    sections = [
+        Section(
+            "Accuracy on held-out real images", (Figure(svg=plots.bars(accuracy, xlabel="top-1 accuracy")),)
+        )
+    ]
     if pictures := _pictures(run):
         sections.append(Section("What they were trained on", pictures))
     students = {child.name: child for child in run.children}
@@ -150,7 +154,9 @@ def _demo_page(run: Run) -> Page:
 
 
 def _run_page(run: Run) -> Page:
-    numbers = {k: v for k, v in run.metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    numbers = {
+        k: v for k, v in run.metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
     cards = tuple(Card(_number(k, v), _words(k)) for k, v in list(numbers.items())[:8])
     sections = []
     runs = {run.name: run} if run.log else {child.name: child for child in run.children}
@@ -213,7 +219,9 @@ def _tables(run: Run, skip: Sequence[str] = ()) -> list[Table]:
 
 
 def _save_plots(folder: Path, pages: Sequence[Page]) -> None:
-    figures = [(section.title, f) for page in pages for section in page.sections for f in section.figures if f.svg]
+    figures = [
+        (section.title, f) for page in pages for section in page.sections for f in section.figures if f.svg
+    ]
     if figures:
         folder.mkdir(exist_ok=True)
     for number, (title, figure) in enumerate(figures, 1):

@@ -36,7 +36,9 @@ _STYLE = {
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
-def curves(series: Mapping[str, Curve], *, xlabel: str, ylabel: str, percent: bool = False, log: bool = False) -> str:
+def curves(
+    series: Mapping[str, Curve], *, xlabel: str, ylabel: str, percent: bool = False, log: bool = False
+) -> str:
     """Lines over a common axis.
 
     Args:
@@ -89,8 +91,9 @@ def bars(values: Mapping[str, float], *, xlabel: str) -> str:
 
 def save_svg(path: Path, svg: str) -> Path:
     """Write a figure as a file of its own, whose ink follows the viewer's colour scheme."""
-    style = "<style>svg{color:#222;background:#fff}@media(prefers-color-scheme:dark){svg{color:#ddd;background:#16181d}}"
-    path.write_text(re.sub(r"(<svg[^>]*>)", rf"\1{style}</style>", svg, count=1))
+    light, dark = "svg{color:#222;background:#fff}", "svg{color:#ddd;background:#16181d}"
+    style = f"<style>{light}@media(prefers-color-scheme:dark){{{dark}}}</style>"
+    path.write_text(re.sub(r"(<svg[^>]*>)", rf"\1{style}", svg, count=1), encoding="utf-8")
     return path
 
 

@@ -42,7 +42,9 @@ class Run:
         Returns:
             x and y, equally long; empty if the log has no such value.
         """
-        points = [(e[against], e[key]) for e in self.log if e.get("kind") == kind and key in e and against in e]
+        points = [
+            (e[against], e[key]) for e in self.log if e.get("kind") == kind and key in e and against in e
+        ]
         return [float(x) for x, _ in points], [float(y) for _, y in points]
 
     @property
