@@ -1,4 +1,4 @@
-"""Shows the cross-reference roles of docstrings (``:func:`name```) as plain code, which is all that Markdown knows."""
+"""Shows what Markdown does not know of docstrings (``:func:`name```, ``.. math::``) as plain code."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from typing import Any
 import griffe
 
 ROLE = re.compile(r":(?:py:)?(?:func|class|meth|mod|attr|data):`~?(?:[\w.]+\.)?(\w+)`")
+# A formula and the lines that continue it.
+MATH = re.compile(r"^\.\. math:: *(.*(?:\n +\S.*)*)", re.MULTILINE)
+
+
+def _code_block(match: re.Match[str]) -> str:
+    return "\n".join(f"    {line.strip()}" for line in match[1].splitlines())
 
 
 class PlainRoles(griffe.Extension):
@@ -16,4 +22,4 @@ class PlainRoles(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called for every module, class, function and attribute."""
         if obj.docstring is not None:
-            obj.docstring.value = ROLE.sub(r"`\1`", obj.docstring.value)
+            obj.docstring.value = MATH.sub(_code_block, ROLE.sub(r"`\1`", obj.docstring.value))
