@@ -94,7 +94,7 @@ def test_a_demo_is_not_overwritten(finished: tuple[Path, dict[str, Any]]) -> Non
     out, _ = finished
     with pytest.raises(ConfigError, match="holds a demo already; go on with --resume"):
         demo.run(replace(SMALL, out=str(out)))
-    with pytest.raises(ConfigError, match="other settings .*seed: 0 before, 1 now"):
+    with pytest.raises(ConfigError, match=r"other settings .*seed: 0 before, 1 now"):
         demo.run(replace(SMALL, out=str(out), resume=True, seed=1))
 
 

@@ -306,7 +306,7 @@ def test_non_finite_latents_are_refused_counted_and_drawn_again(tmp_path: Path) 
 
 
 def test_weights_that_give_nothing_finite_are_an_error_that_names_the_image(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="class 2, index 1: .*not finite"):
+    with pytest.raises(DataError, match=r"class 2, index 1: .*not finite"):
         synthesizer(Failing(range(10**6))).sample([2], [1])
 
 
