@@ -306,8 +306,59 @@ def test_non_finite_latents_are_refused_counted_and_drawn_again(tmp_path: Path) 
 
 
 def test_weights_that_give_nothing_finite_are_an_error_that_names_the_image(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="class 2, index 1: .*not finite"):
+    with pytest.raises(DataError, match=r"class 2, index 1: .*not finite"):
         synthesizer(Failing(range(10**6))).sample([2], [1])
+
+
+def test_guidance_is_what_was_asked_for() -> None:
+    model = tiny_dit()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    made = synthesizer(model, guidance_scale=4.0)
+    expected = sample_latents(
+        model,
+        made.scheduler,
+        sample_noise(5, [1], [2], (1, SIZE, SIZE)),
+        torch.tensor([1]),
+        guidance_scale=4.0,
+        null_class=CLASSES,
+    )
+    assert torch.equal(made.sample([1], [2])[0], made._decode(expected))
+    assert not torch.equal(
+        made.sample([1], [2])[0], synthesizer(model, guidance_scale=2.0).sample([1], [2])[0]
+    )
+
+
+def test_a_resumed_run_makes_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rounding differs between batches of different sizes, so equal files need equal batches.
+    made, calls = synthesizer(), []
+    sample = made.sample
+    monkeypatch.setattr(made, "sample", lambda c, i: (calls.append(list(zip(c, i))), sample(c, i))[1])
+    write(made, tmp_path / "whole")
+    whole = calls.copy()
+    calls.clear()
+    write(made, tmp_path / "grown", 12)
+    write(made, tmp_path / "grown", 23, resume=True)
+    assert calls == whole
+
+
+def test_a_crash_after_joining_leaves_no_parts_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = synthesizer()
+    write(made, tmp_path / "one")
+    write(made, tmp_path / "two", rank=0, world_size=2)
+
+    def crash(path: Path, **_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("kdfast.diffusion.parts.shutil.rmtree", crash)
+        write(made, tmp_path / "two", rank=1, world_size=2)
+    assert (tmp_path / "two" / "parts").exists()
+    write(made, tmp_path / "two", rank=1, world_size=2, resume=True)
+    (tmp_path / "two" / ".merge").unlink(missing_ok=True)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def test_a_vae_turns_latents_into_images() -> None:

@@ -59,6 +59,8 @@ def joined(root: Path, images: int, *, resume: bool) -> bool:
             f"{root}: already holds a complete set of {present.num_samples} images, {images} were asked for; choose "
             "another directory, resume with the same size, or let a single process extend it"
         )
+    if present.complete:  # a crash may have come before the parts were removed
+        shutil.rmtree(root / _PARTS, ignore_errors=True)
     return present.complete
 
 
@@ -76,15 +78,14 @@ def merge_parts(root: Path, images: int, samples_per_shard: int, world_size: int
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".merge", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        whole = _merge(root, parts, images)
+        whole = _merge(root, parts)
     if whole:
         (root / ".merge").unlink(missing_ok=True)
     return whole
 
 
-def _merge(root: Path, parts: list[Path], images: int) -> bool:
-    if (root / "manifest.json").exists() and read_manifest(root).num_samples == images:
-        shutil.rmtree(root / _PARTS, ignore_errors=True)
+def _merge(root: Path, parts: list[Path]) -> bool:
+    if (root / "manifest.json").exists() and read_manifest(root).complete:
         return True
     if not all((part / "manifest.json").exists() and read_manifest(part).complete for part in parts):
         return False

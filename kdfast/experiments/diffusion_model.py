@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import annotated_types as at
 import numpy as np
@@ -133,8 +133,8 @@ def run(
     )
     batches = NoisyBatches(train, noising, config, train.num_classes, batches=config.steps_per_epoch)
     result = trainer.fit(batches, resume=resume)
-    folder = Path(out)
-    result.model.save_pretrained(folder / TRANSFORMER)
+    folder, model = Path(out), cast(Any, result.model)
+    model.save_pretrained(folder / TRANSFORMER)
     noising.save_pretrained(folder / SCHEDULER)
     metrics = {
         **result.metrics,

@@ -15,7 +15,7 @@ import torch
 from kdfast.data import ShardWriter
 from kdfast.data.surrogate import noise
 from kdfast.data.surrogate.uniform import uniform_noise
-from kdfast.diffusion.synthesizer import Synthesizer
+from kdfast.diffusion import DDIMScheduler, DDPMScheduler, Synthesizer
 from kdfast.errors import CheckpointError, ConfigError, require
 from kdfast.experiments.common import METRICS, Count
 from kdfast.experiments.diffusion_model import SCHEDULER, TRANSFORMER
@@ -39,6 +39,7 @@ class SynthConfig:
         weights: For ``diffusion``: a local folder as diffusers saves a pipeline (``transformer/``, ``scheduler/`` and,
             for latent models, ``vae/``, safetensors inside) or a transformer alone.
         random_weights: Take the configs in ``weights`` and leave the networks untrained (for benchmarks).
+        sampler: ``ddim``, or the ancestral ``ddpm`` that the paper's images were made with.
         steps: T, denoising steps.
         guidance_scale: s; 1 is without guidance. DM-KD's best is 2.
         cfg_channels: Guide only the first so many channels; DiT's authors guide 3 of 4.
@@ -64,6 +65,7 @@ class SynthConfig:
     images: Count = 2000
     weights: str | None = None
     random_weights: bool = False
+    sampler: Literal["ddim", "ddpm"] = "ddim"
     steps: Count = 50
     guidance_scale: Annotated[float, at.Ge(1)] = 2.0
     cfg_channels: Count | None = None
@@ -142,8 +144,6 @@ def load_generator(config: SynthConfig, device: torch.device) -> Synthesizer:
     Raises:
         CheckpointError: They cannot be read, or do not match their config.
     """
-    from kdfast.diffusion import DDIMScheduler
-
     diffusers = require("diffusers", extra="diffusion", feature=_FEATURE)
     root = Path(config.weights or "")
     if not root.is_dir():
@@ -152,17 +152,10 @@ def load_generator(config: SynthConfig, device: torch.device) -> Synthesizer:
     transformer = root / TRANSFORMER if whole else root
     model = _network(diffusers.DiTTransformer2DModel, transformer, config)
     vae = _network(diffusers.AutoencoderKL, root / VAE, config) if (root / VAE).is_dir() else None
-    try:
-        settings = DDIMScheduler.load_config(str(root / SCHEDULER)) if (root / SCHEDULER).is_dir() else {}
-    except OSError as error:
-        raise CheckpointError(
-            f"{root / SCHEDULER}: cannot be read: {' '.join(str(error).split())}"
-        ) from error
-    # Latents have no range to clip to, and a transformer alone says nothing of its schedule: DiT's is the default.
-    settings = settings or {"beta_schedule": "linear", "clip_sample": False}
+    scheduler = _scheduler(config, root / SCHEDULER, model)
     return Synthesizer(
         model,
-        DDIMScheduler.from_config(settings),
+        scheduler,
         vae=vae,
         num_inference_steps=config.steps,
         guidance_scale=config.guidance_scale,
@@ -172,6 +165,23 @@ def load_generator(config: SynthConfig, device: torch.device) -> Synthesizer:
         paper_rng=config.paper_rng,
         device=device,
     )
+
+
+def _scheduler(config: SynthConfig, folder: Path, model: Any) -> Any:
+    """The sampler over the noise schedule that the model was trained with; DiT's where no config says."""
+    kind = DDPMScheduler if config.sampler == "ddpm" else DDIMScheduler
+    try:
+        settings = dict(kind.load_config(str(folder))) if folder.is_dir() else {}
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {' '.join(str(error).split())}") from error
+    settings = settings or {"beta_schedule": "linear", "clip_sample": False}
+    if config.sampler == "ddpm":
+        learned = model.config.out_channels == 2 * model.config.in_channels
+        settings |= {
+            "timestep_spacing": "linspace",  # as the paper respaces: both ends included
+            "variance_type": "learned_range" if learned else "fixed_small",
+        }
+    return kind.from_config(settings)
 
 
 def _network(kind: Any, folder: Path, config: SynthConfig) -> Any:

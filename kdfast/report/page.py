@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,18 @@ from kdfast.report.runs import METRICS, Run, read_run
 
 _DEMO_KEYS = ("teacher_accuracy", "student_accuracy", "student_hard_label_accuracy", "student_noise_accuracy")
 _DEMO_NAMES = (
-    "teacher, trained on real images",
-    "student, teacher's soft labels",
-    "student, hard labels",
-    "student, noise images",
+    "teacher, on real images",
+    "student, on synthetic images with soft labels",
+    "student, on synthetic images with hard labels",
+    "student, on noise with soft labels",
 )
+# Where a demo keeps each of them, in the same order.
+_DEMO_RUNS = {
+    "teacher": "teacher",
+    "student-soft": "soft labels",
+    "student-hard": "hard labels",
+    "student-noise": "noise",
+}
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, and figures side by side."""
+    """A heading, and figures side by side."""
 
     title: str
     figures: tuple[Figure, ...]
-    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,6 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     head: tuple[str, ...] = ()
     numbers: bool = False
-    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,12 +151,21 @@ def _demo_page(run: Run) -> Page:
         )
     ]
     if pictures := _pictures(run):
-        sections.append(Section("What they were trained on", pictures))
-    students = {child.name: child for child in run.children}
-    learning = tuple(_curve_figures(students))
-    if learning:
+        sections.append(Section("What they saw", pictures))
+    if learning := _demo_curves(run):
         sections.append(Section("How they learned", learning))
     return Page(run.name, lead, cards, tuple(sections), tuple(_tables(run, skip=_DEMO_KEYS)))
+
+
+def _demo_curves(run: Run) -> tuple[Figure, ...]:
+    """Accuracies in the bars' order, hence their colours; the diffusion model's loss, which compares with nothing."""
+    children = {child.name: child for child in run.children}
+    networks = {label: children[name] for name, label in _DEMO_RUNS.items() if name in children}
+    figures = [figure for figure in _curve_figures(networks) if figure.title == "Accuracy"]
+    if "diffusion" in children and (loss := children["diffusion"].series("train", "loss"))[0]:
+        svg = plots.curves({"loss": loss}, xlabel="step", ylabel="loss", log=min(loss[1]) > 0, first_color=4)
+        figures.append(Figure("Diffusion model: training loss", svg=svg))
+    return tuple(figures)
 
 
 def _run_page(run: Run) -> Page:
@@ -224,8 +239,10 @@ def _save_plots(folder: Path, pages: Sequence[Page]) -> None:
     ]
     if figures:
         folder.mkdir(exist_ok=True)
+    for stale in folder.glob("[0-9][0-9]-*.svg"):
+        stale.unlink()
     for number, (title, figure) in enumerate(figures, 1):
-        slug = "-".join((figure.title or title).lower().split())
+        slug = "-".join(re.findall(r"\w+", (figure.title or title).lower()))
         plots.save_svg(folder / f"{number:02d}-{slug}.svg", figure.svg)
 
 

@@ -37,7 +37,13 @@ Curve = tuple[Sequence[float], Sequence[float]]
 
 
 def curves(
-    series: Mapping[str, Curve], *, xlabel: str, ylabel: str, percent: bool = False, log: bool = False
+    series: Mapping[str, Curve],
+    *,
+    xlabel: str,
+    ylabel: str,
+    percent: bool = False,
+    log: bool = False,
+    first_color: int = 0,
 ) -> str:
     """Lines over a common axis.
 
@@ -47,12 +53,15 @@ def curves(
         ylabel: Name of the y axis.
         percent: y are fractions to be shown in percent.
         log: Logarithmic y axis.
+        first_color: Where in the palette the first line begins.
 
     Returns:
         The SVG element.
     """
-    with _figure(6.4, 3.4) as (figure, axes):
-        for color, (name, (x, y)) in zip(itertools.cycle(PALETTE), series.items()):
+    with _figure(5.2, 3.3) as (figure, axes):
+        for color, (name, (x, y)) in zip(
+            itertools.islice(itertools.cycle(PALETTE), first_color, None), series.items()
+        ):
             axes.plot(x, y, color=color, label=name, linewidth=1.8, marker="o" if len(x) == 1 else None)
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
@@ -75,7 +84,7 @@ def bars(values: Mapping[str, float], *, xlabel: str) -> str:
     Returns:
         The SVG element.
     """
-    with _figure(6.4, 0.62 * len(values) + 0.8) as (figure, axes):
+    with _figure(9.2, 0.5 * len(values) + 0.8) as (figure, axes):
         names = list(values)[::-1]
         drawn = axes.barh(names, [values[n] for n in names], color=PALETTE[0], height=0.62)
         for name, bar in zip(names, drawn):
