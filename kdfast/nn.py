@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kdfast.functional import dkd_loss, jsd_loss, kd_kl_div
+from kdfast.functional import dkd_loss, jsd_loss, kd_kl_div, topk_kd_loss
 from kdfast.functional.losses import Reduction
+from kdfast.functional.losses_more import Tail
 
-__all__ = ["DKDLoss", "JSDLoss", "KDLoss"]
+__all__ = ["DKDLoss", "JSDLoss", "KDLoss", "TopKKDLoss"]
 
 
 class KDLoss(nn.Module):
@@ -159,3 +160,49 @@ class DKDLoss(nn.Module):
             f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, "
             f"ignore_index={self.ignore_index}, dim={self.dim}, reduction={self.reduction!r}"
         )
+
+
+class TopKKDLoss(nn.Module):
+    """:func:`kdfast.functional.topk_kd_loss` with its options fixed.
+
+    Args:
+        temperature: T > 0.
+        tail: ``"bucket"`` or ``"renormalize"``.
+        reduction: As in :func:`~kdfast.functional.kd_kl_div`.
+
+    Shape:
+        Student logits ``[..., V]``, class indices and teacher logits ``[..., k]``, and optionally the teacher's
+        log-sum-exp ``[...]`` → a 0-d tensor (for ``reduction="none"``, one value a row).
+    """
+
+    def __init__(
+        self, temperature: float = 1.0, *, tail: Tail = "bucket", reduction: Reduction = "batchmean"
+    ) -> None:
+        super().__init__()
+        self.temperature, self.tail, self.reduction = temperature, tail, reduction
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        indices: torch.Tensor,
+        logits: torch.Tensor,
+        log_normalizer: torch.Tensor | None = None,
+        row_weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of these logits; see :func:`~kdfast.functional.topk_kd_loss`."""
+        return topk_kd_loss(
+            student,
+            indices,
+            logits,
+            temperature=self.temperature,
+            tail=self.tail,
+            log_normalizer=log_normalizer,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            mask=mask,
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"temperature={self.temperature}, tail={self.tail!r}, reduction={self.reduction!r}"

@@ -6,6 +6,6 @@ Every function takes tensors in any layout and returns float32 (float64 for floa
 from __future__ import annotations
 
 from kdfast.functional.losses import kd_kl_div
-from kdfast.functional.losses_more import dkd_loss, jsd_loss
+from kdfast.functional.losses_more import dkd_loss, jsd_loss, topk_kd_loss
 
-__all__ = ["dkd_loss", "jsd_loss", "kd_kl_div"]
+__all__ = ["dkd_loss", "jsd_loss", "kd_kl_div", "topk_kd_loss"]
