@@ -20,7 +20,7 @@ from kdfast.backend import resolve
 from kdfast.reference import losses as reference_losses
 from kdfast.reference import losses_more as reference
 
-__all__ = ["dkd", "jsd", "topk"]
+__all__ = ["dist", "dkd", "jsd", "topk"]
 
 Value = torch.Tensor | float
 
@@ -354,3 +354,25 @@ def _topk_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> t
 
 
 topk = _register("topk_kd", _topk_reference, _launch_topk)
+
+
+# --- DIST: always one value -----------------------------------------------------------------------------------
+
+
+def _launch_dist(
+    student: torch.Tensor, teacher: torch.Tensor, row: Row, *, want_loss: bool = True, **launch: Any
+) -> torch.Tensor:
+    from kdfast.kernels import dist as kernels
+    from kdfast.kernels.losses import Scale
+
+    out: torch.Tensor = kernels.dist(
+        student, teacher, *row.options, Scale(row.temperature, row.divisor, None, None), reduce=want_loss, **launch
+    )
+    return out
+
+
+def _dist_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
+    return reference.dist(student, teacher, *row.options, row.temperature) / row.divisor
+
+
+dist = _register("dist", _dist_reference, _launch_dist)

@@ -1,4 +1,4 @@
-"""Generalised JSD, decoupled KD and cached top-k teachers in plain PyTorch: the oracle of the tests and the path for CPU and float64."""
+"""Generalised JSD, decoupled KD, cached top-k teachers and DIST in plain PyTorch: the oracle of the tests and the path for CPU and float64."""
 
 from __future__ import annotations
 
@@ -93,6 +93,25 @@ def _kl_terms(p: torch.Tensor, q: torch.Tensor, delta: torch.Tensor, present: to
     near = (delta.detach().abs() < NEAR) & present
     small = torch.where(near, delta, torch.zeros_like(delta))
     return torch.where(near, p * (small + torch.special.expm1(-small)), p * delta + (q - p))
+
+
+#: ε of DIST's correlations, as its authors have it.
+DIST_EPS = 1e-8
+
+
+def dist(
+    student: torch.Tensor, teacher: torch.Tensor, beta: float, gamma: float, temperature: torch.Tensor | float
+) -> torch.Tensor:
+    """T²·(β·inter + γ·intra) of logits ``[..., V]`` (Huang et al. 2022, Eq. 9); every leading index is a sample."""
+    dtype = compute_dtype(student, teacher)
+    q, p = (torch.softmax(x.to(dtype).flatten(0, -2) / temperature, -1) for x in (student, teacher))
+
+    def distance(dim: int) -> torch.Tensor:
+        a, b = q - q.mean(dim, keepdim=True), p - p.mean(dim, keepdim=True)
+        norms = a.norm(dim=dim) * b.norm(dim=dim)
+        return (1 - (a * b).sum(dim) / (norms + DIST_EPS)).mean()
+
+    return (beta * distance(1) + gamma * distance(0)) * (temperature * temperature)
 
 
 def finish(
