@@ -1,1 +1,60 @@
-"""Images on their way to the device."""
+"""Data: labelled shards, written, checked and decoded onto the device; surrogate images; selection."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kdfast.errors import ShardError
+
+if TYPE_CHECKING:
+    from kdfast.data import augment, surrogate
+    from kdfast.data.boundary import decision_boundary_pairs, random_targets
+    from kdfast.data.datasets import load_dataset
+    from kdfast.data.loader import ShardLoader
+    from kdfast.data.manifest import Manifest, read_manifest
+    from kdfast.data.preflight import Fault, check_shards
+    from kdfast.data.writer import ShardWriteError, ShardWriter
+
+# Each name is imported when it is first used: none of them costs a user of another one anything.
+_HOME = {
+    "Fault": "preflight",
+    "Manifest": "manifest",
+    "ShardLoader": "loader",
+    "ShardWriteError": "writer",
+    "ShardWriter": "writer",
+    "check_shards": "preflight",
+    "decision_boundary_pairs": "boundary",
+    "load_dataset": "datasets",
+    "random_targets": "boundary",
+    "read_manifest": "manifest",
+    "relative_entropy": "selection",
+    "select_balanced": "selection",
+}
+_MODULES = ("augment", "surrogate")
+
+__all__ = [
+    "Fault",
+    "Manifest",
+    "ShardError",
+    "ShardLoader",
+    "ShardWriteError",
+    "ShardWriter",
+    "augment",
+    "check_shards",
+    "decision_boundary_pairs",
+    "load_dataset",
+    "random_targets",
+    "read_manifest",
+    "relative_entropy",
+    "select_balanced",
+    "surrogate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

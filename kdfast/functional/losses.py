@@ -25,10 +25,9 @@ def kd_kl_div(
     row_weight: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    r"""Temperature-scaled KL divergence from teacher to student, from logits, with both exact gradients.
+    """Temperature-scaled KL divergence from teacher to student, from logits, with both exact gradients.
 
-    .. math:: T^2 \sum_{rows} w \sum_c p_c (\log p_c - \log q_c) / D,
-              \quad p = \mathrm{softmax}(t/T),\ q = \mathrm{softmax}(s/T)
+        T² · Σ_rows w · Σ_c p_c (log p_c - log q_c) / D        p = softmax(t/T), q = softmax(s/T)
 
     (Hinton et al. 2015, Eq. 4.) The same value as ``F.kl_div(F.log_softmax(student/T, dim),
     F.softmax(teacher/T, dim), reduction=reduction) * T*T`` for the reductions ``sum``, ``mean`` and

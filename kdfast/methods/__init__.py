@@ -1,1 +1,19 @@
-"""The five methods."""
+"""The methods, one module each; none knows of another."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdfast.methods.dmkd import DMKD, DMKDConfig
+
+_HOME = {"DMKD": "dmkd", "DMKDConfig": "dmkd"}
+
+__all__ = ["DMKD", "DMKDConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

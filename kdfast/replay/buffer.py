@@ -28,10 +28,9 @@ Normalize = tuple[PerChannel, PerChannel]
 
 
 class PrioritizedReplayBuffer:
-    r"""Samples with priorities, drawn with replacement with probability
+    """Samples with priorities, drawn with replacement with probability
 
-    .. math:: P_i = \frac{(|\delta_i| + \epsilon)^\alpha}{\sum_k (|\delta_k| + \epsilon)^\alpha},
-              \quad w_i = (N P_i)^{-\beta}
+        P_i = (|δ_i| + ε)^α / Σ_k (|δ_k| + ε)^α        w_i = (N · P_i)^-β
 
     (Schaul et al. 2016; SSD-KD, Eqs. 4–5). Priorities are kept in fixed point, clip(round((|δ|+ε)^α · scale), 1,
     2³²−1), in an integer sum tree: every row stays reachable, nothing drifts, and for one seed a CPU and a GPU

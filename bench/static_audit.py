@@ -1,0 +1,160 @@
+"""Compile kernels for GPUs that are not here, and read what the compiler made of them.
+
+The launchers of kdfast run as they are, on ``meta`` tensors, with one substitution: where they would launch,
+the kernel is compiled ahead of time, with the very arguments and specialisation of that launch. What can be
+read off the machine code is exact: registers, stack, shared memory, spills (STL/LDL), widths of global loads
+and stores, instruction counts. What cannot: trip counts, traffic, cache hits, achieved occupancy, races.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from kdfast.kernels import launch as launching
+
+#: The GPUs audited: A100, H100/H200, B200.
+CAPABILITIES = (80, 90, 100)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class _Driver:
+    """Stands in for the CUDA driver: names the target, and is never asked to launch."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"{self.target.backend}:{self.target.arch}"  # keys the cache of compiled kernels
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+@dataclass
+class KernelReport:
+    """What one compiled kernel looks like."""
+
+    name: str
+    capability: int
+    grid: tuple[int, ...]
+    num_warps: int
+    registers: int
+    stack: int
+    shared: int
+    spills: int
+    instructions: int
+    loads: Counter[str] = field(default_factory=Counter)
+    stores: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def widest_load(self) -> int:
+        """Bytes of the widest global load."""
+        return max((_width(op) for op in self.loads), default=0)
+
+    @property
+    def widest_store(self) -> int:
+        """Bytes of the widest global store."""
+        return max((_width(op) for op in self.stores), default=0)
+
+    def instructions_per_element(self, elements_per_program: float) -> float:
+        """Lane instructions for each useful element, of straight-line code."""
+        return self.instructions * 32 * self.num_warps / elements_per_program
+
+
+def _width(op: str) -> int:
+    if ".128" in op:
+        return 16
+    if ".64" in op:
+        return 8
+    if ".U8" in op or ".S8" in op:
+        return 1
+    return 2 if ".U16" in op or ".S16" in op else 4
+
+
+def _tool(name: str, *args: str) -> str:
+    return subprocess.run([str(TOOLS / name), *args], check=True, capture_output=True, text=True).stdout
+
+
+def report_of(compiled: Any, name: str, capability: int, grid: tuple[int, ...]) -> KernelReport:
+    """Read a compiled kernel's machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = str(Path(folder) / "kernel.cubin")
+        Path(cubin).write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", cubin)
+        sass = _tool("cuobjdump", "-sass", cubin)
+    ops = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.M)
+    figure = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    return KernelReport(
+        name=name,
+        capability=capability,
+        grid=grid,
+        num_warps=compiled.metadata.num_warps,
+        registers=figure["REG"],
+        stack=figure["STACK"],
+        shared=compiled.metadata.shared,
+        spills=sum(op.startswith(("STL", "LDL")) for op in ops),
+        instructions=sum(op != "NOP" for op in ops),  # padding behind the last branch is never issued
+        loads=Counter(op for op in ops if op.startswith("LDG")),
+        stores=Counter(op for op in ops if op.startswith("STG")),
+    )
+
+
+@contextlib.contextmanager
+def compiling_for(capability: int, **overrides: Any) -> Iterator[list[KernelReport]]:
+    """Within the block, launches compile for ``sm_{capability}`` and append their reports to the list.
+
+    ``overrides`` replace keyword arguments of the launch: a constexpr that leaves a rare branch out, to count
+    the instructions of the common one.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("ahead-of-time compilation needs TRITON_INTERPRET unset before kdfast is imported")
+    reports: list[KernelReport] = []
+
+    def compile_instead(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+        compiled = kernel.warmup(*args, grid=grid, **{**kwargs, **overrides})
+        reports.append(report_of(compiled, kernel.__name__, capability, grid))
+
+    original = launching.launch
+    # Families import `launch` by name: replace it wherever it went.
+    kernels = [module for name, module in sys.modules.items() if name.startswith("kdfast.kernels")]
+    holders: list[Any] = [module for module in kernels if getattr(module, "launch", None) is original]
+    active = driver._active
+    driver.set_active(_Driver(GPUTarget("cuda", capability, 32)))
+    for module in holders:
+        module.launch = compile_instead
+    try:
+        yield reports
+    finally:
+        for module in holders:
+            module.launch = original
+        driver._active = active
+
+
+def audit(call: Callable[[], object], capability: int, **overrides: Any) -> list[KernelReport]:
+    """Compile what ``call`` (a launcher on meta tensors) would launch."""
+    with compiling_for(capability, **overrides) as reports:
+        call()
+    return reports
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor with shape, strides and dtype, and no memory."""
+    return torch.empty(*shape, dtype=dtype, device="meta")

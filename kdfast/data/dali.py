@@ -1,0 +1,165 @@
+"""The fast loader: NVIDIA DALI, fed record by record.
+
+DALI's own ``readers.webdataset`` could read these shards, and its index files are written for whoever wants
+that. Here the bytes go in through ``external_source`` instead, since the reader cannot do what a distillation
+run needs: name the next sample between two batches and start there again, leave out single bad records, tell
+which record broke the decoder, and shuffle by more than a window. Decoding, scaling, cropping and normalising
+are DALI's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdfast.data.codec import decode
+from kdfast.data.decoder import Decoded, DecoderConfig
+from kdfast.data.reader import RecordReader
+from kdfast.errors import require
+
+# One batch with the consumer, one done, one under way.
+_AHEAD = 2
+
+
+class DaliDecoder:
+    """Keeps one pipeline for all epochs; builds another (milliseconds) only after a record has broken it."""
+
+    def __init__(self, reader: RecordReader, config: DecoderConfig) -> None:
+        require("nvidia.dali", extra="dali", feature='ShardLoader(loader="dali")')
+        self._reader, self._config = reader, config
+        self._pipeline: Any = None
+
+    def run(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Decoded]:
+        """Decode batches in order, up to two ahead of the consumer."""
+        waiting = deque(_Batch(records) for records in batches)
+        ahead: deque[_Batch] = deque()
+        try:
+            while waiting or ahead:
+                try:
+                    while waiting and len(ahead) < _AHEAD:
+                        ahead.append(waiting.popleft())
+                        self._feed(ahead[-1])
+                    images = self._collect(ahead[0])
+                except RuntimeError as error:
+                    # The pipeline is gone with all that was under way, so that is fed again, without the
+                    # culprits.
+                    self.close()
+                    if not sum(batch.drop_undecodable() for batch in ahead):
+                        raise error
+                    waiting.extendleft(reversed(ahead))
+                    ahead.clear()
+                else:
+                    batch = ahead.popleft()
+                    yield Decoded(batch.records, images, batch.failures)
+        finally:
+            self._drain(ahead)
+
+    def close(self) -> None:
+        """Free the pipeline."""
+        self._pipeline = None
+
+    def _feed(self, batch: _Batch) -> None:
+        batch.encoded = [
+            np.frombuffer(self._reader.read(record), np.uint8) for record in batch.records.tolist()
+        ]
+        if batch.encoded:
+            if self._pipeline is None:
+                self._pipeline = _build(self._config)
+            # Not copied: the batch keeps its bytes alive until its images are there.
+            self._pipeline.feed_input("encoded", batch.encoded)
+            self._pipeline.schedule_run()
+
+    def _collect(self, batch: _Batch) -> torch.Tensor:
+        device = self._config.device
+        if not batch.encoded:
+            return torch.empty(0, 3, *self._config.output_size, device=device)
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        (images,) = self._pipeline.share_outputs(cuda_stream=stream)
+        # The tensor keeps DALI's buffer alive: dynamic execution hands it over for good.
+        handed = torch.utils.dlpack.from_dlpack(images.as_tensor())
+        self._pipeline.release_outputs()
+        return handed
+
+    def _drain(self, ahead: Iterable[_Batch]) -> None:
+        """Take out what an abandoned epoch has under way, so that the next one finds the pipeline empty."""
+        try:
+            for batch in ahead:
+                if self._pipeline is not None:
+                    self._collect(batch)
+        except RuntimeError:
+            self.close()
+
+
+@dataclass
+class _Batch:
+    """Records on their way through the pipeline."""
+
+    records: NDArray[np.int64]
+    encoded: list[NDArray[np.uint8]] = field(default_factory=list)
+    failures: list[tuple[int, str]] = field(default_factory=list)
+
+    def drop_undecodable(self) -> int:
+        """Leave out the records that do not decode one by one; returns how many."""
+        found = []
+        for record, data in zip(self.records.tolist(), self.encoded):
+            try:
+                # Strictly: DALI refuses missing data that libjpeg paints over.
+                decode(data.tobytes(), strict=True)
+            except ValueError as reason:
+                found.append((record, str(reason)))
+        self.records = self.records[~np.isin(self.records, [record for record, _ in found])]
+        self.failures += found
+        return len(found)
+
+
+def _build(config: DecoderConfig) -> Any:
+    from nvidia.dali import Pipeline, fn, types
+
+    cuda = config.device.type == "cuda"
+    pipeline = Pipeline(
+        batch_size=config.batch_size,
+        num_threads=config.num_workers or _threads(),
+        device_id=(config.device.index or 0) if cuda else None,
+        # Depth 1: batches are scheduled by hand, and more of them than one may be under way all the same.
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
+    )
+    with pipeline:
+        encoded = fn.external_source(name="encoded", no_copy=True)
+        images = fn.decoders.image(
+            encoded, device="mixed" if cuda else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
+        )
+        crop: Any = None
+        if config.image_size is not None:
+            images = fn.resize(
+                images,
+                size=config.image_size,
+                mode="not_smaller",
+                antialias=True,
+                interp_type=types.INTERP_TRIANGULAR,
+            )
+            crop = (config.image_size, config.image_size)
+        images = fn.crop_mirror_normalize(
+            images,
+            dtype=types.FLOAT,
+            output_layout="CHW",
+            mean=[255 * value for value in config.mean],
+            std=[255 * value for value in config.std],
+            crop=crop,
+            rounding="truncate",
+        )
+        pipeline.set_outputs(images)
+    pipeline.build()
+    return pipeline
+
+
+def _threads() -> int:
+    # More than a few oversubscribe a host that feeds several GPUs.
+    return min(8, len(os.sched_getaffinity(0)))

@@ -1,0 +1,154 @@
+"""Image folders: one subfolder a class, decoded when asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kdfast.data.labelled import LabelledImages, hold_out, pillow, rgb_tensor
+from kdfast.errors import DataError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+_SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid")}
+
+
+class ImageFolder(LabelledImages):
+    """Files and labels of an image folder; use :func:`open_folder` or ``load_dataset`` to make one.
+
+    Args:
+        paths: Image files.
+        labels: int64 ``[N]``.
+        classes: Class names.
+        source: The folder, for messages.
+        image_size: Side in pixels to resize and centre-crop to; None keeps every image's own size.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        labels: Tensor,
+        classes: tuple[str, ...],
+        source: str,
+        image_size: int | None = None,
+    ) -> None:
+        self._image = pillow("decoding an image folder")
+        self.paths = list(paths)
+        self.labels, self.classes, self.source, self.image_size = labels, classes, source, image_size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Decode image ``index``; see :class:`~kdfast.data.labelled.LabelledImages`."""
+        path = self.paths[index]
+        try:
+            with self._image.open(path) as image:
+                return rgb_tensor(image, self.image_size), int(self.labels[index])
+        except (OSError, ValueError, SyntaxError, self._image.DecompressionBombError) as error:
+            # Pillow raises all of these on damaged files, SyntaxError for broken PNG chunks.
+            raise DataError(f"cannot read image {path}: {error}") from error
+
+    def select(self, indices: Tensor) -> ImageFolder:
+        """The data set of these images alone, in this order."""
+        paths = [self.paths[i] for i in indices.tolist()]
+        return ImageFolder(paths, self.labels[indices], self.classes, self.source, self.image_size)
+
+
+def open_folder(root: Path, split: str, image_size: int | None) -> ImageFolder:
+    """The ``train``, ``test`` or ``all`` split of a folder of class subfolders.
+
+    Classes are the subfolders' names in alphabetical order; images are found at any depth below them. Where
+    ``root`` holds ``train`` and ``test`` (or ``val``, ``validation``, ``valid``) folders of class subfolders,
+    those are the splits, and the classes are those of ``train``. Otherwise a fifth of each class is held out
+    for ``test``.
+
+    Raises:
+        DataError: If the folder is missing, empty, or not of this form.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is {'a file, not a folder' if root.exists() else 'no folder'}")
+    splits = {name: folder for name in _SPLIT_FOLDERS if (folder := _split_folder(root, name)) is not None}
+    if not splits:
+        splits = {"train": root}
+    # Split folders may lack images of a class; the one that says what the classes are may not.
+    reference = splits.get("train") or splits["test"]
+    classes = _class_names(reference)
+    parts = {
+        name: _scan(folder, classes, image_size, complete=folder == reference)
+        for name, folder in splits.items()
+    }
+    if "test" not in parts and split != "all":
+        indices = dict(zip(("train", "test"), hold_out(parts["train"].labels)))
+        parts = {name: parts["train"].select(indices[name]) for name in indices}
+    if split == "all":
+        chosen = _concatenate(list(parts.values()), str(root))
+    elif split in parts:
+        chosen = parts[split]
+    else:
+        raise DataError(f"{root} holds only a test split; {split!r} was asked for")
+    if not len(chosen):
+        raise DataError(f"the {split} split of {root} holds no image")
+    return chosen
+
+
+def _split_folder(root: Path, split: str) -> Path | None:
+    for name in _SPLIT_FOLDERS[split]:
+        # A class may be called "train" (one of CIFAR-100's is): a split holds folders, a class holds images.
+        if (root / name).is_dir() and _subfolders(root / name):
+            return root / name
+    return None
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    names = _subfolders(folder)
+    form = f"{folder}/CLASS/IMAGE"
+    if names and set(names) <= {name for aliases in _SPLIT_FOLDERS.values() for name in aliases}:
+        # Otherwise train/ and test/ folders of loose images would pass for two classes.
+        raise DataError(
+            f"{folder / names[0]} holds no class subfolders; the form is {folder / names[0]}/CLASS/IMAGE"
+        )
+    if len(names) >= 2:
+        return tuple(names)
+    if names:
+        raise DataError(
+            f"{folder} has one subfolder, {names[0]!r}; at least two classes are needed, as {form} "
+            f"(or did you mean {folder / names[0]}?)"
+        )
+    if any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in folder.iterdir()):
+        raise DataError(f"{folder} holds images but no class subfolders; the form is {form}")
+    raise DataError(f"{folder} holds no class subfolders; the form is {form}")
+
+
+def _scan(folder: Path, classes: tuple[str, ...], image_size: int | None, *, complete: bool) -> ImageFolder:
+    """List the images below each class's folder; ``complete`` refuses a class without any."""
+    if unknown := sorted(set(_subfolders(folder)) - set(classes)):
+        raise DataError(
+            f"{folder} has class {unknown[0]!r}, which is not among the train split's {len(classes)} classes"
+        )
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = _images_below(folder / name)
+        if not found and complete:
+            raise DataError(f"class folder {folder / name} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        paths += found
+        labels += [label] * len(found)
+    return ImageFolder(paths, torch.tensor(labels, dtype=torch.int64), classes, str(folder), image_size)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    files = (Path(directory, name) for directory, _, names in os.walk(folder) for name in names)
+    return sorted(f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
+
+
+def _concatenate(parts: list[ImageFolder], source: str) -> ImageFolder:
+    paths = [path for part in parts for path in part.paths]
+    labels = torch.cat([part.labels for part in parts])
+    return ImageFolder(paths, labels, parts[0].classes, source, parts[0].image_size)

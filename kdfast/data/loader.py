@@ -1,0 +1,299 @@
+"""Reading shards back as batches on the device, in an order that a checkpoint can name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from kdfast.data.decoder import Decoder, DecoderConfig
+from kdfast.data.preflight import Fault, RecordTable, check_shards
+from kdfast.data.reader import RecordReader
+from kdfast.data.schedule import Schedule
+from kdfast.errors import CheckpointError, ShardError
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+
+
+class ShardLoader:
+    """Batches of a set of shards, on ``device``: images float32 ``[B, 3, H, W]`` and labels int64 ``[B]``.
+
+    Images are in [0, 1], or normalised when ``mean`` and ``std`` are given. The order follows from ``seed``
+    and the epoch alone, and is the same for both loaders. Every ``iter()`` starts the next epoch, except
+    after :meth:`load_state_dict`, where it goes on with the very next sample.
+
+    Args:
+        directory: Shards with a manifest, or a folder of WebDataset tars (images and ``.i32`` labels). May be
+            read-only.
+        batch_size: Images a batch on this rank.
+        device: ``"cuda"`` decodes on the GPU.
+        image_size: Scale the shorter side to this and cut out the middle square; ``None`` keeps images as
+            they are, which then must all be of one size.
+        augment: Called as ``augment(images, generator)`` on each batch in [0, 1] on the device, before
+            normalisation; the generator is seeded by seed, epoch, batch and rank. Or the name of a regime:
+            ``"none"``, ``"standard"``, ``"high"`` or ``"extreme"`` (:mod:`kdfast.data.regimes`).
+        shuffle: A new permutation of the whole set each epoch.
+        seed: Of order and augmentation.
+        rank, world_size: This process's share.
+        on_error: ``"raise"`` at the first bad shard or record; ``"skip"`` to list it in :attr:`quarantined`
+            and go on.
+        last_batch: ``"partial"``: each sample exactly once, the last batch short. ``"fill"``: all batches
+            full, the epoch's first samples coming again at its end.
+        loader: ``"dali"``, or ``"torch"`` for the plain one on simplejpeg and Pillow.
+        mean, std: Per channel, in units of [0, 1]; both or neither.
+        num_workers: Decode threads (DALI; by default as many as there are CPUs, at most 8) or processes
+            (torch; by default 0, which decodes in this one).
+
+    Raises:
+        ShardError: The set is empty or damaged; the message names shard, key and fault.
+        MissingExtraError: The loader's packages are not installed; the other loader is never used in its
+            place.
+        ValueError: An argument is out of range, or the images are of several sizes and ``image_size`` is
+            ``None``.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        batch_size: int,
+        *,
+        device: str | torch.device = "cpu",
+        image_size: int | None = None,
+        augment: Augment | str | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        on_error: Literal["raise", "skip"] = "raise",
+        last_batch: Literal["partial", "fill"] = "partial",
+        loader: Literal["dali", "torch"] = "dali",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        num_workers: int | None = None,
+    ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error: got {on_error!r}; accepted: 'raise', 'skip'")
+        if loader not in ("dali", "torch"):
+            raise ValueError(f"loader: got {loader!r}; accepted: 'dali', 'torch'")
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"image_size: got {image_size}; must be at least 1, or None")
+        augment = _augmentation(augment)
+        channels = _channels(mean, std)
+        self._device = _device(device)
+        self._table = check_shards(directory, on_error=on_error)
+        self._schedule = Schedule(len(self._table), batch_size, shuffle, seed, rank, world_size, last_batch)
+        self._raise, self._augment = on_error == "raise", augment
+        # Augmentation comes before normalisation, so that one then is done after it.
+        plain = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        self._after = channels if augment is not None and channels != plain else None
+        inside = plain if augment is not None else channels
+        config = DecoderConfig(
+            self._device, batch_size, image_size, _output_size(self._table, image_size), *inside, num_workers
+        )
+        self._reader = RecordReader(self._table)
+        self._decoder = _decoder(loader, self._reader, config)
+        self._found: list[Fault] = []
+        self._dropped: set[int] = set()
+        self._epoch, self._batch = 0, 0
+        # Where the next iter() starts is where we are: true at the start, after an epoch's end, and after
+        # loading.
+        self._settled = True
+        self._running: Generator[Batch, None, None] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next sample, from 0."""
+        return self._epoch
+
+    @property
+    def num_samples(self) -> int:
+        """Usable images of the whole set, all ranks together."""
+        return len(self._table)
+
+    @property
+    def num_classes(self) -> int | None:
+        """As the manifest says; ``None`` if it does not."""
+        return self._table.num_classes
+
+    @property
+    def quarantined(self) -> list[Fault]:
+        """What ``on_error="skip"`` left out: shard, key (empty for the shard itself) and reason."""
+        return [*self._table.faults, *self._found]
+
+    def __len__(self) -> int:
+        """Batches an epoch, the same on every rank."""
+        return len(self._schedule)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._running is not None:
+            # One decoder serves one epoch at a time: an older iterator ends here.
+            self._running.close()
+        if not self._settled:
+            self._epoch, self._batch = self._epoch + 1, 0
+        self._settled = True
+        self._running = self._batches(self._epoch, self._batch)
+        return self._running
+
+    def _batches(self, epoch: int, first: int) -> Generator[Batch, None, None]:
+        plan = self._schedule.batches(epoch)[first:]
+        if self._dropped:
+            plan = [batch[~np.isin(batch, list(self._dropped))] for batch in plan]
+        decoding = self._decoder.run(plan)
+        try:
+            for number, (records, images, failures) in enumerate(decoding, first):
+                self._quarantine(failures)
+                self._settled = False
+                self._epoch, self._batch = epoch, number + 1
+                if number + 1 == len(self):
+                    self._epoch, self._batch, self._settled = epoch + 1, 0, True
+                if len(records) or not failures:
+                    yield self._finish(records, images, epoch, number)
+        finally:
+            decoding.close()  # type: ignore[attr-defined]
+
+    def _finish(self, records: np.ndarray, images: torch.Tensor, epoch: int, number: int) -> Batch:
+        if self._augment is not None:
+            words = [self._schedule.seed, epoch, number, self._schedule.rank]
+            seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+            generator = torch.Generator(self._device).manual_seed(seed)
+            images = self._augment(images, generator)
+        if self._after is not None:
+            mean, std = (torch.tensor(values, device=self._device).view(3, 1, 1) for values in self._after)
+            images = (images - mean) / std
+        labels = torch.from_numpy(self._table.label[records])
+        return images, labels.to(self._device, non_blocking=True)
+
+    def _quarantine(self, failures: list[tuple[int, str]]) -> None:
+        for record, reason in failures:
+            fault = self._table.fault(record, reason)
+            if self._raise:
+                raise ShardError(f"{fault}; on_error='skip' leaves faulty records out")
+            if record not in self._dropped:
+                self._dropped.add(record)
+                self._found.append(fault)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start the next ``iter()`` at the beginning of this epoch."""
+        if epoch < 0:
+            raise ValueError(f"epoch: got {epoch}; must be at least 0")
+        self._epoch, self._batch, self._settled = epoch, 0, True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Name the next sample: epoch and batch, and the set and order that they refer to. JSON-able."""
+        return {
+            **self._identity(),
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "dropped": sorted(self._dropped),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken: the next ``iter()`` yields the batch that came next.
+
+        Raises:
+            CheckpointError: The state belongs to other data, another order, or another share.
+        """
+        for name, mine in self._identity().items():
+            if name not in state or state[name] != mine:
+                raise CheckpointError(f"loader state: {name} is {state.get(name)!r} there, {mine!r} here")
+        epoch, batch, dropped = state["epoch"], state["batch"], state["dropped"]
+        if epoch < 0 or not 0 <= batch < len(self) or not all(0 <= i < len(self._table) for i in dropped):
+            raise CheckpointError(f"loader state: epoch {epoch}, batch {batch} is not a place in this set")
+        if self._running is not None:
+            self._running.close()
+        self._epoch, self._batch, self._settled = int(epoch), int(batch), True
+        for record in set(dropped) - self._dropped:
+            self._dropped.add(record)
+            self._found.append(self._table.fault(record, "was left out before the checkpoint"))
+
+    def _identity(self) -> dict[str, Any]:
+        schedule = self._schedule
+        return {
+            "data": self._table.fingerprint,
+            "batch_size": schedule.batch_size,
+            "shuffle": schedule.shuffle,
+            "seed": schedule.seed,
+            "rank": schedule.rank,
+            "world_size": schedule.world_size,
+            "last_batch": schedule.last_batch,
+        }
+
+    def close(self) -> None:
+        """Free decoder threads and open files."""
+        if self._running is not None:
+            self._running.close()
+        self._decoder.close()
+        self._reader.close()
+
+    def __enter__(self) -> ShardLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _augmentation(augment: Augment | str | None) -> Augment | None:
+    if isinstance(augment, str):
+        from kdfast.data.regimes import regime
+
+        return regime(augment)
+    if augment is not None and not callable(augment):
+        raise TypeError(
+            f"augment: got {type(augment).__name__}; must be the name of a regime, or callable as "
+            "augment(images, generator)"
+        )
+    return augment
+
+
+def _device(device: str | torch.device) -> torch.device:
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device: got {device!r}, but torch sees no CUDA device; use device='cpu'")
+        return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+    if chosen.type != "cpu":
+        raise ValueError(f"device: got {device!r}; accepted: 'cpu', 'cuda'")
+    return chosen
+
+
+Channels = tuple[float, float, float]
+
+
+def _channels(mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Channels, Channels]:
+    if mean is None and std is None:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if mean is None or std is None:
+        raise ValueError("mean, std: give both or neither")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != 3:
+            raise ValueError(f"{name}: got {len(values)} values; must be 3, one a channel")
+    if min(std) <= 0:
+        raise ValueError(f"std: got {list(std)}; must be positive")
+    m, s = [float(value) for value in mean], [float(value) for value in std]
+    return (m[0], m[1], m[2]), (s[0], s[1], s[2])
+
+
+def _output_size(table: RecordTable, image_size: int | None) -> tuple[int, int]:
+    if image_size is not None:
+        return image_size, image_size
+    odd = np.flatnonzero((table.height != table.height[0]) | (table.width != table.width[0]))
+    if odd.size:
+        first, other = (f"{table.height[i]}x{table.width[i]} (key {table.keys[i]!r})" for i in (0, odd[0]))
+        raise ValueError(
+            f"image_size: images are of several sizes, e.g. {first} and {other}; give a size for all"
+        )
+    return int(table.height[0]), int(table.width[0])
+
+
+def _decoder(loader: Literal["dali", "torch"], reader: RecordReader, config: DecoderConfig) -> Decoder:
+    if loader == "dali":
+        from kdfast.data.dali import DaliDecoder
+
+        return DaliDecoder(reader, config)
+    from kdfast.data.torch_loader import TorchDecoder
+
+    return TorchDecoder(reader, config)

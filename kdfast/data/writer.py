@@ -1,0 +1,377 @@
+"""Writing labelled images as shards that survive whatever stops the writer."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdfast.data.codec import encoder
+from kdfast.data.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_atomic
+from kdfast.data.tar import Record, members, pack
+from kdfast.errors import ShardError
+
+_OURS = re.compile(r"(shard-\d{6}\.(tar|idx)|manifest\.json)(\.tmp)?")
+# Encoding a small image takes microseconds; handing over a task takes about as long.
+_CHUNK = 32
+
+
+class ShardWriteError(ShardError, OSError):
+    """The disk is full or failing; nothing partial was left under a shard's final name."""
+
+
+class ShardWriter:
+    """Write labelled images as WebDataset shards with DALI indices and a manifest.
+
+    A shard appears whole or not at all: it is written under a temporary name, synced, renamed, and only then
+    entered into the manifest. With ``resume=True`` a stopped run goes on after :attr:`num_samples`, and the
+    finished set is byte for byte what an undisturbed run writes. Leaving the ``with`` block through an
+    exception drops the shard in progress.
+
+    Example:
+        >>> with ShardWriter("out", num_classes=10, resume=True) as writer:
+        ...     for start in range(writer.num_samples, 2000, 100):
+        ...         writer.write(*generate(start, start + 100))
+
+    Args:
+        directory: Created if missing.
+        samples_per_shard: Images a shard; the last may hold fewer.
+        image_format: ``"jpg"`` (baseline, 4:4:4) or ``"png"`` (lossless).
+        quality: JPEG quality, 1 to 100.
+        num_classes: Labels must be in ``[0, num_classes)``; ``None`` accepts any non-negative int32.
+        resume: Continue the set in ``directory``; an empty directory starts a new one.
+        metadata: JSON-able facts kept in the manifest (generator config, seed, class names). A set can only
+            be resumed with equal metadata.
+        shuffle_seed: Permute the samples inside each shard; ``None`` keeps the written order.
+        num_workers: Encoder threads; ``None`` for as many as there are CPUs, at most 8.
+        first_sample: Where this set begins inside a larger one, a multiple of ``samples_per_shard``: shards and keys
+            are numbered from there, so that sets written side by side can be joined.
+
+    Raises:
+        ShardError: ``directory`` holds another set, or one that is not being resumed, or another writer is at
+            work.
+        MissingExtraError: The codec is not installed.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        samples_per_shard: int = 1000,
+        image_format: Literal["jpg", "png"] = "jpg",
+        quality: int = 95,
+        num_classes: int | None = None,
+        resume: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        shuffle_seed: int | None = None,
+        num_workers: int | None = None,
+        first_sample: int = 0,
+    ) -> None:
+        if image_format not in ("jpg", "png"):
+            raise ValueError(f"image_format: got {image_format!r}; accepted: 'jpg', 'png'")
+        if samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard: got {samples_per_shard}; must be at least 1")
+        if not 1 <= quality <= 100:
+            raise ValueError(f"quality: got {quality}; must be in 1 to 100")
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes: got {num_classes}; must be at least 1, or None")
+        if first_sample < 0 or first_sample % samples_per_shard:
+            raise ValueError(
+                f"first_sample: got {first_sample}; must be a multiple of samples_per_shard={samples_per_shard}"
+            )
+        self._first = first_sample
+        try:
+            kept: dict[str, Any] = json.loads(json.dumps(dict(metadata or {})))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"metadata: must be JSON-able: {error}") from error
+        self.directory = Path(directory)
+        self._encode = encoder(image_format, quality)
+        settings = Manifest(
+            image_format=image_format,
+            quality=quality if image_format == "jpg" else None,
+            samples_per_shard=samples_per_shard,
+            num_classes=num_classes,
+            shuffle_seed=shuffle_seed,
+            metadata=kept,
+        )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.directory)
+        try:
+            self._manifest = _claim(self.directory, settings, resume)
+            self._pending: list[Record | Future[list[Record]]] = []
+            self._running: deque[Future[list[Record]]] = deque()
+            self._accepted = self._manifest.num_samples
+            self._short: ShardInfo | None = None
+            self._reopen_short_shard()
+            self._sweep()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._pool = ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 8), "kdfast-encode")
+        self._state: Literal["open", "failed", "closed"] = "open"
+
+    @property
+    def num_samples(self) -> int:
+        """Images in the set so far: those found on resuming and those accepted since."""
+        return self._accepted
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is durably on disk."""
+        if self._short is None:
+            return self._manifest
+        return replace(self._manifest, shards=(*self._manifest.shards, self._short))
+
+    def write(
+        self,
+        images: torch.Tensor | NDArray[np.uint8],
+        labels: torch.Tensor | NDArray[np.integer[Any]] | Sequence[int],
+        extra: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Append images; they are encoded in the background, and a full shard is written before this returns.
+
+        Args:
+            images: uint8 ``[N, 3, H, W]``, any device.
+            labels: Integers ``[N]``.
+            extra: One JSON-able mapping an image, stored beside it as ``.json``.
+
+        Raises:
+            TypeError: ``images`` is not uint8, or ``labels`` are not integers.
+            ValueError: A shape or a label is out of range, or the writer is closed.
+            ShardWriteError: The disk is full or failing.
+        """
+        if self._state != "open":
+            raise ValueError(f"ShardWriter on {self.directory} is {self._state}; it takes no more images")
+        pixels, numbers = _checked(images, labels, self._manifest.num_classes)
+        if extra is not None and len(extra) != len(pixels):
+            raise ValueError(f"extra: got {len(extra)} entries for {len(pixels)} images")
+        extras = [json.dumps(dict(entry), sort_keys=True).encode() for entry in extra] if extra else None
+        done = 0
+        try:
+            while done < len(pixels):
+                room = self._manifest.num_samples + self._manifest.samples_per_shard - self._accepted
+                part = slice(done, min(done + min(room, _CHUNK), len(pixels)))
+                task = self._pool.submit(
+                    self._records,
+                    self._accepted,
+                    pixels[part],
+                    numbers[part],
+                    extras[part] if extras else None,
+                )
+                self._pending.append(task)
+                self._running.append(task)
+                self._accepted += part.stop - done
+                if part.stop - done == room:
+                    self._publish()
+                done = part.stop
+            # An encoder's failure should not wait for the shard to fill.
+            while self._running and self._running[0].done():
+                self._running.popleft().result()
+        except BaseException:
+            self._state = "failed"
+            raise
+
+    def close(self) -> None:
+        """Write what is left as a short shard, and mark the set complete."""
+        if self._state == "closed":
+            return
+        try:
+            if self._state == "open":
+                if self._short is not None and self._accepted == self.manifest.num_samples:
+                    self._manifest, self._short = self.manifest, None
+                elif self._pending:
+                    self._publish()
+                self._manifest = replace(self._manifest, complete=True)
+                self._write_manifest()
+        finally:
+            self._release()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._release()
+
+    def _release(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._pending.clear()
+        if self._state != "closed":
+            os.close(self._lock)
+        self._state = "closed"
+
+    def _records(
+        self, first: int, pixels: NDArray[np.uint8], labels: NDArray[np.int32], extras: list[bytes] | None
+    ) -> list[Record]:
+        upright = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+        return [
+            Record(
+                f"{self._first + first + i:09d}",
+                self._encode(image),
+                labels[i].tobytes(),
+                extras[i] if extras else None,
+            )
+            for i, image in enumerate(upright)
+        ]
+
+    def _publish(self) -> None:
+        """Make everything pending one shard."""
+        records: list[Record] = []
+        for waiting in self._pending:
+            records.extend(waiting.result() if isinstance(waiting, Future) else [waiting])
+        number = self._first // self._manifest.samples_per_shard + len(self._manifest.shards)
+        if self._manifest.shuffle_seed is not None:
+            order = np.random.default_rng([self._manifest.shuffle_seed, number]).permutation(len(records))
+            records = [records[i] for i in order]
+        tar, index = pack(records, self._manifest.image_format)
+        name = f"shard-{number:06d}"
+        counts = Counter(int.from_bytes(record.label, "little") for record in records)
+        info = ShardInfo(
+            file=f"{name}.tar",
+            index=f"{name}.idx",
+            samples=len(records),
+            bytes=len(tar),
+            sha256=hashlib.sha256(tar).hexdigest(),
+            class_counts={str(label): counts[label] for label in sorted(counts)},
+        )
+        if self._short is not None:
+            # Out of the manifest before its file is replaced: a crash in between costs this shard, not the
+            # set.
+            self._short = None
+            self._write_manifest()
+        with _reported(self.directory / info.file):
+            write_atomic(self.directory / info.index, index)
+            write_atomic(self.directory / info.file, tar)
+        self._manifest = replace(self._manifest, shards=(*self._manifest.shards, info))
+        self._write_manifest()
+        self._pending.clear()
+        self._running.clear()
+
+    def _write_manifest(self) -> None:
+        with _reported(self.directory / MANIFEST):
+            self.manifest.write(self.directory)
+
+    def _reopen_short_shard(self) -> None:
+        """Take a short last shard back into memory, so that the set grows as if it had never been closed."""
+        shards = self._manifest.shards
+        if not shards or shards[-1].samples == self._manifest.samples_per_shard:
+            return
+        records: dict[str, dict[str, bytes]] = {}
+        with open(self.directory / shards[-1].file, "rb") as stream:
+            found = list(members(stream))
+            for member in found:
+                stream.seek(member.offset)
+                records.setdefault(member.key, {})[member.extension] = stream.read(member.size)
+        # Sorted: the written order, which a shuffled shard does not keep.
+        for key in sorted(records):
+            parts = records[key]
+            image = parts[self._manifest.image_format]
+            self._pending.append(Record(key, image, parts["i32"], parts.get("json")))
+        self._manifest, self._short = replace(self._manifest, shards=shards[:-1]), shards[-1]
+
+    def _sweep(self) -> None:
+        """Enter the directory's state on disk and remove what a stopped run left behind."""
+        self._manifest = replace(self._manifest, complete=False)
+        self._write_manifest()
+        keep = {MANIFEST, *(n for shard in self.manifest.shards for n in (shard.file, shard.index))}
+        for path in self.directory.iterdir():
+            if path.name not in keep and _OURS.fullmatch(path.name):
+                path.unlink()
+
+
+def _lock(directory: Path) -> int:
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        # The kernel drops it with the process, however that ends.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise ShardError(f"{directory}: another ShardWriter is writing here") from None
+    return descriptor
+
+
+def _claim(directory: Path, settings: Manifest, resume: bool) -> Manifest:
+    """The manifest to go on from, after making sure that the directory is ours to write."""
+    if not (directory / MANIFEST).exists():
+        if strangers := sorted(
+            path.name for path in directory.glob("*.tar") if not _OURS.fullmatch(path.name)
+        ):
+            raise ShardError(
+                f"{directory}: holds tars of no known set ({strangers[0]}, ...); choose another directory"
+            )
+        return settings
+    present = read_manifest(directory)
+    if not resume:
+        if not present.shards:
+            return settings
+        raise ShardError(
+            f"{directory}: already holds {present.num_samples} images in {len(present.shards)} shards; "
+            "pass resume=True to continue that set, or choose another directory"
+        )
+    theirs, ours = present.settings(), settings.settings()
+    if different := [name for name in ours if ours[name] != theirs[name]]:
+        facts = "; ".join(
+            f"{name} is {_short(theirs[name])} there, {_short(ours[name])} here" for name in different
+        )
+        raise ShardError(f"{directory}: belongs to another run, so it cannot be resumed: {facts}")
+    for shard in present.shards:
+        path = directory / shard.file
+        if not path.exists() or path.stat().st_size != shard.bytes:
+            raise ShardError(
+                f"{path}: is missing or has changed size since it was written; cannot resume this set"
+            )
+    return present
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+@contextlib.contextmanager
+def _reported(path: Path) -> Any:
+    try:
+        yield
+    except OSError as error:
+        raise ShardWriteError(error.errno, f"cannot write the shard: {error.strerror}", str(path)) from error
+
+
+def _checked(
+    images: torch.Tensor | NDArray[np.uint8],
+    labels: torch.Tensor | NDArray[np.integer[Any]] | Sequence[int],
+    num_classes: int | None,
+) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    # Copied: the caller may reuse its buffers while the encoders are still at work.
+    pixels = np.array(images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images)
+    numbers = np.asarray(labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else labels)
+    if pixels.dtype != np.uint8:
+        raise TypeError(f"images: got {pixels.dtype}; must be uint8")
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:
+        raise ValueError(f"images: got shape {list(pixels.shape)}; must be [N, 3, H, W]")
+    if numbers.shape != pixels.shape[:1]:
+        raise ValueError(f"labels: got shape {list(numbers.shape)} for {len(pixels)} images; must be [N]")
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise TypeError(f"labels: got {numbers.dtype}; must be integers")
+    limit = num_classes if num_classes is not None else 2**31
+    wrong = np.flatnonzero((numbers < 0) | (numbers >= limit))
+    if wrong.size:
+        raise ValueError(f"labels: label {numbers[wrong[0]]} at row {wrong[0]} is outside [0, {limit})")
+    return pixels, numbers.astype("<i4")

@@ -1,0 +1,144 @@
+"""Recipes: flat YAML in, frozen dataclasses out, and an error that helps for anything in between."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from kdfast.errors import ConfigError, require
+
+T = TypeVar("T")
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Read a recipe's keys and values, unchecked.
+
+    Raises:
+        ConfigError: The file is missing, unreadable, not YAML, or not flat.
+    """
+    yaml = require("yaml", extra="train", feature="reading a recipe")
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"recipe {path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        raise ConfigError(f"recipe {path}: got a {type(document).__name__}, accepted: lines of 'key: value'")
+    for key, value in document.items():
+        if isinstance(value, dict):
+            raise ConfigError(
+                f"recipe {path}: {key}: got nested keys, accepted: one value (recipes are flat)"
+            )
+    return document
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """Turn ``KEY=VALUE`` words into values, read as YAML would read them.
+
+    Raises:
+        ConfigError: A word has no ``=``, or its value is not YAML.
+    """
+    yaml = require("yaml", extra="train", feature="overriding a recipe's values")
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"override: got {pair!r}, accepted: KEY=VALUE")
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {key.strip()}: got {value!r}, which is not YAML") from error
+    return values
+
+
+def check_keys(values: Mapping[str, Any], *schemas: type, source: str) -> None:
+    """Refuse keys that no schema has.
+
+    Raises:
+        ConfigError: Names every unknown key and the nearest known one.
+    """
+    known = sorted({field.name for schema in schemas for field in fields(schema)})
+    unknown = [key for key in values if key not in known]
+    if not unknown:
+        return
+    hints = []
+    for key in unknown:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hints.append(f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    tail = "" if all("mean" in hint for hint in hints) else f"; known: {', '.join(known)}"
+    raise ConfigError(f"{source}: {'; '.join(hints)}{tail}")
+
+
+def build_config(schema: type[T], values: Mapping[str, Any], *, source: str) -> T:
+    """Make ``schema``, a dataclass, from those of the values that it has fields for.
+
+    Numbers and paths written as strings are converted (YAML reads ``1e-4`` as a string).
+
+    Raises:
+        ConfigError: A required value is missing or one is invalid; says which, what it got and what is accepted.
+    """
+    pydantic = require("pydantic", extra="train", feature="checking a recipe")
+    assert_dataclass(schema)
+    hints = get_type_hints(schema)
+    names = [field.name for field in fields(schema)]  # type: ignore[arg-type]
+    given = {name: values[name] for name in names if name in values}
+    problems = [
+        f"{name}: got {value!r}, accepted: a number or text, not yes/no"
+        for name, value in given.items()
+        if isinstance(value, bool) and not _mentions_bool(hints[name])
+    ]
+    if not problems:
+        try:
+            made: T = pydantic.TypeAdapter(schema).validate_python(given)
+            return made
+        except pydantic.ValidationError as error:
+            problems = _problems(error.errors())
+    raise ConfigError(f"{source}: {'; '.join(problems)}")
+
+
+def to_yaml(*configs: Any) -> str:
+    """The flat YAML that builds these configs again."""
+    yaml = require("yaml", extra="train", feature="writing a recipe")
+    values: dict[str, Any] = {}
+    for config in configs:
+        values |= {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def required_keys(schema: type) -> list[str]:
+    """Fields without a default."""
+    return [f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING]
+
+
+def assert_dataclass(schema: type) -> None:
+    """Programming error, not the user's: a schema is always a dataclass."""
+    if not is_dataclass(schema):
+        raise TypeError(f"schema: got {schema!r}, accepted: a dataclass")
+
+
+def _problems(errors: Sequence[Mapping[str, Any]]) -> list[str]:
+    found: dict[str, str] = {}
+    for error in errors:
+        location = [str(part) for part in error["loc"]]
+        if not location:  # raised by the dataclass itself, and already in our words
+            found[str(error["msg"])] = str(error["msg"]).removeprefix("Value error, ")
+        elif error["type"] == "missing":
+            found[location[0]] = f"{location[0]}: missing"
+        else:
+            accepted = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+            # A value may be invalid as each of several types; the first says enough.
+            found.setdefault(location[0], f"{location[0]}: got {error['input']!r}, accepted: {accepted}")
+    return list(found.values())
+
+
+def _mentions_bool(hint: Any) -> bool:
+    return hint is bool or any(_mentions_bool(part) for part in get_args(hint))

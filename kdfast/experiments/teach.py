@@ -1,0 +1,141 @@
+"""``kdfast teach``: train a network on real, labelled images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdfast.data.datasets import LabelledImages, load_dataset
+from kdfast.errors import ConfigError
+from kdfast.experiments.common import (
+    Count,
+    Evaluator,
+    TrainingRecipe,
+    channel_statistics,
+    close_run,
+    fingerprint,
+    held_out,
+    open_run,
+)
+from kdfast.experiments.image_batches import ImageBatches
+from kdfast.training.accelerator import make_accelerator
+from kdfast.training.model_io import ModelConfig
+from kdfast.training.rng import seed_everything
+from kdfast.training.trainer import Trainer
+
+_STATISTICS_OF = 2000  # images that mean and standard deviation are taken from, evenly spaced
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachConfig(TrainingRecipe):
+    """What to train, on what.
+
+    Attributes:
+        data: ``digits``, a folder, or ``hf:NAME``: see :func:`kdfast.data.load_dataset`.
+        model: Name for :func:`kdfast.models.create_model`.
+        image_size: Side of the images in pixels.
+        test_data: Where held-out images come from (its test split); by default ``data``.
+        num_classes: How many classes the data must have; by default any number.
+        label_column: For ``hf:`` sets with several class columns, which one to use.
+    """
+
+    data: str
+    model: str = "resnet20"
+    image_size: Count = 32
+    test_data: str | None = None
+    num_classes: Count | None = None
+    label_column: str | None = None
+
+
+def run(
+    config: TeachConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train and save a teacher.
+
+    Args:
+        config: What to do.
+        out: Result directory: ``model.safetensors`` and ``config.json``, ``metrics.json``, ``metrics.jsonl``,
+            ``recipe.yaml``, ``checkpoints/``, ``tensorboard/``.
+        resume: Go on from its latest checkpoint.
+        dry_run: Build everything, take one optimiser step, write nothing.
+        progress: Show a progress bar.
+
+    Returns:
+        What ``metrics.json`` holds; of a dry run the ``loss``.
+
+    Raises:
+        ConfigError: The model is unknown, or ``out`` holds another run.
+        DataError: The data cannot be used.
+        TrainingInterrupted: On Ctrl-C, after a checkpoint.
+    """
+    dataset = load_dataset(
+        config.data,
+        "train",
+        image_size=config.image_size,
+        num_classes=config.num_classes,
+        label_column=config.label_column,
+    )
+    described = _describe(config, dataset)
+    accelerator = make_accelerator(config.device, config.precision)
+    rank = (accelerator.process_index, accelerator.num_processes)
+    test = held_out(config.test_data or config.data, described, config.label_column)
+    seed_everything(config.seed)
+    network = build_network(described)
+    batches = ImageBatches(
+        dataset,
+        config.batch_size,
+        mean=described.mean,
+        std=described.std,
+        augment=config.augmentation(config.image_size),
+        seed=config.seed,
+        rank=rank[0],
+        world_size=rank[1],
+        workers=config.workers or 0,
+        device=accelerator.device,
+    )
+    evaluate = None
+    if test is not None:
+        evaluate = Evaluator(test, described, batch_size=max(config.batch_size, 256), trainer_rank=rank)
+    folder = None if dry_run else open_run(out, config, resume=resume, main=accelerator.is_main_process)
+    trainer = Trainer(
+        network,
+        lambda model, batch: nn.functional.cross_entropy(model(batch[0]).float(), batch[1]),
+        config.trainer_config(progress=progress),
+        out=folder,
+        evaluate=evaluate,
+        fingerprint=fingerprint(config),
+        name="teach",
+    )
+    if folder is None:
+        return {"loss": trainer.dry_run(batches)}
+    return close_run(folder, trainer, trainer.fit(batches, resume=resume), described, seed=config.seed)
+
+
+def build_network(config: ModelConfig) -> nn.Module:
+    """The network with fresh weights; an unknown name or option is a recipe's fault.
+
+    Raises:
+        ConfigError: Naming the nearest known models.
+    """
+    try:
+        return config.build()
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _describe(config: TeachConfig, dataset: LabelledImages) -> ModelConfig:
+    picked = torch.linspace(0, len(dataset) - 1, min(_STATISTICS_OF, len(dataset))).long().tolist()
+    mean, std = channel_statistics(torch.stack([dataset[index][0] for index in picked]))
+    described = ModelConfig(
+        config.model, dataset.num_classes, config.image_size, mean, std, classes=tuple(dataset.classes)
+    )
+    return replace(described, options=config.model_options())

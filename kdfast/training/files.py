@@ -1,0 +1,119 @@
+"""Files that are on disk whole under their name, or not there under that name at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kdfast.errors import CheckpointError
+
+_TEMPORARY = ".tmp-"
+
+
+def write_file(path: Path, data: str | bytes) -> None:
+    """Replace ``path`` atomically: written beside it, flushed to disk, renamed over it.
+
+    Raises:
+        CheckpointError: The disk is full or failing. The old file is untouched.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    with reporting_disk(path):
+        try:
+            with open(temporary, "wb") as handle:
+                handle.write(data.encode() if isinstance(data, str) else data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_directory(path.parent)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Replace ``path`` atomically by indented JSON."""
+    write_file(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Fill a directory under a temporary name, then give it its own. One writer a parent directory at a time.
+
+    On success everything in it is flushed to disk and an older directory of that name is gone; on any error, and
+    after a crash at any moment, ``path`` is what it was before.
+
+    Yields:
+        The temporary directory to write into.
+
+    Raises:
+        CheckpointError: The disk is full or failing.
+    """
+    with reporting_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f"{_TEMPORARY}*"):  # left by a writer that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                _sync(file, os.O_RDONLY)
+            sync_directory(temporary)
+            if path.exists():
+                # A directory cannot be renamed over a full one; a crash between these two lines loses only a
+                # checkpoint that was being replaced by its equal.
+                os.rename(path, path.with_name(f"{_TEMPORARY}old-{path.name}"))
+            os.rename(temporary, path)
+            sync_directory(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(path.with_name(f"{_TEMPORARY}old-{path.name}"), ignore_errors=True)
+
+
+@contextmanager
+def reporting_disk(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to write into a :class:`CheckpointError` that says where and why."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_existing(path)).free / 2**20
+            raise CheckpointError(
+                f"{path}: cannot be written, the disk is full ({free:.0f} MiB free); what was there before is "
+                "intact. Free some space, then continue with --resume"
+            ) from error
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries, so that a rename in it survives a power cut."""
+    _sync(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,223 @@
+"""Row losses of two logit tensors on one pass: generalised Jensen-Shannon divergence, and decoupled KD.
+
+For each row over V classes, p = softmax(t/T), q = softmax(s/T), loss = Σ_rows c·D, c = T²·weight/divisor.
+
+JSD (Agarwal et al. 2024, arXiv:2306.13649, Eq. 1), M = β·p + (1-β)·q, 0 < β < 1:
+
+    D      = β·KL(p ‖ M) + (1-β)·KL(q ‖ M)
+    ∂D/∂s  = w_s - q·Σw_s, over T;  w_s = (1-β)·q·log(q/M)          ∂D/∂t likewise, w_t = β·p·log(p/M)
+
+    (β = 0 and β = 1 are KL(p ‖ q) and KL(q ‖ p): the KL kernel runs them.)
+
+DKD (Zhao et al. 2022, arXiv:2203.08679, Eq. 7), y the target class, b = σ(λ) its probability with log-odds
+λ = z_y/T - LSE_{c≠y}(z_c/T), p̂ and q̂ the softmaxes over the other classes:
+
+    D      = α·KL([b_t, 1-b_t] ‖ [b_s, 1-b_s]) + β·KL(p̂ ‖ q̂)
+    ∂D/∂s  = α·(b_s - b_t) at y,  β·(q̂ - p̂) - α·(b_s - b_t)·q̂ elsewhere, over T
+    ∂D/∂t  = α·b_t·(1-b_t)·(λ_t - λ_s) =: a at y,  β·p̂·(log p̂/q̂ - KL) - a·p̂ elsewhere, over T
+
+Bytes moved, N = elements of one logit tensor: 2N for the loss alone, 3N with the student's gradient, 4N with
+both, written by the forward launch; a backward whose upstream gradient is 1 moves nothing, otherwise it
+recomputes. Rows that do not fit on the chip (V > 8192) are read three times: 4N, 7N, 8N.
+
+Bodies: _pair_rows.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from . import _pair_rows
+from .launch import arrival_counter, as_rows, device_guard, launch, triton_version
+from .losses import Scale, _in_units, _value_and_pointer
+
+JSD, DKD = 0, 1
+
+# Orders of a tile's dimensions, as _kl_rows.py reads them.
+CHUNK_ROW_LANE, ROW_CHUNK_LANE, CLASS_PIXEL, ONE_ROW = range(4)
+
+#: A row pair up to this many classes stays in registers.
+MAX_ROW = 8192
+#: The same for the class dimension of [B, C, H, W].
+MAX_CLASSES = 256
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """What one launch looks like.
+
+    Attributes:
+        regime: ``"rows"`` (rows in registers), ``"classes"`` (class dimension not last) or ``"loop"``.
+        layout: The tile's order, one of the constants above.
+        chunks: Classes a lane group steps over; ``chunks * width`` ≥ V (for loop: one block).
+        rows: Rows (or pixels) a program handles.
+        width: Neighbouring classes handled together by one row's lanes.
+        num_warps: Warps a program.
+    """
+
+    regime: str
+    layout: int
+    chunks: int
+    rows: int
+    width: int
+    num_warps: int
+
+
+def pair_plan(num_classes: int, inner: int, class_stride: int, itemsize: int) -> PairPlan:
+    """Choose the launch plan of the JSD and DKD kernels.
+
+    As the KL kernel's, with half the elements a thread: a class's two derivatives live beside its two
+    probabilities. Chosen by registers and spills of compiled variants, not by timings.
+
+    Args:
+        num_classes: V.
+        inner: Rows that are neighbours in memory; 1 when the class dimension is the last.
+        class_stride: Elements between neighbouring classes.
+        itemsize: Bytes of the widest logit element.
+    """
+    padded = max(2, triton.next_power_of_2(num_classes))
+    if class_stride != 1 and inner > 1 and padded <= MAX_CLASSES:
+        return PairPlan("classes", CLASS_PIXEL, padded, max(16, min(256, 2048 // padded)), 1, 8 if padded > 128 else 4)
+    if padded > MAX_ROW:
+        return PairPlan("loop", ONE_ROW, 2048, 1, 1, 8)
+    if padded > 512:
+        return PairPlan("rows", ONE_ROW, padded, 1, 1, max(4, padded // 512))
+    vector = 16 // itemsize
+    while vector > 2 and num_classes % vector:  # a pair at least: single lanes compile badly
+        vector //= 2
+    lanes = min(32, max(1, padded // 16))
+    width = min(padded, lanes * vector)
+    order = ROW_CHUNK_LANE if triton_version() < (3, 7) else CHUNK_ROW_LANE
+    return PairPlan("rows", order, padded // width, 128 // lanes, width, 4)
+
+
+def pair_loss(
+    kind: int,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    target: torch.Tensor | None,
+    alpha: float,
+    beta: float,
+    dim: int,
+    scale: Scale,
+    *,
+    reduce: bool,
+    want_rows: bool = True,
+    grad_student: torch.Tensor | None = None,
+    grad_teacher: torch.Tensor | None = None,
+    upstream: torch.Tensor | None = None,
+    exit_if_one: bool = False,
+) -> torch.Tensor:
+    """Launch the JSD or DKD kernel once.
+
+    Args:
+        kind: ``JSD`` or ``DKD``.
+        student: Logits, any strides; bfloat16, float16 or float32.
+        teacher: Logits of the same shape, its own strides and dtype.
+        target: The rows' target classes, contiguous, for DKD.
+        alpha: DKD's α.
+        beta: β of either loss.
+        dim: Class dimension, non-negative.
+        scale: The row factors.
+        reduce: Also sum the rows, in this launch and in a fixed order.
+        want_rows: Store the rows (implied when not ``reduce``).
+        grad_student: Written with the gradient, when given; its own strides.
+        grad_teacher: The same for the teacher.
+        upstream: Multiplies loss and gradients: one value, or contiguous, one a row.
+        exit_if_one: Do nothing if the single upstream value is 1: the gradients are there already.
+
+    Returns:
+        The 0-d loss when ``reduce``, else one float32 value a row.
+    """
+    shape = student.shape[:dim] + student.shape[dim + 1 :]
+    num_rows, num_classes = shape.numel(), student.shape[dim]
+    rows = student.new_empty(shape, dtype=torch.float32) if want_rows or not reduce else None
+    loss = student.new_empty((), dtype=torch.float32) if reduce else None
+    if num_rows == 0 or num_classes == 0:
+        return loss.zero_() if loss is not None else rows.zero_()
+
+    wanted = [grad_student, grad_teacher]
+    layout = as_rows([x for x in (student, teacher, *wanted) if x is not None], dim)
+    if layout is None:  # more than two groups of strides: the one case that is copied
+        student, teacher = student.contiguous(), teacher.contiguous()
+        # Cloned, not just allocated: with exit_if_one the kernel may leave what is there already.
+        contiguous = torch.contiguous_format
+        grad_student, grad_teacher = (g if g is None else g.clone(memory_format=contiguous) for g in wanted)
+        layout = as_rows([x for x in (student, teacher, grad_student, grad_teacher) if x is not None], dim)
+    strides = iter(layout.strides)
+    s_strides, t_strides = next(strides), next(strides)
+    gs_strides = next(strides) if grad_student is not None else (0, 0, 0)
+    gt_strides = next(strides) if grad_teacher is not None else (0, 0, 0)
+
+    itemsize = max(student.itemsize, teacher.itemsize)
+    plan = pair_plan(num_classes, layout.inner, min(s_strides[2], t_strides[2]), itemsize)
+    if plan.regime == "classes":
+        grid = (layout.outer * triton.cdiv(layout.inner, plan.rows),)
+    else:
+        grid = (triton.cdiv(num_rows, plan.rows),)
+    partial = student.new_empty(grid, dtype=torch.float32) if reduce else None
+    counter = arrival_counter(student.device) if reduce else None
+    unit = math.gcd(16, *(stride[0] for stride in (s_strides, t_strides, gs_strides, gt_strides)))
+    kernel = _pair_rows.pair_loop_kernel if plan.regime == "loop" else _pair_rows.pair_tile_kernel
+    tile = (
+        {"BLOCK": plan.chunks}
+        if plan.regime == "loop"
+        else {
+            "LAYOUT": plan.layout,
+            "CHUNKS": plan.chunks,
+            "ROWS": plan.rows,
+            "WIDTH": plan.width,
+            "INNER_ONE": layout.inner == 1,
+        }
+    )
+    with device_guard(student):
+        launch(
+            kernel,
+            grid,
+            student,
+            teacher,
+            grad_student,
+            grad_teacher,
+            rows,
+            loss,
+            partial,
+            counter,
+            scale.weight,
+            scale.mask,
+            upstream,
+            target,
+            *_value_and_pointer(scale.temperature),
+            *_value_and_pointer(scale.divisor),
+            float(alpha),
+            float(beta),
+            num_rows,
+            layout.inner,
+            *_in_units(s_strides, unit),
+            *_in_units(t_strides, unit),
+            *_in_units(gs_strides, unit),
+            *_in_units(gt_strides, unit),
+            V=num_classes,
+            UNIT=unit,
+            KIND=kind,
+            **tile,
+            T_PTR=isinstance(scale.temperature, torch.Tensor),
+            DIVISOR_PTR=isinstance(scale.divisor, torch.Tensor),
+            WEIGHT=scale.weight is not None,
+            MASK=scale.mask is not None,
+            UPSTREAM=0 if upstream is None else 1 if upstream.dim() == 0 else 2,
+            EARLY_EXIT=exit_if_one,
+            GRAD_S=grad_student is not None,
+            GRAD_T=grad_teacher is not None,
+            STORE_ROWS=rows is not None,
+            REDUCE=reduce,
+            num_warps=plan.num_warps,
+            enable_fp_fusion=True,
+        )
+    for given, computed in zip(wanted, (grad_student, grad_teacher)):
+        if given is not computed:
+            given.copy_(computed)
+    return loss if reduce else rows

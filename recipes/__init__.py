@@ -1,0 +1,1 @@
+"""The recipes: one flat YAML file an experiment, installed as ``kdfast.recipes``."""
