@@ -252,13 +252,15 @@ class Distiller(nn.Module):
         """The loss of a batch ``(inputs, target)``, or ``(inputs,)`` where the loss takes no target."""
         inputs = batch[0]
         if self.with_target and len(batch) < 2:
-            raise ValueError(f"batch: got {len(batch)} tensor; the loss takes a target, so (inputs, target) is needed")
+            raise ValueError(
+                f"batch: got {len(batch)} tensor; the loss takes a target, so (inputs, target) is needed"
+            )
         with torch.no_grad():
             expected = self.teacher(inputs)
         target = (batch[1],) if self.with_target else ()
         return self.loss(self.student(inputs), expected, *target)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Distiller:
-        self.teacher._apply(fn, recurse)
-        super()._apply(fn, recurse)
+        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

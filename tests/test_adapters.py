@@ -45,7 +45,12 @@ def test_kl_div_loss_takes_zero_probabilities() -> None:
 
 
 def trl_form(
-    s: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, beta: float, temperature: float, reduction: str
+    s: torch.Tensor,
+    t: torch.Tensor,
+    labels: torch.Tensor | None,
+    beta: float,
+    temperature: float,
+    reduction: str,
 ) -> torch.Tensor:
     """What TRL's documentation defines, elementwise and then reduced."""
     log_q, log_p = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
