@@ -5,6 +5,6 @@ Every function takes tensors in any layout and returns float32 (float64 for floa
 
 from __future__ import annotations
 
-from kdfast.functional.losses import kd_kl_div
+from kdfast.functional.losses import KDStatistics, distillation_loss, kd_kl_div, kd_statistics
 
-__all__ = ["kd_kl_div"]
+__all__ = ["KDStatistics", "distillation_loss", "kd_kl_div", "kd_statistics"]
