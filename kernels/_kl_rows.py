@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ._kl_common import gap_of, near_terms, reduce_last, row_factor, scalar, store_gradient
+from ._kl_labels import label_gradient, label_loss, label_of
 
 
 @triton.jit
@@ -41,6 +42,22 @@ def _per_row(v, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def _store_statistics(
+    s, t, classes, rows, valid, class_ptr, probability_ptr, agreement_ptr, V: tl.constexpr, LAYOUT: tl.constexpr
+):  # fmt: skip
+    """The teacher's class (the first of equals), its probability at temperature 1, and whether the student agrees."""
+    s_peak, t_peak = _over_classes(s, LAYOUT, True), _over_classes(t, LAYOUT, True)
+    # The smallest class of the largest logit, as a maximum: V - class is exact in float32 below 2²⁴.
+    rank = (V - classes).to(tl.float32)
+    s_rank = _over_classes(tl.where(s == _per_row(s_peak, LAYOUT), rank, 1.0), LAYOUT, True)
+    t_rank = _over_classes(tl.where(t == _per_row(t_peak, LAYOUT), rank, 1.0), LAYOUT, True)
+    total = _over_classes(tl.exp2((t - _per_row(t_peak, LAYOUT)) * 1.4426950408889634), LAYOUT, False)
+    tl.store(class_ptr + rows, V - t_rank.to(tl.int64), mask=valid)
+    tl.store(probability_ptr + rows, 1.0 / total, mask=valid)
+    tl.store(agreement_ptr + rows, s_rank == t_rank, mask=valid)
+
+
+@triton.jit
 def kd_kl_tile_kernel(
     s_ptr, t_ptr, gs_ptr, gt_ptr, rows_ptr, loss_ptr, partial_ptr, counter_ptr,
     weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr,
@@ -50,6 +67,9 @@ def kd_kl_tile_kernel(
     WIDTH: tl.constexpr, INNER_ONE: tl.constexpr, T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr,
     WEIGHT: tl.constexpr, MASK: tl.constexpr, UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr,
     GRAD_S: tl.constexpr, GRAD_T: tl.constexpr, STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
+    label_ptr=None, factor_ptr=None, second_label_ptr=None, second_factor_ptr=None, smoothing=0.0,
+    class_ptr=None, probability_ptr=None, agreement_ptr=None,
+    LABELS: tl.constexpr = 0, STATS: tl.constexpr = False,
     NEAR: tl.constexpr = True,
 ):  # fmt: skip
     """Rows whose class dimension fits in registers: one read of each logit, one write of each gradient."""
@@ -117,6 +137,28 @@ def kd_kl_tile_kernel(
     gap = gap_of(s, t, k, _per_row(log_ratio, LAYOUT))
     kl = _over_classes(p * gap, LAYOUT, False) * (t_inv * 0.6931471805599453)
 
+    ce = 0.0
+    if LABELS > 0:
+        plain = 1.0
+        if UPSTREAM == 1:
+            plain = tl.load(upstream_ptr).to(tl.float32)
+        weight, _ = row_factor(
+            rows, valid, weight_ptr, mask_ptr, upstream_ptr, plain, WEIGHT, False, UPSTREAM
+        )
+        s_row = s_ptr + outer * s_outer + within * s_inner
+        label, first, logit = label_of(label_ptr, factor_ptr, s_row, s_class, rows, counts, weight, V)
+        second_label, second, second_logit = label, first * 0.0, logit
+        if LABELS == 2:
+            second_label, second, second_logit = label_of(
+                second_label_ptr, second_factor_ptr, s_row, s_class, rows, counts, weight, V
+            )
+        # The softmax at temperature 1, from the same logits.
+        peak = _over_classes(s, LAYOUT, True)
+        total = _over_classes(tl.exp2((s - _per_row(peak, LAYOUT)) * 1.4426950408889634), LAYOUT, False)
+        mean = _over_classes(tl.where(live, s, 0.0), LAYOUT, False) / V
+        ce = label_loss(peak + tl.log(total), mean, first, logit, second, second_logit, smoothing)
+    if STATS:
+        _store_statistics(s, t, classes, rows, valid, class_ptr, probability_ptr, agreement_ptr, V, LAYOUT)
     g = tl.where(counts, scale * inv_t, 0.0)
     keep = _per_row(counts, LAYOUT)  # a row that does not count gets 0, even where its logits are NaN
     closest = 1.0
@@ -138,6 +180,12 @@ def kd_kl_tile_kernel(
             centre = _over_classes(difference, LAYOUT, False)
         if GRAD_S:
             grad = _per_row(g, LAYOUT) * (difference - _per_row(centre, LAYOUT) * q)
+            if LABELS > 0:
+                grad += label_gradient(
+                    tl.exp2((s - _per_row(peak, LAYOUT)) * 1.4426950408889634) * _per_row(1.0 / total, LAYOUT),
+                    classes, _per_row(label, LAYOUT), _per_row(second_label, LAYOUT),
+                    _per_row(first, LAYOUT), _per_row(second, LAYOUT), smoothing, V,
+                )  # fmt: skip
             store_gradient(gs_ptr + gs_at, grad, keep, live, MASK)
         if GRAD_T:
             grad = _per_row(g, LAYOUT) * p * (delta + _per_row(centre - kl, LAYOUT))
@@ -145,11 +193,17 @@ def kd_kl_tile_kernel(
     else:
         if GRAD_S:
             grad = q * _per_row(g * s_inv, LAYOUT) - p * _per_row(g * t_inv, LAYOUT)
+            if LABELS > 0:
+                grad += label_gradient(
+                    tl.exp2((s - _per_row(peak, LAYOUT)) * 1.4426950408889634) * _per_row(1.0 / total, LAYOUT),
+                    classes, _per_row(label, LAYOUT), _per_row(second_label, LAYOUT),
+                    _per_row(first, LAYOUT), _per_row(second, LAYOUT), smoothing, V,
+                )  # fmt: skip
             store_gradient(gs_ptr + gs_at, grad, keep, live, MASK)
         if GRAD_T:
             grad = p * _per_row(g * t_inv, LAYOUT) * (gap * 0.6931471805599453 - _per_row(kl, LAYOUT))
             store_gradient(gt_ptr + gt_at, grad, keep, live, MASK)
-    loss = tl.where(counts, scale * kl, 0.0)
+    loss = tl.where(counts, scale * kl + ce, 0.0)
     if STORE_ROWS:
         tl.store(rows_ptr + rows, loss, mask=valid)
     if REDUCE:

@@ -4,14 +4,16 @@ import triton
 import triton.language as tl
 
 from ._kl_common import gap_of, near_terms, reduce_last, row_factor, scalar, store_gradient
+from ._kl_labels import label_gradient, label_loss, label_of
 
 
 @triton.jit
 def _second_pass(
     s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class,
     g, counts, k, s_top, t_top, s_inv, t_inv, log_ratio, centre, kl,
+    peak, inv_total, label, second_label, first, second, smoothing,
     V: tl.constexpr, BLOCK: tl.constexpr, NEAR: tl.constexpr, STORE_S: tl.constexpr, STORE_T: tl.constexpr,
-    MASK: tl.constexpr,
+    MASK: tl.constexpr, LABELS: tl.constexpr,
 ):  # fmt: skip
     """Read a row once more: store its gradients, and return (KL, S). NEAR: the form that does not cancel."""
     kl_sum = tl.zeros([BLOCK], tl.float32)
@@ -33,7 +35,11 @@ def _second_pass(
             term = p * delta
         kl_sum += term
         if STORE_S:
-            store_gradient(gs_row + classes * gs_class, g * (difference - centre * q), counts, live, MASK)
+            grad = g * (difference - centre * q)
+            if LABELS > 0:
+                probability = tl.exp2((s - peak) * 1.4426950408889634) * inv_total
+                grad += label_gradient(probability, classes, label, second_label, first, second, smoothing, V)
+            store_gradient(gs_row + classes * gs_class, grad, counts, live, MASK)
         if STORE_T:
             store_gradient(gt_row + classes * gt_class, g * p * (delta + centre - kl), counts, live, MASK)
     return tl.sum(kl_sum, axis=0), tl.sum(centre_sum, axis=0)
@@ -49,6 +55,9 @@ def kd_kl_two_pass_kernel(
     T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr, WEIGHT: tl.constexpr, MASK: tl.constexpr,
     UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
     STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
+    label_ptr=None, factor_ptr=None, second_label_ptr=None, second_factor_ptr=None, smoothing=0.0,
+    class_ptr=None, probability_ptr=None, agreement_ptr=None,
+    LABELS: tl.constexpr = 0, STATS: tl.constexpr = False,
 ):  # fmt: skip
     """Rows that do not fit on the chip: read once for the log-sum-exps, once more for loss and gradients."""
     T = scalar(temperature, temperature_ptr, T_PTR)
@@ -77,6 +86,12 @@ def kd_kl_two_pass_kernel(
     s_acc = tl.zeros([BLOCK], tl.float32)
     t_acc = tl.zeros([BLOCK], tl.float32)
     cross = tl.zeros([BLOCK], tl.float32)
+    total_acc = tl.zeros(
+        [BLOCK], tl.float32
+    )  # Σ exp at temperature 1: the student's for labels, else the teacher's
+    logit_sum = tl.zeros([BLOCK], tl.float32)
+    s_rank = tl.zeros([BLOCK], tl.int32)
+    t_rank = tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
         classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
         live = classes < V
@@ -87,6 +102,16 @@ def kd_kl_two_pass_kernel(
         s_acc = s_acc * tl.exp2((s_peak - s_new) * k) + tl.exp2((s - s_new) * k)
         t_acc = t_acc * t_old + t_exp
         cross = cross * t_old + t_exp * tl.maximum(t - s, -1e30)
+        if LABELS > 0:
+            old = tl.exp2((s_peak - s_new) * 1.4426950408889634)
+            total_acc = total_acc * old + tl.exp2((s - s_new) * 1.4426950408889634)
+            logit_sum += tl.where(live, s, 0.0)
+        if STATS:
+            old = tl.exp2((t_peak - t_new) * 1.4426950408889634)
+            total_acc = total_acc * old + tl.exp2((t - t_new) * 1.4426950408889634)
+            # A lane sees its classes in order: the first of equals stays.
+            s_rank = tl.where(s > s_peak, V - classes.to(tl.int32), s_rank)
+            t_rank = tl.where(t > t_peak, V - classes.to(tl.int32), t_rank)
         s_peak, t_peak = s_new, t_new
     s_max, t_max = tl.max(s_peak, axis=0), tl.max(t_peak, axis=0)
     s_top, t_top = s_max * k, t_max * k
@@ -97,6 +122,31 @@ def kd_kl_two_pass_kernel(
     log_ratio = (t_top - s_top) + tl.log2(t_sum * s_inv)
     kl = (tl.sum(cross * t_lane, axis=0) * t_inv * k - log_ratio) * 0.6931471805599453
 
+    ce, peak, inv_total, label, second_label, first, second = 0.0, 0.0, 0.0, 0, 0, 0.0, 0.0
+    if LABELS > 0:
+        plain = 1.0
+        if UPSTREAM == 1:
+            plain = tl.load(upstream_ptr).to(tl.float32)
+        weight, _ = row_factor(
+            row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, plain, WEIGHT, False, UPSTREAM
+        )
+        label, first, logit = label_of(label_ptr, factor_ptr, s_row, s_class, row, counts, weight, V)
+        second_label, second, second_logit = label, first * 0.0, logit
+        if LABELS == 2:
+            second_label, second, second_logit = label_of(
+                second_label_ptr, second_factor_ptr, s_row, s_class, row, counts, weight, V
+            )
+        total = tl.sum(total_acc * tl.exp2((s_peak - s_max) * 1.4426950408889634), axis=0)
+        peak, inv_total = s_max, 1.0 / total
+        mean = tl.sum(logit_sum, axis=0) / V
+        ce = label_loss(peak + tl.log(total), mean, first, logit, second, second_logit, smoothing)
+    if STATS:
+        total = tl.sum(total_acc * tl.exp2((t_peak - t_max) * 1.4426950408889634), axis=0)
+        s_class_rank = tl.max(tl.where(s_peak == s_max, s_rank, 1), axis=0)
+        t_class_rank = tl.max(tl.where(t_peak == t_max, t_rank, 1), axis=0)
+        tl.store(class_ptr + row, (V - t_class_rank).to(tl.int64))
+        tl.store(probability_ptr + row, 1.0 / total)
+        tl.store(agreement_ptr + row, s_class_rank == t_class_rank)
     g = tl.where(counts, scale * inv_t, 0.0)
     gs_row, gt_row = gs_ptr, gt_ptr
     if GRAD_S:
@@ -107,19 +157,25 @@ def kd_kl_two_pass_kernel(
         # Student and teacher nearly agree: KL and S first, in the form that does not cancel, then gradients.
         kl, centre = _second_pass(
             s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, g, counts,
-            k, s_top, t_top, s_inv, t_inv, log_ratio, 0.0, 0.0, V, BLOCK, True, False, False, MASK,
+            k, s_top, t_top, s_inv, t_inv, log_ratio, 0.0, 0.0,
+            peak, inv_total, label, second_label, first, second, smoothing,
+            V, BLOCK, True, False, False, MASK, LABELS,
         )  # fmt: skip
         if GRAD_S or GRAD_T:
             _second_pass(
                 s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, g, counts,
-                k, s_top, t_top, s_inv, t_inv, log_ratio, centre, kl, V, BLOCK, True, GRAD_S, GRAD_T, MASK,
+                k, s_top, t_top, s_inv, t_inv, log_ratio, centre, kl,
+            peak, inv_total, label, second_label, first, second, smoothing,
+            V, BLOCK, True, GRAD_S, GRAD_T, MASK, LABELS,
             )  # fmt: skip
     else:
         kl, _ = _second_pass(
             s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, g, counts,
-            k, s_top, t_top, s_inv, t_inv, log_ratio, 0.0, kl, V, BLOCK, False, GRAD_S, GRAD_T, MASK,
+            k, s_top, t_top, s_inv, t_inv, log_ratio, 0.0, kl,
+            peak, inv_total, label, second_label, first, second, smoothing,
+            V, BLOCK, False, GRAD_S, GRAD_T, MASK, LABELS,
         )  # fmt: skip
-    loss = tl.where(counts, scale * kl, 0.0)
+    loss = tl.where(counts, scale * kl + ce, 0.0)
     if STORE_ROWS:
         tl.store(rows_ptr + row, loss)
     if REDUCE:

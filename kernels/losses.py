@@ -27,7 +27,7 @@ import torch
 import triton
 
 from . import _kl_chunks, _kl_classes, _kl_rows, _kl_two_pass
-from ._kl_plan import CLASS_PIXEL, KLPlan, Machine, kl_plan, machine_of
+from ._kl_plan import CLASS_PIXEL, KLPlan, kl_plan, machine_of
 from .launch import RowLayout, arrival_counter, as_rows, device_guard, launch
 
 
@@ -44,6 +44,28 @@ class Scale(NamedTuple):
     mask: torch.Tensor | None
 
 
+class Labels(NamedTuple):
+    """Hard labels on the same pass (_kl_labels.py).
+
+    ``label`` is int64, one a row; ``factor`` its float32 factor in the loss, 0 where it is ignored. ``second``
+    and ``second_factor`` are the same for the other label of a mixed sample, or None. All contiguous.
+    """
+
+    label: torch.Tensor
+    factor: torch.Tensor
+    second: torch.Tensor | None
+    second_factor: torch.Tensor | None
+    smoothing: float
+
+
+class Statistics(NamedTuple):
+    """Written a row, when given: the teacher's class (int64), its probability at T = 1 (float32), agreement (bool)."""
+
+    teacher_class: torch.Tensor
+    teacher_prob: torch.Tensor
+    agreement: torch.Tensor
+
+
 def kd_kl(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -56,6 +78,8 @@ def kd_kl(
     grad_teacher: torch.Tensor | None = None,
     upstream: torch.Tensor | None = None,
     exit_if_one: bool = False,
+    labels: Labels | None = None,
+    statistics: Statistics | None = None,
 ) -> torch.Tensor:
     """Launch the KL kernel once.
 
@@ -70,6 +94,8 @@ def kd_kl(
         grad_teacher: The same for the teacher.
         upstream: Multiplies loss and gradients: one value, or contiguous, one a row.
         exit_if_one: Do nothing if the single upstream value is 1: the gradients are there already.
+        labels: Add the cross-entropy with these labels.
+        statistics: Also written.
 
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.
@@ -99,6 +125,8 @@ def kd_kl(
             grad_teacher=grads[1],
             upstream=upstream,
             exit_if_one=exit_if_one,
+            labels=labels,
+            statistics=statistics,
         )
         for grad, computed in zip((grad_student, grad_teacher), grads):
             if grad is not None:
@@ -109,7 +137,8 @@ def kd_kl(
     gs_strides = next(strides) if grad_student is not None else (0, 0, 0)
     gt_strides = next(strides) if grad_teacher is not None else (0, 0, 0)
 
-    plan = _plan(student, teacher, grad_student, grad_teacher, layout, num_classes)
+    plain = labels is None and statistics is None
+    plan = _plan(student, teacher, grad_student, grad_teacher, layout, num_classes, plain)
     # A cluster's programs would each count themselves, so its rows are summed by a launch of their own.
     in_launch = reduce and plan.regime != "cluster"
     if reduce and not in_launch and rows is None:
@@ -122,6 +151,10 @@ def kd_kl(
     counter = arrival_counter(student.device) if in_launch else None
     unit = math.gcd(16, *(stride[0] for stride in (s_strides, t_strides, gs_strides, gt_strides)))
     kernel, tile = _kernel(plan, layout)
+    if labels is not None:
+        tile |= _label_arguments(labels)
+    if statistics is not None:
+        tile |= _statistics_arguments(statistics)
     with device_guard(student):
         launch(
             kernel,
@@ -174,6 +207,7 @@ def _plan(
     grad_teacher: torch.Tensor | None,
     layout: RowLayout,
     num_classes: int,
+    plain: bool,
 ) -> KLPlan:
     tensors = [x for x in (student, teacher, grad_student, grad_teacher) if x is not None]
     itemsize = max(student.itemsize, teacher.itemsize)
@@ -194,6 +228,7 @@ def _plan(
         machine=machine_of(student.device),
         unaligned=unaligned,
         both=grad_teacher is not None,
+        plain=plain,
     )
 
 
@@ -216,6 +251,26 @@ def _kernel(plan: KLPlan, layout: RowLayout) -> tuple[Any, dict[str, Any]]:
         "ROWS": plan.rows,
         "WIDTH": plan.width,
         "INNER_ONE": layout.inner == 1,
+    }
+
+
+def _label_arguments(labels: Labels) -> dict[str, Any]:
+    return {
+        "label_ptr": labels.label,
+        "factor_ptr": labels.factor,
+        "second_label_ptr": labels.second,
+        "second_factor_ptr": labels.second_factor,
+        "smoothing": float(labels.smoothing),
+        "LABELS": 1 if labels.second is None else 2,
+    }
+
+
+def _statistics_arguments(statistics: Statistics) -> dict[str, Any]:
+    return {
+        "class_ptr": statistics.teacher_class,
+        "probability_ptr": statistics.teacher_prob,
+        "agreement_ptr": statistics.agreement,
+        "STATS": True,
     }
 
 
