@@ -1,8 +1,8 @@
 // Sum tree over fixed-point priorities: u32 leaves, u64 sums, fan-out 256 (three levels hold 16.7M slots).
 //
-// Integer sums are associative: whatever the order of the writes, the root is exactly the sum of the leaves, and
-// every live leaf can be reached by some draw. A float tree loses both (fp32 over 10M items leaves 6 % of them
-// unreachable). The layout is the GPU's, so either device can continue with the other's state.
+// Integer sums are associative: whatever the order of the writes, the root is exactly the sum of the leaves,
+// and every live leaf can be reached by some draw. A float tree loses both (fp32 over 10M items leaves 6 % of
+// them unreachable). The layout is the GPU's, so either device can continue with the other's state.
 #pragma once
 
 #include <algorithm>
@@ -91,9 +91,9 @@ class PriorityTree {
     return true;
   }
 
-  // Slots whose prefix interval holds each target: prefix(slot) <= target < prefix(slot + 1). All targets must be
-  // below total(). On return `target` holds the offset inside the leaf. Ascending targets (stratified draws) cost
-  // one sweep of each node they share; other orders are as correct, and slower.
+  // Slots whose prefix interval holds each target: prefix(slot) <= target < prefix(slot + 1). All targets
+  // must be below total(). On return `target` holds the offset inside the leaf. Ascending targets (stratified
+  // draws) cost one sweep of each node they share; other orders are as correct, and slower.
   void find(int64_t count, uint64_t* target, int64_t* slot) const {
     for (int64_t i = 0; i < count; ++i) slot[i] = 0;
     for (int level = layout_.levels - 1; level >= 1; --level) {
@@ -150,9 +150,10 @@ class PriorityTree {
   uint64_t* sums_;
 };
 
-// Draw i's target. Stratified: uniform in the i-th of `count` equal parts of [0, total), bounds floor(i total /
-// count), so the targets ascend. Independent: uniform in [0, total).
-inline void draw_targets(uint64_t total, int64_t count, bool stratified, const uint64_t* uniform, uint64_t* target) {
+// Draw i's target. Stratified: uniform in the i-th of `count` equal parts of [0, total), bounds floor(i total
+// / count), so the targets ascend. Independent: uniform in [0, total).
+inline void draw_targets(uint64_t total, int64_t count, bool stratified, const uint64_t* uniform,
+                         uint64_t* target) {
   const auto mulhi = [](uint64_t a, uint64_t b) {
     return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
   };

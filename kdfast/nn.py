@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kdfast.functional import dkd_loss, jsd_loss, kd_kl_div
+from kdfast.functional import (
+    dist_loss,
+    dkd_loss,
+    fused_linear_kd_loss,
+    jsd_loss,
+    kd_kl_div,
+    topk_kd_loss,
+)
 from kdfast.functional.losses import Reduction
+from kdfast.functional.losses_more import Tail
 
-__all__ = ["DKDLoss", "JSDLoss", "KDLoss"]
+__all__ = ["DISTLoss", "DKDLoss", "FusedLinearKDLoss", "JSDLoss", "KDLoss", "TopKKDLoss"]
 
 
 class KDLoss(nn.Module):
@@ -159,3 +167,127 @@ class DKDLoss(nn.Module):
             f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, "
             f"ignore_index={self.ignore_index}, dim={self.dim}, reduction={self.reduction!r}"
         )
+
+
+class TopKKDLoss(nn.Module):
+    """:func:`kdfast.functional.topk_kd_loss` with its options fixed.
+
+    Args:
+        temperature: T > 0.
+        tail: ``"bucket"`` or ``"renormalize"``.
+        reduction: As in :func:`~kdfast.functional.kd_kl_div`.
+
+    Shape:
+        Student logits ``[..., V]``, class indices and teacher logits ``[..., k]``, and optionally the teacher's
+        log-sum-exp ``[...]`` → a 0-d tensor (for ``reduction="none"``, one value a row).
+    """
+
+    def __init__(
+        self, temperature: float = 1.0, *, tail: Tail = "bucket", reduction: Reduction = "batchmean"
+    ) -> None:
+        super().__init__()
+        self.temperature, self.tail, self.reduction = temperature, tail, reduction
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        indices: torch.Tensor,
+        logits: torch.Tensor,
+        log_normalizer: torch.Tensor | None = None,
+        row_weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of these logits; see :func:`~kdfast.functional.topk_kd_loss`."""
+        return topk_kd_loss(
+            student,
+            indices,
+            logits,
+            temperature=self.temperature,
+            tail=self.tail,
+            log_normalizer=log_normalizer,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            mask=mask,
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"temperature={self.temperature}, tail={self.tail!r}, reduction={self.reduction!r}"
+
+
+class DISTLoss(nn.Module):
+    """:func:`kdfast.functional.dist_loss` with its options fixed.
+
+    Args:
+        beta: Weight of the inter-class term.
+        gamma: Weight of the intra-class term.
+        temperature: T > 0.
+        dim: The class dimension.
+
+    Shape:
+        Two tensors of logits of one shape → a 0-d tensor.
+    """
+
+    def __init__(
+        self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, *, dim: int = -1
+    ) -> None:
+        super().__init__()
+        self.beta, self.gamma, self.temperature, self.dim = beta, gamma, temperature, dim
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """The loss of these logits; see :func:`~kdfast.functional.dist_loss`."""
+        return dist_loss(
+            student, teacher, beta=self.beta, gamma=self.gamma, temperature=self.temperature, dim=self.dim
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}, dim={self.dim}"
+
+
+class FusedLinearKDLoss(nn.Module):
+    """:func:`kdfast.functional.fused_linear_kd_loss` with its options fixed.
+
+    Args:
+        temperature: T > 0.
+        chunk_rows: Rows whose logits are alive at a time; None chooses.
+        reduction: ``"batchmean"``, ``"mean"``, ``"sum"`` or ``"rowmean"``.
+
+    Shape:
+        Hidden states ``[..., H]`` and the head ``nn.Linear(H, V)`` of the student, then of the teacher → a 0-d
+        tensor.
+    """
+
+    def __init__(
+        self, temperature: float = 1.0, *, chunk_rows: int | None = None, reduction: Reduction = "batchmean"
+    ) -> None:
+        super().__init__()
+        self.temperature, self.chunk_rows, self.reduction = temperature, chunk_rows, reduction
+
+    def forward(
+        self,
+        student_hidden: torch.Tensor,
+        student_head: nn.Linear,
+        teacher_hidden: torch.Tensor,
+        teacher_head: nn.Linear,
+        row_weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of these heads; see :func:`~kdfast.functional.fused_linear_kd_loss`. The teacher is detached."""
+        return fused_linear_kd_loss(
+            student_hidden,
+            student_head.weight,
+            teacher_hidden.detach(),
+            teacher_head.weight.detach(),
+            temperature=self.temperature,
+            student_bias=student_head.bias,
+            teacher_bias=None if teacher_head.bias is None else teacher_head.bias.detach(),
+            chunk_rows=self.chunk_rows,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            mask=mask,
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"temperature={self.temperature}, chunk_rows={self.chunk_rows}, reduction={self.reduction!r}"

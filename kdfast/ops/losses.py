@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdfast.backend import resolve
+from kdfast.ops import _kl_closed
 from kdfast.reference import losses as reference_losses
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ def kd_kl(
         reduce: Sum the rows.
     """
     if resolve(student, teacher) == "reference":
+        if _kl_closed.usable(student, teacher):
+            closed: torch.Tensor = _kl_closed.KLClosed.apply(  # type: ignore[no-untyped-call]
+                student, teacher, temperature, dim, row_weight, mask, divisor, reduce
+            )
+            return closed
         return reference_losses.kd_kl(student, teacher, temperature, dim, row_weight, mask, divisor, reduce)
     row_weight = None if row_weight is None else row_weight.contiguous()
     mask = None if mask is None else mask.contiguous()

@@ -20,7 +20,7 @@ from kdfast.backend import resolve
 from kdfast.reference import losses as reference_losses
 from kdfast.reference import losses_more as reference
 
-__all__ = ["dkd", "jsd"]
+__all__ = ["dist", "dkd", "jsd", "topk"]
 
 Value = torch.Tensor | float
 
@@ -313,3 +313,66 @@ def _dkd_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> to
 
 jsd = _register("jsd", _jsd_reference, _launch_pair("JSD"))
 dkd = _register("dkd", _dkd_reference, _launch_pair("DKD"))
+
+
+# --- cached top-k teacher: `teacher` is [..., k], `index` its classes, `extra` its log-sum-exp -----------------
+
+
+def _launch_topk(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    row: Row,
+    *,
+    want_loss: bool = True,
+    grad_student: torch.Tensor | None = None,
+    grad_teacher: None = None,
+    **launch: Any,
+) -> torch.Tensor:
+    from kdfast.kernels import topk as kernels
+    from kdfast.kernels.losses import Scale
+
+    out: torch.Tensor = kernels.topk(
+        student,
+        row.index,
+        teacher.contiguous(),
+        row.extra,
+        Scale(row.temperature, row.divisor, row.weight, row.mask),
+        bucket=bool(row.options[0]),
+        reduce=row.reduce and want_loss,
+        want_rows=want_loss and not row.reduce,
+        grad_student=grad_student,
+        **launch,
+    )
+    return out
+
+
+def _topk_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
+    assert row.index is not None
+    (student,) = reference.without_masked(row.mask, row.dim, student)
+    rows = reference.topk_rows(student, row.index, teacher, row.extra, bool(row.options[0]), row.temperature)
+    return reference.finish(rows, row.temperature, row.weight, row.mask, row.divisor, row.reduce)
+
+
+topk = _register("topk_kd", _topk_reference, _launch_topk)
+
+
+# --- DIST: always one value -----------------------------------------------------------------------------------
+
+
+def _launch_dist(
+    student: torch.Tensor, teacher: torch.Tensor, row: Row, *, want_loss: bool = True, **launch: Any
+) -> torch.Tensor:
+    from kdfast.kernels import dist as kernels
+    from kdfast.kernels.losses import Scale
+
+    out: torch.Tensor = kernels.dist(
+        student, teacher, *row.options, Scale(row.temperature, row.divisor, None, None), reduce=want_loss, **launch
+    )
+    return out
+
+
+def _dist_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
+    return reference.dist(student, teacher, *row.options, row.temperature) / row.divisor
+
+
+dist = _register("dist", _dist_reference, _launch_dist)

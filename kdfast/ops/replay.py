@@ -13,12 +13,13 @@ from kdfast.backend import resolve
 from kdfast.reference import replay as reference
 from kdfast.reference.replay import Drawn, ReplayState
 
-__all__ = ["add", "rebuild", "remove", "sample", "update"]
+__all__ = ["add", "on_kernels", "rebuild", "remove", "sample", "update"]
 
 Affine = tuple[torch.Tensor, torch.Tensor]
 
 
-def _on_kernels(state: ReplayState) -> bool:
+def on_kernels(state: ReplayState) -> bool:
+    """Whether the Triton kernels work on this state. They count what the C++ core raises."""
     return resolve(state.leaves) == "triton"
 
 
@@ -27,8 +28,10 @@ def sample(
 ) -> Drawn:
     """Draw rows; see :func:`kdfast.reference.replay.sample`. One launch (two when rows exceed 16 KB)."""
     if torch.compiler.is_compiling():
-        return Drawn(*_sample_op(*_sample_state(state), batch_size, beta, stratified, *(affine or (None, None))))
-    if not _on_kernels(state):
+        return Drawn(
+            *_sample_op(*_sample_state(state), batch_size, beta, stratified, *(affine or (None, None)))
+        )
+    if not on_kernels(state):
         return reference.sample(state, batch_size, beta, stratified, affine)
     from kdfast.kernels import replay as kernels
 
@@ -49,7 +52,7 @@ def update(
         rule = (state.rule.alpha, state.rule.eps, state.rule.scale)
         _update_op(*_update_state(state), index, priority, generation, *rule, largest)
         return
-    if not _on_kernels(state):
+    if not on_kernels(state):
         reference.update(state, index, priority, generation, largest)
         return
     from kdfast.kernels import replay as kernels
@@ -67,7 +70,7 @@ def add(
     priority: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Insert rows; see :func:`kdfast.reference.replay.add`. One launch a ``capacity`` of rows."""
-    if state.eviction != "fifo" or not _on_kernels(state):
+    if state.eviction != "fifo" or not on_kernels(state):
         return reference.add(state, samples, labels, priority)
     from kdfast.kernels import replay as kernels
 
@@ -93,7 +96,7 @@ def remove(state: ReplayState, index: torch.Tensor) -> None:
 
 def rebuild(state: ReplayState) -> None:
     """Recompute all sums from the leaves."""
-    if not _on_kernels(state):
+    if not on_kernels(state):
         reference.rebuild(state)
         return
     from kdfast.kernels import replay as kernels

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -53,7 +54,7 @@ def extension() -> ModuleType:
         MissingExtraError: It was not built.
     """
     try:
-        from kdfast import _C
+        return importlib.import_module("kdfast._C")
     except ImportError as error:
         raise MissingExtraError(
             f"kdfast.replay needs kdfast's C++ extension, kdfast._C, which cannot be imported ({error}): it was "
@@ -61,7 +62,6 @@ def extension() -> ModuleType:
             "(g++ or clang++), then run: KDFAST_REQUIRE_EXTENSION=1 pip install --force-reinstall --no-deps "
             "--no-binary kdfast kdfast"
         ) from error
-    return _C
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Drawn(NamedTuple):
 
     samples: torch.Tensor
     labels: torch.Tensor
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # tuple.index is not missed
     generation: torch.Tensor
     weight: torch.Tensor
     probability: torch.Tensor
