@@ -97,7 +97,7 @@ class PriorityTree {
   void find(int64_t count, uint64_t* target, int64_t* slot) const {
     for (int64_t i = 0; i < count; ++i) slot[i] = 0;
     for (int level = layout_.levels - 1; level >= 1; --level) {
-      descend<8>(sums_ + layout_.offset[level], layout_.count[level], count, target, slot);
+      descend(sums_ + layout_.offset[level], layout_.count[level], count, target, slot);
     }
     if (layout_.capacity > kPrefetchAbove) {
       for (int64_t i = 0; i < count; ++i) {
@@ -105,16 +105,18 @@ class PriorityTree {
         for (int line = 0; line < 16; ++line) __builtin_prefetch(block + 64 * line);
       }
     }
-    descend<16>(leaves_, layout_.capacity, count, target, slot);
+    descend(leaves_, layout_.capacity, count, target, slot);
   }
 
  private:
   // Beyond this many leaves (1 MB) they are not in a core's cache.
   static constexpr int64_t kPrefetchAbove = 262144;
+  // Children summed before they are searched.
+  static constexpr int kGroup = 8;
 
   // One level down: `slot` holds nodes on entry, their children on return. Groups are summed before they are
   // searched, which the compiler turns into vector adds.
-  template <int Group, typename Mass>
+  template <typename Mass>
   static void descend(const Mass* masses, int64_t size, int64_t count, uint64_t* target, int64_t* slot) {
     int64_t node = -1, child = 0;
     uint64_t passed = 0, previous = 0;  // mass of the node's children before `child`
@@ -127,12 +129,12 @@ class PriorityTree {
       previous = target[i];
       uint64_t rest = target[i] - passed;
       for (;;) {
-        if (child % Group == 0 && child + Group <= size) {
+        if (child % kGroup == 0 && child + kGroup <= size) {
           uint64_t sum = 0;
-          for (int k = 0; k < Group; ++k) sum += masses[child + k];
+          for (int k = 0; k < kGroup; ++k) sum += masses[child + k];
           if (rest >= sum) {
             rest -= sum;
-            child += Group;
+            child += kGroup;
             continue;
           }
         }

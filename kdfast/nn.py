@@ -105,7 +105,9 @@ class JSDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options."""
-        return f"beta={self.beta}, temperature={self.temperature}, dim={self.dim}, reduction={self.reduction!r}"
+        return (
+            f"beta={self.beta}, temperature={self.temperature}, dim={self.dim}, reduction={self.reduction!r}"
+        )
 
 
 class DKDLoss(nn.Module):

@@ -32,7 +32,9 @@ def _correlation(ab, aa, bb):
 
 @triton.jit
 def _tile(ptr, row_at, classes, stride, live):
-    return tl.load(ptr + row_at[:, None] + classes[None, :] * stride, mask=live, other=float("-inf")).to(tl.float32)
+    return tl.load(ptr + row_at[:, None] + classes[None, :] * stride, mask=live, other=float("-inf")).to(
+        tl.float32
+    )
 
 
 @triton.jit
@@ -258,7 +260,10 @@ def dist_gradient_kernel(
                 if store == 0:
                     s_total += tl.sum(q * slope, axis=1)
                 else:
-                    at = _row_starts(rows, inner, gs_outer, gs_inner, UNIT)[:, None] + classes[None, :] * gs_class
+                    at = (
+                        _row_starts(rows, inner, gs_outer, gs_inner, UNIT)[:, None]
+                        + classes[None, :] * gs_class
+                    )
                     grad = q * (slope - s_total[:, None])
                     tl.store(gs_ptr + at, grad.to(gs_ptr.dtype.element_ty), mask=live)
             if GRAD_T:
@@ -268,6 +273,9 @@ def dist_gradient_kernel(
                 if store == 0:
                     t_total += tl.sum(p * slope, axis=1)
                 else:
-                    at = _row_starts(rows, inner, gt_outer, gt_inner, UNIT)[:, None] + classes[None, :] * gt_class
+                    at = (
+                        _row_starts(rows, inner, gt_outer, gt_inner, UNIT)[:, None]
+                        + classes[None, :] * gt_class
+                    )
                     grad = p * (slope - t_total[:, None])
                     tl.store(gt_ptr + at, grad.to(gt_ptr.dtype.element_ty), mask=live)

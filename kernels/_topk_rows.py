@@ -29,7 +29,9 @@ def topk_kernel(
     k = inv_t * 1.4426950408889634
     row = tl.program_id(0)
     outer, within = tl.cast(row // inner, tl.int64) * UNIT, tl.cast(row % inner, tl.int64)
-    scale, counts = row_factor(row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM)
+    scale, counts = row_factor(
+        row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
+    )
     s_row = s_ptr + outer * s_outer + within * s_inner
 
     # The k outcomes. A negative index is padding, and so is a logit of -inf.

@@ -58,7 +58,13 @@ def dist_plan(num_rows: int, num_classes: int) -> DistPlan:
     splits = max(1, min(wanted, triton.cdiv(num_rows, 4 * tile_rows)))
     rows_per_split = triton.cdiv(num_rows, splits)
     return DistPlan(
-        max(1, 2048 // block), block, tile_rows, columns, triton.cdiv(num_rows, rows_per_split), rows_per_split, 4
+        max(1, 2048 // block),
+        block,
+        tile_rows,
+        columns,
+        triton.cdiv(num_rows, rows_per_split),
+        rows_per_split,
+        4,
     )
 
 

@@ -81,7 +81,9 @@ def pair_plan(num_classes: int, inner: int, class_stride: int, itemsize: int) ->
     """
     padded = max(2, triton.next_power_of_2(num_classes))
     if class_stride != 1 and inner > 1 and padded <= MAX_CLASSES:
-        return PairPlan("classes", CLASS_PIXEL, padded, max(16, min(256, 2048 // padded)), 1, 8 if padded > 128 else 4)
+        return PairPlan(
+            "classes", CLASS_PIXEL, padded, max(16, min(256, 2048 // padded)), 1, 8 if padded > 128 else 4
+        )
     if padded > MAX_ROW:
         return PairPlan("loop", ONE_ROW, 2048, 1, 1, 8)
     if padded > 512:

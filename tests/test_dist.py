@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from kdfast.functional import dist_loss
 from kdfast.nn import DISTLoss
 from kdfast.ops import losses_more as ops
+from kdfast.ops._row_loss import flatten
 from tests.conformance import ConformanceSuite, OpCase, assert_verbose_allclose
 from tests.conftest import INTERPRETING, Target
 
@@ -42,7 +43,7 @@ def case(name: str, shapes: list[tuple[int, ...]], small: list[tuple[int, ...]],
     def checked(inputs: dict[str, torch.Tensor]) -> tuple[Any, tuple[Any, ...]]:
         leaves = [inputs[key].requires_grad_() for key in ("student", "teacher")]
         row = ops.Row(None, None, (1.5, 0.7), leaves[0].dim() - 1, 2.0, None, None, 1.0, True)
-        return ops.dist.op, (*leaves, *ops._flat(row))
+        return ops.dist.op, (*leaves, *flatten(row))
 
     return OpCase(
         name=name,

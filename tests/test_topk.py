@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from kdfast.functional import kd_kl_div, topk_kd_loss
 from kdfast.nn import TopKKDLoss
 from kdfast.ops import losses_more as ops
+from kdfast.ops._row_loss import flatten
 from tests.conformance import ConformanceSuite, OpCase, assert_verbose_allclose
 from tests.conftest import INTERPRETING, Target
 
@@ -87,7 +89,7 @@ def case(
         row = ops.Row(
             inputs["indices"], normalizer, (float(bucket),), student.dim() - 1, 2.5, None, None, 2.0, reduce
         )
-        return ops.topk.op, (student, inputs["logits"], *ops._flat(row))
+        return ops.topk.op, (student, inputs["logits"], *flatten(row))
 
     return OpCase(
         name=name,
@@ -155,7 +157,7 @@ def test_merging_outcomes_never_adds_divergence(target: Target) -> None:
     """The data-processing inequality: fewer outcomes, less KL; more of them, more of it."""
     s, t = draw(6, 30, device=target.device)
     rows = [topk_kd_loss(s, **keep(t, k, 2.0), temperature=2.0, reduction="none") for k in (1, 5, 20, 30)]
-    for few, many in zip(rows, rows[1:], strict=False):
+    for few, many in pairwise(rows):
         assert bool((few <= many + 1e-5).all())
     assert bool((rows[0] > 0).all())
 
@@ -180,8 +182,12 @@ def test_near_equal_logits_keep_their_digits(target: Target) -> None:
     s = (t + 1e-3 * s).requires_grad_()
     got = topk_kd_loss(s, **keep(t, 5, 1.0), reduction="sum")
     s64 = s.detach().double().cpu()
-    want = oracle(s64, **{k: v.double() if v.is_floating_point() else v for k, v in keep(t.cpu(), 5, 1.0).items()},
-                  temperature=1.0, reduction="sum")  # fmt: skip
+    want = oracle(
+        s64,
+        **{k: v.double() if v.is_floating_point() else v for k, v in keep(t.cpu(), 5, 1.0).items()},
+        temperature=1.0,
+        reduction="sum",
+    )
     assert abs(got.item() / want.item() - 1) < 0.05
 
 
@@ -232,29 +238,34 @@ def test_gradcheck_in_float64(tail: str) -> None:
     assert torch.autograd.gradcheck(lambda x: topk_kd_loss(x, **cache, tail=tail), (s.requires_grad_(),))
 
 
-S, I, L = torch.zeros(4, 5), torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2)
+S, AT, L = torch.zeros(4, 5), torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2)
 
 
 @pytest.mark.parametrize(
     "error, match, args, options",
     [
-        (ValueError, "tail: got 'drop'", (S, I, L), {"tail": "drop"}),
-        (ValueError, "reduction: got 'avg'", (S, I, L), {"reduction": "avg"}),
+        (ValueError, "tail: got 'drop'", (S, AT, L), {"tail": "drop"}),
+        (ValueError, "reduction: got 'avg'", (S, AT, L), {"reduction": "avg"}),
         (TypeError, "indices: got list", (S, [0], L), {}),
-        (TypeError, "indices: got dtype", (S, I.int(), L), {}),
-        (ValueError, "indices: got shape", (S, I[:3], L[:3]), {}),
-        (ValueError, "logits: got shape", (S, I, L[:, :1]), {}),
-        (TypeError, "logits: got dtype", (S, I, I), {}),
-        (TypeError, "student: got dtype", (S.int(), I, L), {}),
-        (ValueError, "indices: got class 5", (S, I + 5, L), {}),
-        (ValueError, "indices: got k = 6", (S, I.repeat(1, 3), L.repeat(1, 3)), {}),
-        (ValueError, "indices: is on meta", (S, I.to("meta"), L), {}),
-        (ValueError, "logits: requires grad", (S, I, L.clone().requires_grad_()), {}),
-        (ValueError, "log_normalizer: got a tensor", (S, I, L), {"tail": "renormalize", "log_normalizer": S[:, 0]}),
-        (ValueError, "log_normalizer: got shape", (S, I, L), {"log_normalizer": S}),
-        (ValueError, "temperature: got -1", (S, I, L), {"temperature": -1.0}),
+        (TypeError, "indices: got dtype", (S, AT.int(), L), {}),
+        (ValueError, "indices: got shape", (S, AT[:3], L[:3]), {}),
+        (ValueError, "logits: got shape", (S, AT, L[:, :1]), {}),
+        (TypeError, "logits: got dtype", (S, AT, AT), {}),
+        (TypeError, "student: got dtype", (S.int(), AT, L), {}),
+        (ValueError, "indices: got class 5", (S, AT + 5, L), {}),
+        (ValueError, "indices: got k = 6", (S, AT.repeat(1, 3), L.repeat(1, 3)), {}),
+        (ValueError, "indices: is on meta", (S, AT.to("meta"), L), {}),
+        (ValueError, "logits: requires grad", (S, AT, L.clone().requires_grad_()), {}),
+        (
+            ValueError,
+            "log_normalizer: got a tensor",
+            (S, AT, L),
+            {"tail": "renormalize", "log_normalizer": S[:, 0]},
+        ),
+        (ValueError, "log_normalizer: got shape", (S, AT, L), {"log_normalizer": S}),
+        (ValueError, "temperature: got -1", (S, AT, L), {"temperature": -1.0}),
     ],
-)  # fmt: skip
+)
 def test_refusals_name_the_argument(error: type[Exception], match: str, args: Any, options: Any) -> None:
     with pytest.raises(error, match=match):
         topk_kd_loss(*args, **options)

@@ -72,7 +72,8 @@ def fused_linear_kd_loss(
         _check_head(role, hidden, weight, bias, device, same_dtype=not autocast)
         if autocast:
             half = torch.get_autocast_dtype(device.type)
-            hidden, weight, bias = (x if x is None else x.to(half) for x in (hidden, weight, bias))
+            hidden, weight = hidden.to(half), weight.to(half)
+            bias = None if bias is None else bias.to(half)
         heads.append((hidden.flatten(0, -2), weight, bias))
     rows, num_classes = student_hidden.shape[:-1], student_weight.shape[0]
     if teacher_hidden.shape[:-1] != rows:
@@ -82,7 +83,8 @@ def fused_linear_kd_loss(
         )
     if teacher_weight.shape[0] != num_classes:
         raise ValueError(
-            f"teacher_weight: got {teacher_weight.shape[0]} classes; student_weight has {num_classes}, and they must match"
+            f"teacher_weight: got {teacher_weight.shape[0]} classes; student_weight has {num_classes}, and they must "
+            "match"
         )
     for name, tensor in (
         ("teacher_hidden", teacher_hidden),
@@ -140,7 +142,9 @@ def _check_head(
     if hidden.dim() < 2:
         raise ValueError(f"{role}_hidden: got shape {tuple(hidden.shape)}; [..., H] with rows is needed")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"{role}_weight: got shape {tuple(weight.shape)}; ('V', {hidden.shape[-1]}) is needed")
+        raise ValueError(
+            f"{role}_weight: got shape {tuple(weight.shape)}; ('V', {hidden.shape[-1]}) is needed"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{role}_bias: got shape {tuple(bias.shape)}; ({weight.shape[0]},) is needed")
 

@@ -198,7 +198,9 @@ def topk_kd_loss(
     _check_indices(indices, logits, student)
     temperature = check_temperature(temperature, student)
     if log_normalizer is not None and tail == "renormalize":
-        raise ValueError("log_normalizer: got a tensor; tail='renormalize' compares the k classes alone and has no use for it")
+        raise ValueError(
+            "log_normalizer: got a tensor; tail='renormalize' compares the k classes alone and has no use for it"
+        )
     log_normalizer = check_rowwise("log_normalizer", log_normalizer, rows, student)
     row_weight = check_rowwise("row_weight", row_weight, rows, student)
     mask = check_rowwise("mask", mask, rows, student)
@@ -253,9 +255,13 @@ def dist_loss(
     beta, gamma = _number("beta", beta), _number("gamma", gamma)
     axis, rows = _check_pair(student, teacher, dim, "sum")
     if not rows:
-        raise ValueError("student: got 1-d logits; DIST compares samples, so at least 2 dimensions are needed")
+        raise ValueError(
+            "student: got 1-d logits; DIST compares samples, so at least 2 dimensions are needed"
+        )
     if student.numel() == 0:
-        raise ValueError(f"student: got shape {tuple(student.shape)}; DIST needs at least one sample and one class")
+        raise ValueError(
+            f"student: got shape {tuple(student.shape)}; DIST needs at least one sample and one class"
+        )
     temperature = check_temperature(temperature, student)
     row = _more.Row(None, None, (beta, gamma), student.dim() - 1, temperature, None, None, 1.0, True)
     return _more.dist(student.movedim(axis, -1), teacher.movedim(axis, -1), row)
@@ -278,11 +284,19 @@ def _check_indices(indices: torch.Tensor, logits: torch.Tensor, student: torch.T
         raise ValueError(f"indices: got k = {indices.shape[-1]}; accepted: 1 to {student.shape[-1]}")
     for name, tensor in (("indices", indices), ("logits", logits)):
         if tensor.device != student.device:
-            raise ValueError(f"{name}: is on {tensor.device}; student is on {student.device}, and they must match")
+            raise ValueError(
+                f"{name}: is on {tensor.device}; student is on {student.device}, and they must match"
+            )
     if logits.requires_grad:
         raise ValueError("logits: requires grad; a cached teacher gets no gradient, pass logits.detach()")
-    if indices.device.type == "cpu" and not torch.compiler.is_compiling() and bool((indices >= student.shape[-1]).any()):
-        raise ValueError(f"indices: got class {int(indices.max())}; accepted: 0 to {student.shape[-1] - 1}, or -1 to pad")
+    if (
+        indices.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and bool((indices >= student.shape[-1]).any())
+    ):
+        raise ValueError(
+            f"indices: got class {int(indices.max())}; accepted: 0 to {student.shape[-1] - 1}, or -1 to pad"
+        )
 
 
 def _number(name: str, value: float) -> float:

@@ -9,26 +9,31 @@ from __future__ import annotations
 
 import torch
 
-from kdfast.backend import resolve
+from kdfast.backend import get_backend, interpreting, resolve
 from kdfast.reference import replay as reference
-from kdfast.reference.replay import Drawn, ReplayState
+from kdfast.reference.replay import ReplayBatch, ReplayState
 
 __all__ = ["add", "on_kernels", "rebuild", "remove", "sample", "update"]
+
+#: Triton reads the environment when it is imported; so do we.
+_INTERPRETING = interpreting()
 
 Affine = tuple[torch.Tensor, torch.Tensor]
 
 
 def on_kernels(state: ReplayState) -> bool:
     """Whether the Triton kernels work on this state. They count what the C++ core raises."""
+    if state.on_cpu and not _INTERPRETING and get_backend() != "triton":
+        return False  # what resolve would say, a few microseconds later
     return resolve(state.leaves) == "triton"
 
 
 def sample(
     state: ReplayState, batch_size: int, beta: float, stratified: bool = True, affine: Affine | None = None
-) -> Drawn:
+) -> ReplayBatch:
     """Draw rows; see :func:`kdfast.reference.replay.sample`. One launch (two when rows exceed 16 KB)."""
     if torch.compiler.is_compiling():
-        return Drawn(
+        return ReplayBatch(
             *_sample_op(*_sample_state(state), batch_size, beta, stratified, *(affine or (None, None)))
         )
     if not on_kernels(state):
@@ -36,7 +41,7 @@ def sample(
     from kdfast.kernels import replay as kernels
 
     layout = (state.layout.offsets, state.layout.counts)
-    return Drawn(*kernels.sample(*_sample_state(state), layout, batch_size, beta, stratified, affine))
+    return ReplayBatch(*kernels.sample(*_sample_state(state), layout, batch_size, beta, stratified, affine))
 
 
 def update(

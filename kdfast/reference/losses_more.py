@@ -1,4 +1,4 @@
-"""Generalised JSD, decoupled KD, cached top-k teachers and DIST in plain PyTorch: the oracle of the tests and the path for CPU and float64."""
+"""JSD, decoupled KD, cached top-k teachers, DIST: the oracle of the tests, and the path for CPU and float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def jsd_rows(
     near = delta.detach().abs() < NEAR
     small = torch.where(near, delta, torch.zeros_like(delta))
     log1p = torch.log1p(beta * torch.expm1(small))  # log(M/q)
-    exact = beta * p * (small - log1p + torch.expm1(log1p - small)) + (1 - beta) * q * (torch.expm1(log1p) - log1p)
+    exact = beta * p * (small - log1p + torch.expm1(log1p - small)) + (1 - beta) * q * (
+        torch.expm1(log1p) - log1p
+    )
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     far = beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)
     return torch.where(near, exact, far).sum(dim)
@@ -79,7 +81,12 @@ def topk_rows(
     rounding = torch.finfo(dtype).eps / 2
     none_left = chosen.all(-1)
     others = scaled.masked_fill(chosen & ~none_left.unsqueeze(-1), -math.inf)
-    q_other = (torch.logsumexp(others, -1) - total.squeeze(-1)).exp().masked_fill(none_left, 0.0).clamp(min=rounding)
+    q_other = (
+        (torch.logsumexp(others, -1) - total.squeeze(-1))
+        .exp()
+        .masked_fill(none_left, 0.0)
+        .clamp(min=rounding)
+    )
     p_other = torch.zeros_like(q_other) if normalizer is None else (1 - log_p.exp().sum(-1)).clamp(min=0.0)
     log_q = (scaled.gather(-1, safe) - total).masked_fill(~present, 0.0)
     p, q = log_p.exp(), log_q.exp().masked_fill(~present, 0.0)
@@ -109,7 +116,8 @@ def dist(
     def distance(dim: int) -> torch.Tensor:
         a, b = q - q.mean(dim, keepdim=True), p - p.mean(dim, keepdim=True)
         norms = a.norm(dim=dim) * b.norm(dim=dim)
-        return (1 - (a * b).sum(dim) / (norms + DIST_EPS)).mean()
+        similar: torch.Tensor = (a * b).sum(dim) / (norms + DIST_EPS)
+        return (1 - similar).mean()
 
     return (beta * distance(1) + gamma * distance(0)) * (temperature * temperature)
 
@@ -132,9 +140,7 @@ def finish(
     return rows.sum() if reduce else rows
 
 
-def without_masked(
-    mask: torch.Tensor | None, dim: int, *tensors: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def without_masked(mask: torch.Tensor | None, dim: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The same logits with rows that do not count set to 0: whatever they hold, nothing comes of it."""
     if mask is None:
         return tensors

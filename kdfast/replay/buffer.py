@@ -136,7 +136,7 @@ class PrioritizedReplayBuffer:
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of a row."""
-        return tuple(self._state.rows.shape[1:])
+        return self._state.sample_shape
 
     @property
     def dtype(self) -> torch.dtype:
@@ -251,7 +251,7 @@ class PrioritizedReplayBuffer:
         drawn = ops.sample(self._state, batch_size, beta, stratified, affine)
         if max_normalize:
             drawn = drawn._replace(weight=drawn.weight / drawn.weight.max())
-        return ReplayBatch(*drawn)
+        return drawn
 
     def update_priority(
         self,

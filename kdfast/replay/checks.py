@@ -13,6 +13,15 @@ def as_vector(
     name: str, value: Any, dtype: torch.dtype, length: int | None, device: torch.device
 ) -> torch.Tensor:
     """``value`` as a contiguous vector of this dtype on the device."""
+    if (
+        isinstance(value, torch.Tensor)
+        and value.dtype is dtype
+        and value.dim() == 1
+        and (length is None or value.numel() == length)
+        and value.is_contiguous()
+        and value.device == device
+    ):
+        return value  # as it comes from `sample`: nothing to do
     if not isinstance(value, torch.Tensor):
         value = torch.as_tensor(value)
         if value.numel() == 0:

@@ -8,28 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from kdfast.reference.replay import Meta, ReplayState
+from kdfast.reference.replay import Meta, ReplayBatch, ReplayState
 
-
-class ReplayBatch(NamedTuple):
-    """Rows drawn from a buffer, with what describes them.
-
-    Attributes:
-        samples: ``[batch, *sample_shape]`` in the stored dtype, float32 when normalised. A copy.
-        labels: int64 ``[batch]``; −1 for rows inserted without a label.
-        index: int64 ``[batch]``, the slots they came from.
-        generation: int64 ``[batch]``, which row of the slot it was: hand it to ``update_priority``, and rows
-            that were overwritten in between are left alone.
-        weight: float32 ``[batch]``, the importance weight (N·P)^−β.
-        probability: float32 ``[batch]``, P of one draw.
-    """
-
-    samples: torch.Tensor
-    labels: torch.Tensor
-    index: torch.Tensor  # type: ignore[assignment]  # as every user calls it; tuple.index is not missed
-    generation: torch.Tensor
-    weight: torch.Tensor
-    probability: torch.Tensor
+__all__ = ["ReplayBatch", "ReplayStats", "TopK"]
 
 
 class TopK(NamedTuple):
