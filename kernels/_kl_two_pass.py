@@ -130,7 +130,7 @@ def kd_kl_two_pass_kernel(
         plain = 1.0
         if UPSTREAM == 1:
             plain = tl.load(upstream_ptr).to(tl.float32)
-        weight, _ = row_factor(
+        weight, _counts = row_factor(
             row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, plain, WEIGHT, False, UPSTREAM
         )
         label, first, logit = label_of(label_ptr, factor_ptr, s_row, s_class, row, counts, weight, V)
