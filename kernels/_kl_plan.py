@@ -61,7 +61,8 @@ class KLPlan:
 
     Attributes:
         regime: ``"rows"`` (rows in registers), ``"cluster"`` (a row in the registers of several programs),
-            ``"two_pass"`` (a row read twice by one program), ``"chunks"`` (rows that begin anywhere, in
+            ``"two_pass"`` (a row read twice by one program), ``"split"`` (the same by several programs a row, in two
+            launches), ``"chunks"`` (rows that begin anywhere, in
             registers), ``"classes"`` and ``"class_tuple"`` (class dimension not last).
         layout: The tile's order, one of the constants above.
         chunks: Classes a lane group steps over; ``chunks * width`` ≥ V (two_pass: one block).
@@ -69,6 +70,7 @@ class KLPlan:
         width: Neighbouring classes handled together by one row's lanes.
         num_warps: Warps a program.
         num_ctas: Programs a cluster.
+        splits: Programs a row (split).
         window: Elements of 16 bytes, when rows begin anywhere and are read from the 16 bytes before; else 0.
     """
 
@@ -80,6 +82,7 @@ class KLPlan:
     num_warps: int
     num_ctas: int = 1
     window: int = 0
+    splits: int = 1
 
 
 @lru_cache(maxsize=1024)
@@ -116,12 +119,12 @@ def kl_plan(
         return _across_plan(num_classes, itemsize, both, plain)
     window = 16 // itemsize if unaligned and plain and num_classes >= MIN_WINDOW else 0
     padded = max(2, triton.next_power_of_2(num_classes))
-    if padded > MAX_ROW:
+    if padded > (MAX_ROW if plain else MAX_ROW // 2):
         return _long_plan(padded, num_rows, machine, both, plain)
     if window:
         return _chunked_plan(num_classes, itemsize, window)
     if padded > 1024:
-        return KLPlan("rows", ONE_ROW, padded, 1, 1, min(16, max(2, padded // 1024)))
+        return KLPlan("rows", ONE_ROW, padded, 1, 1, min(16, max(2, padded // (1024 if plain else 512))))
     vector = 16 // itemsize
     while vector > 2 and num_classes % vector:  # a pair at least: single lanes compile badly
         vector //= 2
@@ -143,6 +146,9 @@ def _chunked_plan(num_classes: int, itemsize: int, window: int) -> KLPlan:
     return KLPlan("chunks", ONE_ROW, triton.cdiv(length, width), rows, width, max(4, warps), window=window)
 
 
+#: Classes that a program of a split row reads at once.
+SPLIT_BLOCK = 4096
+
 #: Below this many classes the two boundary groups of a window cost more than its wide loads save.
 MIN_WINDOW = 512
 
@@ -156,16 +162,22 @@ def _across_plan(num_classes: int, itemsize: int, both: bool, plain: bool) -> KL
         return KLPlan("class_tuple", CLASS_PIXEL, num_classes, 128 * pixels, 1, 4)
     padded = max(2, triton.next_power_of_2(num_classes))
     # bf16 loads hold 8 pixels a thread: half as many threads as float32 for the same wide loads.
-    pixels = max(32, min(256, (8192 if itemsize == 2 else 4096) // padded))
+    pixels = max(32, min(256, (8192 if itemsize == 2 and plain else 4096) // padded))
     warps = 8 if itemsize > 2 and padded * pixels >= 8192 else 4
     return KLPlan("classes", CLASS_PIXEL, padded, pixels, 1, warps)
 
 
 def _long_plan(padded: int, num_rows: int, machine: Machine, both: bool, plain: bool) -> KLPlan:
-    """Rows that outgrow one program's registers: a cluster a row, or one program that reads it twice."""
+    """Rows that outgrow one program's registers: programs a row, or one that reads it twice."""
+    if plain and num_rows < machine.multiprocessors:
+        # Too few rows to fill the machine: two programs a multiprocessor, of two blocks at least.
+        splits = min(
+            32, padded // (2 * SPLIT_BLOCK), triton.next_power_of_2(2 * machine.multiprocessors // num_rows)
+        )
+        return KLPlan("split", ONE_ROW, SPLIT_BLOCK, 1, 1, 8, splits=splits)
     # 8 programs is the largest portable cluster; the teacher's gradient needs half as many elements in each.
     limit = MAX_CLUSTER_ROW // 2 if both else MAX_CLUSTER_ROW
     clusters = machine.capability >= 90 and machine.triton >= (3, 8) and padded <= limit
-    if plain and clusters and num_rows >= machine.multiprocessors:
+    if plain and clusters:
         return KLPlan("cluster", ONE_ROW, padded, 1, 1, 16, num_ctas=padded // (8192 if both else 16384))
     return KLPlan("two_pass", ONE_ROW, 4096, 1, 1, 8)

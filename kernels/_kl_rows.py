@@ -142,7 +142,7 @@ def kd_kl_tile_kernel(
         plain = 1.0
         if UPSTREAM == 1:
             plain = tl.load(upstream_ptr).to(tl.float32)
-        weight, _ = row_factor(
+        weight, _counts = row_factor(
             rows, valid, weight_ptr, mask_ptr, upstream_ptr, plain, WEIGHT, False, UPSTREAM
         )
         s_row = s_ptr + outer * s_outer + within * s_inner

@@ -8,18 +8,21 @@ from ._kl_labels import label_gradient, label_loss, label_of
 
 
 @triton.jit
-def _second_pass(
+def second_pass(
     s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class,
     g, counts, k, s_top, t_top, s_inv, t_inv, log_ratio, centre, kl,
-    peak, inv_total, label, second_label, first, second, smoothing,
-    V: tl.constexpr, BLOCK: tl.constexpr, NEAR: tl.constexpr, STORE_S: tl.constexpr, STORE_T: tl.constexpr,
-    MASK: tl.constexpr, LABELS: tl.constexpr,
+    peak, inv_total, label, second_label, first, second, smoothing, begin,
+    V: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, NEAR: tl.constexpr,
+    STORE_S: tl.constexpr, STORE_T: tl.constexpr, MASK: tl.constexpr, LABELS: tl.constexpr,
 ):  # fmt: skip
-    """Read a row once more: store its gradients, and return (KL, S). NEAR: the form that does not cancel."""
+    """Read LENGTH classes of a row once more: store their gradients, and return their part of (KL, S).
+
+    NEAR takes the form that does not cancel.
+    """
     kl_sum = tl.zeros([BLOCK], tl.float32)
     centre_sum = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
+    for start in range(0, LENGTH, BLOCK):
+        classes = (begin + start + tl.arange(0, BLOCK)).to(tl.int64)
         live = classes < V
         s = tl.load(s_row + classes * s_class, mask=live, other=float("-inf")).to(tl.float32)
         t = tl.load(t_row + classes * t_class, mask=live, other=float("-inf")).to(tl.float32)
@@ -127,7 +130,7 @@ def kd_kl_two_pass_kernel(
         plain = 1.0
         if UPSTREAM == 1:
             plain = tl.load(upstream_ptr).to(tl.float32)
-        weight, _ = row_factor(
+        weight, _counts = row_factor(
             row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, plain, WEIGHT, False, UPSTREAM
         )
         label, first, logit = label_of(label_ptr, factor_ptr, s_row, s_class, row, counts, weight, V)
@@ -155,25 +158,25 @@ def kd_kl_two_pass_kernel(
         gt_row += outer * gt_outer + within * gt_inner
     if kl < 1e-3:
         # Student and teacher nearly agree: KL and S first, in the form that does not cancel, then gradients.
-        kl, centre = _second_pass(
+        kl, centre = second_pass(
             s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, g, counts,
             k, s_top, t_top, s_inv, t_inv, log_ratio, 0.0, 0.0,
-            peak, inv_total, label, second_label, first, second, smoothing,
-            V, BLOCK, True, False, False, MASK, LABELS,
+            peak, inv_total, label, second_label, first, second, smoothing, 0,
+            V, V, BLOCK, True, False, False, MASK, LABELS,
         )  # fmt: skip
         if GRAD_S or GRAD_T:
-            _second_pass(
+            second_pass(
                 s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, g, counts,
                 k, s_top, t_top, s_inv, t_inv, log_ratio, centre, kl,
-            peak, inv_total, label, second_label, first, second, smoothing,
-            V, BLOCK, True, GRAD_S, GRAD_T, MASK, LABELS,
+            peak, inv_total, label, second_label, first, second, smoothing, 0,
+            V, V, BLOCK, True, GRAD_S, GRAD_T, MASK, LABELS,
             )  # fmt: skip
     else:
-        kl, _ = _second_pass(
+        kl, _ = second_pass(
             s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, g, counts,
             k, s_top, t_top, s_inv, t_inv, log_ratio, 0.0, kl,
-            peak, inv_total, label, second_label, first, second, smoothing,
-            V, BLOCK, False, GRAD_S, GRAD_T, MASK, LABELS,
+            peak, inv_total, label, second_label, first, second, smoothing, 0,
+            V, V, BLOCK, False, GRAD_S, GRAD_T, MASK, LABELS,
         )  # fmt: skip
     loss = tl.where(counts, scale * kl + ce, 0.0)
     if STORE_ROWS:

@@ -13,9 +13,25 @@ With δ = log p - log q and S = Σ p·expm1(-δ), which is 0 but for the roundin
 Bytes moved, N = elements of one logit tensor: 2N for the loss alone; 3N with the student's gradient, 4N with
 both, written by the forward launch. A backward whose upstream gradient is 1 moves nothing; otherwise it
 recomputes (3N or 4N), so that a half-precision gradient is rounded once. Rows that do not fit on the chip
-(V > 16384) are read twice: 5N.
+(V > 16384, on a cluster of 8 programs V > 131072) are read twice: 5N. Cross-entropy and statistics
+(_kl_labels.py) move nothing more of size N.
 
-Launch plans: :func:`kl_plan`. Kernel bodies: _kl_rows.py.
+Budgets, in lane instructions an element of the compiled common path, for the student's gradient (+t: both).
+tests/test_audit_losses.py holds the compiler to them:
+
+    10 float32              52
+    100 float32             36
+    1000 bfloat16           33
+    1000+t bfloat16         38
+    1271 bfloat16           40
+    8192 bfloat16           37
+    13x512x1024 float32     28
+    19x512x1024 float32     28
+    19x512x1024 bfloat16    33
+    21x512x1024 float32     29
+    150x512x1024 float32    75
+
+Launch plans: _kl_plan.py. Kernel bodies: the other _kl_*.py.
 """
 
 from __future__ import annotations
@@ -26,7 +42,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from . import _kl_chunks, _kl_classes, _kl_rows, _kl_two_pass
+from . import _kl_chunks, _kl_classes, _kl_rows, _kl_split, _kl_two_pass
 from ._kl_plan import CLASS_PIXEL, KLPlan, kl_plan, machine_of
 from .launch import RowLayout, arrival_counter, as_rows, device_guard, launch
 
@@ -146,16 +162,39 @@ def kd_kl(
     if plan.layout == CLASS_PIXEL:
         grid = (layout.outer * triton.cdiv(layout.inner, plan.rows),)
     else:
-        grid = (triton.cdiv(num_rows, plan.rows),)
+        grid = (triton.cdiv(num_rows, plan.rows) * plan.splits,)
     partial = student.new_empty(grid, dtype=torch.float32) if in_launch else None
     counter = arrival_counter(student.device) if in_launch else None
     unit = math.gcd(16, *(stride[0] for stride in (s_strides, t_strides, gs_strides, gt_strides)))
-    kernel, tile = _kernel(plan, layout)
+    kernel, tile = _kernel(plan, layout, num_classes)
     if labels is not None:
         tile |= _label_arguments(labels)
     if statistics is not None:
         tile |= _statistics_arguments(statistics)
     with device_guard(student):
+        if plan.regime == "split":
+            tile["sums_ptr"] = student.new_empty((grid[0], 5), dtype=torch.float32)
+            launch(
+                _kl_split.kd_kl_split_sums_kernel,
+                grid,
+                student,
+                teacher,
+                tile["sums_ptr"],
+                upstream,
+                *_value_and_pointer(scale.temperature),
+                layout.inner,
+                *_in_units(s_strides, unit),
+                *_in_units(t_strides, unit),
+                V=num_classes,
+                UNIT=unit,
+                BLOCK=plan.chunks,
+                SPLITS=plan.splits,
+                PART=tile["PART"],
+                T_PTR=isinstance(scale.temperature, torch.Tensor),
+                EARLY_EXIT=exit_if_one,
+                num_warps=plan.num_warps,
+                enable_fp_fusion=True,
+            )
         launch(
             kernel,
             grid,
@@ -232,12 +271,19 @@ def _plan(
     )
 
 
-def _kernel(plan: KLPlan, layout: RowLayout) -> tuple[Any, dict[str, Any]]:
+def _kernel(plan: KLPlan, layout: RowLayout, num_classes: int) -> tuple[Any, dict[str, Any]]:
     """The kernel of a plan, and the arguments that only it has."""
     if plan.regime == "class_tuple":
         return _kl_classes.kd_kl_classes_kernel, {"PIXELS": plan.rows}
     if plan.regime == "two_pass":
         return _kl_two_pass.kd_kl_two_pass_kernel, {"BLOCK": plan.chunks}
+    if plan.regime == "split":
+        blocks = triton.cdiv(num_classes, plan.chunks * plan.splits)
+        return _kl_split.kd_kl_split_kernel, {
+            "BLOCK": plan.chunks,
+            "SPLITS": plan.splits,
+            "PART": blocks * plan.chunks,
+        }
     if plan.regime == "chunks":
         return _kl_chunks.kd_kl_chunks_kernel, {
             "CHUNKS": plan.chunks,
