@@ -5,7 +5,8 @@
 #   TORCH     what pip installs as torch: another release, or a wheel      make test TORCH=torch==2.11.0
 #   VENV      where the virtual environment lives                          make test VENV=/tmp/venv
 #   JOBS      test processes                                               make test JOBS=8
-#   DEMO_ARGS further options of the demo                                  make demo DEMO_ARGS="--seed 1"
+#   DEMO_OUT  where the demo goes; run again, it goes on where it stopped  make demo DEMO_OUT=out/other
+#   DEMO_ARGS further options of the demo                                  make demo DEMO_ARGS="--seed 1" DEMO_OUT=out/1
 #
 # On a machine with a GPU pip's own torch is a CUDA build, and `demo` and `test-gpu` use it.
 
@@ -58,7 +59,7 @@ $(STAMP): $(VENV)/constraints.txt pyproject.toml setup.py $(CPP)
 install: $(STAMP) ## Make .venv with kdfast (editable) and everything the other targets need
 
 demo: $(STAMP) ## Run the whole path on real images, and write a report to out/demo
-	$(BIN)/kdfast demo --out $(DEMO_OUT) $(DEMO_ARGS)
+	$(BIN)/kdfast demo --resume --out $(DEMO_OUT) $(DEMO_ARGS)
 
 # Triton reads TRITON_INTERPRET when it is imported, so the kernels' suite is a process of its own.
 test: $(STAMP) ## Run the tests

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from kdfast.backend import get_backend, set_backend, use_backend
 from kdfast.errors import (
     BackendError,
     CheckpointError,
@@ -27,10 +26,14 @@ if TYPE_CHECKING:
     from kdfast import models as models
     from kdfast import nn as nn
     from kdfast import replay as replay
+    from kdfast.backend import get_backend as get_backend
+    from kdfast.backend import set_backend as set_backend
+    from kdfast.backend import use_backend as use_backend
 
 __version__ = "0.1.0"
 
 _LAZY = ("data", "diffusion", "functional", "methods", "models", "nn", "replay")
+_BACKEND = ("get_backend", "set_backend", "use_backend")
 
 __all__ = [
     "BackendError",
@@ -41,15 +44,16 @@ __all__ = [
     "MissingExtraError",
     "ShardError",
     "__version__",
-    "get_backend",
-    "set_backend",
-    "use_backend",
+    *_BACKEND,
     *_LAZY,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # PEP 562: `kdfast.functional` works after a bare `import kdfast`, and costs nothing until then.
-    if name in _LAZY:
+    # PEP 562: `kdfast.functional` works after a bare `import kdfast`, and costs nothing until then. Not even torch is
+    # imported before it is needed, so that the command line answers at once.
+    if name in _LAZY or name == "backend":
         return importlib.import_module(f"kdfast.{name}")
+    if name in _BACKEND:
+        return getattr(importlib.import_module("kdfast.backend"), name)
     raise AttributeError(f"module 'kdfast' has no attribute {name!r}")

@@ -54,7 +54,7 @@ def _fixed_log2(x):  # type: ignore[no-untyped-def]
     p = p * z + 1.0 / 5.0
     p = p * z + 1.0 / 3.0
     p = p * z + 1.0
-    return e + (s * p) * 2.8853900817779268
+    return tl.where(x > 0.0, e + (s * p) * 2.8853900817779268, -1e300)
 
 
 @triton.jit
@@ -252,11 +252,15 @@ def replay_gather(  # type: ignore[no-untyped-def]
     slot = tl.load(index + draw)
     first = tl.program_id(1) * BLOCK
     last = tl.minimum(first + BLOCK, words)
-    _copy_rows(rows, out_rows, slot, draw, slot < capacity, gain, bias, first, last, words, plane, BLOCK, AFFINE)
+    _copy_rows(
+        rows, out_rows, slot, draw, slot < capacity, gain, bias, first, last, words, plane, BLOCK, AFFINE
+    )
 
 
 @triton.jit
-def _admitted(meta, leaves, generation, slot, priority, row_generation, inside, capacity, CHECKED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _admitted(
+    meta, leaves, generation, slot, priority, row_generation, inside, capacity, CHECKED: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """Which rows of an update may be written, and why the others may not."""
     in_range = inside & (slot >= 0) & (slot < capacity)
     there = in_range & (tl.load(leaves + slot, mask=in_range, other=0) != 0)
@@ -369,7 +373,9 @@ def replay_add(  # type: ignore[no-untyped-def]
     tl.store(labels + slot, label.to(tl.int32), mask=inside)
     tl.store(generation + slot, (inserted + row).to(tl.int32), mask=inside)
     one = tl.full([ROWS], 1, tl.int64)
-    tl.atomic_add(class_counts + old_label, -one, mask=(old_label >= 0) & (old_label < classes), sem="relaxed")
+    tl.atomic_add(
+        class_counts + old_label, -one, mask=(old_label >= 0) & (old_label < classes), sem="relaxed"
+    )
     tl.atomic_add(class_counts + label, one, mask=inside & (label >= 0) & (label < classes), sem="relaxed")
     _add_to_sums(sums, slot, quantum - before, inside, offset1, offset2, offset3, LEVELS)
     _count(meta, LIVE, inside & (before == 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -164,6 +165,11 @@ def evaluate(
 def synth(
     out: Out,
     source: Annotated[str | None, typer.Option(help="What makes the images: diffusion or noise.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="For diffusion: folder with a model as diffusers saves it.", metavar="DIR"),
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="How many.", show_default=False)] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="YAML with values for this run.", metavar="FILE")
     ] = None,
@@ -176,7 +182,8 @@ def synth(
     from kdfast.experiments import synth as work
     from kdfast.experiments.recipe import build_config, check_keys
 
-    values = _values(recipe, overrides, source=source, out=str(out), resume=resume, progress=not quiet)
+    options = {"source": source, "weights": weights, "images": images, "out": str(out)}
+    values = _values(recipe, overrides, **options, resume=resume, progress=not quiet)
     check_keys(values, work.SynthConfig, source=str(recipe or "synth"))
     _show(work.run(build_config(work.SynthConfig, values, source=str(recipe or "synth"))), as_json)
 
@@ -235,6 +242,8 @@ def _values(recipe: Path | None, overrides: list[str] | None, **options: Any) ->
 
 
 def _show(result: Mapping[str, Any], as_json: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":  # under torchrun all ranks have the same result
+        return
     if as_json:
         typer.echo(json.dumps(result))
         return

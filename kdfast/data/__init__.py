@@ -9,6 +9,8 @@ from kdfast.errors import ShardError
 
 if TYPE_CHECKING:
     from kdfast.data import augment, surrogate
+    from kdfast.data.boundary import decision_boundary_pairs, random_targets
+    from kdfast.data.datasets import load_dataset
     from kdfast.data.loader import ShardLoader
     from kdfast.data.manifest import Manifest, read_manifest
     from kdfast.data.preflight import Fault, check_shards
@@ -22,8 +24,12 @@ _HOME = {
     "ShardWriteError": "writer",
     "ShardWriter": "writer",
     "check_shards": "preflight",
+    "decision_boundary_pairs": "boundary",
     "load_dataset": "datasets",
+    "random_targets": "boundary",
     "read_manifest": "manifest",
+    "relative_entropy": "selection",
+    "select_balanced": "selection",
 }
 _MODULES = ("augment", "surrogate")
 
@@ -36,8 +42,12 @@ __all__ = [
     "ShardWriter",
     "augment",
     "check_shards",
+    "decision_boundary_pairs",
     "load_dataset",
+    "random_targets",
     "read_manifest",
+    "relative_entropy",
+    "select_balanced",
     "surrogate",
 ]
 

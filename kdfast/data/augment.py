@@ -103,7 +103,8 @@ def _beta(alpha: float, count: int, generator: torch.Generator) -> torch.Tensor:
     # For a small α both may underflow to zero.
     gamma: torch.Tensor = torch._standard_gamma(shape, generator=generator)
     own, other = gamma.clamp_min(torch.finfo(torch.float32).tiny)
-    return own / (own + other)
+    drawn: torch.Tensor = own / (own + other)
+    return drawn
 
 
 def _span(length: int, side: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -153,6 +153,7 @@ def _build(config: DecoderConfig) -> Any:
             mean=[255 * value for value in config.mean],
             std=[255 * value for value in config.std],
             crop=crop,
+            rounding="truncate",
         )
         pipeline.set_outputs(images)
     pipeline.build()

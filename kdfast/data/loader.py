@@ -34,7 +34,8 @@ class ShardLoader:
         image_size: Scale the shorter side to this and cut out the middle square; ``None`` keeps images as
             they are, which then must all be of one size.
         augment: Called as ``augment(images, generator)`` on each batch in [0, 1] on the device, before
-            normalisation; the generator is seeded by seed, epoch, batch and rank.
+            normalisation; the generator is seeded by seed, epoch, batch and rank. Or the name of a regime:
+            ``"none"``, ``"standard"``, ``"high"`` or ``"extreme"`` (:mod:`kdfast.data.regimes`).
         shuffle: A new permutation of the whole set each epoch.
         seed: Of order and augmentation.
         rank, world_size: This process's share.
@@ -62,7 +63,7 @@ class ShardLoader:
         *,
         device: str | torch.device = "cpu",
         image_size: int | None = None,
-        augment: Augment | None = None,
+        augment: Augment | str | None = None,
         shuffle: bool = True,
         seed: int = 0,
         rank: int = 0,
@@ -80,10 +81,7 @@ class ShardLoader:
             raise ValueError(f"loader: got {loader!r}; accepted: 'dali', 'torch'")
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size: got {image_size}; must be at least 1, or None")
-        if augment is not None and not callable(augment):
-            raise TypeError(
-                f"augment: got {type(augment).__name__}; must be callable as augment(images, generator)"
-            )
+        augment = _augmentation(augment)
         channels = _channels(mean, std)
         self._device = _device(device)
         self._table = check_shards(directory, on_error=on_error)
@@ -236,6 +234,19 @@ class ShardLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _augmentation(augment: Augment | str | None) -> Augment | None:
+    if isinstance(augment, str):
+        from kdfast.data.regimes import regime
+
+        return regime(augment)
+    if augment is not None and not callable(augment):
+        raise TypeError(
+            f"augment: got {type(augment).__name__}; must be the name of a regime, or callable as "
+            "augment(images, generator)"
+        )
+    return augment
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -58,6 +58,8 @@ class ShardWriter:
             be resumed with equal metadata.
         shuffle_seed: Permute the samples inside each shard; ``None`` keeps the written order.
         num_workers: Encoder threads; ``None`` for as many as there are CPUs, at most 8.
+        first_sample: Where this set begins inside a larger one, a multiple of ``samples_per_shard``: shards and keys
+            are numbered from there, so that sets written side by side can be joined.
 
     Raises:
         ShardError: ``directory`` holds another set, or one that is not being resumed, or another writer is at
@@ -77,6 +79,7 @@ class ShardWriter:
         metadata: Mapping[str, Any] | None = None,
         shuffle_seed: int | None = None,
         num_workers: int | None = None,
+        first_sample: int = 0,
     ) -> None:
         if image_format not in ("jpg", "png"):
             raise ValueError(f"image_format: got {image_format!r}; accepted: 'jpg', 'png'")
@@ -86,6 +89,11 @@ class ShardWriter:
             raise ValueError(f"quality: got {quality}; must be in 1 to 100")
         if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes: got {num_classes}; must be at least 1, or None")
+        if first_sample < 0 or first_sample % samples_per_shard:
+            raise ValueError(
+                f"first_sample: got {first_sample}; must be a multiple of samples_per_shard={samples_per_shard}"
+            )
+        self._first = first_sample
         try:
             kept: dict[str, Any] = json.loads(json.dumps(dict(metadata or {})))
         except (TypeError, ValueError) as error:
@@ -184,7 +192,7 @@ class ShardWriter:
         try:
             if self._state == "open":
                 if self._short is not None and self._accepted == self.manifest.num_samples:
-                    self._manifest = self.manifest
+                    self._manifest, self._short = self.manifest, None
                 elif self._pending:
                     self._publish()
                 self._manifest = replace(self._manifest, complete=True)
@@ -216,7 +224,10 @@ class ShardWriter:
         upright = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
         return [
             Record(
-                f"{first + i:09d}", self._encode(image), labels[i].tobytes(), extras[i] if extras else None
+                f"{self._first + first + i:09d}",
+                self._encode(image),
+                labels[i].tobytes(),
+                extras[i] if extras else None,
             )
             for i, image in enumerate(upright)
         ]
@@ -226,7 +237,7 @@ class ShardWriter:
         records: list[Record] = []
         for waiting in self._pending:
             records.extend(waiting.result() if isinstance(waiting, Future) else [waiting])
-        number = len(self._manifest.shards)
+        number = self._first // self._manifest.samples_per_shard + len(self._manifest.shards)
         if self._manifest.shuffle_seed is not None:
             order = np.random.default_rng([self._manifest.shuffle_seed, number]).permutation(len(records))
             records = [records[i] for i in order]
@@ -349,8 +360,8 @@ def _checked(
     num_classes: int | None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     # Copied: the caller may reuse its buffers while the encoders are still at work.
-    pixels = np.array(images.detach().cpu() if isinstance(images, torch.Tensor) else images, copy=True)
-    numbers = np.asarray(labels.detach().cpu() if isinstance(labels, torch.Tensor) else labels)
+    pixels = np.array(images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images)
+    numbers = np.asarray(labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else labels)
     if pixels.dtype != np.uint8:
         raise TypeError(f"images: got {pixels.dtype}; must be uint8")
     if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:

@@ -217,11 +217,19 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
     return tuple(round(float(v), 6) for v in mean), tuple(round(float(v), 6) for v in std)
 
 
-def held_out(source: str | None, model: ModelConfig) -> LabelledImages | None:
+def held_out(
+    source: str | None, model: ModelConfig, label_column: str | None = None
+) -> LabelledImages | None:
     """The test split of a source, which must have the network's classes."""
     if source is None:
         return None
-    return load_dataset(source, "test", image_size=model.image_size, num_classes=model.num_classes)
+    return load_dataset(
+        source,
+        "test",
+        image_size=model.image_size,
+        num_classes=model.num_classes,
+        label_column=label_column,
+    )
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class DistillConfig(TrainingRecipe):
         student: Name for :func:`kdfast.models.create_model`.
         data: Directory of shards.
         test_data: Held-out real images to measure on: ``digits``, a folder, or ``hf:NAME``; ``None`` measures nothing.
+        label_column: For ``hf:`` test data with several class columns, which one to use.
         image_size: Side the networks see; by default the teacher's.
         load_size: Side the images are decoded to, before ``augment``; by default ``image_size``.
         loader: ``dali``, or ``torch`` for the plain loader.
@@ -59,6 +60,7 @@ class DistillConfig(TrainingRecipe):
     student: str
     data: str
     test_data: str | None = None
+    label_column: str | None = None
     image_size: Count | None = None
     load_size: Count | None = None
     loader: Literal["dali", "torch"] = "dali"
@@ -120,7 +122,7 @@ def run(
     _check_classes(config, method_config, manifest, described)
     accelerator = make_accelerator(config.device, config.precision)
     rank = (accelerator.process_index, accelerator.num_processes)
-    test = held_out(config.test_data, described)
+    test = held_out(config.test_data, described, config.label_column)
     seed_everything(config.seed)
     student = build_network(described)
     method = METHODS[config.method][1](teacher.to(accelerator.device), config=method_config)

@@ -40,6 +40,7 @@ class TeachConfig(TrainingRecipe):
         image_size: Side of the images in pixels.
         test_data: Where held-out images come from (its test split); by default ``data``.
         num_classes: How many classes the data must have; by default any number.
+        label_column: For ``hf:`` sets with several class columns, which one to use.
     """
 
     data: str
@@ -47,6 +48,7 @@ class TeachConfig(TrainingRecipe):
     image_size: Count = 32
     test_data: str | None = None
     num_classes: Count | None = None
+    label_column: str | None = None
 
 
 def run(
@@ -75,11 +77,17 @@ def run(
         DataError: The data cannot be used.
         TrainingInterrupted: On Ctrl-C, after a checkpoint.
     """
-    dataset = load_dataset(config.data, "train", image_size=config.image_size, num_classes=config.num_classes)
+    dataset = load_dataset(
+        config.data,
+        "train",
+        image_size=config.image_size,
+        num_classes=config.num_classes,
+        label_column=config.label_column,
+    )
     described = _describe(config, dataset)
     accelerator = make_accelerator(config.device, config.precision)
     rank = (accelerator.process_index, accelerator.num_processes)
-    test = held_out(config.test_data or config.data, described)
+    test = held_out(config.test_data or config.data, described, config.label_column)
     seed_everything(config.seed)
     network = build_network(described)
     batches = ImageBatches(

@@ -15,9 +15,9 @@ def modulation(
     size: int | torch.Tensor,
     gamma: float,
 ) -> torch.Tensor:
-    r"""φ of SSD-KD, Eq. 3: rare classes and hard samples weigh more.
+    """φ of SSD-KD, Eq. 3: rare classes and hard samples weigh more.
 
-    .. math:: \phi(x) = \left(1 - \frac{n_{c(x)}}{|B|}\right) \left(1 - p_T(x)\right)^\gamma
+        φ(x) = (1 - n_c(x) / |B|) · (1 - p_T(x))^γ
 
     Args:
         teacher_prob: The teacher's probability of its prediction, any floating dtype and shape (``[n]``, or

@@ -43,7 +43,7 @@ def write_json(path: Path, document: Any) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Fill a directory under a temporary name, then give it its own.
+    """Fill a directory under a temporary name, then give it its own. One writer a parent directory at a time.
 
     On success everything in it is flushed to disk and an older directory of that name is gone; on any error, and
     after a crash at any moment, ``path`` is what it was before.
@@ -56,7 +56,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     """
     with reporting_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f"{_TEMPORARY}*-{path.name}"):
+        for stale in path.parent.glob(f"{_TEMPORARY}*"):  # left by a writer that was killed
             shutil.rmtree(stale, ignore_errors=True)
         temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
         temporary.mkdir()

@@ -1,0 +1,121 @@
+"""What moved between two results, beyond their noise."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdfast.benchmarks.run import FORMAT
+from kdfast.benchmarks.table import spread
+from kdfast.benchmarks.timing import KINDS
+from kdfast.errors import ConfigError
+
+#: Below this no move is told of: two runs on a quiet machine differ by as much.
+LEAST = 0.03
+#: And below as many spreads of either run.
+SPREADS = 3.0
+
+
+@dataclass(frozen=True)
+class Move:
+    """One provider of one case, in both results.
+
+    Attributes:
+        key: The case.
+        provider: Its name.
+        kind: Of the samples compared.
+        before: Median seconds.
+        after: Median seconds.
+        noise: Relative difference that the two runs' spreads explain.
+    """
+
+    key: str
+    provider: str
+    kind: str
+    before: float
+    after: float
+    noise: float
+
+    @property
+    def change(self) -> float:
+        """after / before − 1: positive is slower."""
+        return self.after / self.before - 1
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether the two really differ."""
+        return abs(math.log(self.after / self.before)) > self.noise
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a results.json.
+
+    Raises:
+        ConfigError: It is missing or something else.
+    """
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+        if result["format"] != FORMAT or not isinstance(result["cases"], list):
+            raise ConfigError(f"{path}: got format {result['format']}; {FORMAT} is needed")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not a results.json of kdfast bench ({type(error).__name__})") from error
+    return result
+
+
+def moves(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Move]:
+    """Every provider that both results timed.
+
+    Raises:
+        ConfigError: They were measured on different devices, where a comparison says nothing.
+    """
+    if before["name"] != after["name"]:
+        raise ConfigError(f"compare: results of {before['name']} and of {after['name']} cannot be compared")
+    old = dict(_timed(before))
+    found = []
+    for (key, name), samples in _timed(after):
+        if (key, name) in old:
+            kind = next((k for k in KINDS if k in samples and k in old[key, name]), None)
+            if kind is not None:
+                pair = old[key, name][kind], samples[kind]
+                noise = max(LEAST, SPREADS * math.hypot(*(_noise(run) for run in pair)))
+                found.append(Move(key, name, kind, *map(statistics.median, pair), noise=noise))
+    return found
+
+
+def _timed(result: Mapping[str, Any]) -> list[tuple[tuple[str, str], dict[str, list[float]]]]:
+    return [
+        ((row["key"], provider["name"]), provider["seconds"])
+        for row in result["cases"]
+        for provider in row["providers"]
+        if provider.get("seconds")
+    ]
+
+
+def _noise(samples: list[float]) -> float:
+    width = spread(samples)
+    return 1.0 if math.isnan(width) else width  # one sample says nothing about its noise
+
+
+def markdown(found: list[Move]) -> str:
+    """What moved, the worst first; then how much did not."""
+    moved = sorted((move for move in found if move.beyond_noise), key=lambda move: -move.change)
+    lines = []
+    if moved:
+        lines += ["| Case | Provider | Before | After | Change | Noise |", "|---|---|---|---|---|---|"]
+        lines += [
+            f"| {move.key} | {move.provider} | {move.before * 1e6:.1f} µs | {move.after * 1e6:.1f} µs "
+            f"| {100 * move.change:+.1f} % | ± {100 * move.noise:.1f} % |"
+            for move in moved
+        ]
+        lines.append("")
+    lines.append(f"{len(moved)} of {len(found)} moved beyond the noise.")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,177 @@
+"""One guided denoising step: the fused step against the formulas, and the drop-in scheduler against diffusers'.
+
+Traffic in moves of one sample (S bytes, read or written once), guidance scale and clamp-free DDIM:
+
+    eager       22S   u + g·(c − u): 8; x₀ = (x − σ·ε)/α: 7; α'·x₀ + σ'·ε: 7
+    compiled    4S    reads x and both halves, writes y
+    kdfast      4S    the same; the scheduler also stores the predicted x₀: 5S
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from kdfast.backend import triton_available
+from kdfast.benchmarks.case import Case, Provider, Settings, Traffic, Work, compiled, peer
+from kdfast.benchmarks.environment import turns_for
+from kdfast.functional import denoise_step
+
+GUIDANCE = 4.0
+STEPS = 50
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """All rows of the suite for this device and size of run."""
+    small, latents, pixels = (1, 4, 32, 32), (64, 4, 32, 32), (256, 4, 64, 64)
+    if settings.tiny:
+        shapes = [((1, 4, 8, 8), torch.float32)]
+    elif settings.device == "cpu":
+        shapes = [(small, torch.float32), (latents, torch.float32)]
+    else:
+        shapes = [(small, torch.float32), (latents, torch.float32), (pixels, torch.bfloat16)]
+        if not settings.quick:
+            shapes += [(pixels, torch.float32), ((32, 3, 256, 256), torch.bfloat16)]
+    for shape, dtype in shapes:
+        inputs = _Inputs(shape, dtype, settings.device)
+        yield _step_case(inputs, settings)
+        yield _scheduler_case(inputs, settings)
+
+
+def eager_step(
+    sample: torch.Tensor,
+    output: torch.Tensor,
+    alpha: float,
+    sigma: float,
+    next_alpha: float,
+    next_sigma: float,
+) -> torch.Tensor:
+    """Guidance and a DDIM step (Song et al. 2021, Eq. 12, η = 0), as it is written down."""
+    cond, uncond = output.chunk(2)
+    noise = uncond + GUIDANCE * (cond - uncond)
+    original = (sample - sigma * noise) / alpha
+    return next_alpha * original + next_sigma * noise
+
+
+class _Inputs:
+    """Rotating samples and model outputs, and the coefficients of one step in the middle of 50."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.size = int(torch.Size(shape).numel()) * dtype.itemsize
+        self.turns = turns_for(4 * self.size, device)
+        betas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)  # diffusers' default schedule
+        bars = torch.cumprod(1 - betas, 0)
+        self.timestep = 500
+        bar, next_bar = float(bars[self.timestep]), float(bars[self.timestep - 1000 // STEPS])
+        self.coefficients = (bar**0.5, (1 - bar) ** 0.5, next_bar**0.5, (1 - next_bar) ** 0.5)
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if not self._pairs:
+            generator = torch.Generator(self.device).manual_seed(0)
+            doubled = (2 * self.shape[0], *self.shape[1:])
+            self._pairs = [
+                (
+                    torch.randn(self.shape, generator=generator, device=self.device).to(self.dtype),
+                    torch.randn(doubled, generator=generator, device=self.device).to(self.dtype),
+                )
+                for _ in range(self.turns)
+            ]
+        return self._pairs
+
+    def table(self) -> torch.Tensor:
+        """The step's row px po a b d d1 d2 d3 c s: y = a·x + d·o."""
+        alpha, sigma, next_alpha, next_sigma = self.coefficients
+        ratio = next_alpha / alpha
+        row = [1 / alpha, -sigma / alpha, ratio, 0, next_sigma - ratio * sigma, 0, 0, 0, 0, 1]
+        return torch.tensor([row], dtype=torch.float32, device=self.device)
+
+    def check(self, provider: str, result: torch.Tensor) -> None:
+        sample, output = self.pairs()[0]
+        want = eager_step(sample.double(), output.double(), *self.coefficients)
+        # Eager bf16 rounds seven times; relative to the largest value since terms cancel.
+        limit = 1e-5 if self.dtype == torch.float32 else 6e-2 if provider != "kdfast" else 2e-2
+        error = float((result.double() - want).abs().max() / want.abs().max())
+        assert error < limit, f"off by {error:.2e} of the largest value; limit {limit:.0e}"
+
+    def params(self) -> dict[str, Any]:
+        return {"shape": "x".join(map(str, self.shape)), "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def moves(self, count: int) -> Traffic:
+        return Traffic(f"{count}S", count * self.size)
+
+
+def _case(name: str, inputs: _Inputs, settings: Settings, providers: tuple[Provider, ...]) -> Case:
+    items = inputs.shape[0]
+    return Case(
+        "denoise",
+        name,
+        inputs.params(),
+        inputs.turns,
+        providers,
+        inputs.check,
+        items,
+        "samples",
+        working_set=4 * inputs.size,
+    )
+
+
+def _step_case(inputs: _Inputs, settings: Settings) -> Case:
+    def plain(step: Any) -> Work:
+        pairs = inputs.pairs()
+        return lambda turn: step(*pairs[turn % inputs.turns], *inputs.coefficients)
+
+    def ours() -> Work:
+        pairs, table = inputs.pairs(), inputs.table()
+
+        def step(turn: int) -> torch.Tensor:
+            return denoise_step(*pairs[turn % inputs.turns], table, 0, guidance_scale=GUIDANCE)
+
+        return step
+
+    fused = settings.device == "cuda" and triton_available()
+    providers = (
+        Provider("eager", lambda: plain(eager_step), inputs.moves(22)),
+        Provider("torch.compile", lambda: plain(compiled(eager_step)), inputs.moves(4)),
+        Provider("kdfast", ours, inputs.moves(4) if fused else None),
+    )
+    return _case("guided DDIM step", inputs, settings, providers)
+
+
+def _scheduler_case(inputs: _Inputs, settings: Settings) -> Case:
+    def theirs() -> Work:
+        scheduler = peer("diffusers").DDIMScheduler(clip_sample=False)
+        scheduler.set_timesteps(STEPS, device=inputs.device)
+        pairs = inputs.pairs()
+
+        def step(turn: int) -> Any:
+            sample, output = pairs[turn % inputs.turns]
+            cond, uncond = output.chunk(2)
+            guided = uncond + GUIDANCE * (cond - uncond)
+            return scheduler.step(guided, inputs.timestep, sample).prev_sample
+
+        return step
+
+    def ours() -> Work:
+        peer("diffusers")
+        from kdfast.diffusion import DDIMScheduler
+
+        scheduler = DDIMScheduler(clip_sample=False)
+        scheduler.set_timesteps(STEPS, device=inputs.device)
+        pairs = inputs.pairs()
+
+        def step(turn: int) -> Any:
+            sample, output = pairs[turn % inputs.turns]
+            return scheduler.step_cfg(output, inputs.timestep, sample, GUIDANCE).prev_sample
+
+        return step
+
+    fused = settings.device == "cuda" and triton_available()
+    providers = (
+        Provider("diffusers", theirs),
+        Provider("kdfast", ours, inputs.moves(5) if fused else None),
+    )
+    return _case("DDIM scheduler with guidance", inputs, settings, providers)

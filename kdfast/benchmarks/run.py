@@ -1,0 +1,155 @@
+"""Run suites: build each provider, check it, time all of them in turns, write down everything."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdfast.benchmarks import environment, timing
+from kdfast.benchmarks.case import Absent, Case, Provider, Settings, Work
+from kdfast.errors import ConfigError
+
+SUITES = ("losses", "denoise", "replay", "data")
+FORMAT = 1
+#: Why a provider has no times: it cannot run here, it raised, its result was not right.
+OUT = ("absent", "failed", "wrong")
+Say = Callable[[str], None]
+
+
+def run(suites: Sequence[str], settings: Settings, *, say: Say = print) -> dict[str, Any]:
+    """Run suites and return what :func:`kdfast.benchmarks.table.markdown` and ``compare`` read.
+
+    Args:
+        suites: Of :data:`SUITES`.
+        settings: Device, size and patience.
+        say: Called with a line for each finished case.
+
+    Returns:
+        JSON-able: environment, copy bandwidth, and a row for each case with raw samples of each provider.
+
+    Raises:
+        ConfigError: An unknown suite, or a device that is not there.
+    """
+    unknown = [name for name in suites if name not in SUITES]
+    if unknown:
+        raise ConfigError(f"suite: got {', '.join(unknown)}; accepted: {', '.join(SUITES)}")
+    if settings.device not in ("cpu", "cuda"):
+        raise ConfigError(f"device: got {settings.device!r}; accepted: cpu, cuda")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: got 'cuda', but torch finds no CUDA device here")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # comparisons of implementations, not of schedulers
+    try:
+        result: dict[str, Any] = {
+            "format": FORMAT,
+            "device": settings.device,
+            "name": environment.device_name(settings.device),
+            "quick": settings.quick,
+            "tiny": settings.tiny,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "environment": environment.describe(settings.device),
+            "copy_bytes_per_second": timing.copy_bandwidth(settings),
+            "cases": [],
+            "errors": [],
+        }
+        for suite in suites:
+            _run_suite(suite, settings, result, say)
+    finally:
+        torch.set_num_threads(threads)
+    return result
+
+
+def _run_suite(suite: str, settings: Settings, result: dict[str, Any], say: Say) -> None:
+    try:
+        for case in import_module(f"kdfast.benchmarks.{suite}").cases(settings):
+            row = measure(case, settings)
+            result["cases"].append(row)
+            say(_line(row))
+            if settings.device == "cuda":
+                torch.cuda.empty_cache()
+    except Exception as error:  # the other suites' results are worth keeping
+        result["errors"].append(f"{suite}: {type(error).__name__}: {error}")
+        say(f"{suite} stopped: {type(error).__name__}: {error}")
+
+
+def make_settings(device: str, *, quick: bool, tiny: bool = False) -> Settings:
+    """Patience to match the size: a trial takes two samples, a quick run 15, a full one 40."""
+    if tiny:
+        return Settings(device, True, samples=2, sample_seconds=1e-4, tiny=True)
+    return Settings(device, quick, 15, 0.02) if quick else Settings(device, quick, 40, 0.05)
+
+
+def succeeded(result: dict[str, Any]) -> bool:
+    """Whether every suite ran to its end, kdfast did not fail, and no provider was wrong."""
+    providers = [provider for row in result["cases"] for provider in row["providers"]]
+    broken = any("failed" in provider for provider in providers if provider["name"].startswith("kdfast"))
+    return not result["errors"] and not broken and not any("wrong" in provider for provider in providers)
+
+
+def measure(case: Case, settings: Settings) -> dict[str, Any]:
+    """Check, then time, every provider of a case that can take part."""
+    works: dict[str, Work] = {}
+    described: list[dict[str, Any]] = []
+    for provider in case.providers:
+        entry: dict[str, Any] = {"name": provider.name, "config": provider.config}
+        if provider.traffic is not None:
+            entry |= {"formula": provider.traffic.formula, "bytes": provider.traffic.num_bytes}
+        described.append(entry)
+        try:
+            works[provider.name] = _checked(case, provider, settings, entry)
+        except Absent as reason:
+            entry["absent"] = str(reason)
+        except AssertionError as error:
+            entry["wrong"] = " ".join(str(error).split())[:300]
+        except Exception as error:  # a peer that breaks is told of, and not timed
+            entry["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    for name, samples in timing.collect(case, works, settings).items():
+        next(entry for entry in described if entry["name"] == name)["seconds"] = samples
+    return {
+        "key": case.key,
+        "suite": case.suite,
+        "case": case.name,
+        "params": dict(case.params),
+        "items": case.items,
+        "unit": case.unit,
+        "turns": case.turns,
+        "working_set_bytes": case.working_set,
+        "providers": described,
+    }
+
+
+def _checked(case: Case, provider: Provider, settings: Settings, entry: dict[str, Any]) -> Work:
+    work = provider.build()
+    case.check(provider.name, work(0))
+    if settings.device == "cuda":
+        entry |= timing.cuda_facts(work)
+    return work
+
+
+def _line(row: dict[str, Any]) -> str:
+    parts = []
+    for provider in row["providers"]:
+        if "seconds" in provider:
+            kind = next(kind for kind in timing.KINDS if kind in provider["seconds"])
+            parts.append(f"{provider['name']} {statistics.median(provider['seconds'][kind]) * 1e6:.1f} µs")
+        else:
+            parts.append(f"{provider['name']} {next(why for why in OUT if why in provider).upper()}")
+    return f"{row['key']}: {', '.join(parts)}"
+
+
+def write(result: dict[str, Any], out: Path) -> list[Path]:
+    """Write results.json and results.md into ``out``."""
+    from kdfast.benchmarks.table import markdown
+
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / "results.json", out / "results.md"]
+    files[0].write_text(json.dumps(result, indent=1) + "\n")
+    files[1].write_text(markdown(result))
+    return files

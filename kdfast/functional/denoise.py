@@ -1,0 +1,97 @@
+"""The denoising step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from kdfast.ops import denoise as ops
+
+Order = Literal["cond_uncond", "uncond_cond"]
+
+
+def guidance(
+    scale: float | None, order: Order = "cond_uncond", cfg_channels: int | None = None
+) -> ops.Guidance:
+    """How a batched model output is read.
+
+    Args:
+        scale: Guidance scale, or None for one output a sample.
+        order: Which half comes first: the conditional (DiT) or the unconditional (Stable Diffusion).
+        cfg_channels: Channels that are guided; None: all.
+
+    Raises:
+        ValueError: Another ``order``.
+        TypeError: A scale that is not a number.
+    """
+    if order not in ("cond_uncond", "uncond_cond"):
+        raise ValueError(f"order: must be 'cond_uncond' or 'uncond_cond', got {order!r}")
+    if scale is None:
+        return ops.NO_GUIDANCE
+    try:
+        return ops.Guidance(float(scale), order == "cond_uncond", cfg_channels)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"guidance_scale: must be a number or None, got {type(scale).__name__}") from None
+
+
+def denoise_step(
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    step: int | Tensor,
+    *,
+    guidance_scale: float | None = None,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    order: Order = "cond_uncond",
+    cfg_channels: int | None = None,
+    clip: float | None = None,
+    history: Sequence[Tensor] = (),
+) -> Tensor:
+    """One step of any linear diffusion sampler, fused with classifier-free guidance.
+
+    With the coefficients px, po, a, b, d, d1, d2, d3, c, s of row ``step``::
+
+        o = u + g·(c − u)                       guidance (Ho & Salimans 2022, Eq. 6), if g is given
+        m = clamp(px·x + po·o)                  predicted x₀ (Song et al. 2021, Eq. 12)
+        y = a·x + b·m + d·o + Σ d_j·h_j + c·z
+
+    Args:
+        sample: x ``[B, C, …]``, any strides, floating-point.
+        model_output: o, of the sample's shape (or broadcast against it), with ``guidance_scale``
+            ``[2B, C, …]``. Channels after C (a learned variance) are not read.
+        coefficients: float32 ``[steps, 10]``, float64 for float64 inputs, on the sample's device.
+        step: Row of ``coefficients``: an int, or an integer tensor of one element on the sample's device,
+            which is read there without a synchronisation (outside the table: NaN on a GPU).
+        guidance_scale: g. With it the sample may also have 2B rows, one for each half.
+        noise: z, of the sample's shape.
+        seed: Make z in the kernel: Philox normals keyed by (seed, step, element). An int ≥ 0, or an int64
+            tensor of one element on the sample's device, so that a captured graph sees its current value.
+        order: ``"cond_uncond"`` (DiT) or ``"uncond_cond"`` (Stable Diffusion): which half is which.
+        cfg_channels: Guide only the first channels; the rest is the conditional half's.
+        clip: Clamp the predicted x₀ to ±clip. Its subgradient is 1 at ±clip, 0 outside.
+        history: Up to three tensors h_j.
+
+    Returns:
+        y in the promoted dtype of the inputs, with the sample's strides. Differentiable, any number of times,
+        in ``sample``, ``model_output``, ``noise`` and ``history``.
+
+    Raises:
+        ValueError: Shapes, devices, dtypes or a step that do not fit together.
+        TypeError: Inputs that are not floating-point, or a scale that is not a number.
+    """
+    if isinstance(seed, int) and seed < 0:
+        raise ValueError(f"seed: must be at least 0, got {seed}")
+    return ops.denoise_step(
+        sample,
+        model_output,
+        coefficients,
+        step,
+        guidance=guidance(guidance_scale, order, cfg_channels),
+        history=history,
+        noise=noise,
+        seed=seed,
+        clip=clip,
+    ).y

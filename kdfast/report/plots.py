@@ -1,0 +1,129 @@
+"""Figures, as SVG that takes its ink from the page: one file reads well in light and in dark."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kdfast.errors import require
+
+# Drawn in this colour, then replaced: matplotlib has no notion of the page's text colour.
+_INK = "#010203"
+# Okabe–Ito, without black and yellow: told apart by colour-blind readers, on white and on near-black.
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kdfast",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK
+    ),
+}
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def curves(
+    series: Mapping[str, Curve],
+    *,
+    xlabel: str,
+    ylabel: str,
+    percent: bool = False,
+    log: bool = False,
+    first_color: int = 0,
+) -> str:
+    """Lines over a common axis.
+
+    Args:
+        series: x and y by name.
+        xlabel: Name of the x axis.
+        ylabel: Name of the y axis.
+        percent: y are fractions to be shown in percent.
+        log: Logarithmic y axis.
+        first_color: Where in the palette the first line begins.
+
+    Returns:
+        The SVG element.
+    """
+    with _figure(5.2, 3.3) as (figure, axes):
+        for color, (name, (x, y)) in zip(
+            itertools.islice(itertools.cycle(PALETTE), first_color, None), series.items()
+        ):
+            axes.plot(x, y, color=color, label=name, linewidth=1.8, marker="o" if len(x) == 1 else None)
+        if percent:
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        if log:
+            axes.set_yscale("log")
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        if len(series) > 1:
+            axes.legend()
+        return _svg(figure)
+
+
+def bars(values: Mapping[str, float], *, xlabel: str) -> str:
+    """Horizontal bars of fractions, with their value in percent written beside them.
+
+    Args:
+        values: Fraction by name, top to bottom.
+        xlabel: What the fractions are.
+
+    Returns:
+        The SVG element.
+    """
+    with _figure(9.2, 0.5 * len(values) + 0.8) as (figure, axes):
+        names = list(values)[::-1]
+        drawn = axes.barh(names, [values[n] for n in names], color=PALETTE[0], height=0.62)
+        for name, bar in zip(names, drawn):
+            bar.set_color(PALETTE[list(values).index(name) % len(PALETTE)])
+        axes.bar_label(drawn, labels=[f"{100 * values[n]:.1f} %" for n in names], padding=5)
+        axes.set_xlim(0, 1.12)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100 %"])
+        axes.set_xlabel(xlabel)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        return _svg(figure)
+
+
+def save_svg(path: Path, svg: str) -> Path:
+    """Write a figure as a file of its own, whose ink follows the viewer's colour scheme."""
+    light, dark = "svg{color:#222;background:#fff}", "svg{color:#ddd;background:#16181d}"
+    style = f"<style>{light}@media(prefers-color-scheme:dark){{{dark}}}</style>"
+    path.write_text(re.sub(r"(<svg[^>]*>)", rf"\1{style}", svg, count=1), encoding="utf-8")
+    return path
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[tuple[Any, Any]]:
+    """A matplotlib figure without pyplot: no global state, no display, nothing to close."""
+    matplotlib = require("matplotlib", extra="report", feature="plots")
+    figures = require("matplotlib.figure", extra="report", feature="plots")
+    with matplotlib.rc_context(_STYLE):
+        figure = figures.Figure(figsize=(width, height))
+        yield figure, figure.subplots()
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    head, body = text[text.index("<svg") :].split(">", 1)
+    # The width comes from the page's column, the font from its style.
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1; font-family: inherit", body)
+    body = re.sub(r"font-family: [^;\"]*", "font-family: inherit", body)
+    return f"{head}>{body}".replace(_INK, "currentColor")

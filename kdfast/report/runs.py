@@ -1,0 +1,107 @@
+"""What a run left behind: ``metrics.json`` (results), ``metrics.jsonl`` (the log) and ``samples*.png``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdfast.errors import DataError
+
+METRICS = "metrics.json"
+LOG = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's record.
+
+    Attributes:
+        path: Its directory.
+        name: What to call it: the directory's name.
+        metrics: ``metrics.json``, empty if the run is not finished.
+        log: The lines of ``metrics.jsonl``, in order.
+        children: Runs in its subdirectories (a demo has five).
+    """
+
+    path: Path
+    name: str
+    metrics: dict[str, Any]
+    log: tuple[dict[str, Any], ...]
+    children: tuple[Run, ...] = ()
+
+    def series(self, kind: str, key: str, *, against: str = "step") -> tuple[list[float], list[float]]:
+        """One curve of the log.
+
+        Args:
+            kind: ``"train"`` or ``"eval"``.
+            key: The value, e.g. ``"loss"``.
+            against: What to plot it over.
+
+        Returns:
+            x and y, equally long; empty if the log has no such value.
+        """
+        points = [
+            (e[against], e[key]) for e in self.log if e.get("kind") == kind and key in e and against in e
+        ]
+        return [float(x) for x, _ in points], [float(y) for _, y in points]
+
+    @property
+    def pictures(self) -> list[Path]:
+        """Sample grids in its directory."""
+        return sorted(self.path.glob("samples*.png"))
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run's directory, and the runs directly below it.
+
+    Raises:
+        DataError: It does not exist, holds no metrics, or a file is damaged; the message names the file.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: does not exist, or is no directory")
+    run = _read(folder)
+    if not (run.metrics or run.log or run.children):
+        raise DataError(f"{folder}: holds neither {METRICS} nor {LOG}, so there is nothing to report on")
+    return run
+
+
+def _read(folder: Path) -> Run:
+    children = [_read(child) for child in sorted(folder.iterdir()) if child.is_dir() and _has_metrics(child)]
+    return Run(folder, folder.resolve().name, _metrics(folder / METRICS), _log(folder / LOG), tuple(children))
+
+
+def _has_metrics(folder: Path) -> bool:
+    return not folder.name.startswith(".") and ((folder / METRICS).exists() or (folder / LOG).exists())
+
+
+def _metrics(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise DataError(f"{path}: holds a JSON {type(document).__name__}, expected an object")
+    return document
+
+
+def _log(path: Path) -> tuple[dict[str, Any], ...]:
+    if not path.exists():
+        return ()
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                break  # a run that is writing right now, or that was killed while it did
+            raise DataError(f"{path}: line {number} is not JSON: {error}") from error
+    return tuple(entries)
