@@ -66,6 +66,7 @@ def variants() -> list[pytest.ParameterSet]:
     shapes = {  # classes last, or dimension 1; 16 bytes wherever a row's length allows it
         "V1000": ((65536, 1000), 1),
         "V100": ((65536, 100), 1),
+        "V4096": ((4096, 4096), 1),
         "V8192": ((4096, 8192), 1),
         "V32000": ((64, 32000), 1),
         "C19": ((8, 19, 64, 1024), 1),
@@ -124,6 +125,11 @@ def test_each_regime_gets_its_plan(
     plan = losses_more.pair_plan(num_classes, inner, stride, itemsize)
     assert plan.regime == regime
     assert plan.regime == "loop" or plan.chunks * plan.width >= num_classes
+
+
+def test_two_gradients_leave_room_for_half_as_long_a_row() -> None:
+    assert losses_more.pair_plan(4096, 1, 1, 2, both=True).regime == "rows"
+    assert losses_more.pair_plan(4097, 1, 1, 2, both=True).regime == "loop"
 
 
 def test_every_row_of_dist_is_in_exactly_one_split() -> None:
