@@ -242,7 +242,7 @@ def _reparam_backward_op(
         _launch(branches, target, _for_kernel(call), grad=grad, grad_mean=grad_mean, upstream=grad_loss)
         return grad
     # torch.func differentiates here, below autograd, where torch.autograd does not record.
-    _, vjp = torch.func.vjp(lambda s: reference.reparam_middle(s, target, *call), branches)
+    vjp = torch.func.vjp(lambda s: reference.reparam_middle(s, target, *call), branches)[1]
     return grad.copy_(vjp((grad_loss, grad_mean))[0])
 
 
@@ -284,7 +284,7 @@ def _mix_backward_op(
     if resolve(x, gamma) == "triton":
         grad_x, grad_gamma = _mix_backward(upstream, x, gamma, key, True, True)
         return cast("tuple[Tensor, Tensor]", (grad_x, grad_gamma))
-    _, vjp = torch.func.vjp(lambda a, b: reference.noise_mix(a, b, key), x, gamma)
+    vjp = torch.func.vjp(lambda a, b: reference.noise_mix(a, b, key), x, gamma)[1]
     found = vjp(upstream)
     return torch.empty_like(x).copy_(found[0]), torch.empty_like(gamma).copy_(found[1])
 
