@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_providers_take_turns_and_inputs_rotate() -> None:
 
     measure(case(Provider("a", noting("a")), Provider("b", noting("b")), turns=3), TRIAL)
     names = [name for name, _ in seen]
-    changes = sum(first != second for first, second in zip(names, names[1:]))
+    changes = sum(first != second for first, second in pairwise(names))
     assert changes >= 2 * TRIAL.samples - 1
     assert {turn for _, turn in seen} >= {0, 1, 2}
 
@@ -121,7 +122,7 @@ def test_table_computes_from_samples_and_never_against_the_missing() -> None:
     assert "| eager | 2 s | ± 100.0 % | 50 rows/s | 26N | 1.3 | 50 % | 4.00× |" in text
     assert "gone did not take part: no GPU" in text
     # `slow` was timed another way than kdfast: a row, and no ratio.
-    assert [line for line in text.splitlines() if line.startswith("| slow")][0].count("×") == 0
+    assert next(line for line in text.splitlines() if line.startswith("| slow")).count("×") == 0
     assert text.count("×") == 1
 
 
@@ -179,7 +180,7 @@ def test_compare_refuses_another_machine_and_another_file(tmp_path: Path) -> Non
     for text in ("{", "[]", '{"format": 99, "cases": []}'):
         path = tmp_path / "other.json"
         path.write_text(text)
-        with pytest.raises(ConfigError, match="other.json"):
+        with pytest.raises(ConfigError, match=r"other\.json"):
             compare.load(path)
 
 

@@ -5,6 +5,18 @@ is timed, one that cannot run says why, and a ratio is only given between sample
 """
 
 from kdfast.benchmarks.case import Absent, Case, Provider, Settings, Traffic
-from kdfast.benchmarks.run import SUITES, measure, run, write
+from kdfast.benchmarks.run import SUITES, make_settings, measure, run, succeeded, write
 
-__all__ = ["SUITES", "Absent", "Case", "Provider", "Settings", "Traffic", "measure", "run", "write"]
+__all__ = [
+    "SUITES",
+    "Absent",
+    "Case",
+    "Provider",
+    "Settings",
+    "Traffic",
+    "make_settings",
+    "measure",
+    "run",
+    "succeeded",
+    "write",
+]

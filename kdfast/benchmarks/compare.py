@@ -87,7 +87,8 @@ def moves(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Move]:
             if kind is not None:
                 pair = old[key, name][kind], samples[kind]
                 noise = max(LEAST, SPREADS * math.hypot(*(_noise(run) for run in pair)))
-                found.append(Move(key, name, kind, *map(statistics.median, pair), noise=noise))
+                first, second = map(statistics.median, pair)
+                found.append(Move(key, name, kind, first, second, noise))
     return found
 
 

@@ -17,6 +17,9 @@ import torch
 
 from kdfast.benchmarks.case import Case, Provider, Settings, Work
 
+#: torch's CUDA classes have no types.
+cuda: Any = torch.cuda
+
 Samples = dict[str, list[float]]
 #: From the most telling kind of sample to the least.
 KINDS = ("graph", "events", "wall")
@@ -85,7 +88,7 @@ def _wall(work: Work, calls: int) -> float:
 
 def _events(run: Callable[[], None], calls: int) -> float:
     torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     run()
     end.record()
@@ -100,7 +103,7 @@ def _replay(graph: Any, repeats: int) -> None:
 
 def _capture(case: Case, work: Work) -> Any | None:
     """A graph of one call a turn, or None where the work synchronises or allocates on the host."""
-    side = torch.cuda.Stream()
+    side = cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for turn in range(case.turns):

@@ -1,0 +1,76 @@
+"""One call of each family's kernels, for tools that watch kernels rather than time: sanitizers and profilers.
+
+python bench/kernel_smoke.py --device cuda [--large]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from kdfast.functional import denoise_step, dkd_loss, jsd_loss, kd_kl_div
+
+
+def losses(device: str, large: bool) -> None:
+    """Row, odd-class, class-dimension and two-pass plans, with both gradients."""
+    shapes = (
+        [(65536, 1000, -1), (4096, 32000, -1)] if large else [(33, 100, -1), (5, 1271, -1), (2, 20000, -1)]
+    )
+    dtype = torch.bfloat16 if large else torch.float32
+    for rows, classes, dim in shapes:
+        student, teacher = (
+            torch.randn(rows, classes, device=device, dtype=dtype, requires_grad=True) for _ in "st"
+        )
+        kd_kl_div(student, teacher, 4.0, dim=dim).backward()
+        if not large:
+            target = torch.randint(classes, (rows,), device=device)
+            dkd_loss(student, teacher, target).backward()
+            jsd_loss(student, teacher).backward()
+    pixels = (4, 19, 128, 256) if large else (2, 19, 7, 9)
+    student, teacher = (torch.randn(pixels, device=device, requires_grad=True) for _ in "st")
+    kd_kl_div(student, teacher, 4.0, dim=1).backward()
+
+
+def denoise(device: str, large: bool) -> None:
+    """A guided step with noise made in the kernel."""
+    shape = (256, 4, 64, 64) if large else (3, 4, 5, 7)
+    sample = torch.randn(shape, device=device)
+    output = torch.randn((2 * shape[0], 2 * shape[1], *shape[2:]), device=device)
+    table = torch.tensor([[1.0, -0.5, 0.9, 0.1, -0.4, 0, 0, 0, 0.1, 1]], device=device)
+    denoise_step(sample, output, table, 0, guidance_scale=4.0, seed=1, clip=1.0)
+
+
+def replay(device: str, large: bool) -> str | None:
+    """Insert, draw, re-score; a reason if the C++ extension is not there."""
+    from kdfast.errors import MissingExtraError
+    from kdfast.replay import PrioritizedReplayBuffer
+
+    capacity, rows = (200_000, 4096) if large else (700, 33)
+    try:
+        buffer = PrioritizedReplayBuffer(capacity, (3, 32, 32), num_classes=10, device=device)
+    except MissingExtraError as error:
+        return str(error)
+    samples = torch.zeros((rows, 3, 32, 32), dtype=torch.uint8, device=device)
+    for _ in range(2):
+        buffer.extend(samples, torch.zeros(rows, dtype=torch.int64, device=device))
+    batch = buffer.sample(rows // 2)
+    buffer.update_priority(batch.index, batch.weight, batch.generation)
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--large", action="store_true", help="sizes that fill a GPU")
+    given = parser.parse_args()
+    large = given.large and given.device == "cuda"
+    for family in (losses, denoise, replay):
+        missing = family(given.device, large)
+        print(f"{family.__name__}: {missing or 'ran'}")
+    if given.device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
