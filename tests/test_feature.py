@@ -240,7 +240,11 @@ def test_gradients_can_be_differentiated_again(target: Target, op: str) -> None:
         s, x0, u, v = (t.detach().to(dtype) for t in made[:4])
         s = s.requires_grad_()
         mixed = op == "mix"
-        out = noise_mix(s, gamma.to(dtype), seed=SEED) if mixed else reparam_middle_loss(s, x0, u, v, made[4])[0]
+        out = (
+            noise_mix(s, gamma.to(dtype), seed=SEED)
+            if mixed
+            else reparam_middle_loss(s, x0, u, v, made[4])[0]
+        )
         (first,) = torch.autograd.grad(out.pow(3).sum(), s, create_graph=True)
         return torch.autograd.grad(first.square().sum(), s)[0]
 
