@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 
 from kdfast.functional._checks import check_rowwise, check_temperature
-from kdfast.functional.losses import Reduction, _divisor
+from kdfast.functional.losses import Reduction, reduction_divisor
 from kdfast.ops import fused_linear as _fused
 
 __all__ = ["fused_linear_kd_loss"]
@@ -106,7 +106,7 @@ def fused_linear_kd_loss(
         temperature,
         None if row_weight is None else row_weight.flatten(),
         None if mask is None else mask.flatten(),
-        _divisor(reduction, logits, rows, mask),
+        reduction_divisor(reduction, logits, logits.dim() - 1, mask),
         chunk,
     )
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from kdfast.functional._checks import check_dim, check_logits, check_rowwise, check_temperature
-from kdfast.functional.losses import Reduction, _divisor
+from kdfast.functional.losses import Reduction, reduction_divisor
 from kdfast.ops import losses as _losses
 from kdfast.ops import losses_more as _more
 
@@ -67,7 +67,7 @@ def jsd_loss(
     temperature = check_temperature(temperature, student)
     row_weight = check_rowwise("row_weight", row_weight, rows, student)
     mask = check_rowwise("mask", mask, rows, student)
-    divisor = _divisor(reduction, student, rows, mask)
+    divisor = reduction_divisor(reduction, student, axis, mask)
     reduce = reduction != "none"
     if beta in (0.0, 1.0):
         first, second = (student, teacher) if beta == 0.0 else (teacher, student)
@@ -130,7 +130,7 @@ def dkd_loss(
     mask = check_rowwise("mask", mask, rows, student)
     counted = _check_target(target, ignore_index, rows, student, axis)
     mask = counted if mask is None else mask & counted
-    divisor = _divisor(reduction, student, rows, mask)
+    divisor = reduction_divisor(reduction, student, axis, mask)
     safe = target.masked_fill(~counted, 0)
     row = _more.Row(
         safe, None, (alpha, beta), axis, temperature, row_weight, mask, divisor, reduction != "none"
@@ -204,11 +204,11 @@ def topk_kd_loss(
     log_normalizer = check_rowwise("log_normalizer", log_normalizer, rows, student)
     row_weight = check_rowwise("row_weight", row_weight, rows, student)
     mask = check_rowwise("mask", mask, rows, student)
-    divisor = _divisor(reduction, student, rows, mask)
+    axis = student.dim() - 1
+    divisor = reduction_divisor(reduction, student, axis, mask)
     if mask is not None:  # a row that does not count may hold anything, in the cache too
         logits = logits.masked_fill(~mask.unsqueeze(-1), 0.0)
     options = (float(tail == "bucket"),)
-    axis = student.dim() - 1
     row = _more.Row(
         indices, log_normalizer, options, axis, temperature, row_weight, mask, divisor, reduction != "none"
     )
