@@ -87,18 +87,19 @@ def label(case: Any) -> str:
     return f"{'x'.join(map(str, case[0]))}-{str(case[1])[6:]}{'-both' if case[3] else ''}"
 
 
-def check(case: Any, capability: int) -> None:
+def check(case: Any, capability: int) -> KernelReport:
+    """Without the branch for nearly equal rows: a variant to count, which is never launched."""
     shape, dtype, dim, both, budget, width = case
     (report,) = compiled(shape, dtype, dim, capability, both=both, NEAR=False)
     elements = torch.Size(shape).numel() / report.grid[0]
-    assert report.spills == 0
-    assert (report.widest_load, report.widest_store) >= (width, width)
+    assert min(report.widest_load, report.widest_store) >= width
     assert report.instructions_per_element(elements) <= budget, report
+    return report
 
 
 @pytest.mark.parametrize("case", ALWAYS, ids=label)
 def test_common_path_on_hopper(case: Any) -> None:
-    check(case, 90)
+    assert check(case, 90).spills == 0
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def kd_kl(
         reduce: Sum the rows.
         labels: Add w times the cross-entropy with these; tensors of one value a row, contiguous.
     """
-    if resolve(student, teacher) == "reference":
+    if _takes_reference(student, teacher):
         if labels is None and _kl_closed.usable(student, teacher):
             closed: torch.Tensor = _kl_closed.KLClosed.apply(  # type: ignore[no-untyped-call]
                 student, teacher, temperature, dim, row_weight, mask, divisor, reduce
@@ -179,7 +179,7 @@ def compute_statistics(
     student: torch.Tensor, teacher: torch.Tensor, temperature: Value, dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Below autograd and the dispatcher: the reference, or one launch."""
-    if resolve(student, teacher) == "reference":
+    if _takes_reference(student, teacher):
         return reference_losses.kd_statistics(student, teacher, temperature, dim)
     from kdfast.kernels import losses as kernels
 
@@ -193,6 +193,19 @@ def compute_statistics(
     scale = kernels.Scale(temperature, temperature * temperature, None, None)
     kl: torch.Tensor = kernels.kd_kl(student, teacher, dim, scale, reduce=False, statistics=statistics)
     return (kl, *statistics)
+
+
+def _takes_reference(student: torch.Tensor, teacher: torch.Tensor) -> bool:
+    """Where no kernel can run: by backend and dtype, and inside torch.func's transforms (vmap, grad, jvp).
+
+    Those hand over wrappers without memory of their own; the reference is made of operators that they know.
+    """
+    if torch.compiler.is_compiling():
+        return resolve(student, teacher) == "reference"
+    wrapped = (
+        torch._C._functorch.is_functorch_wrapped_tensor
+    )  # the only way to tell, and what torch itself asks
+    return wrapped(student) or wrapped(teacher) or resolve(student, teacher) == "reference"
 
 
 def split_value(value: Value) -> tuple[float, torch.Tensor | None]:
