@@ -146,7 +146,8 @@ def cuda_facts(work: Work) -> dict[str, Any]:
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
             work(0)
             torch.cuda.synchronize()
-        on_device = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
+        events: Any = profiler.events()  # type: ignore[no-untyped-call]
+        on_device = [event for event in events or () if event.device_type.name == "CUDA"]
         facts["launches"] = len(on_device)
     except Exception as error:  # no profiling permission, as in many containers
         facts["launches_unknown"] = f"{type(error).__name__}: {error}"[:160]

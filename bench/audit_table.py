@@ -1,0 +1,280 @@
+"""What the compiler makes of every family's kernels, for every GPU audited: a table, and what must hold of it.
+
+    python -m bench.audit_table [--capability 90] [--out FILE]
+
+No GPU takes part: launchers run on meta tensors and their launches are compiled (bench/static_audit.py). Instruction
+counts are of straight-line code: they compare variants of one kernel; loops and rare branches count once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from bench.static_audit import CAPABILITIES, KernelReport, audit, meta
+from kdfast.kernels import denoise, losses, losses_more, replay
+from kdfast.reference.replay import Meta, SumLayout
+
+#: Registers of one multiprocessor, and threads and programs that it holds, on all GPUs audited.
+REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A launch to compile, and what is known of its memory traffic.
+
+    Attributes:
+        name: ``family: what``.
+        call: Runs the launcher on meta tensors.
+        moves: Bytes an element, by the formula of the kernel file; None where there is none for an element.
+        load, store: Bytes of the widest access that must be there; 0 for no demand.
+        spills: Spill instructions that are known and accepted.
+        fast: Whether the variant is part of the quick test.
+    """
+
+    name: str
+    call: Callable[[], object]
+    moves: float | None = None
+    load: int = 0
+    store: int = 0
+    spills: int = 0
+    fast: bool = False
+
+
+#: Temperature and divisor; no weights, no mask.
+SCALE = losses.Scale(4.0, 8.0, None, None)
+
+
+def _kl(
+    shape: tuple[int, ...], dtype: torch.dtype, dim: int = -1, *, both: bool = False
+) -> Callable[[], object]:
+    def call() -> object:
+        student, teacher = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
+        return losses.kd_kl(
+            student,
+            teacher,
+            dim % len(shape),
+            SCALE,
+            reduce=True,
+            want_rows=False,
+            grad_student=torch.empty_like(student),
+            grad_teacher=torch.empty_like(teacher) if both else None,
+        )
+
+    return call
+
+
+def _pair(kind: int, shape: tuple[int, int], dtype: torch.dtype) -> Callable[[], object]:
+    def call() -> object:
+        student, teacher = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
+        target = meta(shape[0], dtype=torch.int64) if kind == losses_more.DKD else None
+        return losses_more.pair_loss(
+            kind,
+            student,
+            teacher,
+            target,
+            1.0,
+            0.5,
+            1,
+            SCALE,
+            reduce=True,
+            want_rows=False,
+            grad_student=torch.empty_like(student),
+        )
+
+    return call
+
+
+def _step(dtype: torch.dtype, *, guided: bool, noise: bool = False) -> Callable[[], object]:
+    def call() -> object:
+        shape = (64, 4, 32, 32)
+        sample = meta(*shape, dtype=dtype)
+        output = meta(2 * shape[0] if guided else shape[0], 2 * shape[1], *shape[2:], dtype=dtype)
+        table, seed = meta(50, 10), meta(1, dtype=torch.int64)
+        return denoise.denoise_step(
+            sample,
+            output,
+            table,
+            meta(1, dtype=torch.int64),
+            dtype=dtype,
+            guidance=denoise.Guidance(4.0) if guided else denoise.NO_GUIDANCE,
+            seed=seed if noise else None,
+        )
+
+    return call
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """A replay buffer's memory, three levels deep."""
+
+    capacity: int = 1 << 20
+    row: tuple[int, ...] = (3, 32, 32)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        words = SumLayout.of(self.capacity).words
+        return {
+            "meta": meta(len(Meta), dtype=torch.int64),
+            "leaves": meta(self.capacity, dtype=torch.int32),
+            "sums": meta(words, dtype=torch.int64),
+            "delta": meta(self.capacity),
+            "generation": meta(self.capacity, dtype=torch.int32),
+            "labels": meta(self.capacity, dtype=torch.int32),
+            "rows": meta(self.capacity, *self.row, dtype=torch.uint8),
+        }
+
+    @property
+    def layout(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        found = SumLayout.of(self.capacity)
+        return found.offsets, found.counts
+
+    def sample(self) -> object:
+        t = self.tensors()
+        names = ("meta", "leaves", "sums", "generation", "labels", "rows")
+        return replay.sample(*(t[name] for name in names), self.layout, 256, 0.4, True, None)
+
+    def update(self) -> object:
+        t = self.tensors()
+        names = ("meta", "leaves", "sums", "delta", "generation")
+        index, priority = meta(256, dtype=torch.int64), meta(256)
+        return replay.update(
+            *(t[name] for name in names), self.layout, index, priority, index, (0.6, 1e-6, 4e6), False
+        )
+
+    def add(self) -> object:
+        t = self.tensors()
+        names = ("meta", "leaves", "sums", "delta", "generation", "labels")
+        counts, samples = meta(10, dtype=torch.int64), meta(256, *self.row, dtype=torch.uint8)
+        labels = meta(256, dtype=torch.int64)
+        return replay.add(
+            *(t[name] for name in names),
+            counts,
+            t["rows"],
+            self.layout,
+            samples,
+            labels,
+            meta(256),
+            (0.6, 1e-6, 4e6),
+        )
+
+    def rebuild(self) -> object:
+        t = self.tensors()
+        return replay.rebuild(t["leaves"], t["sums"], self.layout)
+
+
+bf16, fp32 = torch.bfloat16, torch.float32
+_REPLAY = _Buffer()
+#: A thousand rows and more, so that sizes specialise as they do in training.
+VARIANTS = (
+    Variant("losses: KL 1000 bf16", _kl((4096, 1000), bf16), 6, 16, 16, fast=True),
+    Variant("losses: KL 1000 bf16, both gradients", _kl((4096, 1000), bf16, both=True), 8, 16, 16),
+    Variant("losses: KL 1000 fp32", _kl((4096, 1000), fp32), 12, 16, 16),
+    Variant("losses: KL 100 fp32", _kl((4096, 100), fp32), 12, 16, 16),
+    Variant("losses: KL 10 fp32", _kl((4096, 10), fp32), 12, 8, 8),
+    Variant("losses: KL 8192 bf16", _kl((4096, 8192), bf16), 6, 16, 16),
+    Variant("losses: KL 16384 bf16", _kl((4096, 16384), bf16), 6, 16, 16),
+    Variant("losses: KL 32000 bf16, two passes", _kl((4096, 32000), bf16), 10, 16, 16),
+    # 254 or 255 registers everywhere; on sm_100 that is one too few, and it is stored and loaded once.
+    Variant("losses: KL 19 classes of 256x512 bf16", _kl((8, 19, 256, 512), bf16, 1), 6, 4, 4, spills=2),
+    Variant("losses: KL 150 classes of 128x128 fp32", _kl((4, 150, 128, 128), fp32, 1), 12, 4, 4),
+    Variant("losses: JSD 1000 bf16", _pair(losses_more.JSD, (4096, 1000), bf16), 6, 16, 16),
+    Variant("losses: DKD 1000 bf16", _pair(losses_more.DKD, (4096, 1000), bf16), 6, 16, 16),
+    Variant("losses: DKD 100 fp32", _pair(losses_more.DKD, (4096, 100), fp32), 12, 16, 16),
+    Variant("denoise: step bf16", _step(bf16, guided=False), 6, 16, 16),
+    Variant("denoise: guided step bf16", _step(bf16, guided=True), 8, 16, 16, fast=True),
+    Variant("denoise: guided step fp32", _step(fp32, guided=True), 16, 16, 16),
+    Variant(
+        "denoise: guided step fp32, noise in the kernel", _step(fp32, guided=True, noise=True), 16, 16, 16
+    ),
+    Variant("replay: sample 256 of 1M", _REPLAY.sample),
+    Variant("replay: update 256 of 1M", _REPLAY.update, fast=True),
+    Variant("replay: add 256 to 1M", _REPLAY.add),
+    Variant("replay: rebuild 1M", _REPLAY.rebuild),
+)
+
+
+def occupancy(report: KernelReport) -> float:
+    """Share of a multiprocessor's threads that registers leave room for: an upper bound."""
+    threads = 32 * report.num_warps
+    # Registers are handed out to a warp in units of 256.
+    per_warp = -(-report.registers * 32 // 256) * 256
+    resident = min(PROGRAMS, THREADS // threads, REGISTERS // (per_warp * report.num_warps))
+    return resident * threads / THREADS
+
+
+def faults(variant: Variant, report: KernelReport) -> list[str]:
+    """What does not hold of a compiled variant."""
+    found = []
+    if report.spills > variant.spills:
+        found.append(f"{report.spills} spill instructions; {variant.spills} are accepted")
+    if report.widest_load < variant.load:
+        found.append(f"loads are {report.widest_load} bytes wide; {variant.load} are wanted")
+    if report.widest_store < variant.store:
+        found.append(f"stores are {report.widest_store} bytes wide; {variant.store} are wanted")
+    return [f"{variant.name}, {report.name}, sm_{report.capability}: {fault}" for fault in found]
+
+
+def table(rows: list[tuple[Variant, KernelReport]]) -> str:
+    """As markdown."""
+    head = (
+        "Variant",
+        "Kernel",
+        "sm",
+        "Warps",
+        "Registers",
+        "Shared",
+        "Spills",
+        "Load",
+        "Store",
+        "Instructions",
+    )
+    head += ("Bytes an element", "Occupancy ≤")
+    lines = [f"Compiled by Triton {triton.__version__}; nothing was run.", ""]
+    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for variant, report in rows:
+        cells = (
+            *(
+                variant.name,
+                report.name,
+                report.capability,
+                report.num_warps,
+                report.registers,
+                report.shared,
+            ),
+            *(report.spills, f"{report.widest_load} B", f"{report.widest_store} B", report.instructions),
+            "" if variant.moves is None else f"{variant.moves:g}",
+            f"{100 * occupancy(report):.0f} %",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.audit_table", description=__doc__)
+    parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
+    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--out", type=Path, help="file for the table; default: standard output")
+    given = parser.parse_args()
+    rows = []
+    for variant in VARIANTS:
+        if given.only in variant.name:
+            for capability in given.capability or CAPABILITIES:
+                rows += [(variant, report) for report in audit(variant.call, capability)]
+    text = table(rows)
+    if given.out:
+        given.out.write_text(text)
+    else:
+        print(text, end="")
+    wrong = [fault for variant, report in rows for fault in faults(variant, report)]
+    print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
