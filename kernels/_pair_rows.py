@@ -8,104 +8,9 @@ log p - log q (what the two log-sum-exps leave behind) drops out of both.
 import triton
 import triton.language as tl
 
-from ._kl_common import near_terms, reduce_last, row_factor, scalar, store_gradient
+from ._kl_common import reduce_last, row_factor, scalar, store_gradient
 from ._kl_rows import _over_classes, _per_row
-
-
-@triton.jit
-def _clamped_gap(s, t, k, log_ratio, KIND: tl.constexpr):
-    """log2 p - log2 q, finite where a class is absent and p = 0 multiplies it; for JSD, where q = 0 does, too."""
-    gap = tl.maximum((t - s) * k - log_ratio, -1e15)
-    if KIND == 0:
-        gap = tl.minimum(gap, 1e15)
-    return gap
-
-
-@triton.jit
-def _without(logits, is_target, KIND: tl.constexpr):
-    """The logits as float32, for DKD without the target class: masked here, since the load's mask sets its width."""
-    out = logits.to(tl.float32)
-    if KIND == 1:
-        out = tl.where(is_target, float("-inf"), out)
-    return out
-
-
-@triton.jit
-def _series(x):
-    """(expm1(x) - x)/x² for |x| < 1/2."""
-    return 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040)))))
-
-
-@triton.jit
-def _jsd_terms(gap, p, q, present, beta, NEAR: tl.constexpr):
-    """(term, w_s, w_t) of the generalised Jensen-Shannon divergence, M = β·p + (1-β)·q."""
-    teacher_leads = gap > 0.0
-    e = tl.exp2(-tl.abs(gap))
-    top = tl.log2(tl.where(teacher_leads, beta + (1.0 - beta) * e, 1.0 - beta + beta * e))
-    q_over_m = -(top + tl.maximum(gap, 0.0)) * 0.6931471805599453
-    p_over_m = (tl.minimum(gap, 0.0) - top) * 0.6931471805599453
-    if NEAR:
-        delta = tl.where(present, gap * 0.6931471805599453, 0.0)
-        near = (tl.abs(delta) < 0.5) & present
-        delta = tl.where(near, delta, 0.0)
-        y = beta * (delta + delta * delta * _series(delta))
-        z = y / (2.0 + y)
-        v = z * z
-        log1p = (
-            2.0 * z * (1.0 + v * (1.0 / 3 + v * (1.0 / 5 + v * (1.0 / 7 + v * (1.0 / 9 + v * (1.0 / 11))))))
-        )
-        q_over_m = tl.where(near, -log1p, q_over_m)
-        p_over_m = tl.where(near, delta - log1p, p_over_m)
-    w_s = (1.0 - beta) * q * q_over_m
-    w_t = beta * p * p_over_m
-    term = w_s + w_t
-    if NEAR:
-        # Its parts cancel; the sum of β·p·(u + expm1(-u)) and the student's does not, and is the same.
-        exact = beta * p * p_over_m * p_over_m * _series(-p_over_m)
-        exact += (1.0 - beta) * q * q_over_m * q_over_m * _series(-q_over_m)
-        term = tl.where(near, exact, term)
-    return term, w_s, w_t
-
-
-@triton.jit
-def _terms(gap, p, q, present, beta, KIND: tl.constexpr, NEAR: tl.constexpr):
-    """(term, w_s, w_t) of the divergence between the softmaxes: JSD (KIND 0), or KL (KIND 1, for DKD)."""
-    if KIND == 0:
-        term, w_s, w_t = _jsd_terms(gap, p, q, present, beta, NEAR)
-    elif NEAR:
-        term, w_s, delta = near_terms(gap, p, q, present)
-        w_t = p * delta
-    else:
-        w_t = p * gap * 0.6931471805599453
-        term, w_s = w_t, q - p
-    return term, w_s, w_t
-
-
-@triton.jit
-def _log_sigmoid(x):
-    return tl.minimum(x, 0.0) - 0.6931471805599453 * tl.log2(1.0 + tl.exp2(-tl.abs(x) * 1.4426950408889634))
-
-
-@triton.jit
-def _binary(s_odds, t_odds):
-    """KL of target class against all others, and its derivatives with respect to the two log-odds."""
-    s_odds = tl.maximum(s_odds, -1e30)
-    t_odds = tl.maximum(t_odds, -1e30)
-    s_in, t_in = _log_sigmoid(s_odds), _log_sigmoid(t_odds)
-    s_out, t_out = _log_sigmoid(-s_odds), _log_sigmoid(-t_odds)
-    b_s, b_t = tl.exp2(s_in * 1.4426950408889634), tl.exp2(t_in * 1.4426950408889634)
-    c_s, c_t = tl.exp2(s_out * 1.4426950408889634), tl.exp2(t_out * 1.4426950408889634)
-    always = b_t >= 0.0
-    term_in, _, _ = near_terms((t_in - s_in) * 1.4426950408889634, b_t, b_s, always)
-    term_out, _, _ = near_terms((t_out - s_out) * 1.4426950408889634, c_t, c_s, always)
-    by_student = tl.where(b_s > 0.5, c_t - c_s, b_s - b_t)  # the smaller pair keeps its digits
-    return term_in + term_out, by_student, b_t * c_t * (t_odds - s_odds)
-
-
-@triton.jit
-def _odds(logits, at, k, top, total):
-    """Log-odds of the target class against the others, whose log2-sum-exp is ``top + log2(total)``."""
-    return (tl.load(logits + at).to(tl.float32) * k - top - tl.log2(total)) * 0.6931471805599453
+from ._pair_terms import binary_terms, clamped_gap, odds, pair_terms, without_target
 
 
 @triton.jit
@@ -185,8 +90,8 @@ def pair_tile_kernel(
         target = tl.load(target_ptr + rows, mask=valid, other=0)
         is_target = classes == _per_row(target, LAYOUT)
 
-    s = _without(tl.load(s_ptr + s_at, mask=live, other=float("-inf")), is_target, KIND)
-    t = _without(tl.load(t_ptr + t_at, mask=live, other=float("-inf")), is_target, KIND)
+    s = without_target(tl.load(s_ptr + s_at, mask=live, other=float("-inf")), is_target, KIND)
+    t = without_target(tl.load(t_ptr + t_at, mask=live, other=float("-inf")), is_target, KIND)
     s_top = _over_classes(s, LAYOUT, True) * k
     t_top = _over_classes(t, LAYOUT, True) * k
     q = tl.exp2(s * k - _per_row(s_top, LAYOUT))
@@ -196,16 +101,16 @@ def pair_tile_kernel(
     log_ratio = (t_top - s_top) + tl.log2(t_sum * s_inv)
     q *= _per_row(s_inv, LAYOUT)
     p *= _per_row(t_inv, LAYOUT)
-    gap = _clamped_gap(s, t, k, _per_row(log_ratio, LAYOUT), KIND)
-    term, w_s, w_t = _terms(gap, p, q, live, beta, KIND, False)
+    gap = clamped_gap(s, t, k, _per_row(log_ratio, LAYOUT), KIND)
+    term, w_s, w_t = pair_terms(gap, p, q, live, beta, KIND, False)
     divergence = _over_classes(term, LAYOUT, False)
 
     binary = divergence * 0.0
     s_slope, t_slope = binary, binary
     if KIND == 1:
-        binary, s_slope, t_slope = _binary(
-            _odds(s_ptr, tl.where(valid, s_row + target * s_class, 0), k, s_top, s_sum),
-            _odds(t_ptr, tl.where(valid, t_row + target * t_class, 0), k, t_top, t_sum),
+        binary, s_slope, t_slope = binary_terms(
+            odds(s_ptr, tl.where(valid, s_row + target * s_class, 0), k, s_top, s_sum),
+            odds(t_ptr, tl.where(valid, t_row + target * t_class, 0), k, t_top, t_sum),
         )
         binary, s_slope, t_slope = alpha * binary, alpha * s_slope, alpha * t_slope
 
@@ -219,13 +124,13 @@ def pair_tile_kernel(
     if closest < 1e-3:
         # Some row's student and teacher nearly agree, and its digits have cancelled: read the tile again, so
         # that the common branch keeps no registers for this one.
-        s = _without(tl.load(s_ptr + s_at, mask=live, other=float("-inf")), is_target, KIND)
-        t = _without(tl.load(t_ptr + t_at, mask=live, other=float("-inf")), is_target, KIND)
+        s = without_target(tl.load(s_ptr + s_at, mask=live, other=float("-inf")), is_target, KIND)
+        t = without_target(tl.load(t_ptr + t_at, mask=live, other=float("-inf")), is_target, KIND)
         q = tl.exp2(s * k - _per_row(s_top, LAYOUT)) * _per_row(s_inv, LAYOUT)
         p = tl.exp2(t * k - _per_row(t_top, LAYOUT)) * _per_row(t_inv, LAYOUT)
-        gap = _clamped_gap(s, t, k, _per_row(log_ratio, LAYOUT), KIND)
+        gap = clamped_gap(s, t, k, _per_row(log_ratio, LAYOUT), KIND)
         present = (t > float("-inf")) & (s > float("-inf"))
-        term, w_s, w_t = _terms(gap, p, q, present, beta, KIND, True)
+        term, w_s, w_t = pair_terms(gap, p, q, present, beta, KIND, True)
         divergence = _over_classes(term, LAYOUT, False)
         if GRAD_S:
             total = _over_classes(w_s, LAYOUT, False)
@@ -270,17 +175,17 @@ def _walk(
     for start in range(0, V, BLOCK):
         classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
         live = classes < V
-        s = _without(
+        s = without_target(
             tl.load(s_row + classes * s_class, mask=live, other=float("-inf")), classes == target, KIND
         )
-        t = _without(
+        t = without_target(
             tl.load(t_row + classes * t_class, mask=live, other=float("-inf")), classes == target, KIND
         )
         q = tl.exp2(s * k - s_top) * s_inv
         p = tl.exp2(t * k - t_top) * t_inv
-        gap = _clamped_gap(s, t, k, log_ratio, KIND)
+        gap = clamped_gap(s, t, k, log_ratio, KIND)
         present = (t > float("-inf")) & (s > float("-inf"))
-        term, w_s, w_t = _terms(gap, p, q, present, beta, KIND, NEAR)
+        term, w_s, w_t = pair_terms(gap, p, q, present, beta, KIND, NEAR)
         if STORE_S or STORE_T:
             is_target = classes == target
             if STORE_S:
@@ -338,10 +243,10 @@ def pair_loop_kernel(
     for start in range(0, V, BLOCK):
         classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
         live = classes < V
-        s = _without(
+        s = without_target(
             tl.load(s_row + classes * s_class, mask=live, other=float("-inf")), classes == target, KIND
         )
-        t = _without(
+        t = without_target(
             tl.load(t_row + classes * t_class, mask=live, other=float("-inf")), classes == target, KIND
         )
         s_new, t_new = tl.maximum(s_peak, s), tl.maximum(t_peak, t)
@@ -358,9 +263,9 @@ def pair_loop_kernel(
     binary = s_top * 0.0
     s_slope, t_slope = binary, binary
     if KIND == 1:
-        binary, s_slope, t_slope = _binary(
-            _odds(s_row, target.to(tl.int64) * s_class, k, s_top, s_sum),
-            _odds(t_row, target.to(tl.int64) * t_class, k, t_top, t_sum),
+        binary, s_slope, t_slope = binary_terms(
+            odds(s_row, target.to(tl.int64) * s_class, k, s_top, s_sum),
+            odds(t_row, target.to(tl.int64) * t_class, k, t_top, t_sum),
         )
         binary, s_slope, t_slope = alpha * binary, alpha * s_slope, alpha * t_slope
     g = tl.where(counts, scale * inv_t, 0.0)

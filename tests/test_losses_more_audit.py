@@ -14,7 +14,9 @@ if INTERPRETING:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
 from bench.static_audit import CAPABILITIES, audit, meta
-from kdfast.kernels import dist, losses_more, topk
+from kdfast.kernels import losses_dist as dist
+from kdfast.kernels import losses_more
+from kdfast.kernels import losses_topk as topk
 from kdfast.kernels.losses import Scale
 
 SCALE = Scale(2.0, 1.0, None, None)

@@ -77,7 +77,7 @@ def _launch_topk(
     grad_teacher: None = None,
     **launch: Any,
 ) -> torch.Tensor:
-    from kdfast.kernels import topk as kernels
+    from kdfast.kernels import losses_topk as kernels
     from kdfast.kernels.losses import Scale
 
     out: torch.Tensor = kernels.topk(
@@ -113,7 +113,7 @@ topk = register("topk_kd", _topk_reference, _launch_topk)
 def _launch_dist(
     student: torch.Tensor, teacher: torch.Tensor, row: Row, *, want_loss: bool = True, **launch: Any
 ) -> torch.Tensor:
-    from kdfast.kernels import dist as kernels
+    from kdfast.kernels import losses_dist as kernels
     from kdfast.kernels.losses import Scale
 
     out: torch.Tensor = kernels.dist(
