@@ -146,7 +146,7 @@ def cuda_facts(work: Work) -> dict[str, Any]:
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
             work(0)
             torch.cuda.synchronize()
-        events: Any = profiler.events()  # type: ignore[no-untyped-call]
+        events: Any = profiler.events()
         on_device = [event for event in events or () if event.device_type.name == "CUDA"]
         facts["launches"] = len(on_device)
     except Exception as error:  # no profiling permission, as in many containers
@@ -168,7 +168,9 @@ def copy_bandwidth(settings: Settings) -> list[float]:
 
     copy(0)
     synchronize(settings.device)
-    time_once = (
-        (lambda: _events(lambda: copy(0), 1)) if settings.device == "cuda" else (lambda: _wall(copy, 1))
-    )
+    on_gpu = settings.device == "cuda"
+
+    def time_once() -> float:
+        return _events(lambda: copy(0), 1) if on_gpu else _wall(copy, 1)
+
     return [2 * size / time_once() for _ in range(max(5, settings.samples // 2))]
