@@ -18,7 +18,7 @@ import torch
 import triton
 
 from bench.static_audit import CAPABILITIES, KernelReport, audit, meta
-from kdfast.kernels import denoise, losses, losses_more, replay
+from kdfast.kernels import denoise, feature, losses, losses_more, replay
 from kdfast.reference.replay import Meta, SumLayout
 
 #: Registers of one multiprocessor, and threads and programs that it holds, on all GPUs audited.
@@ -168,6 +168,14 @@ class _Buffer:
         return replay.rebuild(t["leaves"], t["sums"], self.layout)
 
 
+def _noise_mix(dtype: torch.dtype) -> Callable[[], object]:
+    def call() -> object:
+        x = meta(64, 256, 8, 8, dtype=dtype)
+        return feature.noise_mix(x, meta(64), torch.empty_like(x), meta(1, dtype=torch.int64))
+
+    return call
+
+
 bf16, fp32 = torch.bfloat16, torch.float32
 _REPLAY = _Buffer()
 #: A thousand rows and more, so that sizes specialise as they do in training.
@@ -192,11 +200,17 @@ VARIANTS = (
     Variant(
         "denoise: guided step fp32, noise in the kernel", _step(fp32, guided=True, noise=True), 16, 16, 16
     ),
+    Variant("feature: noise_mix bf16", _noise_mix(bf16), 4, 16, 16, fast=True),
+    Variant("feature: noise_mix fp32", _noise_mix(fp32), 8, 16, 16),
     Variant("replay: sample 256 of 1M", _REPLAY.sample),
     Variant("replay: update 256 of 1M", _REPLAY.update, fast=True),
     Variant("replay: add 256 to 1M", _REPLAY.add),
     Variant("replay: rebuild 1M", _REPLAY.rebuild),
 )
+
+
+#: Kernel files with no variant here yet.
+UNAUDITED = frozenset({"dist", "topk"})
 
 
 def occupancy(report: KernelReport) -> float:

@@ -1,10 +1,11 @@
 // Priorities in fixed point, and the one power function behind them:
 //   q = clip(round((|delta| + eps)^alpha * scale), 1, 2^32 - 1),   w = (S / (N q))^beta.
 //
-// libm's pow differs from CUDA's in the last bit, which would make CPU and GPU draw different rows. This one is
-// built from IEEE + - * / on doubles and integer moves only, in a fixed order (-ffp-contract=off here,
-// enable_fp_fusion=False in kernels/replay.py), so every machine computes the same bits. Its relative error is
-// below 2e-15. No branches, and no conversion between int64 and double, so that compilers vectorise the loops.
+// libm's pow differs from CUDA's in the last bit, which would make CPU and GPU draw different rows. This one
+// is built from IEEE + - * / on doubles and integer moves only, in a fixed order (-ffp-contract=off here,
+// enable_fp_fusion=False in kernels/replay.py), so every machine computes the same bits. Its relative error
+// is below 2e-15. No branches, and no conversion between int64 and double, so that compilers vectorise the
+// loops.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,7 @@ inline double double_of(uint64_t bits) {
   return value;
 }
 
-// log2 of a finite x >= 0; log2(0) is -1023, which every caller clamps away.
+// log2 of a finite x >= 0; for 0 a number so low that any power of it is 0, save the 0th, which is 1.
 inline double fixed_log2(double x) {
   // x = m 2^e with m in [sqrt(1/2), sqrt(2)): e is the exponent after moving sqrt(1/2) to 1.
   constexpr uint64_t kOne = 0x3FF0000000000000, kSqrtHalf = 0x3FE6A09E667F3BCD;
@@ -54,7 +55,8 @@ inline double fixed_log2(double x) {
   p = p * z + 1.0 / 5.0;
   p = p * z + 1.0 / 3.0;
   p = p * z + 1.0;
-  return e + (s * p) * 2.8853900817779268;
+  const double log2 = e + (s * p) * 2.8853900817779268;
+  return x > 0.0 ? log2 : -1e300;
 }
 
 // 2^y for |y| <= 512.
@@ -88,8 +90,8 @@ inline double fixed_pow(double x, double exponent) {
 }
 
 // (|delta| + eps)^alpha * scale, before rounding.
-KDFAST_SIMD static void fixed_masses(const float* delta, int64_t count, double alpha, double eps, double scale,
-                                     double* mass) {
+KDFAST_SIMD static void fixed_masses(const float* delta, int64_t count, double alpha, double eps,
+                                     double scale, double* mass) {
   for (int64_t i = 0; i < count; ++i) {
     const double magnitude = delta[i] < 0.0F ? -delta[i] : delta[i];
     mass[i] = fixed_pow(magnitude + eps, alpha) * scale;
@@ -106,8 +108,8 @@ KDFAST_SIMD static void fixed_round(const double* mass, int64_t count, uint32_t*
 }
 
 // P = q / S and w = (N P)^-beta = (S / (N q))^beta.
-KDFAST_SIMD static void importance(const uint32_t* quantum, int64_t count, double total, double live, double beta,
-                                   float* weight, float* probability) {
+KDFAST_SIMD static void importance(const uint32_t* quantum, int64_t count, double total, double live,
+                                   double beta, float* weight, float* probability) {
   for (int64_t i = 0; i < count; ++i) {
     const double q = double_of(0x4330000000000000 | quantum[i]) - 4503599627370496.0;
     probability[i] = static_cast<float>(q / total);

@@ -30,8 +30,9 @@ inline PhiloxBlock philox4x32(uint64_t key, PhiloxBlock counter) {
 // 64 uniform bits for each of the first `count` draws of a step: one block serves two draws.
 inline void philox_draws(uint64_t seed, uint64_t step, int64_t count, uint64_t* out) {
   for (int64_t i = 0; i < count; i += 2) {
-    const PhiloxBlock bits = philox4x32(seed, {static_cast<uint32_t>(i >> 1), kReplayStream,
-                                               static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32)});
+    const PhiloxBlock bits =
+        philox4x32(seed, {static_cast<uint32_t>(i >> 1), kReplayStream, static_cast<uint32_t>(step),
+                          static_cast<uint32_t>(step >> 32)});
     out[i] = bits[0] | uint64_t{bits[1]} << 32;
     if (i + 1 < count) out[i + 1] = bits[2] | uint64_t{bits[3]} << 32;
   }

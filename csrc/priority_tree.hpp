@@ -1,8 +1,8 @@
 // Sum tree over fixed-point priorities: u32 leaves, u64 sums, fan-out 256 (three levels hold 16.7M slots).
 //
-// Integer sums are associative: whatever the order of the writes, the root is exactly the sum of the leaves, and
-// every live leaf can be reached by some draw. A float tree loses both (fp32 over 10M items leaves 6 % of them
-// unreachable). The layout is the GPU's, so either device can continue with the other's state.
+// Integer sums are associative: whatever the order of the writes, the root is exactly the sum of the leaves,
+// and every live leaf can be reached by some draw. A float tree loses both (fp32 over 10M items leaves 6 % of
+// them unreachable). The layout is the GPU's, so either device can continue with the other's state.
 #pragma once
 
 #include <algorithm>
@@ -91,13 +91,13 @@ class PriorityTree {
     return true;
   }
 
-  // Slots whose prefix interval holds each target: prefix(slot) <= target < prefix(slot + 1). All targets must be
-  // below total(). On return `target` holds the offset inside the leaf. Ascending targets (stratified draws) cost
-  // one sweep of each node they share; other orders are as correct, and slower.
+  // Slots whose prefix interval holds each target: prefix(slot) <= target < prefix(slot + 1). All targets
+  // must be below total(). On return `target` holds the offset inside the leaf. Ascending targets (stratified
+  // draws) cost one sweep of each node they share; other orders are as correct, and slower.
   void find(int64_t count, uint64_t* target, int64_t* slot) const {
     for (int64_t i = 0; i < count; ++i) slot[i] = 0;
     for (int level = layout_.levels - 1; level >= 1; --level) {
-      descend<8>(sums_ + layout_.offset[level], layout_.count[level], count, target, slot);
+      descend(sums_ + layout_.offset[level], layout_.count[level], count, target, slot);
     }
     if (layout_.capacity > kPrefetchAbove) {
       for (int64_t i = 0; i < count; ++i) {
@@ -105,16 +105,18 @@ class PriorityTree {
         for (int line = 0; line < 16; ++line) __builtin_prefetch(block + 64 * line);
       }
     }
-    descend<16>(leaves_, layout_.capacity, count, target, slot);
+    descend(leaves_, layout_.capacity, count, target, slot);
   }
 
  private:
   // Beyond this many leaves (1 MB) they are not in a core's cache.
   static constexpr int64_t kPrefetchAbove = 262144;
+  // Children summed before they are searched.
+  static constexpr int kGroup = 8;
 
   // One level down: `slot` holds nodes on entry, their children on return. Groups are summed before they are
   // searched, which the compiler turns into vector adds.
-  template <int Group, typename Mass>
+  template <typename Mass>
   static void descend(const Mass* masses, int64_t size, int64_t count, uint64_t* target, int64_t* slot) {
     int64_t node = -1, child = 0;
     uint64_t passed = 0, previous = 0;  // mass of the node's children before `child`
@@ -127,12 +129,12 @@ class PriorityTree {
       previous = target[i];
       uint64_t rest = target[i] - passed;
       for (;;) {
-        if (child % Group == 0 && child + Group <= size) {
+        if (child % kGroup == 0 && child + kGroup <= size) {
           uint64_t sum = 0;
-          for (int k = 0; k < Group; ++k) sum += masses[child + k];
+          for (int k = 0; k < kGroup; ++k) sum += masses[child + k];
           if (rest >= sum) {
             rest -= sum;
-            child += Group;
+            child += kGroup;
             continue;
           }
         }
@@ -150,9 +152,10 @@ class PriorityTree {
   uint64_t* sums_;
 };
 
-// Draw i's target. Stratified: uniform in the i-th of `count` equal parts of [0, total), bounds floor(i total /
-// count), so the targets ascend. Independent: uniform in [0, total).
-inline void draw_targets(uint64_t total, int64_t count, bool stratified, const uint64_t* uniform, uint64_t* target) {
+// Draw i's target. Stratified: uniform in the i-th of `count` equal parts of [0, total), bounds floor(i total
+// / count), so the targets ascend. Independent: uniform in [0, total).
+inline void draw_targets(uint64_t total, int64_t count, bool stratified, const uint64_t* uniform,
+                         uint64_t* target) {
   const auto mulhi = [](uint64_t a, uint64_t b) {
     return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
   };

@@ -1,7 +1,7 @@
 // Which slot the next row goes to, and which row that evicts.
 //
-// A row is known by (slot, generation): the generation is the running number of its insertion (mod 2^32), so it
-// tells a row from those that had the slot before, and orders rows by age.
+// A row is known by (slot, generation): the generation is the running number of its insertion (mod 2^32), so
+// it tells a row from those that had the slot before, and orders rows by age.
 #pragma once
 
 #include <algorithm>
@@ -129,7 +129,8 @@ class RingSlots {
     return qa != qb ? qa < qb : age(a) > age(b);
   }
 
-  // The row of least priority, the oldest of equals. Minima are kept by block and renewed where priorities moved.
+  // The row of least priority, the oldest of equals. Minima are kept by block and renewed where priorities
+  // moved.
   int64_t lowest() {
     int64_t best = -1;
     for (size_t block = 0; block < block_lowest_.size(); ++block) {

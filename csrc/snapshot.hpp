@@ -4,8 +4,8 @@
 //   table entry: name, zero padded to 24 bytes; u64 offset; u64 length; u64 CRC-64 of the section
 //   after the table: u64 CRC-64 of everything before it; then the sections, each aligned to 64, zeros between
 //
-// All numbers are little-endian. Every byte is under a checksum or must be zero, and a CRC finds any error of up
-// to 64 bits in a row: no single damaged byte passes. The decoder trusts nothing it has not bounded.
+// All numbers are little-endian. Every byte is under a checksum or must be zero, and a CRC finds any error of
+// up to 64 bits in a row: no single damaged byte passes. The decoder trusts nothing it has not bounded.
 #pragma once
 
 #include <fcntl.h>
@@ -75,7 +75,9 @@ class Crc64 {
 
 namespace detail {
 
-inline uint64_t aligned(uint64_t offset) { return (offset + kSnapshotAlign - 1) / kSnapshotAlign * kSnapshotAlign; }
+inline uint64_t aligned(uint64_t offset) {
+  return (offset + kSnapshotAlign - 1) / kSnapshotAlign * kSnapshotAlign;
+}
 
 template <typename T>
 void put(std::vector<uint8_t>& out, T value) {
@@ -91,7 +93,8 @@ T get(const uint8_t* data) {
 
 class File {
  public:
-  File(const std::string& path, int flags) : path_(path), handle_(::open(path.c_str(), flags | O_CLOEXEC, 0644)) {
+  File(const std::string& path, int flags)
+      : path_(path), handle_(::open(path.c_str(), flags | O_CLOEXEC, 0644)) {
     if (handle_ < 0) fail("cannot open");
   }
   File(const File&) = delete;
@@ -219,13 +222,17 @@ inline std::vector<Section> decode_snapshot(const uint8_t* data, uint64_t size) 
   uint64_t at = table_end + 8;
   const auto check_padding = [&](uint64_t end) {
     for (; at < end; ++at)
-      if (data[at] != 0) throw SnapshotError("damaged: padding at byte " + std::to_string(at) + " is not zero");
+      if (data[at] != 0)
+        throw SnapshotError("damaged: padding at byte " + std::to_string(at) + " is not zero");
   };
   for (uint32_t i = 0; i < count; ++i) {
     const uint8_t* entry = data + kSnapshotHeader + i * kSnapshotEntry;
     const uint8_t* name_end = std::find(entry, entry + kSnapshotName, 0);
+    if (name_end == entry || !std::all_of(entry, name_end, [](uint8_t c) { return c > 32 && c < 127; }))
+      throw SnapshotError("damaged: section " + std::to_string(i) + " has no printable name");
     const std::string name(entry, name_end);
-    const uint64_t offset = get<uint64_t>(entry + kSnapshotName), length = get<uint64_t>(entry + kSnapshotName + 8);
+    const uint64_t offset = get<uint64_t>(entry + kSnapshotName),
+                   length = get<uint64_t>(entry + kSnapshotName + 8);
     if (offset != detail::aligned(at) || offset > size || length > size - offset)
       throw SnapshotError("damaged: section '" + name + "' lies outside the file");
     check_padding(offset);

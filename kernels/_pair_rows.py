@@ -51,7 +51,9 @@ def _jsd_terms(gap, p, q, present, beta, NEAR: tl.constexpr):
         y = beta * (delta + delta * delta * _series(delta))
         z = y / (2.0 + y)
         v = z * z
-        log1p = 2.0 * z * (1.0 + v * (1.0 / 3 + v * (1.0 / 5 + v * (1.0 / 7 + v * (1.0 / 9 + v * (1.0 / 11))))))
+        log1p = (
+            2.0 * z * (1.0 + v * (1.0 / 3 + v * (1.0 / 5 + v * (1.0 / 7 + v * (1.0 / 9 + v * (1.0 / 11))))))
+        )
         q_over_m = tl.where(near, -log1p, q_over_m)
         p_over_m = tl.where(near, delta - log1p, p_over_m)
     w_s = (1.0 - beta) * q * q_over_m
@@ -107,7 +109,9 @@ def _odds(logits, at, k, top, total):
 
 
 @triton.jit
-def _gradient(w, total, prob, scale, divergence_weight, odds_slope, is_target, LAYOUT: tl.constexpr, KIND: tl.constexpr):
+def _gradient(
+    w, total, prob, scale, divergence_weight, odds_slope, is_target, LAYOUT: tl.constexpr, KIND: tl.constexpr
+):
     """∂loss/∂logit of a tile: the softmax's derivative, and for DKD the target class's share."""
     grad = w - prob * _per_row(total, LAYOUT)
     if KIND == 1:
@@ -164,7 +168,9 @@ def pair_tile_kernel(
             classes = tl.arange(0, CHUNKS)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
         else:
             classes = tl.arange(0, CHUNKS)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    scale, counts = row_factor(rows, valid, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM)
+    scale, counts = row_factor(
+        rows, valid, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
+    )
     # Outer strides come in units that divide them all: the compiler sees the alignment, and loads stay wide.
     outer = tl.cast(outer, tl.int64) * UNIT
     within = tl.cast(within, tl.int64)
@@ -264,8 +270,12 @@ def _walk(
     for start in range(0, V, BLOCK):
         classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
         live = classes < V
-        s = _without(tl.load(s_row + classes * s_class, mask=live, other=float("-inf")), classes == target, KIND)
-        t = _without(tl.load(t_row + classes * t_class, mask=live, other=float("-inf")), classes == target, KIND)
+        s = _without(
+            tl.load(s_row + classes * s_class, mask=live, other=float("-inf")), classes == target, KIND
+        )
+        t = _without(
+            tl.load(t_row + classes * t_class, mask=live, other=float("-inf")), classes == target, KIND
+        )
         q = tl.exp2(s * k - s_top) * s_inv
         p = tl.exp2(t * k - t_top) * t_inv
         gap = _clamped_gap(s, t, k, log_ratio, KIND)
@@ -310,7 +320,9 @@ def pair_loop_kernel(
     k = inv_t * 1.4426950408889634
     row = tl.program_id(0)
     outer, within = tl.cast(row // inner, tl.int64) * UNIT, tl.cast(row % inner, tl.int64)
-    scale, counts = row_factor(row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM)
+    scale, counts = row_factor(
+        row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
+    )
     s_row = s_ptr + outer * s_outer + within * s_inner
     t_row = t_ptr + outer * t_outer + within * t_inner
     target = row * 0
@@ -326,8 +338,12 @@ def pair_loop_kernel(
     for start in range(0, V, BLOCK):
         classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
         live = classes < V
-        s = _without(tl.load(s_row + classes * s_class, mask=live, other=float("-inf")), classes == target, KIND)
-        t = _without(tl.load(t_row + classes * t_class, mask=live, other=float("-inf")), classes == target, KIND)
+        s = _without(
+            tl.load(s_row + classes * s_class, mask=live, other=float("-inf")), classes == target, KIND
+        )
+        t = _without(
+            tl.load(t_row + classes * t_class, mask=live, other=float("-inf")), classes == target, KIND
+        )
         s_new, t_new = tl.maximum(s_peak, s), tl.maximum(t_peak, t)
         s_acc = s_acc * tl.exp2((s_peak - s_new) * k) + tl.exp2((s - s_new) * k)
         t_acc = t_acc * tl.exp2((t_peak - t_new) * k) + tl.exp2((t - t_new) * k)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._fixed_point import QUANTUM_MAX, fixed_pow, mass_of, round_mass
 from .philox import uniform_u64
 
 # Positions in `meta`, as in csrc/ring_slots.hpp.
@@ -29,80 +30,7 @@ BAD_LABEL = tl.constexpr(13)
 EMPTY_SLOT = tl.constexpr(14)
 EVICTED = tl.constexpr(15)
 
-QUANTUM_MAX = tl.constexpr(4294967295.0)
 FLOAT_INF_BITS = tl.constexpr(0x7F800000)
-
-
-# --- fixed point: line for line csrc/fixed_point.hpp ---------------------------------------------------------
-
-
-@triton.jit
-def _fixed_log2(x):  # type: ignore[no-untyped-def]
-    bits = x.to(tl.int64, bitcast=True)
-    biased = (bits + (0x3FF0000000000000 - 0x3FE6A09E667F3BCD)) >> 52
-    m = (bits - (biased << 52) + 0x3FF0000000000000).to(tl.float64, bitcast=True)
-    e = (biased - 1023).to(tl.float64)
-    s = (m - 1.0) / (m + 1.0)
-    z = s * s
-    p = z * (1.0 / 21.0) + 1.0 / 19.0
-    p = p * z + 1.0 / 17.0
-    p = p * z + 1.0 / 15.0
-    p = p * z + 1.0 / 13.0
-    p = p * z + 1.0 / 11.0
-    p = p * z + 1.0 / 9.0
-    p = p * z + 1.0 / 7.0
-    p = p * z + 1.0 / 5.0
-    p = p * z + 1.0 / 3.0
-    p = p * z + 1.0
-    return e + (s * p) * 2.8853900817779268
-
-
-@triton.jit
-def _fixed_exp2(y):  # type: ignore[no-untyped-def]
-    shifted = y + 6755399441055744.0
-    t = (y - (shifted - 6755399441055744.0)) * 0.6931471805599453
-    p = t * (1.0 / 6227020800.0) + 1.0 / 479001600.0
-    p = p * t + 1.0 / 39916800.0
-    p = p * t + 1.0 / 3628800.0
-    p = p * t + 1.0 / 362880.0
-    p = p * t + 1.0 / 40320.0
-    p = p * t + 1.0 / 5040.0
-    p = p * t + 1.0 / 720.0
-    p = p * t + 1.0 / 120.0
-    p = p * t + 1.0 / 24.0
-    p = p * t + 1.0 / 6.0
-    p = p * t + 1.0 / 2.0
-    p = p * t + 1.0
-    p = p * t + 1.0
-    return (p.to(tl.int64, bitcast=True) + (shifted.to(tl.int64, bitcast=True) << 52)).to(
-        tl.float64, bitcast=True
-    )
-
-
-@triton.jit
-def _fixed_pow(x, exponent):  # type: ignore[no-untyped-def]
-    y = _fixed_log2(x) * exponent
-    y = tl.where(y > 512.0, 512.0, y)
-    y = tl.where(y < -512.0, -512.0, y)
-    return _fixed_exp2(y)
-
-
-@triton.jit
-def _mass(magnitude, alpha_bits, eps_bits, scale_bits):  # type: ignore[no-untyped-def]
-    """(|δ| + ε)^α · scale in float64, before rounding."""
-    alpha = alpha_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    eps = eps_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    scale = scale_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    return _fixed_pow(magnitude.to(tl.float64) + eps, alpha) * scale
-
-
-@triton.jit
-def _round(mass):  # type: ignore[no-untyped-def]
-    """To the nearest integer, ties to even, in [1, 2³² − 1], as int64."""
-    # tl.full, since tl.where would round a literal to float32.
-    value = tl.where(mass > QUANTUM_MAX, tl.full(mass.shape, 4294967295.0, tl.float64), mass)
-    value = tl.where(value < 1.0, 1.0, value)
-    return (value + 4503599627370496.0).to(tl.int64, bitcast=True) & 0xFFFFFFFF
 
 
 @triton.jit
@@ -226,7 +154,7 @@ def replay_sample(  # type: ignore[no-untyped-def]
     quantum = _u32(tl.load(leaves + slot)).to(tl.float64)
     mass, live = total.to(tl.float64), tl.load(meta + LIVE).to(tl.float64)
     beta = beta_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    weight = _fixed_pow(mass / (live * quantum), beta)
+    weight = fixed_pow(mass / (live * quantum), beta)
     tl.store(out_index + draw, slot, mask=valid)
     tl.store(out_labels + draw, tl.load(labels + slot).to(tl.int64), mask=valid)
     tl.store(out_generation + draw, _u32(tl.load(generation + slot)), mask=valid)
@@ -252,11 +180,15 @@ def replay_gather(  # type: ignore[no-untyped-def]
     slot = tl.load(index + draw)
     first = tl.program_id(1) * BLOCK
     last = tl.minimum(first + BLOCK, words)
-    _copy_rows(rows, out_rows, slot, draw, slot < capacity, gain, bias, first, last, words, plane, BLOCK, AFFINE)
+    _copy_rows(
+        rows, out_rows, slot, draw, slot < capacity, gain, bias, first, last, words, plane, BLOCK, AFFINE
+    )
 
 
 @triton.jit
-def _admitted(meta, leaves, generation, slot, priority, row_generation, inside, capacity, CHECKED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _admitted(
+    meta, leaves, generation, slot, priority, row_generation, inside, capacity, CHECKED: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """Which rows of an update may be written, and why the others may not."""
     in_range = inside & (slot >= 0) & (slot < capacity)
     there = in_range & (tl.load(leaves + slot, mask=in_range, other=0) != 0)
@@ -305,8 +237,8 @@ def replay_update(  # type: ignore[no-untyped-def]
         beaten |= tl.max((same & wins).to(tl.int32), 1)
     writes = admitted & (beaten == 0)
 
-    mass = _mass(value, alpha_bits, eps_bits, scale_bits)
-    quantum = _round(mass)
+    mass = mass_of(value, alpha_bits, eps_bits, scale_bits)
+    quantum = round_mass(mass)
     before = _u32(tl.load(leaves + slot, mask=writes, other=0))
     tl.store(leaves + slot, quantum.to(tl.int32), mask=writes)
     tl.store(delta + slot, value, mask=writes)
@@ -351,8 +283,8 @@ def replay_add(  # type: ignore[no-untyped-def]
         finite = (given.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < FLOAT_INF_BITS
         value = tl.where(finite, given, value)
         _count(meta, NON_FINITE, inside & (finite == 0))
-    mass = _mass(value, alpha_bits, eps_bits, scale_bits)
-    quantum = _round(mass)
+    mass = mass_of(value, alpha_bits, eps_bits, scale_bits)
+    quantum = round_mass(mass)
     before = _u32(tl.load(leaves + slot, mask=inside, other=0))
     evicts = inside & (before != 0)
     old_label = tl.load(labels + slot, mask=evicts, other=-1)
@@ -369,7 +301,9 @@ def replay_add(  # type: ignore[no-untyped-def]
     tl.store(labels + slot, label.to(tl.int32), mask=inside)
     tl.store(generation + slot, (inserted + row).to(tl.int32), mask=inside)
     one = tl.full([ROWS], 1, tl.int64)
-    tl.atomic_add(class_counts + old_label, -one, mask=(old_label >= 0) & (old_label < classes), sem="relaxed")
+    tl.atomic_add(
+        class_counts + old_label, -one, mask=(old_label >= 0) & (old_label < classes), sem="relaxed"
+    )
     tl.atomic_add(class_counts + label, one, mask=inside & (label >= 0) & (label < classes), sem="relaxed")
     _add_to_sums(sums, slot, quantum - before, inside, offset1, offset2, offset3, LEVELS)
     _count(meta, LIVE, inside & (before == 0))

@@ -13,83 +13,38 @@ With δ = log p - log q and S = Σ p·expm1(-δ), which is 0 but for the roundin
 Bytes moved, N = elements of one logit tensor: 2N for the loss alone; 3N with the student's gradient, 4N with
 both, written by the forward launch. A backward whose upstream gradient is 1 moves nothing; otherwise it
 recomputes (3N or 4N), so that a half-precision gradient is rounded once. Rows that do not fit on the chip
-(V > 16384) are read twice: 5N.
+(V > 16384, on a cluster of 8 programs V > 131072) are read twice: 5N. Cross-entropy and statistics
+(_kl_labels.py) move nothing more of size N.
 
-Launch plans: :func:`kl_plan`. Kernel bodies: _kl_rows.py.
+Budgets, in lane instructions an element of the compiled common path, for the student's gradient (+t: both).
+tests/test_audit_losses.py holds the compiler to them:
+
+    10 float32              52
+    100 float32             36
+    1000 bfloat16           33
+    1000+t bfloat16         38
+    1271 bfloat16           40
+    8192 bfloat16           37
+    13x512x1024 float32     28
+    19x512x1024 float32     28
+    19x512x1024 bfloat16    33
+    21x512x1024 float32     29
+    150x512x1024 float32    75
+
+Launch plans: _kl_plan.py. Kernel bodies: the other _kl_*.py.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from . import _kl_rows
-from .launch import arrival_counter, as_rows, device_guard, launch, triton_version
-
-# Orders of a tile's dimensions, as _kl_rows.py reads them.
-CHUNK_ROW_LANE, ROW_CHUNK_LANE, CLASS_PIXEL, ONE_ROW = range(4)
-
-#: A row pair up to this many classes stays in registers.
-MAX_ROW = 16384
-#: The same for the class dimension of [B, C, H, W].
-MAX_CLASSES = 512
-
-
-@dataclass(frozen=True)
-class KLPlan:
-    """What one launch looks like.
-
-    Attributes:
-        regime: ``"rows"`` (rows in registers), ``"classes"`` (class dimension not last) or ``"two_pass"``.
-        layout: The tile's order, one of the constants above.
-        chunks: Classes a lane group steps over; ``chunks * width`` ≥ V (for two_pass: one block).
-        rows: Rows (or pixels) a program handles.
-        width: Neighbouring classes handled together by one row's lanes.
-        num_warps: Warps a program.
-    """
-
-    regime: str
-    layout: int
-    chunks: int
-    rows: int
-    width: int
-    num_warps: int
-
-
-def kl_plan(num_classes: int, inner: int, class_stride: int, itemsize: int) -> KLPlan:
-    """Choose the launch plan of the KL kernels.
-
-    A row's classes are spread over as few lanes as leave each thread about 32 elements of each tensor: fewer
-    lanes mean fewer shuffles, more elements mean spills. Tile orders and sizes come from compiled prototypes
-    (instructions an element and registers), not from timings.
-
-    Args:
-        num_classes: V.
-        inner: Rows that are neighbours in memory; 1 when the class dimension is the last.
-        class_stride: Elements between neighbouring classes.
-        itemsize: Bytes of the widest logit element.
-    """
-    padded = max(2, triton.next_power_of_2(num_classes))
-    if class_stride != 1 and inner > 1 and padded <= MAX_CLASSES:
-        # bf16 loads hold 8 pixels a thread: half as many threads as float32 for the same wide loads.
-        pixels = max(32, min(256, 8192 // padded)) if itemsize == 2 else max(32, min(256, 4096 // padded))
-        warps = 8 if itemsize > 2 and padded * pixels >= 8192 else 4
-        return KLPlan("classes", CLASS_PIXEL, padded, pixels, 1, warps)
-    if padded > MAX_ROW:
-        return KLPlan("two_pass", ONE_ROW, 4096, 1, 1, 8)
-    if padded > 1024:
-        return KLPlan("rows", ONE_ROW, padded, 1, 1, min(16, max(2, padded // 1024)))
-    vector = 16 // itemsize
-    while vector > 2 and num_classes % vector:  # a pair at least: single lanes compile badly
-        vector //= 2
-    lanes = min(32, max(1, padded // 32))
-    width = min(padded, lanes * vector)
-    order = ROW_CHUNK_LANE if triton_version() < (3, 7) else CHUNK_ROW_LANE
-    return KLPlan("rows", order, padded // width, 128 // lanes, width, 4)
+from . import _kl_chunks, _kl_classes, _kl_rows, _kl_split, _kl_two_pass
+from ._kl_plan import CLASS_PIXEL, KLPlan, kl_plan, machine_of
+from .launch import RowLayout, arrival_counter, as_rows, device_guard, launch
 
 
 class Scale(NamedTuple):
@@ -105,6 +60,28 @@ class Scale(NamedTuple):
     mask: torch.Tensor | None
 
 
+class Labels(NamedTuple):
+    """Hard labels on the same pass (_kl_labels.py).
+
+    ``label`` is int64, one a row; ``factor`` its float32 factor in the loss, 0 where it is ignored. ``second``
+    and ``second_factor`` are the same for the other label of a mixed sample, or None. All contiguous.
+    """
+
+    label: torch.Tensor
+    factor: torch.Tensor
+    second: torch.Tensor | None
+    second_factor: torch.Tensor | None
+    smoothing: float
+
+
+class Statistics(NamedTuple):
+    """Written a row, when given: the teacher's class (int64), its probability at T = 1 (float32), agreement (bool)."""
+
+    teacher_class: torch.Tensor
+    teacher_prob: torch.Tensor
+    agreement: torch.Tensor
+
+
 def kd_kl(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -117,6 +94,8 @@ def kd_kl(
     grad_teacher: torch.Tensor | None = None,
     upstream: torch.Tensor | None = None,
     exit_if_one: bool = False,
+    labels: Labels | None = None,
+    statistics: Statistics | None = None,
 ) -> torch.Tensor:
     """Launch the KL kernel once.
 
@@ -131,6 +110,8 @@ def kd_kl(
         grad_teacher: The same for the teacher.
         upstream: Multiplies loss and gradients: one value, or contiguous, one a row.
         exit_if_one: Do nothing if the single upstream value is 1: the gradients are there already.
+        labels: Add the cross-entropy with these labels.
+        statistics: Also written.
 
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.
@@ -160,6 +141,8 @@ def kd_kl(
             grad_teacher=grads[1],
             upstream=upstream,
             exit_if_one=exit_if_one,
+            labels=labels,
+            statistics=statistics,
         )
         for grad, computed in zip((grad_student, grad_teacher), grads):
             if grad is not None:
@@ -170,28 +153,48 @@ def kd_kl(
     gs_strides = next(strides) if grad_student is not None else (0, 0, 0)
     gt_strides = next(strides) if grad_teacher is not None else (0, 0, 0)
 
-    itemsize = max(student.itemsize, teacher.itemsize)
-    plan = kl_plan(num_classes, layout.inner, min(s_strides[2], t_strides[2]), itemsize)
-    if plan.regime == "classes":
+    plain = labels is None and statistics is None
+    plan = _plan(student, teacher, grad_student, grad_teacher, layout, num_classes, plain)
+    # A cluster's programs would each count themselves, so its rows are summed by a launch of their own.
+    in_launch = reduce and plan.regime != "cluster"
+    if reduce and not in_launch and rows is None:
+        rows = student.new_empty(shape, dtype=torch.float32)
+    if plan.layout == CLASS_PIXEL:
         grid = (layout.outer * triton.cdiv(layout.inner, plan.rows),)
     else:
-        grid = (triton.cdiv(num_rows, plan.rows),)
-    partial = student.new_empty(grid, dtype=torch.float32) if reduce else None
-    counter = arrival_counter(student.device) if reduce else None
+        grid = (triton.cdiv(num_rows, plan.rows) * plan.splits,)
+    partial = student.new_empty(grid, dtype=torch.float32) if in_launch else None
+    counter = arrival_counter(student.device) if in_launch else None
     unit = math.gcd(16, *(stride[0] for stride in (s_strides, t_strides, gs_strides, gt_strides)))
-    kernel = _kl_rows.kd_kl_two_pass_kernel if plan.regime == "two_pass" else _kl_rows.kd_kl_tile_kernel
-    tile = (
-        {"BLOCK": plan.chunks}
-        if plan.regime == "two_pass"
-        else {
-            "LAYOUT": plan.layout,
-            "CHUNKS": plan.chunks,
-            "ROWS": plan.rows,
-            "WIDTH": plan.width,
-            "INNER_ONE": layout.inner == 1,
-        }
-    )
+    kernel, tile = _kernel(plan, layout, num_classes)
+    if labels is not None:
+        tile |= _label_arguments(labels)
+    if statistics is not None:
+        tile |= _statistics_arguments(statistics)
     with device_guard(student):
+        if plan.regime == "split":
+            tile["sums_ptr"] = student.new_empty((grid[0], 5), dtype=torch.float32)
+            launch(
+                _kl_split.kd_kl_split_sums_kernel,
+                grid,
+                student,
+                teacher,
+                tile["sums_ptr"],
+                upstream,
+                *_value_and_pointer(scale.temperature),
+                layout.inner,
+                *_in_units(s_strides, unit),
+                *_in_units(t_strides, unit),
+                V=num_classes,
+                UNIT=unit,
+                BLOCK=plan.chunks,
+                SPLITS=plan.splits,
+                PART=tile["PART"],
+                T_PTR=isinstance(scale.temperature, torch.Tensor),
+                EARLY_EXIT=exit_if_one,
+                num_warps=plan.num_warps,
+                enable_fp_fusion=True,
+            )
         launch(
             kernel,
             grid,
@@ -226,11 +229,95 @@ def kd_kl(
             GRAD_S=grad_student is not None,
             GRAD_T=grad_teacher is not None,
             STORE_ROWS=rows is not None,
-            REDUCE=reduce,
+            REDUCE=in_launch,
             num_warps=plan.num_warps,
+            num_ctas=plan.num_ctas,
             enable_fp_fusion=True,
         )
+    if reduce and not in_launch:
+        return rows.sum()
     return loss if reduce else rows
+
+
+def _plan(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    grad_student: torch.Tensor | None,
+    grad_teacher: torch.Tensor | None,
+    layout: RowLayout,
+    num_classes: int,
+    plain: bool,
+) -> KLPlan:
+    tensors = [x for x in (student, teacher, grad_student, grad_teacher) if x is not None]
+    itemsize = max(student.itemsize, teacher.itemsize)
+    outer, _, class_stride = layout.strides[0]
+    unaligned = (
+        layout.inner == 1
+        and class_stride == 1
+        and outer * itemsize % 16 != 0
+        and all(strides == layout.strides[0] for strides in layout.strides)
+        and all(x.itemsize == itemsize and x.data_ptr() % 16 == 0 for x in tensors)
+    )
+    return kl_plan(
+        num_classes,
+        layout.inner,
+        min(strides[2] for strides in layout.strides[:2]),
+        itemsize,
+        num_rows=layout.outer * layout.inner,
+        machine=machine_of(student.device),
+        unaligned=unaligned,
+        both=grad_teacher is not None,
+        plain=plain,
+    )
+
+
+def _kernel(plan: KLPlan, layout: RowLayout, num_classes: int) -> tuple[Any, dict[str, Any]]:
+    """The kernel of a plan, and the arguments that only it has."""
+    if plan.regime == "class_tuple":
+        return _kl_classes.kd_kl_classes_kernel, {"PIXELS": plan.rows}
+    if plan.regime == "two_pass":
+        return _kl_two_pass.kd_kl_two_pass_kernel, {"BLOCK": plan.chunks}
+    if plan.regime == "split":
+        blocks = triton.cdiv(num_classes, plan.chunks * plan.splits)
+        return _kl_split.kd_kl_split_kernel, {
+            "BLOCK": plan.chunks,
+            "SPLITS": plan.splits,
+            "PART": blocks * plan.chunks,
+        }
+    if plan.regime == "chunks":
+        return _kl_chunks.kd_kl_chunks_kernel, {
+            "CHUNKS": plan.chunks,
+            "ROWS": plan.rows,
+            "WIDTH": plan.width,
+            "WINDOW": plan.window,
+        }
+    return _kl_rows.kd_kl_tile_kernel, {
+        "LAYOUT": plan.layout,
+        "CHUNKS": plan.chunks,
+        "ROWS": plan.rows,
+        "WIDTH": plan.width,
+        "INNER_ONE": layout.inner == 1,
+    }
+
+
+def _label_arguments(labels: Labels) -> dict[str, Any]:
+    return {
+        "label_ptr": labels.label,
+        "factor_ptr": labels.factor,
+        "second_label_ptr": labels.second,
+        "second_factor_ptr": labels.second_factor,
+        "smoothing": float(labels.smoothing),
+        "LABELS": 1 if labels.second is None else 2,
+    }
+
+
+def _statistics_arguments(statistics: Statistics) -> dict[str, Any]:
+    return {
+        "class_ptr": statistics.teacher_class,
+        "probability_ptr": statistics.teacher_prob,
+        "agreement_ptr": statistics.agreement,
+        "STATS": True,
+    }
 
 
 def _in_units(strides: tuple[int, int, int], unit: int) -> tuple[int, int, int]:

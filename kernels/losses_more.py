@@ -18,7 +18,7 @@ DKD (Zhao et al. 2022, arXiv:2203.08679, Eq. 7), y the target class, b = σ(λ) 
 
 Bytes moved, N = elements of one logit tensor: 2N for the loss alone, 3N with the student's gradient, 4N with
 both, written by the forward launch; a backward whose upstream gradient is 1 moves nothing, otherwise it
-recomputes. Rows that do not fit on the chip (V > 8192) are read three times: 4N, 7N, 8N.
+recomputes. Rows that do not fit on the chip (V > 8192, with both gradients 4096) are read three times: 4N, 7N, 8N.
 
 Bodies: _pair_rows.py.
 """
@@ -40,7 +40,8 @@ JSD, DKD = 0, 1
 # Orders of a tile's dimensions, as _kl_rows.py reads them.
 CHUNK_ROW_LANE, ROW_CHUNK_LANE, CLASS_PIXEL, ONE_ROW = range(4)
 
-#: A row pair up to this many classes stays in registers.
+#: A row pair up to this many classes stays in registers; half as many where both gradients are written, which
+#: spills on sm_100.
 MAX_ROW = 8192
 #: The same for the class dimension of [B, C, H, W].
 MAX_CLASSES = 256
@@ -67,7 +68,9 @@ class PairPlan:
     num_warps: int
 
 
-def pair_plan(num_classes: int, inner: int, class_stride: int, itemsize: int) -> PairPlan:
+def pair_plan(
+    num_classes: int, inner: int, class_stride: int, itemsize: int, *, both: bool = False
+) -> PairPlan:
     """Choose the launch plan of the JSD and DKD kernels.
 
     As the KL kernel's, with half the elements a thread: a class's two derivatives live beside its two
@@ -78,12 +81,17 @@ def pair_plan(num_classes: int, inner: int, class_stride: int, itemsize: int) ->
         inner: Rows that are neighbours in memory; 1 when the class dimension is the last.
         class_stride: Elements between neighbouring classes.
         itemsize: Bytes of the widest logit element.
+        both: Whether both gradients are written.
     """
     padded = max(2, triton.next_power_of_2(num_classes))
     if class_stride != 1 and inner > 1 and padded <= MAX_CLASSES:
-        return PairPlan("classes", CLASS_PIXEL, padded, max(16, min(256, 2048 // padded)), 1, 8 if padded > 128 else 4)
-    if padded > MAX_ROW:
-        return PairPlan("loop", ONE_ROW, 2048, 1, 1, 8)
+        return PairPlan(
+            "classes", CLASS_PIXEL, padded, max(16, min(256, 2048 // padded)), 1, 8 if padded > 128 else 4
+        )
+    if padded > (MAX_ROW // 2 if both else MAX_ROW):
+        return PairPlan(
+            "loop", ONE_ROW, 4096 // itemsize, 1, 1, 8
+        )  # 16 bytes a thread; twice that spills on sm_80
     if padded > 512:
         return PairPlan("rows", ONE_ROW, padded, 1, 1, max(4, padded // 512))
     vector = 16 // itemsize
@@ -154,7 +162,9 @@ def pair_loss(
     gt_strides = next(strides) if grad_teacher is not None else (0, 0, 0)
 
     itemsize = max(student.itemsize, teacher.itemsize)
-    plan = pair_plan(num_classes, layout.inner, min(s_strides[2], t_strides[2]), itemsize)
+    plan = pair_plan(
+        num_classes, layout.inner, min(s_strides[2], t_strides[2]), itemsize, both=None not in wanted
+    )
     if plan.regime == "classes":
         grid = (layout.outer * triton.cdiv(layout.inner, plan.rows),)
     else:

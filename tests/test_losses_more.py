@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from kdfast import nn as knn
 from kdfast.functional import dkd_loss, jsd_loss, kd_kl_div
 from kdfast.ops import losses_more as ops
+from kdfast.ops._row_loss import flatten
 from tests.conformance import ConformanceSuite, OpCase, assert_verbose_allclose
 from tests.conftest import INTERPRETING, Target
 
@@ -104,6 +105,7 @@ def case(
     tolerance: tuple[float, float] = (3e-5, 5e-6),
     **options: Any,
 ) -> OpCase:
+    dtypes = options.pop("dtypes", DTYPES)
     row_loss = getattr(ops, loss.__name__.removesuffix("_loss"))
 
     def checked(inputs: dict[str, torch.Tensor]) -> tuple[Any, tuple[Any, ...]]:
@@ -112,7 +114,7 @@ def case(
         numbers = (options.get("alpha", 0.0), options["beta"])
         reduce = options.get("reduction", "batchmean") != "none"
         row = ops.Row(inputs.get("target"), None, numbers, dim, 2.0, None, None, 2.0, reduce)
-        return row_loss.op, (*leaves, *ops._flat(row))
+        return row_loss.op, (*leaves, *flatten(row))
 
     return OpCase(
         name=name,
@@ -123,6 +125,7 @@ def case(
         small_shapes=small,
         differentiable=("student", "teacher"),
         cast=("student", "teacher"),
+        dtypes=dtypes,
         launches=1,
         tolerances={torch.float32: tolerance},
         opcheck=checked,
@@ -130,6 +133,8 @@ def case(
     )
 
 
+WIDE = (torch.float32, torch.float64)
+DTYPES = (*WIDE, torch.bfloat16, torch.float16)
 JSD = {"beta": 0.3, "temperature": 2.5}
 DKD = {"alpha": 1.0, "beta": 8.0, "temperature": 4.0}
 LONG = (5e-4, 5e-5)  # a log-sum-exp of 20,000 terms rounds
@@ -137,25 +142,94 @@ LONG = (5e-4, 5e-5)  # a log-sum-exp of 20,000 terms rounds
 # 10 and 19 classes: odd enough to break 16-byte loads; 1000: ImageNet; 3000: one row a program; 20000: does not
 # fit on the chip; 300 across: class dimension 1 beyond the tile that holds it.
 CASES = [
-    case("jsd", jsd_loss, jsd_oracle, [(17, 10), (5, 19), (3, 1), (64, 1000)], [(5, 10), (3, 19), (2, 1)],
-         reduction="sum", **JSD),  # fmt: skip
-    case("jsd_skewed", jsd_loss, jsd_oracle, [(3, 5)], [(3, 5)], beta=0.95, temperature=1.0, reduction="mean"),
+    case(
+        "jsd",
+        jsd_loss,
+        jsd_oracle,
+        [(17, 10), (5, 19), (3, 1), (64, 1000)],
+        [(5, 10), (3, 19), (2, 1)],
+        reduction="sum",
+        **JSD,
+    ),
+    case(
+        "jsd_skewed", jsd_loss, jsd_oracle, [(3, 5)], [(3, 5)], beta=0.95, temperature=1.0, reduction="mean"
+    ),
     case("jsd_rows", jsd_loss, jsd_oracle, [(9, 50), (2, 4, 21)], [(3, 50)], reduction="none", **JSD),
-    case("jsd_long", jsd_loss, jsd_oracle, [(3, 3000), (2, 20_000)], [(1, 3000), (2, 8200)], tolerance=LONG, **JSD),
+    case(
+        "jsd_long",
+        jsd_loss,
+        jsd_oracle,
+        [(3, 3000), (2, 20_000)],
+        [(1, 3000), (2, 8200)],
+        tolerance=LONG,
+        dtypes=WIDE,
+        **JSD,
+    ),
     case("jsd_pixels", jsd_loss, jsd_oracle, [(2, 19, 13, 11), (1, 300, 4, 5)], [(2, 7, 3, 5)], dim=1, **JSD),
-    case("jsd_weighted", jsd_loss, jsd_oracle, [(16, 12), (3, 5, 7, 4)], [(3, 5, 3, 4)], make=weighted(1), dim=1,
-         reduction="rowmean", **JSD),  # fmt: skip
-    case("dkd", dkd_loss, dkd_oracle, [(17, 10), (5, 19), (3, 2), (64, 1000)], [(5, 10), (3, 19), (2, 2)],
-         make=labelled(pair), reduction="sum", **DKD),  # fmt: skip
-    case("dkd_rows", dkd_loss, dkd_oracle, [(9, 50), (2, 4, 21)], [(3, 50)], make=labelled(pair),
-         reduction="none", **DKD),  # fmt: skip
-    case("dkd_long", dkd_loss, dkd_oracle, [(3, 3000), (2, 20_000)], [(1, 3000), (2, 8200)], make=labelled(pair),
-         tolerance=LONG, **DKD),  # fmt: skip
-    case("dkd_pixels", dkd_loss, dkd_oracle, [(2, 19, 13, 11), (1, 300, 4, 5)], [(2, 7, 3, 5)],
-         make=labelled(pair, 1), dim=1, **DKD),  # fmt: skip
-    case("dkd_weighted", dkd_loss, dkd_oracle, [(16, 12), (3, 5, 7, 4)], [(3, 5, 3, 4)],
-         make=labelled(weighted(1), 1), dim=1, reduction="rowmean", **DKD),  # fmt: skip
-]  # fmt: skip
+    case(
+        "jsd_weighted",
+        jsd_loss,
+        jsd_oracle,
+        [(16, 12), (3, 5, 7, 4)],
+        [(3, 5, 3, 4)],
+        make=weighted(1),
+        dim=1,
+        reduction="rowmean",
+        **JSD,
+    ),
+    case(
+        "dkd",
+        dkd_loss,
+        dkd_oracle,
+        [(17, 10), (5, 19), (3, 2), (64, 1000)],
+        [(5, 10), (3, 19), (2, 2)],
+        make=labelled(pair),
+        reduction="sum",
+        **DKD,
+    ),
+    case(
+        "dkd_rows",
+        dkd_loss,
+        dkd_oracle,
+        [(9, 50), (2, 4, 21)],
+        [(3, 50)],
+        make=labelled(pair),
+        reduction="none",
+        **DKD,
+    ),
+    case(
+        "dkd_long",
+        dkd_loss,
+        dkd_oracle,
+        [(3, 3000), (2, 20_000)],
+        [(1, 3000), (2, 8200)],
+        make=labelled(pair),
+        tolerance=LONG,
+        dtypes=WIDE,
+        **DKD,
+    ),
+    case(
+        "dkd_pixels",
+        dkd_loss,
+        dkd_oracle,
+        [(2, 19, 13, 11), (1, 300, 4, 5)],
+        [(2, 7, 3, 5)],
+        make=labelled(pair, 1),
+        dim=1,
+        **DKD,
+    ),
+    case(
+        "dkd_weighted",
+        dkd_loss,
+        dkd_oracle,
+        [(16, 12), (3, 5, 7, 4)],
+        [(3, 5, 3, 4)],
+        make=labelled(weighted(1), 1),
+        dim=1,
+        reduction="rowmean",
+        **DKD,
+    ),
+]
 
 
 class TestConformance(ConformanceSuite):
@@ -181,7 +255,9 @@ def jsd_of(s: torch.Tensor, t: torch.Tensor, **options: Any) -> torch.Tensor:
 
 
 def dkd_of(s: torch.Tensor, t: torch.Tensor, **options: Any) -> torch.Tensor:
-    return dkd_loss(s, t, classes(*s.shape[:-1], below=s.shape[-1], device=s.device.type), temperature=2.0, **options)
+    return dkd_loss(
+        s, t, classes(*s.shape[:-1], below=s.shape[-1], device=s.device.type), temperature=2.0, **options
+    )
 
 
 def jsd_exact(s: torch.Tensor, t: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -231,7 +307,9 @@ def test_dkd_parts_recompose_the_kl(target: Target) -> None:
     tckd = dkd_loss(s, t, y, alpha=1.0, beta=0.0, temperature=2.0, reduction="none")
     nckd = dkd_loss(s, t, y, alpha=0.0, beta=1.0, temperature=2.0, reduction="none")
     rest = 1 - F.softmax(t / 2, -1).gather(-1, y[:, None])[:, 0]
-    torch.testing.assert_close(tckd + rest * nckd, kd_kl_div(s, t, 2.0, reduction="none"), rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(
+        tckd + rest * nckd, kd_kl_div(s, t, 2.0, reduction="none"), rtol=2e-5, atol=1e-6
+    )
 
 
 def test_dkd_ignores_rows(target: Target) -> None:
@@ -430,6 +508,8 @@ def test_modules_are_the_functions(target: Target) -> None:
     s, t = logits(4, 7, device=target.device)
     y = classes(4, below=7, device=target.device)
     assert torch.equal(knn.JSDLoss(0.3, 2.0)(s, t), jsd_of(s, t))
-    assert torch.equal(knn.DKDLoss(2.0, 3.0, 2.0)(s, t, y), dkd_loss(s, t, y, alpha=2.0, beta=3.0, temperature=2.0))
+    assert torch.equal(
+        knn.DKDLoss(2.0, 3.0, 2.0)(s, t, y), dkd_loss(s, t, y, alpha=2.0, beta=3.0, temperature=2.0)
+    )
     assert "beta=0.3" in repr(knn.JSDLoss(0.3))
     assert "alpha=2.0" in repr(knn.DKDLoss(2.0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -33,7 +33,15 @@ def make_state(
     rule: PriorityRule = RULE,
 ) -> ReplayState:
     return ReplayState.allocate(
-        capacity, shape, dtype, classes, torch.device(device), seed=SEED, eviction=eviction, rule=rule, strict=False
+        capacity,
+        shape,
+        dtype,
+        classes,
+        torch.device(device),
+        seed=SEED,
+        eviction=eviction,
+        rule=rule,
+        strict=False,
     )
 
 
@@ -81,7 +89,9 @@ def run_update(delta: torch.Tensor, fresh: torch.Tensor, largest: bool = False) 
     return leaves / RULE.scale, state.delta, (state.sums[0].double() / leaves.sum()).reshape(1)
 
 
-def oracle_update(delta: torch.Tensor, fresh: torch.Tensor, largest: bool = False) -> tuple[torch.Tensor, ...]:
+def oracle_update(
+    delta: torch.Tensor, fresh: torch.Tensor, largest: bool = False
+) -> tuple[torch.Tensor, ...]:
     expected = delta.abs()
     for slot in set(INDEX):
         named = [abs(float(f)) for i, f in zip(INDEX, fresh, strict=True) if i == slot and f.isfinite()]
@@ -125,7 +135,7 @@ def case(name: str, run: Any, expected: Any, make: Any, opcheck: Any, **options:
 
 
 class TestConformance(ConformanceSuite):
-    cases = [
+    cases: ClassVar = [
         case("sample", run_sample, oracle_sample, deltas, sample_opcheck),
         case("independent", run_sample, oracle_sample, deltas, None, stratified=False),
         case("update", run_update, oracle_update, updates, update_opcheck),
@@ -151,7 +161,9 @@ class Twin:
         with kdfast.use_backend("reference"):
             expected = op(self.there, *args)
         if got is not None:
-            pairs = [(got, expected)] if isinstance(got, torch.Tensor) else list(zip(got, expected, strict=True))
+            pairs = (
+                [(got, expected)] if isinstance(got, torch.Tensor) else list(zip(got, expected, strict=True))
+            )
             for ours, theirs in pairs:
                 assert torch.equal(ours.cpu(), theirs), op.__name__
         return expected
@@ -326,4 +338,3 @@ def test_the_meta_words_are_the_cores_and_the_kernels() -> None:
     source = (Path(__file__).parents[1] / "kernels" / "_replay_bodies.py").read_text()
     named = {name: int(value) for name, value in re.findall(r"^(\w+) = tl\.constexpr\((\d+)\)", source, re.M)}
     assert named == words
-

@@ -77,7 +77,9 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tm
 
         usage = re.search(r"REG:(\d+) STACK:(\d+)", tool(TOOLS / "cuobjdump", "-res-usage"))
         sass = tool(TOOLS / "nvdisasm")
-        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", sass, re.MULTILINE)
+        opcodes = re.findall(
+            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", sass, re.MULTILINE
+        )
         assert usage
         return Binary(binary.asm["ptx"], opcodes, int(usage[2]), int(usage[1]))
 

@@ -21,7 +21,7 @@ from kdfast.experiments.common import METRICS, Count
 from kdfast.experiments.diffusion_model import SCHEDULER, TRANSFORMER
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
-from kdfast.training.progress import Progress
+from kdfast.training.progress import Progress, Task
 
 VAE = "vae"
 _FEATURE = "kdfast synth --source diffusion"
@@ -94,8 +94,8 @@ def run(config: SynthConfig) -> dict[str, Any]:
     """Make the set, or this process's share of it.
 
     Returns:
-        What ``metrics.json`` holds: ``images``, ``refused`` (non-finite latents, drawn again), ``seconds`` and
-        ``images_per_second`` of this call.
+        What ``metrics.json`` holds: ``images``, ``refused`` (non-finite latents, drawn again), ``seconds`` of
+        this call, and ``images_per_second`` without the time that loading the model took.
 
     Raises:
         ConfigError: A value makes no sense for this model.
@@ -117,7 +117,7 @@ def run(config: SynthConfig) -> dict[str, Any]:
         "images": config.images,
         "refused": refused,
         "seconds": round(seconds, 3),
-        "images_per_second": round(written / seconds, 2),
+        "images_per_second": round(written / max(bar.seconds, 1e-9), 2),
     }
     if complete and (written or not (folder / METRICS).exists()):
         files.write_json(folder / METRICS, metrics)
@@ -128,14 +128,21 @@ class _Bar:
     """Opens a progress bar when it hears of the first count, so that its rate leaves out what was there before."""
 
     def __init__(self, progress: Progress) -> None:
-        self._progress, self._task = progress, None
+        self._progress = progress
+        self._task: Task | None = None
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the first count."""
+        return time.monotonic() - self._started
 
     def __call__(self, done: int, total: int) -> None:
-        task: Any = self._task
-        if task is None:
-            self._task = self._progress.task("synth", total, unit="img", completed=done)  # type: ignore[assignment]
+        if self._task is None:
+            self._started = time.monotonic()
+            self._task = self._progress.task("synth", total, unit="img", completed=done)
         else:
-            task.advance(done - task.completed)
+            self._task.advance(done - self._task.completed)
 
 
 def load_generator(config: SynthConfig, device: torch.device) -> Synthesizer:

@@ -6,7 +6,22 @@ Every function takes tensors in any layout and returns float32 (float64 for floa
 from __future__ import annotations
 
 from kdfast.functional.denoise import denoise_step
-from kdfast.functional.losses import kd_kl_div
-from kdfast.functional.losses_more import dkd_loss, jsd_loss
+from kdfast.functional.feature import noise_mix, reparam_middle_loss
+from kdfast.functional.fused_linear import fused_linear_kd_loss
+from kdfast.functional.losses import KDStatistics, distillation_loss, kd_kl_div, kd_statistics
+from kdfast.functional.losses_more import dist_loss, dkd_loss, jsd_loss, topk_kd_loss
 
-__all__ = ["denoise_step", "dkd_loss", "jsd_loss", "kd_kl_div"]
+__all__ = [
+    "KDStatistics",
+    "denoise_step",
+    "dist_loss",
+    "distillation_loss",
+    "dkd_loss",
+    "fused_linear_kd_loss",
+    "jsd_loss",
+    "kd_kl_div",
+    "kd_statistics",
+    "noise_mix",
+    "reparam_middle_loss",
+    "topk_kd_loss",
+]

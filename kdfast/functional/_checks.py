@@ -85,3 +85,77 @@ def check_rowwise(
     if value.requires_grad:
         raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
     return value
+
+
+def check_number(
+    name: str, value: float | torch.Tensor, logits: torch.Tensor, *, above: float
+) -> float | torch.Tensor:
+    """A float above a bound, or a 0-d tensor on the logits' device (whose value is not read: no sync)."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.requires_grad or value.device != logits.device:
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)} on {value.device}, requires_grad={value.requires_grad}; a 0-d "
+                f"tensor on {logits.device} without gradient, or a float, is needed"
+            )
+        return value.reshape(())
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}; a float or a 0-d tensor is needed")
+    if not (math.isfinite(value) and value > above):
+        raise ValueError(f"{name}: got {value}; a finite value above {above} is needed")
+    return float(value)
+
+
+def check_labels(
+    name: str,
+    labels: torch.Tensor | None,
+    rows: torch.Size,
+    num_classes: int,
+    ignore_index: int,
+    logits: torch.Tensor,
+) -> torch.Tensor | None:
+    """int64 classes, one a row. Their values are looked at on the CPU only, where that does not wait for a GPU."""
+    if labels is None:
+        return None
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"{name}: got {type(labels).__name__}; a tensor of classes is needed")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name}: got dtype {labels.dtype}; int64 classes are needed")
+    if labels.shape != rows:
+        raise ValueError(
+            f"{name}: got shape {tuple(labels.shape)}; {tuple(rows)} is needed, the logits' without the class dimension"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"{name}: is on {labels.device}; the logits are on {logits.device}")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{name}: got class {int(labels[wrong][0])}; accepted: 0 to {num_classes - 1}, or ignore_index "
+                f"({ignore_index})"
+            )
+    return labels
+
+
+def check_lam(
+    lam: float | torch.Tensor, rows: torch.Size, logits: torch.Tensor, dtype: torch.dtype
+) -> float | torch.Tensor:
+    """λ of mixed samples: a float from 0 to 1, or a tensor that broadcasts over the rows."""
+    if isinstance(lam, torch.Tensor):
+        if not lam.is_floating_point():
+            raise TypeError(f"lam: got dtype {lam.dtype}; floating point is needed")
+        if lam.requires_grad:
+            raise ValueError("lam: requires grad; kdfast gives it no gradient, pass lam.detach()")
+        if lam.device != logits.device and lam.dim() > 0:
+            raise ValueError(f"lam: is on {lam.device}; the logits are on {logits.device}")
+        if lam.dim() == 0 or lam.shape == rows:
+            return lam.to(dtype)
+        if len(rows) > 1 and lam.shape == rows[:1]:  # one a sample
+            return lam.to(dtype).reshape(-1, *[1] * (len(rows) - 1))
+        raise ValueError(
+            f"lam: got shape {tuple(lam.shape)}; a float, one value a sample or one a row {tuple(rows)} is needed"
+        )
+    if not isinstance(lam, (int, float)) or isinstance(lam, bool):
+        raise TypeError(f"lam: got {type(lam).__name__}; a float or a tensor is needed")
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam: got {lam}; 0 to 1 is needed")
+    return float(lam)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from kdfast.functional._checks import check_dim, check_logits, check_rowwise, check_temperature
+import kdfast.ops.losses_registered  # noqa: F401  registers torch.ops.kdfast
+from kdfast.functional._checks import (
+    check_dim,
+    check_labels,
+    check_lam,
+    check_logits,
+    check_number,
+    check_rowwise,
+    check_temperature,
+)
 from kdfast.ops import losses as _losses
+from kdfast.reference.losses import compute_dtype
 
 Reduction = Literal["batchmean", "mean", "sum", "none", "rowmean"]
 
-__all__ = ["Reduction", "kd_kl_div"]
+__all__ = ["KDStatistics", "Reduction", "distillation_loss", "kd_kl_div", "kd_statistics"]
 
 
 def kd_kl_div(
@@ -24,6 +34,7 @@ def kd_kl_div(
     reduction: Reduction = "batchmean",
     row_weight: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    divisor: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Temperature-scaled KL divergence from teacher to student, from logits, with both exact gradients.
 
@@ -45,6 +56,8 @@ def kd_kl_div(
         row_weight: A factor a row, of the logits' shape without ``dim``. Gets no gradient.
         mask: bool of that shape; a row where it is False adds nothing and gets no gradient. Only the divisor
             of ``rowmean`` depends on it.
+        divisor: Takes the place of the reduction's own divisor: a float, or a 0-d tensor on the logits' device
+            (a count over all ranks, say; see :class:`kdfast.nn.KDLoss`). Gets no gradient.
 
     Returns:
         A 0-d tensor, or for ``"none"`` the logits' shape without ``dim``; float32, float64 when either input
@@ -58,6 +71,163 @@ def kd_kl_div(
         >>> loss = kd_kl_div(student_logits, teacher_logits, temperature=4.0)
         >>> loss.backward()
     """
+    axis, temperature, row_weight, mask = _check_rows(
+        student, teacher, temperature, dim, reduction, row_weight, mask
+    )
+    if divisor is None:
+        divisor = reduction_divisor(reduction, student, axis, mask)
+    else:
+        divisor = check_number("divisor", divisor, student, above=0.0)
+    return _losses.kd_kl(student, teacher, temperature, axis, row_weight, mask, divisor, reduction != "none")
+
+
+def distillation_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    target: torch.Tensor | None = None,
+    *,
+    temperature: float | torch.Tensor,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    mixed_target: torch.Tensor | None = None,
+    lam: float | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    dim: int = -1,
+    reduction: Reduction = "batchmean",
+    row_weight: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""Distillation and hard-label cross-entropy of the same student logits, in one pass over them.
+
+    ``kd_weight`` · :func:`kd_kl_div` + ``ce_weight`` · cross-entropy (Hinton et al. 2015, section 2), where the
+    cross-entropy is ``F.cross_entropy(student, target, label_smoothing=..., ignore_index=...)`` at temperature 1,
+    averaged over the rows (for ``dim=1`` over the pixels) that are not ignored. With a mixed target (mixup, Zhang et
+    al. 2018; CutMix, Yun et al. 2019) it is λ · CE(target) + (1 - λ) · CE(mixed_target), each averaged over its own
+    rows.
+
+    Args:
+        student: Logits, any shape and strides; float32, bfloat16, float16 or float64.
+        teacher: Logits of the same shape on the same device.
+        target: int64 classes, of the logits' shape without ``dim``. Needed when ``ce_weight`` is not 0.
+        temperature: T > 0 of the distillation term; a float or a 0-d tensor.
+        kd_weight: Factor of the distillation term, ≥ 0.
+        ce_weight: Factor of the cross-entropy, ≥ 0.
+        label_smoothing: Share of the target spread evenly over the classes, 0 to 1.
+        mixed_target: The other label of mixed samples, like ``target``; together with ``lam``.
+        lam: λ, the share of ``target``, 0 to 1: a float, a 0-d tensor, or a tensor of one value a sample or a row.
+        ignore_index: Rows with this target have no cross-entropy; their distillation term stays.
+        dim: The class dimension.
+        reduction: As in :func:`kd_kl_div` for the distillation term. The cross-entropy is averaged for
+            ``"batchmean"``, ``"mean"`` and ``"rowmean"`` (which leaves masked rows out of the count), summed for
+            ``"sum"``, and one value a row for ``"none"``.
+        row_weight: A factor a row, of both terms.
+        mask: bool; a row where it is False adds nothing to either term and gets no gradient.
+
+    Returns:
+        A 0-d tensor, or for ``"none"`` one value a row; float32, float64 when either input is. Where every row is
+        ignored the cross-entropy is 0 (``F.cross_entropy`` has NaN).
+
+    Raises:
+        TypeError: Logits that are not floating point, targets that are not int64, a mask that is not bool.
+        ValueError: A missing ``target`` or ``lam``; shapes, devices, numbers out of what is said above; on the CPU
+            also a target that is no class (on a GPU, where looking would wait for it, the loss is NaN).
+    """
+    axis, temperature, row_weight, mask = _check_rows(
+        student, teacher, temperature, dim, reduction, row_weight, mask
+    )
+    rows = student.shape[:axis] + student.shape[axis + 1 :]
+    kd_weight, ce_weight = _weight("kd_weight", kd_weight), _weight("ce_weight", ce_weight)
+    if _weight("label_smoothing", label_smoothing) > 1:
+        raise ValueError(f"label_smoothing: got {label_smoothing}; 0 to 1 is needed")
+    if (mixed_target is None) != (lam is None):
+        given, missing = ("lam", "mixed_target") if mixed_target is None else ("mixed_target", "lam")
+        raise ValueError(f"{missing}: got None; it is needed together with {given}")
+    if target is None and (ce_weight or mixed_target is not None):
+        raise ValueError("target: got None; it is needed when ce_weight is not 0 or mixed_target is given")
+    classes = student.shape[axis]
+    target = check_labels("target", target, rows, classes, ignore_index, student)
+    mixed_target = check_labels("mixed_target", mixed_target, rows, classes, ignore_index, student)
+    share = None if lam is None else check_lam(lam, rows, student, compute_dtype(student, teacher))
+
+    divisor = reduction_divisor(reduction, student, axis, mask)
+    if isinstance(divisor, torch.Tensor):
+        divisor = divisor.to(compute_dtype(student, teacher))
+    divisor = divisor / kd_weight if kd_weight else math.inf  # the factor is T² over this
+    labels = None
+    if ce_weight and target is not None:
+        dtype = compute_dtype(student, teacher)
+        factor = _label_factor(target, ignore_index, ce_weight, reduction, mask, dtype)
+        second = None
+        if mixed_target is not None and share is not None:
+            second = _label_factor(mixed_target, ignore_index, ce_weight, reduction, mask, dtype) * (
+                1 - share
+            )
+            factor = factor * share
+            second, mixed_target = second.contiguous(), mixed_target.contiguous()
+        labels = _losses.Labels(
+            target.contiguous(), factor.contiguous(), mixed_target, second, float(label_smoothing)
+        )
+    return _losses.kd_kl(
+        student, teacher, temperature, axis, row_weight, mask, divisor, reduction != "none", labels
+    )
+
+
+class KDStatistics(NamedTuple):
+    """What :func:`kd_statistics` returns; each has the logits' shape without the class dimension.
+
+    Attributes:
+        kl: KL(teacher ‖ student) at T, without the factor T²; float32 (float64 for float64 inputs).
+        teacher_class: The teacher's class, the first of equals; int64.
+        teacher_prob: Its probability at T = 1; like ``kl``.
+        agreement: Whether the student's class is the same; bool.
+    """
+
+    kl: torch.Tensor
+    teacher_class: torch.Tensor
+    teacher_prob: torch.Tensor
+    agreement: torch.Tensor
+
+
+def kd_statistics(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    temperature: float | torch.Tensor = 1.0,
+    *,
+    dim: int = -1,
+) -> KDStatistics:
+    """What prioritized replay needs of each sample, in one pass over the logits.
+
+    Nothing of it carries a gradient: it decides what is learnt next, and is not itself a loss.
+
+    Args:
+        student: Logits, any shape and strides; float32, bfloat16, float16 or float64.
+        teacher: Logits of the same shape on the same device.
+        temperature: T > 0 of the divergence; a float or a 0-d tensor.
+        dim: The class dimension.
+
+    Returns:
+        A :class:`KDStatistics`.
+
+    Raises:
+        TypeError: Logits that are not floating point.
+        ValueError: Shapes, devices, ``dim`` or ``temperature`` that do not fit; no classes at all.
+    """
+    axis, temperature, _, _ = _check_rows(student, teacher, temperature, dim, "none", None, None)
+    if student.shape[axis] == 0:
+        raise ValueError("student: has no classes; statistics need one at least")
+    return KDStatistics(*_losses.kd_statistics(student, teacher, temperature, axis))
+
+
+def _check_rows(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    temperature: float | torch.Tensor,
+    dim: int,
+    reduction: str,
+    row_weight: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> tuple[int, float | torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(get_args(Reduction))}")
     check_logits(student, teacher)
@@ -65,19 +235,45 @@ def kd_kl_div(
     temperature = check_temperature(temperature, student)
     rows = student.shape[:axis] + student.shape[axis + 1 :]
     row_weight = check_rowwise("row_weight", row_weight, rows, student)
-    mask = check_rowwise("mask", mask, rows, student)
-    divisor = _divisor(reduction, student, rows, mask)
-    return _losses.kd_kl(student, teacher, temperature, axis, row_weight, mask, divisor, reduction != "none")
+    return axis, temperature, row_weight, check_rowwise("mask", mask, rows, student)
 
 
-def _divisor(
-    reduction: Reduction, student: torch.Tensor, rows: torch.Size, mask: torch.Tensor | None
+def _weight(name: str, value: float) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}; a float is needed")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: got {value}; a finite value, 0 or above, is needed")
+    return float(value)
+
+
+def _label_factor(
+    target: torch.Tensor,
+    ignore_index: int,
+    weight: float,
+    reduction: Reduction,
+    mask: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Each row's factor of the cross-entropy: weight over the count of rows, 0 where the row is ignored."""
+    counts = target != ignore_index
+    if reduction in ("sum", "none"):
+        return counts.to(dtype) * weight
+    counted = counts if reduction != "rowmean" or mask is None else counts & mask
+    # Counted on the device: no host sync. At least 1, so that nothing to count means a loss of 0.
+    return counts * (weight / counted.sum(dtype=dtype).clamp(min=1.0))
+
+
+def reduction_divisor(
+    reduction: Reduction, student: torch.Tensor, axis: int, mask: torch.Tensor | None
 ) -> float | torch.Tensor:
+    """What a reduction divides the sum of the rows by."""
     if reduction == "batchmean":
         return float(student.shape[0]) or math.nan  # 0/0, as F.kl_div has it
     if reduction == "mean":
         return float(student.numel()) or math.nan
     if reduction == "rowmean":
         # Counted on the device: no host sync. At least 1, so that nothing unmasked means a loss of 0.
-        return float(max(1, rows.numel())) if mask is None else mask.sum(dtype=torch.float32).clamp_(min=1.0)
+        if mask is not None:
+            return mask.sum(dtype=torch.float32).clamp_(min=1.0)
+        return float(max(1, math.prod(student.shape[:axis] + student.shape[axis + 1 :])))
     return 1.0

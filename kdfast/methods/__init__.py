@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdfast.methods.dmkd import DMKD, DMKDConfig
+    from kdfast.methods.kdiffusion import Kdiffusion, KdiffusionConfig
 
-_HOME = {"DMKD": "dmkd", "DMKDConfig": "dmkd"}
+_HOME = {
+    "DMKD": "dmkd",
+    "DMKDConfig": "dmkd",
+    "Kdiffusion": "kdiffusion",
+    "KdiffusionConfig": "kdiffusion",
+}
 
-__all__ = ["DMKD", "DMKDConfig"]
+__all__ = ["DMKD", "DMKDConfig", "Kdiffusion", "KdiffusionConfig"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,17 +11,17 @@ returned never changes. Under torch.compile, and for unreduced losses, the backw
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from kdfast.backend import resolve
+from kdfast.ops import _kl_closed
 from kdfast.reference import losses as reference_losses
 
-if TYPE_CHECKING:
-    pass
+Labels = reference_losses.Labels
 
-__all__ = ["kd_kl"]
+__all__ = ["Labels", "kd_kl", "kd_statistics"]
 
 Value = torch.Tensor | float
 
@@ -35,6 +35,7 @@ def kd_kl(
     mask: torch.Tensor | None,
     divisor: Value,
     reduce: bool,
+    labels: Labels | None = None,
 ) -> torch.Tensor:
     """T²·w·KL of each row over ``divisor``, summed when ``reduce``; arguments are checked by the caller.
 
@@ -47,22 +48,32 @@ def kd_kl(
         mask: None, or bool of that shape.
         divisor: A float or a 0-d tensor on the logits' device.
         reduce: Sum the rows.
+        labels: Add w times the cross-entropy with these; tensors of one value a row, contiguous.
     """
-    if resolve(student, teacher) == "reference":
-        return reference_losses.kd_kl(student, teacher, temperature, dim, row_weight, mask, divisor, reduce)
+    if _takes_reference(student, teacher):
+        if labels is None and _kl_closed.usable(student, teacher):
+            closed: torch.Tensor = _kl_closed.KLClosed.apply(  # type: ignore[no-untyped-call]
+                student, teacher, temperature, dim, row_weight, mask, divisor, reduce
+            )
+            return closed
+        return reference_losses.kd_kl(
+            student, teacher, temperature, dim, row_weight, mask, divisor, reduce, labels
+        )
     row_weight = None if row_weight is None else row_weight.contiguous()
     mask = None if mask is None else mask.contiguous()
     if torch.compiler.is_compiling():
-        return _registered(student, teacher, temperature, dim, row_weight, mask, divisor, reduce)
+        return _registered(student, teacher, temperature, dim, row_weight, mask, divisor, reduce, labels)
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
         out: torch.Tensor = _KLFunction.apply(  # type: ignore[no-untyped-call]
-            student, teacher, temperature, dim, row_weight, mask, divisor, reduce
+            student, teacher, temperature, dim, row_weight, mask, divisor, reduce, labels
         )
         return out
     from kdfast.kernels import losses as kernels
 
     scale = kernels.Scale(temperature, divisor, row_weight, mask)
-    result: torch.Tensor = kernels.kd_kl(student, teacher, dim, scale, reduce=reduce, want_rows=not reduce)
+    result: torch.Tensor = kernels.kd_kl(
+        student, teacher, dim, scale, reduce=reduce, want_rows=not reduce, labels=labels
+    )
     return result
 
 
@@ -80,13 +91,14 @@ class _KLFunction(torch.autograd.Function):
         mask: torch.Tensor | None,
         divisor: Value,
         reduce: bool,
+        labels: Labels | None,
     ) -> torch.Tensor:
         from kdfast.kernels import losses as kernels
 
-        ctx.dim, ctx.reduce = dim, reduce
+        ctx.dim, ctx.reduce, ctx.labels = dim, reduce, labels
         ctx.scale = kernels.Scale(temperature, divisor, row_weight, mask)
         ctx.save_for_backward(student, teacher)
-        ctx.grads = _empty_gradients(ctx.needs_input_grad, student, teacher) if reduce else None
+        ctx.grads = empty_gradients(ctx.needs_input_grad, student, teacher) if reduce else None
         grad_student, grad_teacher = ctx.grads or (None, None)
         result: torch.Tensor = kernels.kd_kl(
             student,
@@ -97,6 +109,7 @@ class _KLFunction(torch.autograd.Function):
             want_rows=not reduce,
             grad_student=grad_student,
             grad_teacher=grad_teacher,
+            labels=labels,
         )
         return result
 
@@ -106,9 +119,9 @@ class _KLFunction(torch.autograd.Function):
 
         student, teacher = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the reference differentiates to any order
-            return (*_differentiable_gradients(ctx, student, teacher, upstream), *[None] * 6)
+            return (*_differentiable_gradients(ctx, student, teacher, upstream), *[None] * 7)
         first, ctx.grads = ctx.grads, None
-        grads = first or _empty_gradients(ctx.needs_input_grad, student, teacher)
+        grads = first or empty_gradients(ctx.needs_input_grad, student, teacher)
         kernels.kd_kl(
             student,
             teacher,
@@ -120,8 +133,9 @@ class _KLFunction(torch.autograd.Function):
             grad_teacher=grads[1],
             upstream=upstream.contiguous(),
             exit_if_one=first is not None,
+            labels=ctx.labels,
         )
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, *[None] * 7)
 
 
 def _differentiable_gradients(
@@ -129,7 +143,7 @@ def _differentiable_gradients(
 ) -> list[torch.Tensor | None]:
     temperature, divisor, row_weight, mask = ctx.scale
     out = reference_losses.kd_kl(
-        student, teacher, temperature, ctx.dim, row_weight, mask, divisor, ctx.reduce
+        student, teacher, temperature, ctx.dim, row_weight, mask, divisor, ctx.reduce, ctx.labels
     )
     needs = ctx.needs_input_grad[:2]
     wanted = [x for x, need in zip((student, teacher), needs, strict=True) if need]
@@ -137,25 +151,66 @@ def _differentiable_gradients(
     return [next(grads) if need else None for need in needs]
 
 
-def _empty_gradients(
+def empty_gradients(
     needs: tuple[bool, ...], student: torch.Tensor, teacher: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Memory for the gradients that are needed."""
     return (
         torch.empty_like(student) if needs[0] else None,
         torch.empty_like(teacher) if needs[1] else None,
     )
 
 
-# --- the registered form -------------------------------------------------------------------------------------
-# A 0-d tensor and a float are different arguments to the schema: each value travels as (float, Tensor?).
+def kd_statistics(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: Value, dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(KL without T², teacher's class, its probability at T = 1, agreement) of each row; no gradient."""
+    student, teacher = student.detach(), teacher.detach()
+    if torch.compiler.is_compiling():
+        from kdfast.ops.losses_registered import kd_statistics_op
+
+        out: tuple[torch.Tensor, ...] = kd_statistics_op(student, teacher, *split_value(temperature), dim)
+        kl, teacher_class, probability, agreement = out
+        return kl, teacher_class, probability, agreement
+    return compute_statistics(student, teacher, temperature, dim)
 
 
-def _split(value: Value) -> tuple[float, torch.Tensor | None]:
+def compute_statistics(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: Value, dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Below autograd and the dispatcher: the reference, or one launch."""
+    if _takes_reference(student, teacher):
+        return reference_losses.kd_statistics(student, teacher, temperature, dim)
+    from kdfast.kernels import losses as kernels
+
+    shape = student.shape[:dim] + student.shape[dim + 1 :]
+    statistics = kernels.Statistics(
+        student.new_empty(shape, dtype=torch.int64),
+        student.new_empty(shape, dtype=torch.float32),
+        student.new_empty(shape, dtype=torch.bool),
+    )
+    # The kernel's factor is T² over a divisor: T² takes it away again.
+    scale = kernels.Scale(temperature, temperature * temperature, None, None)
+    kl: torch.Tensor = kernels.kd_kl(student, teacher, dim, scale, reduce=False, statistics=statistics)
+    return (kl, *statistics)
+
+
+def _takes_reference(student: torch.Tensor, teacher: torch.Tensor) -> bool:
+    """Where no kernel can run: by backend and dtype, and inside torch.func's transforms (vmap, grad, jvp).
+
+    Those hand over wrappers without memory of their own; the reference is made of operators that they know.
+    """
+    if torch.compiler.is_compiling():
+        return resolve(student, teacher) == "reference"
+    wrapped = (
+        torch._C._functorch.is_functorch_wrapped_tensor
+    )  # the only way to tell, and what torch itself asks
+    return wrapped(student) or wrapped(teacher) or resolve(student, teacher) == "reference"
+
+
+def split_value(value: Value) -> tuple[float, torch.Tensor | None]:
+    """A 0-d tensor and a float are different arguments to a schema: a value travels as (float, Tensor?)."""
     return (math.nan, value) if isinstance(value, torch.Tensor) else (value, None)
-
-
-def _join(value: float, tensor: torch.Tensor | None) -> Value:
-    return value if tensor is None else tensor
 
 
 def _registered(
@@ -167,133 +222,13 @@ def _registered(
     mask: torch.Tensor | None,
     divisor: Value,
     reduce: bool,
+    labels: Labels | None,
 ) -> torch.Tensor:
-    result: torch.Tensor = kd_kl_op(
-        student, teacher, *_split(temperature), dim, row_weight, mask, *_split(divisor), reduce
-    )
-    return result
+    from kdfast.ops.losses_registered import distillation_op, kd_kl_op
 
-
-@torch.library.custom_op("kdfast::kd_kl", mutates_args=())
-def kd_kl_op(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    temperature: float,
-    temperature_tensor: torch.Tensor | None,
-    dim: int,
-    row_weight: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    divisor: float,
-    divisor_tensor: torch.Tensor | None,
-    reduce: bool,
-) -> torch.Tensor:
-    """``kdfast::kd_kl``: the loss, or one value a row."""
-    t, n = _join(temperature, temperature_tensor), _join(divisor, divisor_tensor)
-    if resolve(student, teacher) == "reference":
-        return reference_losses.kd_kl(student, teacher, t, dim, row_weight, mask, n, reduce).clone()
-    from kdfast.kernels import losses as kernels
-
-    scale = kernels.Scale(t, n, row_weight, mask)
-    result: torch.Tensor = kernels.kd_kl(student, teacher, dim, scale, reduce=reduce, want_rows=not reduce)
-    return result
-
-
-@kd_kl_op.register_fake
-def _(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    temperature: float,
-    temperature_tensor: torch.Tensor | None,
-    dim: int,
-    row_weight: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    divisor: float,
-    divisor_tensor: torch.Tensor | None,
-    reduce: bool,
-) -> torch.Tensor:
-    shape = () if reduce else student.shape[:dim] + student.shape[dim + 1 :]
-    return student.new_empty(shape, dtype=reference_losses.compute_dtype(student, teacher))
-
-
-@torch.library.custom_op("kdfast::kd_kl_backward", mutates_args=())
-def kd_kl_backward_op(
-    upstream: torch.Tensor,
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    temperature: float,
-    temperature_tensor: torch.Tensor | None,
-    dim: int,
-    row_weight: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    divisor: float,
-    divisor_tensor: torch.Tensor | None,
-    need_student: bool,
-    need_teacher: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``kdfast::kd_kl_backward``: gradients of student and teacher; an empty tensor where none is needed."""
-    t, n = _join(temperature, temperature_tensor), _join(divisor, divisor_tensor)
-    grads = _empty_gradients((need_student, need_teacher), student, teacher)
-    if resolve(student, teacher) == "reference":
-        computed = reference_losses.kd_kl_gradients(upstream, student, teacher, t, dim, row_weight, mask, n)
-        for grad, value in zip(grads, computed, strict=True):
-            if grad is not None:
-                grad.copy_(value)
+    t, n = split_value(temperature), split_value(divisor)
+    if labels is None:
+        out: torch.Tensor = kd_kl_op(student, teacher, *t, dim, row_weight, mask, *n, reduce)
     else:
-        from kdfast.kernels import losses as kernels
-
-        kernels.kd_kl(
-            student,
-            teacher,
-            dim,
-            kernels.Scale(t, n, row_weight, mask),
-            reduce=False,
-            want_rows=False,
-            grad_student=grads[0],
-            grad_teacher=grads[1],
-            upstream=upstream.contiguous(),
-        )
-    empty = student.new_empty(0)
-    return (
-        grads[0] if grads[0] is not None else empty,
-        grads[1] if grads[1] is not None else empty.clone(),
-    )
-
-
-@kd_kl_backward_op.register_fake
-def _(
-    upstream: torch.Tensor,
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    temperature: float,
-    temperature_tensor: torch.Tensor | None,
-    dim: int,
-    row_weight: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    divisor: float,
-    divisor_tensor: torch.Tensor | None,
-    need_student: bool,
-    need_teacher: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        torch.empty_like(student) if need_student else student.new_empty(0),
-        torch.empty_like(teacher) if need_teacher else student.new_empty(0),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    student, teacher, temperature, t_tensor, dim, row_weight, mask, divisor, n_tensor, _ = inputs
-    ctx.save_for_backward(student, teacher, t_tensor, row_weight, mask, n_tensor)
-    ctx.values = (temperature, dim, divisor)
-
-
-def _backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    student, teacher, t_tensor, row_weight, mask, n_tensor = ctx.saved_tensors
-    temperature, dim, divisor = ctx.values
-    need = ctx.needs_input_grad[:2]
-    grads = kd_kl_backward_op(
-        upstream, student, teacher, temperature, t_tensor, dim, row_weight, mask, divisor, n_tensor, *need
-    )
-    return (*(g if n else None for g, n in zip(grads, need, strict=True)), *[None] * 8)
-
-
-kd_kl_op.register_autograd(_backward, setup_context=_setup_context)
+        out = distillation_op(student, teacher, *t, dim, row_weight, mask, *n, reduce, *labels)
+    return out

@@ -1,272 +1,21 @@
-"""The kin of the KL op: one way to register a row loss, and the losses registered with it.
-
-A :class:`RowLoss` has a reference and a launcher. Eager calls on the Triton backend take a plain
-``autograd.Function``: its forward writes the gradients for an upstream gradient of 1 beside the loss, its first
-backward launches at most once and returns at once if the upstream gradient is 1, else it recomputes, and so
-does every later one. With create_graph=True the gradients come from the reference, differentiable again.
-torch.compile sees the registered op, whose backward is itself an op.
-"""
+"""The kin of the KL op: JSD, decoupled KD, cached top-k teachers, DIST; see _row_loss.py for what they share."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from kdfast.backend import resolve
-from kdfast.reference import losses as reference_losses
+from kdfast.ops._row_loss import Row, register
 from kdfast.reference import losses_more as reference
 
-__all__ = ["dkd", "jsd"]
-
-Value = torch.Tensor | float
+__all__ = ["Row", "dist", "dkd", "jsd", "topk"]
 
 
-class Row(NamedTuple):
-    """What a row loss is called with beside the two logit tensors.
-
-    Attributes:
-        index: Integer argument of the loss (target classes), or None.
-        extra: Floating-point argument that gets no gradient, or None.
-        options: Numbers of the loss (α, β).
-        dim: Class dimension, non-negative.
-        temperature: T, a float or a 0-d tensor on the logits' device.
-        weight: One factor a row, or None.
-        mask: bool, one a row, or None.
-        divisor: Of the sum over rows; a float or a 0-d tensor.
-        reduce: Sum the rows.
-    """
-
-    index: torch.Tensor | None
-    extra: torch.Tensor | None
-    options: tuple[float, ...]
-    dim: int
-    temperature: Value
-    weight: torch.Tensor | None
-    mask: torch.Tensor | None
-    divisor: Value
-    reduce: bool
-
-
-@dataclass(frozen=True)
-class RowLoss:
-    """One loss: how the reference computes it, how it is launched, and its registered ops.
-
-    Attributes:
-        reference: ``(student, teacher, row) -> rows or their sum``, differentiable.
-        launcher: ``(student, teacher, row, grad_student=, grad_teacher=, upstream=, exit_if_one=, want_loss=)``.
-        op: The registered op, ``kdfast::NAME``.
-    """
-
-    reference: Callable[[torch.Tensor, torch.Tensor, Row], torch.Tensor]
-    launcher: Callable[..., torch.Tensor]
-    op: Any
-
-    def __call__(self, student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
-        """The loss; arguments are checked by the caller."""
-        if resolve(student, teacher) == "reference":
-            return self.reference(student, teacher, row)
-        row = row._replace(**{name: _contiguous(getattr(row, name)) for name in ("index", "extra", "weight", "mask")})
-        if torch.compiler.is_compiling():
-            out: torch.Tensor = self.op(student, teacher, *_flat(row))
-        elif torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-            out = _Function.apply(student, teacher, self, row)  # type: ignore[no-untyped-call]
-        else:
-            out = self.launcher(student, teacher, row)
-        return out
-
-
-def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-class _Function(torch.autograd.Function):
-    """The eager path."""
-
-    @staticmethod
-    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, loss: RowLoss, row: Row) -> torch.Tensor:
-        ctx.loss, ctx.row = loss, row
-        ctx.save_for_backward(student, teacher)
-        ctx.grads = _empty_gradients(ctx.needs_input_grad, student, teacher) if row.reduce else None
-        grad_student, grad_teacher = ctx.grads or (None, None)
-        return loss.launcher(student, teacher, row, grad_student=grad_student, grad_teacher=grad_teacher)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        student, teacher = ctx.saved_tensors
-        loss, row = ctx.loss, ctx.row
-        if torch.is_grad_enabled():  # create_graph=True: the reference differentiates to any order
-            needs = ctx.needs_input_grad[:2]
-            wanted = [x for x, need in zip((student, teacher), needs, strict=True) if need]
-            out = loss.reference(student, teacher, row)
-            found = iter(torch.autograd.grad(out, wanted, upstream, create_graph=True))
-            return (*(next(found) if need else None for need in needs), None, None)
-        first, ctx.grads = ctx.grads, None
-        grads = first or _empty_gradients(ctx.needs_input_grad, student, teacher)
-        loss.launcher(
-            student,
-            teacher,
-            row,
-            grad_student=grads[0],
-            grad_teacher=grads[1],
-            upstream=upstream.contiguous(),
-            exit_if_one=first is not None,
-            want_loss=False,
-        )
-        return (*grads, None, None)
-
-
-def _empty_gradients(
-    needs: tuple[bool, ...], student: torch.Tensor, teacher: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    return (
-        torch.empty_like(student) if needs[0] else None,
-        torch.empty_like(teacher) if needs[1] else None,
-    )
-
-
-# --- the registered form -------------------------------------------------------------------------------------
-# A 0-d tensor and a float are different arguments to the schema: each value travels as (float, Tensor?).
-
-
-def _split(value: Value) -> tuple[float, torch.Tensor | None]:
-    return (math.nan, value) if isinstance(value, torch.Tensor) else (value, None)
-
-
-def _flat(row: Row) -> tuple[Any, ...]:
-    return (
-        row.index,
-        row.extra,
-        list(row.options),
-        row.dim,
-        *_split(row.temperature),
-        row.weight,
-        row.mask,
-        *_split(row.divisor),
-        row.reduce,
-    )
-
-
-def _row(flat: tuple[Any, ...]) -> Row:
-    index, extra, options, dim, temperature, t_tensor, weight, mask, divisor, n_tensor, reduce = flat
-    return Row(
-        index,
-        extra,
-        tuple(options),
-        dim,
-        temperature if t_tensor is None else t_tensor,
-        weight,
-        mask,
-        divisor if n_tensor is None else n_tensor,
-        reduce,
-    )
-
-
-def _register(
-    name: str,
-    reference_loss: Callable[[torch.Tensor, torch.Tensor, Row], torch.Tensor],
-    launcher: Callable[..., torch.Tensor],
-) -> RowLoss:
-    """Register ``kdfast::name`` and ``kdfast::name_backward``, with fakes and autograd."""
-
-    @torch.library.custom_op(f"kdfast::{name}", mutates_args=())
-    def op(
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        index: torch.Tensor | None,
-        extra: torch.Tensor | None,
-        options: list[float],
-        dim: int,
-        temperature: float,
-        temperature_tensor: torch.Tensor | None,
-        row_weight: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        divisor: float,
-        divisor_tensor: torch.Tensor | None,
-        reduce: bool,
-    ) -> torch.Tensor:
-        row = _row(
-            (index, extra, options, dim, temperature, temperature_tensor, row_weight, mask, divisor, divisor_tensor, reduce)
-        )
-        if resolve(student, teacher) == "reference":
-            return reference_loss(student, teacher, row).clone()
-        return launcher(student, teacher, row)
-
-    @op.register_fake
-    def _(student: torch.Tensor, teacher: torch.Tensor, *flat: Any) -> torch.Tensor:
-        row = _row(flat)
-        shape = () if row.reduce else student.shape[: row.dim] + student.shape[row.dim + 1 :]
-        return student.new_empty(shape, dtype=reference_losses.compute_dtype(student, teacher))
-
-    @torch.library.custom_op(f"kdfast::{name}_backward", mutates_args=())
-    def backward_op(
-        upstream: torch.Tensor,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        index: torch.Tensor | None,
-        extra: torch.Tensor | None,
-        options: list[float],
-        dim: int,
-        temperature: float,
-        temperature_tensor: torch.Tensor | None,
-        row_weight: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        divisor: float,
-        divisor_tensor: torch.Tensor | None,
-        reduce: bool,
-        need_student: bool,
-        need_teacher: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        row = _row(
-            (index, extra, options, dim, temperature, temperature_tensor, row_weight, mask, divisor, divisor_tensor, reduce)
-        )
-        grads = _empty_gradients((need_student, need_teacher), student, teacher)
-        if resolve(student, teacher) == "reference":
-            # torch.func differentiates here, below autograd, where torch.autograd does not record.
-            _, vjp = torch.func.vjp(lambda s, t: reference_loss(s, t, row), student, teacher)
-            for grad, value in zip(grads, vjp(upstream), strict=True):
-                if grad is not None:
-                    grad.copy_(value)
-        else:
-            launcher(
-                student,
-                teacher,
-                row,
-                grad_student=grads[0],
-                grad_teacher=grads[1],
-                upstream=upstream.contiguous(),
-                want_loss=False,
-            )
-        return (
-            grads[0] if grads[0] is not None else student.new_empty(0),
-            grads[1] if grads[1] is not None else student.new_empty(0),
-        )
-
-    @backward_op.register_fake
-    def _(
-        upstream: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor, *flat: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        need_student, need_teacher = flat[-2:]
-        return (
-            torch.empty_like(student) if need_student else student.new_empty(0),
-            torch.empty_like(teacher) if need_teacher else student.new_empty(0),
-        )
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in inputs))
-        ctx.others = [None if isinstance(x, torch.Tensor) else x for x in inputs]
-
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs = [y if x is None else x for x, y in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        need = ctx.needs_input_grad[:2]
-        grads = backward_op(upstream, *inputs, *need)
-        return (*(g if n else None for g, n in zip(grads, need, strict=True)), *[None] * (len(inputs) - 2))
-
-    op.register_autograd(backward, setup_context=setup_context)
-    return RowLoss(reference_loss, launcher, op)
+def _two(row: Row) -> tuple[float, float]:
+    first, second = row.options
+    return first, second
 
 
 # --- generalised Jensen-Shannon divergence, decoupled KD -----------------------------------------------------
@@ -279,12 +28,12 @@ def _launch_pair(kind: str) -> Callable[..., torch.Tensor]:
         from kdfast.kernels import losses_more as kernels
         from kdfast.kernels.losses import Scale
 
-        alpha, beta = row.options
+        alpha, beta = _two(row)
         out: torch.Tensor = kernels.pair_loss(
             getattr(kernels, kind),
             student,
             teacher,
-            row.index,
+            row.indices,
             alpha,
             beta,
             row.dim,
@@ -305,11 +54,81 @@ def _jsd_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> to
 
 
 def _dkd_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
-    assert row.index is not None
+    assert row.indices is not None
     student, teacher = reference.without_masked(row.mask, row.dim, student, teacher)
-    rows = reference.dkd_rows(student, teacher, row.index, *row.options, row.temperature, row.dim)
+    rows = reference.dkd_rows(student, teacher, row.indices, *_two(row), row.temperature, row.dim)
     return reference.finish(rows, row.temperature, row.weight, row.mask, row.divisor, row.reduce)
 
 
-jsd = _register("jsd", _jsd_reference, _launch_pair("JSD"))
-dkd = _register("dkd", _dkd_reference, _launch_pair("DKD"))
+jsd = register("jsd", _jsd_reference, _launch_pair("JSD"))
+dkd = register("dkd", _dkd_reference, _launch_pair("DKD"))
+
+
+# --- cached top-k teacher: `teacher` is [..., k], `index` its classes, `extra` its log-sum-exp -----------------
+
+
+def _launch_topk(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    row: Row,
+    *,
+    want_loss: bool = True,
+    grad_student: torch.Tensor | None = None,
+    grad_teacher: None = None,
+    **launch: Any,
+) -> torch.Tensor:
+    from kdfast.kernels import topk as kernels
+    from kdfast.kernels.losses import Scale
+
+    out: torch.Tensor = kernels.topk(
+        student,
+        row.indices,
+        teacher.contiguous(),
+        row.extra,
+        Scale(row.temperature, row.divisor, row.weight, row.mask),
+        bucket=bool(row.options[0]),
+        reduce=row.reduce and want_loss,
+        want_rows=want_loss and not row.reduce,
+        grad_student=grad_student,
+        **launch,
+    )
+    return out
+
+
+def _topk_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
+    assert row.indices is not None
+    (student,) = reference.without_masked(row.mask, row.dim, student)
+    rows = reference.topk_rows(
+        student, row.indices, teacher, row.extra, bool(row.options[0]), row.temperature
+    )
+    return reference.finish(rows, row.temperature, row.weight, row.mask, row.divisor, row.reduce)
+
+
+topk = register("topk_kd", _topk_reference, _launch_topk)
+
+
+# --- DIST: always one value -----------------------------------------------------------------------------------
+
+
+def _launch_dist(
+    student: torch.Tensor, teacher: torch.Tensor, row: Row, *, want_loss: bool = True, **launch: Any
+) -> torch.Tensor:
+    from kdfast.kernels import dist as kernels
+    from kdfast.kernels.losses import Scale
+
+    out: torch.Tensor = kernels.dist(
+        student,
+        teacher,
+        *_two(row),
+        Scale(row.temperature, row.divisor, None, None),
+        reduce=want_loss,
+        **launch,
+    )
+    return out
+
+
+def _dist_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
+    return reference.dist(student, teacher, *_two(row), row.temperature) / row.divisor
+
+
+dist = register("dist", _dist_reference, _launch_dist)

@@ -9,31 +9,39 @@ from __future__ import annotations
 
 import torch
 
-from kdfast.backend import resolve
+from kdfast.backend import get_backend, interpreting, resolve
 from kdfast.reference import replay as reference
-from kdfast.reference.replay import Drawn, ReplayState
+from kdfast.reference.replay import ReplayBatch, ReplayState
 
-__all__ = ["add", "rebuild", "remove", "sample", "update"]
+__all__ = ["add", "on_kernels", "rebuild", "remove", "sample", "update"]
+
+#: Triton reads the environment when it is imported; so do we.
+_INTERPRETING = interpreting()
 
 Affine = tuple[torch.Tensor, torch.Tensor]
 
 
-def _on_kernels(state: ReplayState) -> bool:
+def on_kernels(state: ReplayState) -> bool:
+    """Whether the Triton kernels work on this state. They count what the C++ core raises."""
+    if state.on_cpu and not _INTERPRETING and get_backend() != "triton":
+        return False  # what resolve would say, a few microseconds later
     return resolve(state.leaves) == "triton"
 
 
 def sample(
     state: ReplayState, batch_size: int, beta: float, stratified: bool = True, affine: Affine | None = None
-) -> Drawn:
+) -> ReplayBatch:
     """Draw rows; see :func:`kdfast.reference.replay.sample`. One launch (two when rows exceed 16 KB)."""
     if torch.compiler.is_compiling():
-        return Drawn(*_sample_op(*_sample_state(state), batch_size, beta, stratified, *(affine or (None, None))))
-    if not _on_kernels(state):
+        return ReplayBatch(
+            *_sample_op(*_sample_state(state), batch_size, beta, stratified, *(affine or (None, None)))
+        )
+    if not on_kernels(state):
         return reference.sample(state, batch_size, beta, stratified, affine)
     from kdfast.kernels import replay as kernels
 
     layout = (state.layout.offsets, state.layout.counts)
-    return Drawn(*kernels.sample(*_sample_state(state), layout, batch_size, beta, stratified, affine))
+    return ReplayBatch(*kernels.sample(*_sample_state(state), layout, batch_size, beta, stratified, affine))
 
 
 def update(
@@ -49,7 +57,7 @@ def update(
         rule = (state.rule.alpha, state.rule.eps, state.rule.scale)
         _update_op(*_update_state(state), index, priority, generation, *rule, largest)
         return
-    if not _on_kernels(state):
+    if not on_kernels(state):
         reference.update(state, index, priority, generation, largest)
         return
     from kdfast.kernels import replay as kernels
@@ -67,7 +75,7 @@ def add(
     priority: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Insert rows; see :func:`kdfast.reference.replay.add`. One launch a ``capacity`` of rows."""
-    if state.eviction != "fifo" or not _on_kernels(state):
+    if state.eviction != "fifo" or not on_kernels(state):
         return reference.add(state, samples, labels, priority)
     from kdfast.kernels import replay as kernels
 
@@ -93,7 +101,7 @@ def remove(state: ReplayState, index: torch.Tensor) -> None:
 
 def rebuild(state: ReplayState) -> None:
     """Recompute all sums from the leaves."""
-    if not _on_kernels(state):
+    if not on_kernels(state):
         reference.rebuild(state)
         return
     from kdfast.kernels import replay as kernels

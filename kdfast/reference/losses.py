@@ -7,6 +7,8 @@ equals Σ p·δ, because Σ p·expm1(-δ) = Σ (q - p) = 0.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 #: Below this |δ| the divergence is accumulated as p·(δ + expm1(-δ)), above it as p·δ + (q - p).
@@ -16,6 +18,68 @@ NEAR = 0.5
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """float64 when any input is float64, else float32: half types are widened once, on reading."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+class Labels(NamedTuple):
+    """Hard labels: ``label`` (int64, one a row) with its ``factor`` in the loss, which is 0 where it is ignored.
+
+    ``second`` and ``second_factor`` are the other label of a mixed sample, or None; ``smoothing`` is the share of
+    the target that is spread evenly over all classes.
+    """
+
+    label: torch.Tensor
+    factor: torch.Tensor
+    second: torch.Tensor | None
+    second_factor: torch.Tensor | None
+    smoothing: float
+
+    def parts(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(label, factor) of each label; labels that do not count are 0, so that they can be looked up."""
+        both = [(self.label, self.factor)]
+        if self.second is not None and self.second_factor is not None:
+            both.append((self.second, self.second_factor))
+        return [(label.masked_fill(factor == 0, 0), factor) for label, factor in both]
+
+
+def cross_entropy_rows(student: torch.Tensor, labels: Labels, dim: int) -> torch.Tensor:
+    """Each row's cross-entropy at temperature 1, times its factors; exactly 0 where they are 0."""
+    parts = labels.parts()
+    total = torch.stack([factor for _, factor in parts]).sum(0)
+    counts = total != 0
+    dtype = compute_dtype(student)
+    log_q = torch.log_softmax(student.to(dtype).masked_fill(~counts.unsqueeze(dim), 0.0), dim)
+    rows = torch.zeros_like(total, dtype=dtype)
+    for label, factor in parts:
+        at_label = log_q.gather(dim, label.unsqueeze(dim)).squeeze(dim)
+        rows = rows - (1 - labels.smoothing) * factor * at_label.masked_fill(factor == 0, 0.0)
+    if labels.smoothing:
+        rows = rows - labels.smoothing * total * log_q.mean(dim)
+    return rows
+
+
+def _cross_entropy_gradient(student: torch.Tensor, labels: Labels, dim: int) -> torch.Tensor:
+    """Of :func:`cross_entropy_rows`, in closed form."""
+    parts = labels.parts()
+    total = torch.stack([factor for _, factor in parts]).sum(0).unsqueeze(dim)
+    dtype = compute_dtype(student)
+    q = torch.softmax(student.to(dtype).masked_fill(total == 0, 0.0), dim)
+    grad = total.to(dtype) * (q - labels.smoothing / student.shape[dim])
+    for label, factor in parts:
+        hard = ((1 - labels.smoothing) * factor).to(dtype).unsqueeze(dim)
+        grad = grad.scatter_add(dim, label.unsqueeze(dim), -hard)
+    return grad
+
+
+def kd_statistics(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: torch.Tensor | float, dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(KL without T², teacher's class, its probability at T = 1, agreement) of each row."""
+    kl = kd_kl_rows(student, teacher, temperature, dim)
+    wide = teacher.to(compute_dtype(student, teacher))
+    probability, teacher_class = torch.softmax(wide, dim).max(dim)
+    # Classes from the logits: two that round to one probability are still two logits.
+    teacher_class = teacher.argmax(dim)
+    return kl, teacher_class, probability, student.argmax(dim) == teacher_class
 
 
 def kd_kl_rows(
@@ -56,6 +120,7 @@ def kd_kl_gradients(
     row_weight: torch.Tensor | None,
     mask: torch.Tensor | None,
     divisor: torch.Tensor | float,
+    labels: Labels | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of :func:`kd_kl` in closed form, recentred; what a registered op needs, below autograd.
 
@@ -78,6 +143,10 @@ def kd_kl_gradients(
         scale = scale * row_weight.to(dtype)
     scale = scale.unsqueeze(dim) if scale.dim() else scale
     grads = [scale * difference, scale * p * (delta - kl)]
+    if labels is not None:
+        weight = upstream.to(dtype) if row_weight is None else upstream.to(dtype) * row_weight.to(dtype)
+        weight = weight.unsqueeze(dim) if weight.dim() else weight
+        grads[0] = grads[0] + weight * _cross_entropy_gradient(student, labels, dim)
     if mask is not None:
         grads = [grad.masked_fill(~mask.unsqueeze(dim), 0.0) for grad in grads]
     return grads[0].to(student.dtype), grads[1].to(teacher.dtype)
@@ -92,18 +161,24 @@ def kd_kl(
     mask: torch.Tensor | None,
     divisor: torch.Tensor | float,
     reduce: bool,
+    labels: Labels | None = None,
 ) -> torch.Tensor:
     """T²·w·KL of each row, divided by ``divisor``; summed to a 0-d tensor when ``reduce``.
 
+    With ``labels`` each row also has w times its cross-entropy, whose divisor is in their factors.
+
     A row with ``mask`` False is exactly 0 and passes no gradient, whatever its logits hold.
     """
+    # Widened here, once: the two terms' half-precision gradients would otherwise be rounded before they are added.
+    student = student.to(compute_dtype(student, teacher))
     if mask is not None:
         keep = mask.unsqueeze(dim)
         student, teacher = (x.masked_fill(~keep, 0.0) for x in (student, teacher))
-    rows = kd_kl_rows(student, teacher, temperature, dim) * (temperature * temperature)
+    rows = kd_kl_rows(student, teacher, temperature, dim) * (temperature * temperature) / divisor
+    if labels is not None:
+        rows = rows + cross_entropy_rows(student, labels, dim)
     if row_weight is not None:
         rows = rows * row_weight.to(rows.dtype)
     if mask is not None:
         rows = rows.masked_fill(~mask, 0.0)
-    rows = rows / divisor
     return rows.sum() if reduce else rows

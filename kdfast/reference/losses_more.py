@@ -1,4 +1,4 @@
-"""Generalised JSD and decoupled KD in plain PyTorch: the oracle of the tests and the path for CPU and float64."""
+"""JSD, decoupled KD, cached top-k teachers, DIST: the oracle of the tests, and the path for CPU and float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def jsd_rows(
     near = delta.detach().abs() < NEAR
     small = torch.where(near, delta, torch.zeros_like(delta))
     log1p = torch.log1p(beta * torch.expm1(small))  # log(M/q)
-    exact = beta * p * (small - log1p + torch.expm1(log1p - small)) + (1 - beta) * q * (torch.expm1(log1p) - log1p)
+    exact = beta * p * (small - log1p + torch.expm1(log1p - small)) + (1 - beta) * q * (
+        torch.expm1(log1p) - log1p
+    )
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     far = beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)
     return torch.where(near, exact, far).sum(dim)
@@ -55,6 +57,71 @@ def dkd_rows(
     return alpha * kd_kl_rows(s_binary, t_binary, 1.0, -1) + beta * kd_kl_rows(s_others, t_others, 1.0, dim)
 
 
+def topk_rows(
+    student: torch.Tensor,
+    index: torch.Tensor,
+    logits: torch.Tensor,
+    normalizer: torch.Tensor | None,
+    bucket: bool,
+    temperature: torch.Tensor | float,
+) -> torch.Tensor:
+    """KL over the k kept classes and, for ``bucket``, all others as one outcome; without the factor T²."""
+    dtype = compute_dtype(student)
+    present = (index >= 0) & (logits > -math.inf)
+    safe = index.clamp(min=0)
+    scaled = student.to(dtype) / temperature
+    kept = (logits.to(dtype) / temperature).masked_fill(~present, -math.inf)
+    if not bucket:
+        return kd_kl_rows(scaled.gather(-1, safe).masked_fill(~present, -math.inf), kept, 1.0, -1)
+    log_p = torch.log_softmax(kept, -1) if normalizer is None else kept - normalizer.to(dtype).unsqueeze(-1)
+    chosen = torch.zeros(student.shape, dtype=torch.int64, device=student.device)
+    chosen = chosen.scatter_add(-1, safe, present.long()) > 0
+    total = torch.logsumexp(scaled, -1, keepdim=True)
+    # Not below the rounding of 1, as in the kernel: there is no other class left, or as good as none.
+    rounding = torch.finfo(dtype).eps / 2
+    none_left = chosen.all(-1)
+    others = scaled.masked_fill(chosen & ~none_left.unsqueeze(-1), -math.inf)
+    q_other = (
+        (torch.logsumexp(others, -1) - total.squeeze(-1))
+        .exp()
+        .masked_fill(none_left, 0.0)
+        .clamp(min=rounding)
+    )
+    p_other = torch.zeros_like(q_other) if normalizer is None else (1 - log_p.exp().sum(-1)).clamp(min=0.0)
+    log_q = (scaled.gather(-1, safe) - total).masked_fill(~present, 0.0)
+    p, q = log_p.exp(), log_q.exp().masked_fill(~present, 0.0)
+    terms = _kl_terms(p, q, log_p.masked_fill(~present, 0.0) - log_q, present).sum(-1)
+    ratio = torch.where(p_other > 0, p_other, q_other) / q_other
+    return terms + _kl_terms(p_other, q_other, ratio.log(), p_other > 0)
+
+
+def _kl_terms(p: torch.Tensor, q: torch.Tensor, delta: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """p·δ + (q - p), summed so that near-equal p and q do not cancel; δ = log p - log q."""
+    near = (delta.detach().abs() < NEAR) & present
+    small = torch.where(near, delta, torch.zeros_like(delta))
+    return torch.where(near, p * (small + torch.special.expm1(-small)), p * delta + (q - p))
+
+
+#: ε of DIST's correlations, as its authors have it.
+DIST_EPS = 1e-8
+
+
+def dist(
+    student: torch.Tensor, teacher: torch.Tensor, beta: float, gamma: float, temperature: torch.Tensor | float
+) -> torch.Tensor:
+    """T²·(β·inter + γ·intra) of logits ``[..., V]`` (Huang et al. 2022, Eq. 9); every leading index is a sample."""
+    dtype = compute_dtype(student, teacher)
+    q, p = (torch.softmax(x.to(dtype).flatten(0, -2) / temperature, -1) for x in (student, teacher))
+
+    def distance(dim: int) -> torch.Tensor:
+        a, b = q - q.mean(dim, keepdim=True), p - p.mean(dim, keepdim=True)
+        norms = a.norm(dim=dim) * b.norm(dim=dim)
+        similar: torch.Tensor = (a * b).sum(dim) / (norms + DIST_EPS)
+        return (1 - similar).mean()
+
+    return (beta * distance(1) + gamma * distance(0)) * (temperature * temperature)
+
+
 def finish(
     rows: torch.Tensor,
     temperature: torch.Tensor | float,
@@ -73,9 +140,7 @@ def finish(
     return rows.sum() if reduce else rows
 
 
-def without_masked(
-    mask: torch.Tensor | None, dim: int, *tensors: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def without_masked(mask: torch.Tensor | None, dim: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The same logits with rows that do not count set to 0: whatever they hold, nothing comes of it."""
     if mask is None:
         return tensors

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -53,7 +54,7 @@ def extension() -> ModuleType:
         MissingExtraError: It was not built.
     """
     try:
-        from kdfast import _C
+        return importlib.import_module("kdfast._C")
     except ImportError as error:
         raise MissingExtraError(
             f"kdfast.replay needs kdfast's C++ extension, kdfast._C, which cannot be imported ({error}): it was "
@@ -61,7 +62,6 @@ def extension() -> ModuleType:
             "(g++ or clang++), then run: KDFAST_REQUIRE_EXTENSION=1 pip install --force-reinstall --no-deps "
             "--no-binary kdfast kdfast"
         ) from error
-    return _C
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,22 @@ class PriorityRule:
     scale: float
 
 
-class Drawn(NamedTuple):
-    """What a draw returns; one row of each a draw."""
+class ReplayBatch(NamedTuple):
+    """Rows drawn from a buffer, with what describes them.
+
+    Attributes:
+        samples: ``[batch, *sample_shape]`` in the stored dtype, float32 when normalised. A copy.
+        labels: int64 ``[batch]``; −1 for rows inserted without a label.
+        index: int64 ``[batch]``, the slots they came from.
+        generation: int64 ``[batch]``, which row of the slot it was: hand it to ``update_priority``, and rows
+            that were overwritten in between are left alone.
+        weight: float32 ``[batch]``, the importance weight (N·P)^−β.
+        probability: float32 ``[batch]``, P of one draw.
+    """
 
     samples: torch.Tensor
     labels: torch.Tensor
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # as every user calls it; tuple.index is not missed
     generation: torch.Tensor
     weight: torch.Tensor
     probability: torch.Tensor
@@ -193,6 +203,16 @@ class ReplayState:
         return self.leaves.device
 
     @cached_property
+    def on_cpu(self) -> bool:
+        """Whether the C++ core can work on the tensors where they are."""
+        return self.device.type == "cpu"
+
+    @cached_property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of a row."""
+        return tuple(self.rows.shape[1:])
+
+    @cached_property
     def layout(self) -> SumLayout:
         """Of :attr:`sums`."""
         return SumLayout.of(self.capacity)
@@ -232,7 +252,7 @@ class ReplayState:
     @contextlib.contextmanager
     def on_host(self) -> Iterator[ReplayState]:
         """The bookkeeping on the CPU (itself, if it is there), written back on success. Rows stay away."""
-        if self.device.type == "cpu":
+        if self.on_cpu:
             yield self
             return
         copies = {name: getattr(self, name).cpu() for name in self.BOOKKEEPING}
@@ -262,7 +282,7 @@ def add(
     """
     count = samples.shape[0]
     index = torch.empty(count, dtype=torch.int64)
-    if state.device.type == "cpu":
+    if state.on_cpu:
         source = samples.data_ptr() if state.row_bytes else 0
         state.core.add(count, source, _address(labels), _address(priority), index.data_ptr())
         return index
@@ -285,7 +305,7 @@ def sample(
     beta: float,
     stratified: bool,
     affine: tuple[torch.Tensor, torch.Tensor] | None,
-) -> Drawn:
+) -> ReplayBatch:
     """Draw rows with P = q/S, with replacement; w = (N·P)^−β.
 
     Args:
@@ -296,28 +316,46 @@ def sample(
         affine: None, or (gain, bias), float32 ``[channels]`` each on the state's device: rows come as float32,
             ``row·gain + bias`` by first dimension of the sample.
     """
-    device = state.device
-    on_cpu = device.type == "cpu"
-    fused = on_cpu and affine is not None and state.rows.dtype == torch.uint8
-    shape = (batch_size, *state.rows.shape[1:])
-    out = Drawn(
-        torch.empty(shape, dtype=torch.float32 if fused else state.rows.dtype),
-        torch.empty(batch_size, dtype=torch.int64),
-        torch.empty(batch_size, dtype=torch.int64),
-        torch.empty(batch_size, dtype=torch.int64),
-        torch.empty(batch_size, dtype=torch.float32),
-        torch.empty(batch_size, dtype=torch.float32),
-    )
-    rows = out.samples.data_ptr() if on_cpu and state.row_bytes else 0
-    gain, bias = (t.numpy() for t in affine) if fused and affine is not None else (None, None)
+    if state.on_cpu:
+        return _sample_here(state, batch_size, beta, stratified, affine)
     with state.on_host() as host:
-        host.core.sample(batch_size, beta, stratified, rows, *(t.data_ptr() for t in out[1:]), gain, bias)
-    if not on_cpu:
-        out = Drawn(*(t.to(device) for t in out))
-        out = out._replace(samples=state.rows[out.index])
+        out = _sample_here(host, batch_size, beta, stratified, None)
+    out = ReplayBatch(*(t.to(state.device) for t in out))
+    samples = state.rows[out.index]
+    return out._replace(samples=samples if affine is None else normalized(samples, *affine))
+
+
+def _sample_here(
+    state: ReplayState,
+    batch_size: int,
+    beta: float,
+    stratified: bool,
+    affine: tuple[torch.Tensor, torch.Tensor] | None,
+) -> ReplayBatch:
+    """On the CPU. Every microsecond here is one of a training step's: new_empty is torch's fastest allocation."""
+    rows, meta, delta = state.rows, state.meta, state.delta
+    fused = affine is not None and rows.dtype is torch.uint8
+    shape = (batch_size, *state.sample_shape)
+    samples = delta.new_empty(shape) if fused else rows.new_empty(shape)
+    labels, index, generation = (meta.new_empty(batch_size) for _ in range(3))
+    weight, probability = delta.new_empty(batch_size), delta.new_empty(batch_size)
+    gain, bias = (t.numpy() for t in affine) if fused and affine is not None else (None, None)
+    state.core.sample(
+        batch_size,
+        beta,
+        stratified,
+        samples.data_ptr() if state.row_bytes else 0,
+        labels.data_ptr(),
+        index.data_ptr(),
+        generation.data_ptr(),
+        weight.data_ptr(),
+        probability.data_ptr(),
+        gain,
+        bias,
+    )
     if affine is not None and not fused:
-        out = out._replace(samples=normalized(out.samples, *affine))
-    return out
+        samples = normalized(samples, *affine)
+    return ReplayBatch(samples, labels, index, generation, weight, probability)
 
 
 def normalized(samples: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -342,9 +380,11 @@ def update(
         generation: None, or int64 ``[n]`` from the draw, likewise: rows overwritten since are skipped.
         largest: Of duplicates the largest counts, else the last.
     """
+    if state.on_cpu:
+        state.core.update(index.numel(), index.data_ptr(), priority.data_ptr(), _address(generation), largest)
+        return
     with state.on_host() as host:
-        batch = [None if t is None else t.to(host.device) for t in (index, priority, generation)]
-        host.core.update(index.numel(), *(_address(t) for t in batch), largest)
+        update(host, index.cpu(), priority.cpu(), None if generation is None else generation.cpu(), largest)
 
 
 def remove(state: ReplayState, index: torch.Tensor) -> None:

@@ -4,7 +4,8 @@ from kdfast.reference.replay import extension as _extension
 
 _extension()  # says what is missing, and how to get it, before anything else fails
 
-from kdfast.replay.buffer import PrioritizedReplayBuffer, ReplayBatch, ReplayStats, TopK  # noqa: E402
+from kdfast.replay.buffer import PrioritizedReplayBuffer  # noqa: E402
 from kdfast.replay.modulation import modulation  # noqa: E402
+from kdfast.replay.types import ReplayBatch, ReplayStats, TopK  # noqa: E402
 
 __all__ = ["PrioritizedReplayBuffer", "ReplayBatch", "ReplayStats", "TopK", "modulation"]

@@ -1,0 +1,266 @@
+"""kdfast's losses in the shapes that other libraries call: one changed line, and nothing of theirs is imported.
+
+=====================================  ==========================================================
+instead of                              use
+=====================================  ==========================================================
+``torch.nn.KLDivLoss`` in KD code       :class:`KLDivLoss`, on the same (log-)probabilities
+``GKDTrainer.generalized_jsd_loss``     :func:`generalized_jsd_loss`, the same arguments and value
+``Trainer.compute_loss`` (🤗)           :class:`TrainerLoss`, the same arguments
+a teacher in a ``LightningModule``      :class:`Distiller`, a module that holds both networks
+=====================================  ==========================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from kdfast.functional import jsd_loss, kd_kl_div
+
+__all__ = ["Distiller", "KLDivLoss", "TrainerLoss", "generalized_jsd_loss"]
+
+#: What Transformers and TRL give to tokens that do not count.
+IGNORED = -100
+
+
+class KLDivLoss(nn.Module):
+    """``torch.nn.KLDivLoss`` where its arguments are a softmax's: ``loss(log_softmax(s/T), softmax(t/T))``.
+
+    The value is the same, and so is the gradient of the logits behind ``input``. With respect to ``input``
+    itself it is q - p instead of -p: a log-softmax in front of it makes the two equal, and adds nothing but a
+    rounding to the former. Give :class:`kdfast.nn.KDLoss` the logits themselves where you can: that saves the
+    softmaxes, too, and includes the factor T².
+
+    Args:
+        reduction: ``"mean"``, ``"batchmean"`` or ``"sum"``.
+        log_target: Whether ``target`` is log-probabilities.
+        dim: The class dimension.
+    """
+
+    def __init__(
+        self,
+        reduction: Literal["mean", "batchmean", "sum"] = "mean",
+        log_target: bool = False,
+        *,
+        dim: int = -1,
+    ) -> None:
+        super().__init__()
+        if reduction not in ("mean", "batchmean", "sum"):
+            raise ValueError(
+                f"reduction: got {reduction!r}; accepted: mean, batchmean, sum (one value a row: "
+                "kd_kl_div(..., reduction='none'))"
+            )
+        self.reduction, self.log_target, self.dim = reduction, log_target, dim
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The divergence of ``target`` from ``input``.
+
+        Args:
+            input: Log-probabilities, normalised over ``dim``.
+            target: Probabilities, or with ``log_target`` log-probabilities, of the same shape.
+
+        Returns:
+            A 0-d tensor, float32 or float64.
+        """
+        teacher = target if self.log_target else target.log()
+        return kd_kl_div(input, teacher, dim=self.dim, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"reduction={self.reduction!r}, log_target={self.log_target}, dim={self.dim}"
+
+
+def generalized_jsd_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: Literal["batchmean", "sum", "mean"] = "batchmean",
+) -> torch.Tensor:
+    """TRL's ``GKDTrainer.generalized_jsd_loss``, argument for argument: assign it to the trainer class.
+
+    As there, no factor T² (:func:`kdfast.functional.jsd_loss` has it), and ``"batchmean"`` means the mean over
+    tokens that count when ``labels`` are given, else the sum over ``student_logits.size(0)``.
+
+    Args:
+        student_logits: ``[batch, tokens, vocabulary]``.
+        teacher_logits: The same shape.
+        labels: int64 ``[batch, tokens]``; tokens with -100 do not count.
+        beta: 0 is KL(teacher ‖ student), 1 is KL(student ‖ teacher).
+        temperature: T > 0.
+        reduction: ``"batchmean"``, ``"sum"`` or ``"mean"`` (over tokens that count, and the vocabulary).
+
+    Returns:
+        A 0-d tensor, float32 or float64.
+
+    Raises:
+        ValueError: Another reduction, or what :func:`~kdfast.functional.jsd_loss` refuses.
+    """
+    if reduction not in ("batchmean", "sum", "mean"):
+        raise ValueError(
+            f"reduction: got {reduction!r}; accepted: batchmean, sum, mean (one value a row: "
+            "jsd_loss(..., reduction='none'))"
+        )
+    mask = None if labels is None else labels != IGNORED
+    per_token = mask is not None or reduction == "mean"
+    loss = jsd_loss(
+        student_logits,
+        teacher_logits,
+        beta=beta,
+        temperature=temperature,
+        mask=mask,
+        reduction="sum" if reduction == "sum" else "rowmean" if per_token else "batchmean",
+    )
+    vocabulary = student_logits.shape[-1] if reduction == "mean" else 1
+    return loss / (temperature * temperature * vocabulary)
+
+
+class TrainerLoss:
+    """A 🤗 Trainer's ``compute_loss``: the model's own loss and the distillation of a frozen teacher.
+
+    ``loss = ce_weight · model's loss + kd_weight · kd``, kd being the divergence's mean over tokens (or rows)
+    that count. Models that shift labels inside, as causal language models do, compare each token's logits with
+    the label of the next: with ``shift_labels=True`` so does this.
+
+    Args:
+        teacher: A module called as the student is, on the same inputs; put into eval mode, its outputs detached.
+        temperature: T > 0.
+        kd_weight: Weight of the distillation.
+        ce_weight: Weight of the loss that the model returns; at 0 labels only serve as mask.
+        beta: None for :func:`~kdfast.functional.kd_kl_div`, else β of :func:`~kdfast.functional.jsd_loss`.
+        shift_labels: Whether the label at position i + 1 belongs to the logits at i.
+
+    Example:
+        >>> class DistillationTrainer(Trainer):
+        ...     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ...         return kd(model, inputs, return_outputs, num_items_in_batch)
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        temperature: float = 2.0,
+        kd_weight: float = 0.5,
+        ce_weight: float = 0.5,
+        beta: float | None = None,
+        shift_labels: bool = False,
+    ) -> None:
+        self.teacher = teacher.eval()
+        self.temperature, self.kd_weight, self.ce_weight = temperature, kd_weight, ce_weight
+        self.beta, self.shift_labels = beta, shift_labels
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """What ``Trainer.compute_loss`` returns: the loss, or with ``return_outputs`` loss and outputs.
+
+        With ``num_items_in_batch`` (the labels of all accumulated batches) the distillation is divided by it
+        rather than by this batch's count, as the model's own loss is if ``inputs`` carry it along.
+
+        Args:
+            model: The student.
+            inputs: Keyword arguments of both networks; ``labels`` may be among them.
+            return_outputs: Also return the student's outputs.
+            num_items_in_batch: The number of labels that count over the whole optimizer step, or None.
+        """
+        outputs = model(**inputs)
+        with torch.no_grad():
+            # Only the student needs its own loss; without labels the teacher computes none.
+            theirs = self.teacher(**{key: value for key, value in inputs.items() if key != "labels"})
+        student, teacher = _field(outputs, "logits"), _field(theirs, "logits")
+        labels = inputs.get("labels")
+        if labels is not None and self.shift_labels:
+            student, teacher, labels = student[..., :-1, :], teacher[..., :-1, :], labels[..., 1:]
+        mask = labels != IGNORED if labels is not None and labels.shape == student.shape[:-1] else None
+        options: dict[str, Any] = {"temperature": self.temperature, "mask": mask}
+        options["reduction"] = "rowmean" if num_items_in_batch is None else "sum"
+        if self.beta is None:
+            distilled = kd_kl_div(student, teacher, **options)
+        else:
+            distilled = jsd_loss(student, teacher, beta=self.beta, **options)
+        if num_items_in_batch is not None:
+            distilled = distilled / num_items_in_batch
+        loss = self.kd_weight * distilled
+        if self.ce_weight:
+            own = _field(outputs, "loss")
+            if own is None:
+                raise ValueError("inputs: the model returned no loss; give labels, or set ce_weight=0")
+            loss = loss + self.ce_weight * own
+        return (loss, outputs) if return_outputs else loss
+
+
+def _field(outputs: Any, name: str) -> Any:
+    """A field of a model's outputs, which are an object or a mapping; None where there is none."""
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+
+
+class Distiller(nn.Module):
+    """Student, frozen teacher and loss as one module, to be a member of a ``LightningModule`` (or of any loop).
+
+    Calling it is calling the student. The teacher stays in eval mode whatever ``train()`` says, follows
+    ``to(device)``, gets no gradient, and is neither in ``parameters()`` nor in ``state_dict()``: a checkpoint
+    holds the student alone.
+
+    Args:
+        student: The network to train.
+        teacher: The network to learn from.
+        loss: Takes student's and teacher's logits, and the target where ``with_target``; one of
+            :mod:`kdfast.nn`.
+        with_target: Whether the loss takes the target (:class:`~kdfast.nn.DKDLoss` does).
+
+    Example:
+        >>> class Lit(L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.kd = Distiller(student, teacher, KDLoss(4.0))
+        ...     def training_step(self, batch, batch_idx):
+        ...         return self.kd.step(batch)
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        loss: Callable[..., torch.Tensor],
+        *,
+        with_target: bool = False,
+    ) -> None:
+        super().__init__()
+        self.student, self.loss, self.with_target = student, loss, with_target
+        # In a tuple, nn.Module does not register it.
+        self._teacher = (teacher.eval().requires_grad_(False),)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen network."""
+        return self._teacher[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The student's output."""
+        return self.student(*args, **kwargs)
+
+    def step(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The loss of a batch ``(inputs, target)``, or ``(inputs,)`` where the loss takes no target."""
+        inputs = batch[0]
+        if self.with_target and len(batch) < 2:
+            raise ValueError(
+                f"batch: got {len(batch)} tensor; the loss takes a target, so (inputs, target) is needed"
+            )
+        with torch.no_grad():
+            expected = self.teacher(inputs)
+        target = (batch[1],) if self.with_target else ()
+        return self.loss(self.student(inputs), expected, *target)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Distiller:
+        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self

@@ -1,0 +1,152 @@
+"""Feature distillation: the middle loss over re-parameterised branches, and the mix of a feature with noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdfast.ops import feature as ops
+
+__all__ = ["noise_mix", "reparam_middle_loss"]
+
+
+def reparam_middle_loss(
+    branches: Tensor,
+    target: Tensor,
+    u: Tensor,
+    v: Tensor,
+    permutation: Tensor,
+    *,
+    noise_scale: Tensor | None = None,
+    seed: int | Tensor = 0,
+    carry_gradient: bool = True,
+    mean_needs_grad: bool = True,
+) -> tuple[Tensor, Tensor]:
+    r"""Kdiffusion's middle loss, and the mean of the branches, in one pass over them.
+
+    .. math:: T_k = u_k X_{k-1} + v_k x_0,\quad P_k = u_k P_{k-1} + v_k S_{\pi(k)},\quad P_0 = X_0,\quad
+              L = \sum_{k=1}^{m} \mathrm{mean}\big((T_k - P_k)^2\big)
+
+    (Yao et al., "Progressively Knowledge Distillation via Re-parameterizing Diffusion Reverse Process",
+    Eqs. 8–11.) X_k = T_k, or with ``noise_scale`` X_k = T_k + w_k·z_k. X_0 cancels, so it is no argument. With
+    m = 1, u = 0, v = 1 the loss is the mean squared error.
+
+    Args:
+        branches: S ``[m, …]``, any strides (so a stacked convolution's output needs no copy); float32,
+            bfloat16, float16 or float64. Up to 64 branches are fused.
+        target: x0, of one branch's shape and on its device; its dtype may differ. Gets no gradient.
+        u: ``[m]``, floating-point, on the same device. Gets no gradient.
+        v: Likewise.
+        permutation: π, int64 ``[m]``, of 0 … m − 1: step k takes branch π(k). On a GPU its values are not
+            checked (that would wait for the device): an index that is no branch makes the loss NaN.
+        noise_scale: w ``[m]`` for a sampled X; w_m is not used. Gets no gradient.
+        seed: Philox key of z; normals are keyed by (seed, k, element). An int from 0 to 2⁶³ − 1, or an int64
+            tensor of one element on the device, so that a captured graph sees its current value.
+        carry_gradient: Whether gradients flow through P_{k−1} into earlier branches.
+        mean_needs_grad: False returns the mean without gradient; the loss's gradients are then written in the
+            forward launch, and a backward whose upstream gradient is 1 moves nothing.
+
+    Returns:
+        The loss, a 0-d float32 tensor (float64 when an input is), and (1/m) Σ S, of the target's shape in the
+        branches' dtype.
+
+    Raises:
+        TypeError: Branches or target that are not floating-point, a permutation that is not int64.
+        ValueError: Shapes, devices or values out of what is said above.
+    """
+    for name, value in (("branches", branches), ("target", target), ("u", u), ("v", v)):
+        _floating(name, value)
+    if branches.dim() < 1 or branches.shape[0] < 1:
+        raise ValueError(
+            f"branches: got shape {tuple(branches.shape)}; [m, …] with m of at least 1 is needed"
+        )
+    if branches.shape[1:] != target.shape:
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}; a branch has {tuple(branches.shape[1:])}, and they must match"
+        )
+    if target.numel() == 0:
+        raise ValueError(f"target: got shape {tuple(target.shape)}; the mean of no elements is not defined")
+    given = {"target": target, "u": u, "v": v, "permutation": permutation}
+    if noise_scale is not None:
+        _floating("noise_scale", noise_scale)
+        given["noise_scale"] = noise_scale
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}; a tensor is needed")
+        if value.device != branches.device:
+            raise ValueError(
+                f"{name}: is on {value.device}; branches is on {branches.device}, and they must match"
+            )
+        if name != "target" and value.shape != branches.shape[:1]:
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)}; [{branches.shape[0]}] is needed, one value a branch"
+            )
+        if value.requires_grad:
+            raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
+    if permutation.dtype != torch.int64:
+        raise TypeError(f"permutation: got dtype {permutation.dtype}; int64 is needed")
+    if permutation.device.type == "cpu" and not torch.compiler.is_compiling():
+        values = permutation.tolist()
+        if sorted(values) != list(range(len(values))):
+            raise ValueError(f"permutation: got {values}; each of 0 … {len(values) - 1} once is needed")
+    call = ops.Recursion(u, v, permutation, noise_scale, _seed(seed, branches), carry_gradient)
+    return ops.reparam_middle(branches, target, call, mean_needs_grad=mean_needs_grad)
+
+
+def noise_mix(x: Tensor, gamma: Tensor, *, seed: int | Tensor) -> Tensor:
+    r"""Mix a feature with fresh normal noise, by one factor a sample.
+
+    .. math:: z_i = \gamma_i\,x_i + (1 - \gamma_i)\,\varepsilon_i
+
+    (DiffKD's noise adapter, Huang et al. 2023, Sec. 3.3.) γ = 1 adds no noise: z is then x exactly. The noise is
+    Philox normals keyed by (seed, element), made in the kernel and again in its backward, never stored; it is
+    the same for any layout and on any backend (up to rounding).
+
+    Args:
+        x: ``[B, …]``, any strides; float32, bfloat16, float16 or float64.
+        gamma: γ, B values as ``[B]`` or ``[B, 1, …]``; floating-point, on x's device. Usually in (0, 1), not
+            checked.
+        seed: An int from 0 to 2⁶³ − 1, or an int64 tensor of one element on x's device, so that a captured
+            graph sees its current value.
+
+    Returns:
+        z, of x's shape and dtype. Both x and γ get exact gradients (γ's is summed in float32).
+
+    Raises:
+        TypeError: x or gamma that are not floating-point, a seed that is no integer.
+        ValueError: A shape, device or seed out of what is said above.
+    """
+    _floating("x", x)
+    _floating("gamma", gamma)
+    if x.dim() < 1:
+        raise ValueError("x: got a 0-d tensor; [B, …] is needed")
+    if gamma.shape[:1] != x.shape[:1] or any(size != 1 for size in gamma.shape[1:]):
+        raise ValueError(
+            f"gamma: got shape {tuple(gamma.shape)}; [{x.shape[0]}] (or [{x.shape[0]}, 1, …]) is needed, one a sample"
+        )
+    if gamma.device != x.device:
+        raise ValueError(f"gamma: is on {gamma.device}; x is on {x.device}, and they must match")
+    return ops.noise_mix(x, gamma.reshape(-1), _seed(seed, x))
+
+
+def _floating(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; a tensor is needed")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: got dtype {value.dtype}; a floating-point tensor is needed")
+
+
+def _seed(seed: int | Tensor, like: Tensor) -> int | Tensor:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed: got dtype {seed.dtype}; an int, or an int64 tensor, is needed")
+        if seed.numel() != 1:
+            raise ValueError(f"seed: got shape {tuple(seed.shape)}; one element is needed")
+        if seed.device != like.device:
+            raise ValueError(f"seed: is on {seed.device}; the features are on {like.device}")
+        return seed
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: got {type(seed).__name__}; an int, or an int64 tensor, is needed")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: got {seed}; accepted: 0 to 2⁶³ − 1")
+    return seed

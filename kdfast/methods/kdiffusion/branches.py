@@ -1,0 +1,217 @@
+"""m re-parameterised branches of one layer, as one wide layer; and back into one plain layer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.models import FeatureTaps
+
+__all__ = ["Branches", "convert", "merge"]
+
+
+class Branches(nn.Module):
+    """m copies of a convolution or linear layer, each with a batch norm of its own; their mean goes on.
+
+    They are stacked: one layer with m·C outputs and one batch norm over m·C channels compute exactly what m
+    pairs would. The first branch starts from the given layer's weights, the others from normals of the same
+    standard deviation.
+
+    Args:
+        op: ``nn.Conv2d`` (any groups, stride, padding) or ``nn.Linear`` on ``[B, features]``.
+        norm: The batch norm after it, or None.
+        m: Branches, at least 1.
+
+    Attributes:
+        stacked: What the branches put out in the last forward pass, ``[m, B, C, …]``, attached to the graph;
+            None before the first.
+
+    Raises:
+        TypeError: Another kind of layer or of norm.
+        ValueError: m < 1, or a norm that does not fit the layer.
+    """
+
+    stacked: Tensor | None
+
+    def __init__(self, op: nn.Module, norm: nn.Module | None, m: int) -> None:
+        super().__init__()
+        if not isinstance(m, int) or m < 1:
+            raise ValueError(f"m: got {m!r}; an int of at least 1 is needed")
+        if not isinstance(op, (nn.Conv2d, nn.Linear)):
+            raise TypeError(f"op: got {type(op).__name__}; nn.Conv2d or nn.Linear is needed")
+        if norm is not None and not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            raise TypeError(
+                f"norm: got {type(norm).__name__}; nn.BatchNorm1d, nn.BatchNorm2d or None is needed"
+            )
+        self.m, self.groups = m, op.groups if isinstance(op, nn.Conv2d) else 1
+        self.channels = op.out_channels if isinstance(op, nn.Conv2d) else op.out_features
+        if norm is not None and norm.num_features != self.channels:
+            raise ValueError(f"norm: has {norm.num_features} features; the layer has {self.channels} outputs")
+        if norm is not None and norm.running_mean is None:
+            raise ValueError("norm: keeps no running statistics, so the branches could not be merged")
+        self.op, self.norm = self._widened(op), None if norm is None else self._widened(norm)
+        with torch.no_grad():
+            others = self._by_branch(self.op.weight)[1:]
+            others.copy_(torch.randn_like(others) * op.weight.std(correction=0))
+        self.stacked = None
+
+    def _widened(self, layer: Any) -> Any:
+        """A copy with m·C outputs, every branch the same."""
+        wide = copy.deepcopy(layer)
+        for key, value in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+            if value.dim() == 0:  # num_batches_tracked
+                continue
+            grouped = value.detach().unflatten(0, (self.groups, 1, -1))
+            repeated = grouped.expand(-1, self.m, *[-1] * (grouped.dim() - 2)).flatten(0, 2).clone()
+            setattr(wide, key, nn.Parameter(repeated) if isinstance(value, nn.Parameter) else repeated)
+        for key in ("out_channels", "out_features", "num_features"):
+            if hasattr(wide, key):
+                setattr(wide, key, self.m * getattr(layer, key))
+        return wide
+
+    def _by_branch(self, wide: Tensor) -> Tensor:
+        """``[m·C, …]`` as ``[m, groups, C/groups, …]``; a view. Groups come first in a grouped convolution."""
+        shape = (self.groups, self.m, self.channels // self.groups, *wide.shape[1:])
+        return wide.view(shape).transpose(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean of the branches, ``[B, C, …]``; :attr:`stacked` keeps them apart.
+
+        Raises:
+            ValueError: A batch norm in training mode gets a single value a channel.
+        """
+        out: Tensor = self.op(x)
+        if self.norm is not None:
+            if self.training and out.numel() == out.shape[1]:
+                raise ValueError(
+                    f"x: got shape {tuple(x.shape)}, one value a channel; batch norm in training needs at least 2"
+                )
+            out = self.norm(out)
+        shape = (out.shape[0], self.groups, self.m, self.channels // self.groups, *out.shape[2:])
+        grouped = out.view(shape).movedim(2, 0)
+        # A view without groups: the kernel takes its strides as they are.
+        self.stacked = grouped.flatten(2, 3) if self.groups > 1 else grouped.squeeze(2)
+        return self.stacked.mean(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles do without the last activations, which belong to a graph."""
+        return {**self.__dict__, "stacked": None}
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one layer that equals the branches' mean in evaluation mode.
+
+        With g_j = γ_j/√(var_j + eps): W = (1/m) Σ g_j·W_j and b = (1/m) Σ (β_j − g_j·μ_j + g_j·bias_j), summed in
+        float64.
+        """
+        weight = self._by_branch(self.op.weight).flatten(1, 2).double()
+        bias = weight.new_zeros(weight.shape[:2])
+        if self.op.bias is not None:
+            bias = self._by_branch(self.op.bias).flatten(1, 2).double()
+        if self.norm is not None:
+            var, shift = (
+                self._by_branch(t).flatten(1, 2).double()
+                for t in (self.norm.running_var, self.norm.running_mean)
+            )
+            gain = (var + self.norm.eps).rsqrt()
+            offset = torch.zeros_like(bias)
+            if self.norm.affine:
+                gain = gain * self._by_branch(self.norm.weight).flatten(1, 2)
+                offset = self._by_branch(self.norm.bias).flatten(1, 2).double()
+            bias = offset + gain * (bias - shift)
+            weight = weight * gain.view(*gain.shape, *[1] * (weight.dim() - 2))
+        dtype = self.op.weight.dtype
+        return weight.mean(0).to(dtype), bias.mean(0).to(dtype)
+
+    def plain(self, *, bias: Tensor | None, weight: Tensor) -> nn.Module:
+        """The layer with one branch's outputs, holding ``weight`` and ``bias``."""
+        layer = copy.deepcopy(self.op)
+        for key in ("out_channels", "out_features"):
+            if hasattr(layer, key):
+                setattr(layer, key, self.channels)
+        layer.weight = nn.Parameter(weight)
+        layer.bias = None if bias is None else nn.Parameter(bias)
+        return layer  # type: ignore[no-any-return]
+
+
+class _Absorbed(nn.Identity):
+    """Stands where a batch norm was that the branches took over, and remembers what it looked like."""
+
+    def __init__(self, norm: nn.Module, op: str) -> None:
+        super().__init__()
+        self.op = op
+        self.kept = (copy.deepcopy(norm),)  # in a tuple: no part of the state dict
+
+
+def convert(model: nn.Module, op: str, norm: str | None = None, *, m: int = 10) -> Branches:
+    """Replace a layer of a model by m branches, in place.
+
+    Args:
+        model: Any module.
+        op: Name of the ``nn.Conv2d`` or ``nn.Linear``, as in ``model.named_modules()``.
+        norm: Name of the batch norm that runs right after it, which the branches take over; None: none.
+        m: Branches.
+
+    Returns:
+        The branches, in the model's place ``op``. Parameters are new: make the optimizer after this.
+
+    Raises:
+        ValueError: A name that does not exist (the nearest are given), m < 1, layers that do not fit.
+        TypeError: Layers of another kind.
+    """
+    with FeatureTaps(model, [op] if norm is None else [op, norm]):  # refuses unknown names
+        pass
+    old_norm = None if norm is None else model.get_submodule(norm)
+    branches = Branches(model.get_submodule(op), old_norm, m).train(model.training)
+    model.set_submodule(op, branches)
+    if norm is not None and old_norm is not None:
+        model.set_submodule(norm, _Absorbed(old_norm, op))
+    return branches
+
+
+@torch.no_grad()
+def merge(module: nn.Module) -> nn.Module:
+    """Fold all branches into plain layers that compute the same in evaluation mode.
+
+    :class:`Branches` alone become one biased layer, which is returned. A converted model is changed in place and
+    returned with the layers, and the names in its state dict, that it had before :func:`convert`: where a batch
+    norm followed a layer without bias, a batch norm that adds the bias does again (mean 0, variance 1).
+
+    Raises:
+        ValueError: There are no branches in the module.
+    """
+    if isinstance(module, Branches):
+        weight, bias = module.folded()
+        return module.plain(weight=weight, bias=bias)
+    absorbed = {a.op: (name, a) for name, a in module.named_modules() if isinstance(a, _Absorbed)}
+    found = [(name, b) for name, b in module.named_modules() if isinstance(b, Branches)]
+    if not found:
+        raise ValueError(f"module: got a {type(module).__name__} without branches; nothing to merge")
+    for name, branches in found:
+        weight, bias = branches.folded()
+        held = branches.op.bias is not None
+        norm_name, norm = absorbed.get(name, (None, None))
+        if norm_name is None or norm is None:
+            module.set_submodule(name, branches.plain(weight=weight, bias=bias if held else None))
+            continue
+        module.set_submodule(
+            name, branches.plain(weight=weight, bias=torch.zeros_like(bias) if held else None)
+        )
+        module.set_submodule(norm_name, _carrier(norm.kept[0], bias).train(module.training))
+    return module
+
+
+def _carrier(norm: Any, bias: Tensor) -> nn.Module:
+    """A batch norm of the old one's kind that adds ``bias`` and nothing else."""
+    carrier = copy.deepcopy(norm).to(bias.device)
+    carrier.reset_running_stats()
+    if norm.affine:
+        carrier.weight.fill_((1 + norm.eps) ** 0.5)
+        carrier.bias.copy_(bias)
+    else:  # the mean is all there is to shift with; the scale is undone where it is 1/√(1 + eps)
+        carrier.running_var.fill_(1 - norm.eps)
+        carrier.running_mean.copy_(-bias)
+    return carrier  # type: ignore[no-any-return]

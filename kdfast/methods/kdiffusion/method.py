@@ -1,0 +1,366 @@
+"""The method: branches in the student, taps on the teacher, and the loss between them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdfast.errors import ConfigError, KDFastError
+from kdfast.functional import reparam_middle_loss
+from kdfast.methods.kdiffusion.branches import Branches, convert
+from kdfast.methods.kdiffusion.schedule import linear_alpha_hat, reverse_coefficients, reverse_variances
+from kdfast.models import FeatureTaps
+
+__all__ = ["Kdiffusion", "KdiffusionConfig", "Stage"]
+
+Trajectory = Literal["chain", "sampled"]
+Estimate = Literal["mean", "last"]
+Objective = Literal["diffusion", "average"]
+Layout = Literal["channels_first", "channels_last"]
+
+
+@dataclass(frozen=True)
+class KdiffusionConfig:
+    """Everything that the paper sets, or leaves open.
+
+    Attributes:
+        branches: m, the student's features a stage.
+        alpha: α, weight of the middle losses' sum over stages.
+        beta: β, weight of the target-guided loss of the last stage; 0 leaves it out.
+        objective: ``"diffusion"``, or ``"average"``: α·MSE(x0, mean S), the paper's baseline.
+        trajectory: ``"chain"``: X_k = T_k, so that S = x0 costs exactly nothing. ``"sampled"``: X_k is drawn around
+            T_k, anew each iteration.
+        sigma: σ, the noise of a sampled trajectory.
+        shuffle: A random π a stage an iteration; else branch k always takes step k.
+        estimate: x̂0 of the guided loss: the ``"mean"`` of the branches, or the ``"last"`` P_m.
+        carry_gradient: Whether gradients flow through P_{k−1}.
+        bridge: Map each branch to the teacher's channels by a 1×1 convolution and batch norm that all branches of a
+            stage share, and that the exported student has not. Without, both must have the same channels.
+        teacher_layout: ``"channels_last"`` for taps that are ``[B, H, W, C]`` or ``[B, N, C]`` (Swin, ViT).
+        steps: n of the linear schedule.
+        beta_start: Its first β_t.
+        beta_end: Its last β_t.
+    """
+
+    branches: int = 10
+    alpha: float = 1.0
+    beta: float = 1.0
+    objective: Objective = "diffusion"
+    trajectory: Trajectory = "chain"
+    sigma: float = 1.0
+    shuffle: bool = True
+    estimate: Estimate = "mean"
+    carry_gradient: bool = True
+    bridge: bool = True
+    teacher_layout: Layout = "channels_first"
+    steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    def __post_init__(self) -> None:
+        choices = {
+            "objective": Objective,
+            "trajectory": Trajectory,
+            "estimate": Estimate,
+            "teacher_layout": Layout,
+        }
+        for name, kind in choices.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(
+                    f"{name}: got {getattr(self, name)!r}, accepted: {', '.join(get_args(kind))}"
+                )
+        for name in ("alpha", "beta", "sigma"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name}: got {value}, accepted: a finite number of at least 0")
+        try:
+            reverse_coefficients(linear_alpha_hat(self.steps, self.beta_start, self.beta_end), self.branches)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(str(error).replace("m: got", "branches: got", 1)) from None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One student layer that learns from one teacher layer.
+
+    Attributes:
+        op: The student's convolution or linear layer, by name.
+        teacher: The teacher's layer whose output is x0, by name.
+        norm: The student's batch norm right after ``op``, or None.
+    """
+
+    op: str
+    teacher: str
+    norm: str | None = None
+
+
+class Kdiffusion(nn.Module):
+    """Converts the student in place, and adds the paper's losses to its task loss.
+
+    Make it first and the optimizer then, over ``method.parameters()``: those are the student's, branches included,
+    and the bridges'. The teacher is frozen here (evaluation mode, no gradients) and is no submodule.
+
+    Args:
+        student: Any module; changed in place, see :func:`convert`.
+        teacher: Any module.
+        stages: One for a single-layer, several for a multi-layer distillation, shallow to deep: the last one's
+            features are the guided loss's.
+        images: Some inputs ``[B, …]`` for both networks, on their device: one pass finds out the features' shapes.
+        config: Fields of the method.
+        classifier: W of the guided loss, on the pooled last feature; by default the teacher's ``get_classifier()``.
+
+    Example:
+        >>> method = Kdiffusion(student, teacher, [Stage("layer3.0.conv2", "layer3", "layer3.0.bn2")], images)
+        >>> optimizer = torch.optim.SGD(method.parameters(), lr=0.05)
+        >>> method.step((images, labels)).backward()
+        >>> merge(student)  # the plain network again
+
+    Raises:
+        ValueError: No stages, a layer that does not exist, channels that differ without a bridge, no classifier.
+        TypeError: A layer that cannot be branched.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        stages: Sequence[Stage],
+        images: Tensor,
+        config: KdiffusionConfig | None = None,
+        *,
+        classifier: nn.Linear | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config = config or KdiffusionConfig()
+        if not stages:
+            raise ValueError("stages: got none; at least one is needed")
+        teacher.eval().requires_grad_(False)
+        self._teacher = (teacher,)  # in a tuple: neither a submodule nor in the state dict
+        self._taps = FeatureTaps(teacher, [stage.teacher for stage in stages], detach=True)
+        self.student = student
+        self.stages = tuple(stages)
+        self._classifier = (self._guide(teacher, classifier),)
+        self._branches: tuple[Branches, ...] = tuple(
+            convert(student, stage.op, stage.norm, m=config.branches) for stage in stages
+        )
+        self.bridges = nn.ModuleList(self._make_bridges(images))
+        schedule = linear_alpha_hat(config.steps, config.beta_start, config.beta_end)
+        u, v = reverse_coefficients(schedule, config.branches)
+        w = config.sigma * reverse_variances(schedule, config.branches).sqrt()
+        for name, value in (("u", u), ("v", v), ("w", w)):
+            self.register_buffer(name, value.to(images.device, torch.float32), persistent=False)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    def _guide(self, teacher: nn.Module, classifier: nn.Linear | None) -> nn.Linear | None:
+        if self.config.beta == 0:
+            return None
+        if classifier is None and hasattr(teacher, "get_classifier"):
+            # A module's attribute is a tensor or a module to a type checker; this one is timm's method.
+            find: Any = teacher.get_classifier
+            classifier = find()
+        if not isinstance(classifier, nn.Linear):
+            raise ValueError(
+                f"classifier: got {type(classifier).__name__}; the guided loss needs the teacher's nn.Linear "
+                "(or set beta to 0)"
+            )
+        return classifier.requires_grad_(False)
+
+    @torch.no_grad()
+    def _make_bridges(self, images: Tensor) -> list[nn.Module]:
+        training = self.student.training
+        self.student.eval()(images)
+        self.student.train(training)
+        self.teacher(images)
+        bridges: list[nn.Module] = []
+        for stage, branches in zip(self.stages, self._branches, strict=True):
+            stacked = branches.stacked
+            assert stacked is not None
+            teacher_channels = self._target(stage).shape[1]
+            if self.config.bridge:
+                bridges.append(_Bridge(stacked.shape[2], teacher_channels).to(images.device))
+                continue
+            if stacked.shape[2] != teacher_channels:
+                raise ValueError(
+                    f"stages: {stage.op!r} has {stacked.shape[2]} channels, {stage.teacher!r} has "
+                    f"{teacher_channels}; they must match with bridge=False"
+                )
+            bridges.append(nn.Identity())
+        classifier = self._classifier[0]
+        last = self._target(self.stages[-1]).shape[1]
+        if classifier is not None and classifier.in_features != last:
+            raise ValueError(
+                f"classifier: takes {classifier.in_features} features; {self.stages[-1].teacher!r}, the last "
+                f"stage's teacher layer, has {last} channels"
+            )
+        self._forget()
+        return bridges
+
+    def _target(self, stage: Stage) -> Tensor:
+        """x0 of a stage, ``[B, C]`` or ``[B, C, H, W]``."""
+        x0 = self._taps[stage.teacher]
+        if self.config.teacher_layout == "channels_first":
+            return x0
+        if x0.dim() == 3:  # tokens
+            side = math.isqrt(x0.shape[1])
+            if side * side != x0.shape[1]:
+                raise ValueError(
+                    f"stages: {stage.teacher!r} gave shape {tuple(x0.shape)}; tokens must form a square"
+                )
+            x0 = x0.reshape(x0.shape[0], side, side, x0.shape[2])
+        return x0.movedim(-1, 1)
+
+    def _features(self, at: int) -> tuple[Tensor, Tensor]:
+        """Bridged branches ``[m, B, C, …]`` and target ``[B, C, …]`` of a stage, in one size."""
+        stage, stacked = self.stages[at], self._branches[at].stacked
+        if stacked is None:
+            raise KDFastError(f"layer {stage.op!r} has not run yet; call the student first")
+        x0 = self._target(stage)
+        if stacked.shape[1] != x0.shape[0]:
+            raise ValueError(
+                f"student_out: {stacked.shape[1]} samples went through the student, {x0.shape[0]} through the teacher"
+            )
+        m = stacked.shape[0]
+        if stacked.dim() == 3 and x0.dim() == 4:  # a linear layer against a map
+            x0 = x0.mean((2, 3))
+        elif stacked.dim() == 5 and x0.dim() == 2:
+            stacked = stacked.mean((3, 4))
+        if isinstance(self.bridges[at], nn.Identity) and stacked.shape[3:] == x0.shape[2:]:
+            return stacked, x0  # strides as they are: nothing is copied
+        flat = stacked.flatten(0, 1)
+        if flat.dim() == 4:
+            size = (min(flat.shape[2], x0.shape[2]), min(flat.shape[3], x0.shape[3]))
+            if tuple(flat.shape[2:]) != size:
+                flat = F.adaptive_avg_pool2d(flat, size)
+            if tuple(x0.shape[2:]) != size:
+                x0 = F.adaptive_avg_pool2d(x0, size)
+        return self.bridges[at](flat).unflatten(0, (m, -1)), x0
+
+    def forward(self, student_out: Tensor, target: Tensor | None = None) -> Tensor:
+        """The loss of a batch that teacher and student have both just run on.
+
+        Random numbers come from torch's global generator of the features' device, without a synchronisation.
+
+        Args:
+            student_out: The student's logits ``[B, classes]``.
+            target: int64 labels ``[B]`` for the cross-entropy; None leaves it out, for a task loss of your own.
+
+        Returns:
+            A 0-d tensor: L_task + α·L_middle + β·L_guided. :attr:`parts` holds the three, detached.
+
+        Raises:
+            KDFastError: A network has not run.
+            ValueError: The two ran on different batches.
+        """
+        config, m = self.config, self.config.branches
+        task = student_out.new_zeros((), dtype=torch.float32)
+        if target is not None:
+            task = F.cross_entropy(student_out.float(), target)
+        middle, guided = torch.zeros_like(task), torch.zeros_like(task)
+        for at in range(len(self.stages)):
+            branches, x0 = self._features(at)
+            last = at == len(self.stages) - 1 and self._classifier[0] is not None
+            if config.objective == "average":
+                mean = branches.mean(0)
+                middle = middle + F.mse_loss(mean.float(), x0.float())
+                estimate = mean if config.estimate == "mean" else branches[-1]
+            else:
+                order = torch.arange(m, device=branches.device)
+                if config.shuffle:
+                    order = torch.rand(m, device=branches.device).argsort()
+                part, mean = self._middle(
+                    branches, x0, order, mean_needs_grad=last and config.estimate == "mean"
+                )
+                middle = middle + part
+                # u_m = 0 and v_m = 1: the last P is the branch that the last step took.
+                estimate = mean if config.estimate == "mean" else branches.index_select(0, order[-1:])[0]
+            if last:
+                guided = self._guided(estimate, x0)
+        self.parts = {"task": task.detach(), "middle": middle.detach(), "guided": guided.detach()}
+        self._forget()
+        return task + config.alpha * middle + config.beta * guided
+
+    def _middle(
+        self, branches: Tensor, x0: Tensor, order: Tensor, *, mean_needs_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        sampled = self.config.trajectory == "sampled"
+        seed = torch.randint(2**62, (1,), device=branches.device) if sampled else 0
+        u, v, w = self.get_buffer("u"), self.get_buffer("v"), self.get_buffer("w")
+        return reparam_middle_loss(
+            branches,
+            x0,
+            u,
+            v,
+            order,
+            noise_scale=w if sampled else None,
+            seed=seed,
+            carry_gradient=self.config.carry_gradient,
+            mean_needs_grad=mean_needs_grad,
+        )
+
+    def _guided(self, estimate: Tensor, x0: Tensor) -> Tensor:
+        classifier = self._classifier[0]
+        assert classifier is not None
+        gap = estimate.float() - x0.float()
+        pooled = gap.flatten(2).mean(2) if gap.dim() > 2 else gap
+        return F.linear(pooled, classifier.weight.float()).square().mean()
+
+    def step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The teacher's pass, the student's pass, the loss.
+
+        Args:
+            batch: Images on the networks' device, and int64 labels ``[B]``.
+        """
+        images, labels = batch
+        with torch.no_grad():
+            self.teacher(images)
+        loss: Tensor = self(self.student(images), labels)
+        return loss
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Names of trainable parameters that the optimizer does not have; warns if there are any."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in held]
+        if missing:
+            warnings.warn(
+                f"the optimizer lacks {len(missing)} parameters ({', '.join(missing[:3])}, …): make it after "
+                "Kdiffusion, over method.parameters()",
+                stacklevel=2,
+            )
+        return missing
+
+    def close(self) -> None:
+        """Take the taps off the teacher."""
+        self._taps.close()
+
+    def _forget(self) -> None:
+        """Let go of activations, and of the graph that they hold."""
+        self._taps.clear()
+        for branches in self._branches:
+            branches.stacked = None
+
+
+class _Bridge(nn.Module):
+    """A shared 1×1 convolution and batch norm, of maps ``[B, C, H, W]`` or of vectors ``[B, C]``."""
+
+    def __init__(self, channels: int, teacher_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, teacher_channels, 1, bias=False)
+        self.norm = nn.BatchNorm2d(teacher_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4:
+            out: Tensor = self.norm(self.conv(x))
+            return out
+        out = self.norm(self.conv(x[:, :, None, None]))
+        return out.flatten(1)

@@ -1,0 +1,49 @@
+"""Branch recursion and γ-mix in plain PyTorch: the oracle of the tests and the path for CPU and float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdfast.reference.losses import compute_dtype
+from kdfast.reference.philox_normal import normal
+
+__all__ = ["noise_mix", "reparam_middle"]
+
+
+def reparam_middle(
+    branches: Tensor,
+    target: Tensor,
+    u: Tensor,
+    v: Tensor,
+    permutation: Tensor,
+    noise_scale: Tensor | None = None,
+    seed: int | Tensor = 0,
+    carry: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``(Σ_k mean((T_k − P_k)²), mean S)``; the recursion and the arguments are those of kernels/feature.py.
+
+    Returns:
+        The loss in float32 (float64 when an input is), the mean in the branches' dtype.
+    """
+    dtype = compute_dtype(branches, target)
+    x0, u, v = target.to(dtype), u.to(dtype), v.to(dtype)
+    ordered = branches.index_select(0, permutation).to(dtype)
+    loss = ordered.new_zeros(())
+    behind = torch.zeros_like(x0)  # P_{k−1} − X_{k−1}
+    for k in range(branches.shape[0]):
+        residual = u[k] * behind + v[k] * (ordered[k] - x0)
+        loss = loss + residual.square().mean()
+        behind = residual if carry else residual.detach()
+        if noise_scale is not None and k < branches.shape[0] - 1:
+            z = normal(int(seed), k, tuple(x0.shape), x0.device).to(dtype)
+            behind = behind - noise_scale[k].to(dtype) * z
+    return loss, ordered.mean(0).to(branches.dtype)
+
+
+def noise_mix(x: Tensor, gamma: Tensor, seed: int | Tensor) -> Tensor:
+    """``γ·x + (1 − γ)·ε`` with γ ``[B]``; in x's dtype."""
+    dtype = compute_dtype(x, gamma)
+    noise = normal(int(seed), 0, tuple(x.shape), x.device).to(dtype)
+    factor = gamma.to(dtype).view(-1, *[1] * (x.dim() - 1))
+    return (factor * x.to(dtype) + (1 - factor) * noise).to(x.dtype)

@@ -1,0 +1,291 @@
+"""Feature distillation: the recursion over re-parameterised branches, and the mix of a feature with noise.
+
+Branch recursion (Kdiffusion, Yao et al., Eqs. 8–11), branches S_1 … S_m, π a permutation, x0 the target:
+
+    T_k = u_k·X_{k-1} + v_k·x0          X_k = T_k (chain), or T_k + w_k·z_k with z_k normal (sampled)
+    P_k = u_k·P_{k-1} + v_k·S_π(k)      P_0 = X_0
+    loss = Σ_k mean((T_k - P_k)²),      mean S = (1/m) Σ_j S_j
+
+    Neither T nor X is needed: r_k = P_k - T_k obeys
+    r_k = u_k·(r_{k-1} - w_{k-1}·z_{k-1}) + v_k·(S_π(k) - x0),   r_0 = w_0 = 0
+    backward: A_k = 2·r_k/N + u_{k+1}·A_{k+1},   dS_π(k) = v_k·A_k + (1/m)·d(mean S)
+    (A_k = 2·r_k/N when no gradient is to flow into P_{k-1})
+
+    Bytes moved, X = bytes of one branch: (m+2)X for loss and mean; 2(m+1)X + X for the mean when the gradients
+    are made with them, and then nothing in a backward whose upstream gradient is 1. Without, the backward
+    recomputes: (2m+2)X, with d(mean S) read; 34X in all at m = 10.
+
+γ-mix (DiffKD, Huang et al. 2023, Sec. 3.3), γ one number a sample, ε Philox normals keyed by (seed, element):
+
+    z = γ·x + (1-γ)·ε               backward: gx = γ·gz,   dγ = Σ gz·(x - ε), ε drawn again
+
+    Bytes moved: 2X forward, 3X backward (2X when γ or x needs no gradient); the noise moves nothing.
+
+Launch plan: as denoise.py's (walks over any strides), with the elements a thread chosen so that m residuals
+stay in registers. π indexes pointers: no gather. Losses and dγ are summed in a fixed order. Bodies:
+_feature_bodies.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ._feature_bodies import noise_mix_backward_kernel, noise_mix_kernel, reparam_middle_kernel
+from ._strided import Strides, Walk, iteration_order, walk
+from .launch import arrival_counter, device_guard, launch
+
+#: More branches than this take the reference: their residuals no longer fit in registers.
+MAX_BRANCHES = 64
+#: What CUDA allows along the second grid dimension; programs loop over further samples.
+MAX_GRID_Y = 65535
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """What one launch looks like: elements a program, and its warps."""
+
+    block: int
+    num_warps: int
+
+
+def recursion_plan(numel: int, branches: int, itemsize: int) -> FeaturePlan:
+    """16 bytes a thread while the residuals allow it, chosen by registers and spills of compiled variants.
+
+    Args:
+        numel: Elements of one branch.
+        branches: m.
+        itemsize: Bytes of a branch's element.
+    """
+    each = 16 // itemsize if branches <= 10 else 4 if branches <= 16 else 2 if branches <= 32 else 1
+    warps = 4 if numel >= 1 << 16 else 1
+    return FeaturePlan(32 * warps * each, warps)
+
+
+def mix_plan(numel: int) -> FeaturePlan:
+    """Eight elements a thread, so that 16-bit features move 16 bytes a load; ``numel`` of one sample."""
+    return FeaturePlan(1024, 4) if numel >= 4096 else FeaturePlan(256, 1)
+
+
+def _contiguous(shape: Sequence[int]) -> Strides:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+@functools.lru_cache(maxsize=1024)
+def _walked(
+    shape: tuple[int, ...], strides: tuple[Strides | None, ...], noise: bool
+) -> tuple[Walk, tuple[Strides | None, ...], Strides | None, bool]:
+    """One walk over all operands (the first decides the order): it, their strides, E's, and whether E runs."""
+    operands = [own for own in strides if own is not None]
+    every = [*operands, _contiguous(shape)] if noise else operands
+    plan = walk(shape, iteration_order(shape, operands[0]), tuple(every), aligned=8)
+    found = iter(plan.strides)
+    walked = tuple(next(found) if own is not None else None for own in strides)
+    element = plan.strides[-1] if noise else None
+    # Four neighbours share a Philox counter where a block holds whole groups of them.
+    run = element is not None and plan.rows and element[0] == 1 and not any(s % 4 for s in element[1:])
+    return plan, walked, element, run
+
+
+def _blocks(plan: Walk, chosen: FeaturePlan) -> tuple[int, dict[str, Any]]:
+    """Programs of one walk, and the compile-time constants that all kernels share."""
+    rows, length = (plan.numel // plan.inner, plan.inner) if plan.rows else (1, plan.numel)
+    constants = {
+        "SIZES": plan.sizes,
+        "NDIM": plan.ndim,
+        "ROWS": plan.rows,
+        "WIDE": plan.wide,
+        "BLOCK": chosen.block,
+        "num_warps": chosen.num_warps,
+        "enable_fp_fusion": True,
+    }
+    return rows * -(-length // chosen.block), constants
+
+
+def reparam_middle(
+    branches: torch.Tensor,
+    target: torch.Tensor,
+    u: torch.Tensor,
+    v: torch.Tensor,
+    permutation: torch.Tensor,
+    *,
+    noise_scale: torch.Tensor | None = None,
+    seed: int | torch.Tensor = 0,
+    carry: bool = True,
+    loss: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    grad: torch.Tensor | None = None,
+    grad_mean: torch.Tensor | None = None,
+    upstream: torch.Tensor | None = None,
+    exit_if_one: bool = False,
+) -> None:
+    """Launch the branch recursion once; ``loss``, ``mean`` and ``grad`` are written where given.
+
+    Args:
+        branches: S ``[m, …]``, any strides; float32, bfloat16 or float16.
+        target: x0 ``[…]``, any strides and dtype of those.
+        u: float32 ``[m]``, contiguous.
+        v: float32 ``[m]``, contiguous.
+        permutation: int64 ``[m]``, contiguous: the branch that step k takes.
+        noise_scale: w, float32 ``[m]``, contiguous, of the noise after step k (the last is not read).
+        seed: Of that noise; an int, or an int64 tensor of one element on the device.
+        carry: Whether gradients flow into P_{k-1}.
+        loss: 0-d float32.
+        mean: Of the target's shape.
+        grad: Of the branches' shape.
+        grad_mean: Gradient of ``mean``, of the target's shape.
+        upstream: Gradient of ``loss``, 0-d; None: 1.
+        exit_if_one: Do nothing if ``upstream`` is 1: the gradients are there already.
+    """
+    count, shape = branches.shape[0], tuple(target.shape)
+    if target.numel() == 0:
+        return
+    plan, found, element, run = _walked(
+        shape,
+        (
+            branches.stride()[1:],
+            target.stride(),
+            None if mean is None else mean.stride(),
+            None if grad is None else grad.stride()[1:],
+            None if grad_mean is None else grad_mean.stride(),
+        ),
+        noise_scale is not None,
+    )
+    programs, constants = _blocks(plan, recursion_plan(plan.numel, count, branches.itemsize))
+    with device_guard(branches):
+        launch(
+            reparam_middle_kernel,
+            (programs,),
+            branches,
+            target,
+            mean,
+            grad,
+            grad_mean,
+            upstream,
+            loss,
+            None if loss is None else branches.new_empty(programs, dtype=torch.float32),
+            None if loss is None else arrival_counter(branches.device),
+            u,
+            v,
+            noise_scale,
+            permutation,
+            seed,
+            plan.numel,
+            plan.inner,
+            branches.stride(0),
+            0 if grad is None else grad.stride(0),
+            1.0 / plan.numel,
+            M=count,
+            S=found[0],
+            X0=found[1],
+            MEAN=found[2],
+            GRAD=found[3],
+            GMEAN=found[4],
+            E=element,
+            HAS_NOISE=noise_scale is not None,
+            NOISE_RUN=run,
+            SEED_ON_DEVICE=isinstance(seed, torch.Tensor),
+            CARRY=carry,
+            EARLY_EXIT=exit_if_one,
+            **constants,
+        )
+
+
+def _sample_shape(x: torch.Tensor) -> tuple[int, ...]:
+    return tuple(x.shape[1:]) or (1,)
+
+
+def _sample_strides(x: torch.Tensor) -> Strides:
+    return x.stride()[1:] or (1,)
+
+
+def noise_mix(x: torch.Tensor, gamma: torch.Tensor, z: torch.Tensor, seed: int | torch.Tensor) -> None:
+    """Launch the γ-mix once, into ``z``.
+
+    Args:
+        x: ``[B, …]``, any strides; float32, bfloat16 or float16.
+        gamma: ``[B]``, contiguous.
+        z: Written; of x's shape, any strides.
+        seed: Of the noise; an int, or an int64 tensor of one element on the device.
+    """
+    if x.numel() == 0:
+        return
+    plan, (xs, zs), element, run = _walked(_sample_shape(x), (_sample_strides(x), _sample_strides(z)), True)
+    blocks, constants = _blocks(plan, mix_plan(plan.numel))
+    with device_guard(x):
+        launch(
+            noise_mix_kernel,
+            (blocks, min(x.shape[0], MAX_GRID_Y)),
+            x,
+            gamma,
+            z,
+            seed,
+            x.shape[0],
+            plan.numel,
+            plan.inner,
+            x.stride(0),
+            z.stride(0),
+            X=xs,
+            Z=zs,
+            E=element,
+            NOISE_RUN=run and plan.numel % 4 == 0,
+            SEED_ON_DEVICE=isinstance(seed, torch.Tensor),
+            **constants,
+        )
+
+
+def noise_mix_backward(
+    grad_z: torch.Tensor,
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    seed: int | torch.Tensor,
+    *,
+    grad_x: torch.Tensor | None,
+    want_gamma: bool,
+) -> torch.Tensor | None:
+    """Launch the backward of the γ-mix once: ``grad_x`` is written where given, dγ returned as float32 ``[B]``."""
+    if x.numel() == 0:
+        return gamma.new_zeros(x.shape[0], dtype=torch.float32) if want_gamma else None
+    strides = (
+        _sample_strides(grad_z),
+        _sample_strides(x) if want_gamma else None,
+        None if grad_x is None else _sample_strides(grad_x),
+    )
+    plan, (gzs, xs, gxs), element, run = _walked(_sample_shape(x), strides, True)
+    blocks, constants = _blocks(plan, mix_plan(plan.numel))
+    partial = x.new_empty((x.shape[0], blocks), dtype=torch.float32) if want_gamma else None
+    with device_guard(x):
+        launch(
+            noise_mix_backward_kernel,
+            (blocks, min(x.shape[0], MAX_GRID_Y)),
+            grad_z,
+            x if want_gamma else None,
+            gamma,
+            grad_x,
+            partial,
+            seed,
+            x.shape[0],
+            plan.numel,
+            plan.inner,
+            grad_z.stride(0),
+            x.stride(0),
+            0 if grad_x is None else grad_x.stride(0),
+            GZ=gzs,
+            X=xs,
+            GX=gxs,
+            E=element,
+            NOISE_RUN=run and plan.numel % 4 == 0,
+            SEED_ON_DEVICE=isinstance(seed, torch.Tensor),
+            **constants,
+        )
+    if partial is None:
+        return None
+    return partial.view(-1) if blocks == 1 else partial.sum(1)
