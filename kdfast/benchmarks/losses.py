@@ -4,7 +4,8 @@ Traffic in moves of one logit tensor (N elements, each read or written once):
 
     eager       26N   two softmaxes with a division each, kl_div, and the way back
     compiled    5N    where the class dimension fits a persistent reduction; up to 8N elsewhere, so not given there
-    kdfast      3N    on the Triton backend (above 16384 classes 3N or 5N, by launch plan: not given); the CPU runs the reference, which is not counted
+    kdfast      3N    on the Triton backend; above 16384 classes 3N or 5N, by launch plan, and so not given
+                      (the CPU runs the reference, which is not counted)
 
 Liger's KL starts from log-probabilities: its row has PyTorch's softmaxes before it, since a distillation has, too.
 """
