@@ -18,7 +18,7 @@ import torch
 import triton
 
 from bench.static_audit import CAPABILITIES, KernelReport, audit, meta
-from kdfast.kernels import denoise, feature, losses, losses_more, replay
+from kdfast.kernels import denoise, feature, losses, losses_dist, losses_more, losses_topk, replay
 from kdfast.reference.replay import Meta, SumLayout
 
 #: Registers of one multiprocessor, and threads and programs that it holds, on all GPUs audited.
@@ -168,6 +168,33 @@ class _Buffer:
         return replay.rebuild(t["leaves"], t["sums"], self.layout)
 
 
+def _topk(num_classes: int, dtype: torch.dtype) -> Callable[[], object]:
+    def call() -> object:
+        student, index = meta(4096, num_classes, dtype=dtype), meta(4096, 50, dtype=torch.int64)
+        return losses_topk.topk(
+            student,
+            index,
+            meta(4096, 50),
+            meta(4096),
+            SCALE,
+            bucket=True,
+            reduce=True,
+            grad_student=torch.empty_like(student),
+        )
+
+    return call
+
+
+def _dist(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[], object]:
+    def call() -> object:
+        student, teacher = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
+        return losses_dist.dist(
+            student, teacher, 1.0, 1.0, SCALE, grad_student=torch.empty_like(student), grad_teacher=None
+        )
+
+    return call
+
+
 def _noise_mix(dtype: torch.dtype) -> Callable[[], object]:
     def call() -> object:
         x = meta(64, 256, 8, 8, dtype=dtype)
@@ -199,6 +226,9 @@ VARIANTS = (
     Variant(
         "denoise: guided step fp32, noise in the kernel", _step(fp32, guided=True, noise=True), 16, 16, 16
     ),
+    Variant("losses: top-50 of 32000 bf16", _topk(32000, bf16), None, 16, 16),
+    # Its row statistics are stored as single floats: no width to demand of all of its launches.
+    Variant("losses: DIST 256x1000 bf16", _dist((256, 1000), bf16)),
     Variant("feature: noise_mix bf16", _noise_mix(bf16), 4, 16, 16, fast=True),
     Variant("feature: noise_mix fp32", _noise_mix(fp32), 8, 16, 16),
     Variant("replay: sample 256 of 1M", _REPLAY.sample),
@@ -206,10 +236,6 @@ VARIANTS = (
     Variant("replay: add 256 to 1M", _REPLAY.add),
     Variant("replay: rebuild 1M", _REPLAY.rebuild),
 )
-
-
-#: Kernel files with no variant here yet.
-UNAUDITED = frozenset({"dist", "topk"})
 
 
 def occupancy(report: KernelReport) -> float:
