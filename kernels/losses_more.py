@@ -89,9 +89,8 @@ def pair_plan(
             "classes", CLASS_PIXEL, padded, max(16, min(256, 2048 // padded)), 1, 8 if padded > 128 else 4
         )
     if padded > (MAX_ROW // 2 if both else MAX_ROW):
-        return PairPlan(
-            "loop", ONE_ROW, 4096 // itemsize, 1, 1, 8
-        )  # 16 bytes a thread; twice that spills on sm_80
+        # 16 bytes a thread. Twice that spills on sm_80, and so do twice the warps on sm_100.
+        return PairPlan("loop", ONE_ROW, 2048 // itemsize, 1, 1, 4)
     if padded > 512:
         return PairPlan("rows", ONE_ROW, padded, 1, 1, max(4, padded // 512))
     vector = 16 // itemsize
