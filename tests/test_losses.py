@@ -291,6 +291,24 @@ def test_expanded_and_five_dimensional_inputs(target: Target) -> None:
     torch.testing.assert_close(kd_kl_div(moved, t, dim=1), kd_kl_div(s.contiguous(), t, dim=1))
 
 
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_offsets_beyond_32_bits(target: Target, dim: int) -> None:
+    """Rows, and classes, that lie 2³¹ elements apart: 32-bit index arithmetic would wrap into other memory."""
+    near = logits(3.0)(torch.Generator().manual_seed(1), (2, 5) if dim == -1 else (1, 3, 8))
+    strides = (2**31, 1) if dim == -1 else (1, 2**30, 1)
+    far = {}
+    for key, value in near.items():
+        # Uninitialised memory costs nothing until it is touched: a few pages of 8 GiB are.
+        far[key] = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided(value.shape, strides)
+        far[key].copy_(value)
+    got = kd_kl_div(far["student"].requires_grad_(), far["teacher"], 2.0, dim=dim)
+    (grad,) = torch.autograd.grad(got, far["student"])
+    student = near["student"].bfloat16().requires_grad_()
+    want = kd_kl_div(student, near["teacher"].bfloat16(), 2.0, dim=dim)
+    assert torch.equal(got, want)
+    assert torch.equal(grad, torch.autograd.grad(want, student)[0])
+
+
 def test_autocast_keeps_half_inputs_and_a_float32_loss(target: Target) -> None:
     layer = torch.nn.Linear(6, 9, device=target.device)
     x = torch.randn(4, 6, device=target.device)
