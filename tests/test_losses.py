@@ -294,8 +294,8 @@ def test_expanded_and_five_dimensional_inputs(target: Target) -> None:
 @pytest.mark.parametrize("dim", [-1, 1])
 def test_offsets_beyond_32_bits(target: Target, dim: int) -> None:
     """Rows, and classes, that lie 2³¹ elements apart: 32-bit index arithmetic would wrap into other memory."""
-    near = logits(3.0)(torch.Generator().manual_seed(1), (2, 5) if dim == -1 else (1, 3, 8))
-    strides = (2**31, 1) if dim == -1 else (1, 2**30, 1)
+    near = logits(3.0)(torch.Generator().manual_seed(1), (3, 5) if dim == -1 else (1, 3, 8))
+    strides = (2**30, 1) if dim == -1 else (1, 2**30, 1)  # each below 2³¹, and so an int32
     far = {}
     for key, value in near.items():
         # Uninitialised memory costs nothing until it is touched: a few pages of 8 GiB are.
