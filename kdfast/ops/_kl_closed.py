@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
+from kdfast.ops._gradients import Value, differentiable_gradients
 from kdfast.reference.kl_closed import kd_kl_closed
 from kdfast.reference.losses import kd_kl
-
-Value = torch.Tensor | float
 
 
 def usable(student: torch.Tensor, teacher: torch.Tensor) -> bool:
@@ -55,9 +54,7 @@ class KLClosed(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # create_graph=True: the plain form differentiates to any order
             out = kd_kl(student, teacher, temperature, dim, row_weight, mask, divisor, reduce)
-            wanted = [x for x, need in zip((student, teacher), needs, strict=True) if need]
-            exact = iter(torch.autograd.grad(out, wanted, upstream, create_graph=True))
-            return (*(next(exact) if need else None for need in needs), *[None] * 6)
+            return (*differentiable_gradients(out, (student, teacher), needs, upstream), *[None] * 6)
         factor = (scale * upstream).unsqueeze(dim)
         keep = None if mask is None else mask.unsqueeze(dim)
         results: list[torch.Tensor | None] = []

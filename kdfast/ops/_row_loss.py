@@ -9,7 +9,6 @@ torch.compile sees the registered op, whose backward is itself an op.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,11 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from kdfast.backend import resolve
+from kdfast.ops._gradients import Value, differentiable_gradients, empty_gradients, split_value
 from kdfast.reference import losses as reference_losses
 
 __all__ = ["Row", "RowLoss", "register"]
-
-Value = torch.Tensor | float
 
 
 class Row(NamedTuple):
@@ -96,7 +94,7 @@ class _Function(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.loss, ctx.row = loss, row
         ctx.save_for_backward(student, teacher)
-        ctx.grads = _empty_gradients(ctx.needs_input_grad, student, teacher) if row.reduce else None
+        ctx.grads = empty_gradients(ctx.needs_input_grad, student, teacher) if row.reduce else None
         grad_student, grad_teacher = ctx.grads or (None, None)
         return loss.launcher(student, teacher, row, grad_student=grad_student, grad_teacher=grad_teacher)
 
@@ -106,12 +104,10 @@ class _Function(torch.autograd.Function):
         loss, row = ctx.loss, ctx.row
         if torch.is_grad_enabled():  # create_graph=True: the reference differentiates to any order
             needs = ctx.needs_input_grad[:2]
-            wanted = [x for x, need in zip((student, teacher), needs, strict=True) if need]
             out = loss.reference(student, teacher, row)
-            found = iter(torch.autograd.grad(out, wanted, upstream, create_graph=True))
-            return (*(next(found) if need else None for need in needs), None, None)
+            return (*differentiable_gradients(out, (student, teacher), needs, upstream), None, None)
         first, ctx.grads = ctx.grads, None
-        grads = first or _empty_gradients(ctx.needs_input_grad, student, teacher)
+        grads = first or empty_gradients(ctx.needs_input_grad, student, teacher)
         loss.launcher(
             student,
             teacher,
@@ -125,21 +121,8 @@ class _Function(torch.autograd.Function):
         return (*grads, None, None)
 
 
-def _empty_gradients(
-    needs: tuple[bool, ...], student: torch.Tensor, teacher: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    return (
-        torch.empty_like(student) if needs[0] else None,
-        torch.empty_like(teacher) if needs[1] else None,
-    )
-
-
 # --- the registered form -------------------------------------------------------------------------------------
 # A 0-d tensor and a float are different arguments to the schema: each value travels as (float, Tensor?).
-
-
-def _split(value: Value) -> tuple[float, torch.Tensor | None]:
-    return (math.nan, value) if isinstance(value, torch.Tensor) else (value, None)
 
 
 def flatten(row: Row) -> tuple[Any, ...]:
@@ -148,10 +131,10 @@ def flatten(row: Row) -> tuple[Any, ...]:
         row.extra,
         list(row.options),
         row.dim,
-        *_split(row.temperature),
+        *split_value(row.temperature),
         row.weight,
         row.mask,
-        *_split(row.divisor),
+        *split_value(row.divisor),
         row.reduce,
     )
 
@@ -253,7 +236,7 @@ def register(
                 reduce,
             )
         )
-        grads = _empty_gradients((need_student, need_teacher), student, teacher)
+        grads = empty_gradients((need_student, need_teacher), student, teacher)
         if resolve(student, teacher) == "reference":
             # torch.func differentiates here, below autograd, where torch.autograd does not record.
             vjp = torch.func.vjp(lambda s, t: reference_loss(s, t, row), student, teacher)[1]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backend import resolve
+from kdfast.ops._gradients import differentiable_gradients
 from kdfast.reference import feature as reference
 from kdfast.reference.losses import compute_dtype
 
@@ -148,10 +149,9 @@ class _NoiseMix(torch.autograd.Function):
         x, gamma = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            wanted = [t for t, need in zip((x, gamma), needs[:2], strict=True) if need]
             out = reference.noise_mix(x, gamma, ctx.seed)
-            found = iter(torch.autograd.grad(out, wanted, upstream, create_graph=True))
-            return (next(found) if needs[0] else None, next(found) if needs[1] else None, None)
+            grads = differentiable_gradients(out, (x, gamma), needs[:2], upstream)
+            return grads[0], grads[1], None
         return (*_mix_backward(upstream, x, gamma, ctx.seed, needs[0], needs[1]), None)
 
 

@@ -10,20 +10,18 @@ returned never changes. Under torch.compile, and for unreduced losses, the backw
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from kdfast.backend import resolve
 from kdfast.ops import _kl_closed
+from kdfast.ops._gradients import Value, differentiable_gradients, empty_gradients, split_value
 from kdfast.reference import losses as reference_losses
 
 Labels = reference_losses.Labels
 
 __all__ = ["Labels", "kd_kl", "kd_statistics"]
-
-Value = torch.Tensor | float
 
 
 def kd_kl(
@@ -145,20 +143,7 @@ def _differentiable_gradients(
     out = reference_losses.kd_kl(
         student, teacher, temperature, ctx.dim, row_weight, mask, divisor, ctx.reduce, ctx.labels
     )
-    needs = ctx.needs_input_grad[:2]
-    wanted = [x for x, need in zip((student, teacher), needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(out, wanted, upstream, create_graph=True))
-    return [next(grads) if need else None for need in needs]
-
-
-def empty_gradients(
-    needs: tuple[bool, ...], student: torch.Tensor, teacher: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Memory for the gradients that are needed."""
-    return (
-        torch.empty_like(student) if needs[0] else None,
-        torch.empty_like(teacher) if needs[1] else None,
-    )
+    return differentiable_gradients(out, (student, teacher), ctx.needs_input_grad[:2], upstream)
 
 
 def kd_statistics(
@@ -206,11 +191,6 @@ def _takes_reference(student: torch.Tensor, teacher: torch.Tensor) -> bool:
         torch._C._functorch.is_functorch_wrapped_tensor
     )  # the only way to tell, and what torch itself asks
     return wrapped(student) or wrapped(teacher) or resolve(student, teacher) == "reference"
-
-
-def split_value(value: Value) -> tuple[float, torch.Tensor | None]:
-    """A 0-d tensor and a float are different arguments to a schema: a value travels as (float, Tensor?)."""
-    return (math.nan, value) if isinstance(value, torch.Tensor) else (value, None)
 
 
 def _registered(

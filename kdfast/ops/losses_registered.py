@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from kdfast.backend import resolve
-from kdfast.ops.losses import Labels, Value, compute_statistics, empty_gradients
+from kdfast.ops._gradients import Value, empty_gradients
+from kdfast.ops.losses import Labels, compute_statistics
 from kdfast.reference import losses as reference_losses
 
 __all__ = ["distillation_backward_op", "distillation_op", "kd_kl_backward_op", "kd_kl_op", "kd_statistics_op"]
