@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from kdfast.data.datasets import LabelledImages, load_dataset
+from kdfast.data.segmentation import SegmentationFolder, open_segmentation
 from kdfast.errors import ConfigError
 from kdfast.experiments.augmentation import Augmentation
 from kdfast.experiments.image_batches import ImageBatches
 from kdfast.experiments.recipe import to_yaml
 from kdfast.training import files
 from kdfast.training.config import TrainerConfig, TrainResult
-from kdfast.training.evaluate import evaluate_classification
+from kdfast.training.evaluate import evaluate_classification, evaluate_segmentation
 from kdfast.training.model_io import ModelConfig, save_model
 from kdfast.training.optim import OptimizerConfig, ScheduleConfig
 from kdfast.training.trainer import Trainer
@@ -27,6 +28,8 @@ from kdfast.training.trainer import Trainer
 Positive = Annotated[float, at.Gt(0)]
 NotNegative = Annotated[float, at.Ge(0)]
 Count = Annotated[int, at.Ge(1)]
+
+Labelled = LabelledImages | SegmentationFolder
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
@@ -49,7 +52,8 @@ class TrainingRecipe:
         milestones: Epochs at which ``multistep`` multiplies the rate by ``lr_decay``.
         lr_decay: See there.
         warmup_epochs: Linear warm-up.
-        augment: Any of ``crop`` (4 pixels of padding), ``resized_crop`` (8 to 100 % of the area), ``flip``.
+        augment: Any of ``crop`` (4 pixels of padding), ``resized_crop`` (8 to 100 % of the area), ``flip``; for
+            segmentation ``scale_crop`` (0.5 to 2 times) and ``flip``.
         accumulate: Batches that share an optimiser step.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         clip_grad_norm: Upper bound of the gradient's norm.
@@ -78,7 +82,7 @@ class TrainingRecipe:
     milestones: tuple[Positive, ...] = ()
     lr_decay: Positive = 0.1
     warmup_epochs: NotNegative = 0.0
-    augment: tuple[Literal["crop", "resized_crop", "flip"], ...] = ()
+    augment: tuple[Literal["crop", "resized_crop", "flip", "scale_crop"], ...] = ()
     accumulate: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     clip_grad_norm: Positive | None = None
@@ -187,13 +191,16 @@ def close_run(
 
 
 class Evaluator:
-    """Accuracy on held-out images: what the trainer calls after an epoch."""
+    """Accuracy, or mIoU where labels are masks, on held-out images: what the trainer calls after an epoch."""
 
     def __init__(
-        self, dataset: LabelledImages, config: ModelConfig, *, batch_size: int, trainer_rank: tuple[int, int]
+        self, dataset: Labelled, config: ModelConfig, *, batch_size: int, trainer_rank: tuple[int, int]
     ) -> None:
         rank, world = trainer_rank
         self._config = config
+        self._measure = (
+            evaluate_segmentation if isinstance(dataset, SegmentationFolder) else evaluate_classification
+        )
         self._batches = ImageBatches(
             dataset, batch_size, mean=config.mean, std=config.std, shuffle=False, rank=rank, world_size=world
         )
@@ -201,9 +208,7 @@ class Evaluator:
     def __call__(self, network: nn.Module) -> dict[str, float]:
         """Evaluate the network where it is."""
         device = next(network.parameters()).device
-        return evaluate_classification(
-            network, self._batches, num_classes=self._config.num_classes, device=device
-        )
+        return self._measure(network, self._batches, num_classes=self._config.num_classes, device=device)
 
 
 def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -218,18 +223,15 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
 
 
 def held_out(
-    source: str | None, model: ModelConfig, label_column: str | None = None
-) -> LabelledImages | None:
+    source: str | None, model: ModelConfig, label_column: str | None = None, *, task: str = "classification"
+) -> Labelled | None:
     """The test split of a source, which must have the network's classes."""
     if source is None:
         return None
-    return load_dataset(
-        source,
-        "test",
-        image_size=model.image_size,
-        num_classes=model.num_classes,
-        label_column=label_column,
-    )
+    common: dict[str, Any] = {"image_size": model.image_size, "num_classes": model.num_classes}
+    if task == "segmentation":
+        return open_segmentation(source, "test", **common)
+    return load_dataset(source, "test", label_column=label_column, **common)
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdfast.errors import CheckpointError, KDFastError
 from kdfast.training.accelerator import gather_objects, make_accelerator
-from kdfast.training.batches import Window, count_images, resumable, to_device
+from kdfast.training.batches import Loss, Window, count_images, resumable, split_loss, to_device
 from kdfast.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from kdfast.training.config import Stateful, TrainerConfig, TrainResult
 from kdfast.training.interrupt import Interrupt, TrainingInterrupted, deferred_interrupt
@@ -29,7 +29,7 @@ from kdfast.training.rng import rng_state, seed_everything, set_rng_state
 
 __all__ = ["Stateful", "TrainResult", "Trainer", "TrainerConfig", "TrainingInterrupted"]
 
-StepFunction = Callable[[nn.Module, Any], torch.Tensor]
+StepFunction = Callable[[nn.Module, Any], Loss]
 _AGREE_EVERY = (
     8  # steps between asking all ranks whether one was interrupted: each asking waits for the device
 )
@@ -53,7 +53,8 @@ class Trainer:
     Args:
         model: The network to train; moved to the device.
         step: Called as ``step(model, batch)`` with the prepared network and a batch on the device; returns the
-            loss. Gradients, precision and optimiser are the trainer's business.
+            loss, or the loss and a dict of 0-d tensors to log beside it. Gradients, precision and optimiser are the
+            trainer's business.
         config: How to train.
         out: Directory for ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``; ``None`` writes nothing.
         evaluate: Called as ``evaluate(network)`` after epochs, on every rank; returns metrics by name.
@@ -150,7 +151,7 @@ class Trainer:
             self.optimizer.optimizer, self.config.schedule, steps_per_epoch=per_epoch, total_steps=total
         )
         self.model.train()
-        loss = float(self._optimize([next(iter(batches))]))
+        loss = float(self._optimize([next(iter(batches))])[0])
         self._check_finite(loss)
         return loss
 
@@ -172,7 +173,7 @@ class Trainer:
             restored = None
             # Groups are taken as they come: looking ahead would put the loader's state past what was used.
             while place.step < total and (group := list(islice(iterator, config.accumulate))):
-                loss = self._optimize(group)
+                loss, parts = self._optimize(group)
                 images = sum(count_images(batch) for batch in group) * self.accelerator.num_processes
                 place.step, place.batch, place.images = (
                     place.step + 1,
@@ -180,7 +181,7 @@ class Trainer:
                     place.images + images,
                 )
                 place.seconds = time.monotonic() - clock
-                window.add(loss, images)
+                window.add(loss, images, parts)
                 if place.step % config.log_every == 0 or place.step == total:
                     window.note = self._log_window(window)
                 task.advance(note=window.note)
@@ -200,18 +201,21 @@ class Trainer:
             if not ended:
                 self._stop_if_asked(interrupt, batches)
 
-    def _optimize(self, group: list[Any]) -> torch.Tensor:
-        """One optimiser step over the batches of a group; returns their mean loss, still on the device."""
+    def _optimize(self, group: list[Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """One optimiser step over the batches of a group; returns their mean loss and parts, still on the device."""
         total = torch.zeros((), device=self.device)
+        sums: dict[str, torch.Tensor] = {}
         for number, batch in enumerate(group):
             last = number == len(group) - 1
             # Gradients of all ranks are averaged once a group, with its last batch.
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 batch = to_device(batch, self.device)
                 with self.accelerator.autocast():
-                    loss = self._step_function(self.model, batch)
+                    loss, parts = split_loss(self._step_function(self.model, batch))
                 self.accelerator.backward(loss / len(group))
             total += loss.detach().float() / len(group)
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0) + value / len(group)
         if self.config.clip_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
         self.optimizer.step()
@@ -219,7 +223,7 @@ class Trainer:
         self._schedule.step()
         if self._ema is not None:
             self._ema.update_parameters(self._bare)
-        return total
+        return total, sums
 
     def _iterate(self, batches: Iterable[Any], restored: Checkpoint | None) -> Iterator[Any]:
         """This epoch's batches; after a restart those that are left of it, with the random states as they were."""
@@ -244,7 +248,7 @@ class Trainer:
             raise TrainingInterrupted(self._save(batches), number or signal.SIGINT)
 
     def _log_window(self, window: Window) -> str:
-        loss, speed = window.close()
+        loss, speed, parts = window.close()
         self._check_finite(loss)
         rate = self.optimizer.param_groups[0]["lr"]
         if self._log is not None:
@@ -257,6 +261,7 @@ class Trainer:
                 lr=rate,
                 images_per_second=round(speed, 2),
                 seconds=round(place.seconds, 3),
+                **parts,
             )
         return f"{speed:.0f} img/s · loss {loss:.4g}"
 
