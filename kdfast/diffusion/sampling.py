@@ -66,6 +66,19 @@ def step_generators(
     return generators
 
 
+def step_seeds(
+    seed: int, classes: Sequence[int], indices: Sequence[int], *, attempt: int = 0, paper_rng: bool = False
+) -> torch.Tensor:
+    """The key of each image's noise where the sampler's step makes it on the device.
+
+    Returns:
+        int64 ``[len(classes)]`` on the CPU, not negative: 63 bits hashed from the full key.
+    """
+    keys = _keys(seed, classes, indices, paper_rng)
+    words = [np.random.SeedSequence([*key, attempt]).generate_state(1, np.uint64)[0] >> 1 for key in keys]
+    return torch.tensor([int(word) for word in words], dtype=torch.int64)
+
+
 @torch.no_grad()
 def sample_latents(
     denoiser: torch.nn.Module,
