@@ -140,7 +140,7 @@ def _any_pipeline(
     _check_numbers(pipe.scheduler, sampling)
     if "generator" not in accepted or not {"prompt", "class_labels"} & set(accepted):
         raise ConfigError(
-            f"pipeline_or_model: got {type(pipe).__name__}, which takes neither; accepted: "
+            f"pipeline_or_model: got {type(pipe).__name__}, which takes neither prompts nor labels; accepted: "
             "a pipeline that takes a generator and prompt or class_labels"
         )
     if sampling.cfg_channels is not None:
