@@ -83,7 +83,10 @@ def test_unknown_keys_come_first_with_the_nearest_known_one() -> None:
         ({"epochs": True}, "epochs: got True, accepted: a number"),
         ({"lr": -1}, "lr: got -1, accepted: greater than 0"),
         ({"optimizer": "adam"}, "optimizer: got 'adam', accepted: 'sgd' or 'adamw'"),
-        ({"augment": ["spin"]}, "augment: got 'spin', accepted: 'crop', 'resized_crop', 'flip' or 'scale_crop'"),
+        (
+            {"augment": ["spin"]},
+            "augment: got 'spin', accepted: 'crop', 'resized_crop', 'flip' or 'scale_crop'",
+        ),
         ({"schedule": "multistep"}, "milestones: got none"),
         ({"schedule": "multistep", "milestones": [9, 3]}, "milestones: got"),
         ({"temperature": -3}, "temperature: got -3.0, accepted: a number above 0"),
@@ -97,8 +100,10 @@ def test_invalid_values_say_which_what_and_what_else(values: dict[str, object], 
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(ConfigError, match="teacher: missing; student: missing; data: missing"):
+    with pytest.raises(ConfigError, match="teacher: missing; student: missing"):
         distill.parse({"method": "dmkd"})
+    with pytest.raises(ConfigError, match="data: missing; accepted: a directory of shards"):
+        distill.parse({"method": "dmkd", "teacher": "t", "student": "resnet8"})
 
 
 def test_overrides_are_read_as_yaml_and_numbers_as_numbers() -> None:

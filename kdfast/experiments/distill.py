@@ -77,9 +77,15 @@ def parse(values: Mapping[str, Any], *, source: str = "recipe") -> tuple[Distill
         # Keys come first: a slip in one of them is likelier than a method that does not exist.
         check_keys(values, DistillConfig, *(get_method(each).CONFIG for each in METHODS), source=source)
         raise ConfigError(f"{source}: method: got {name!r}, accepted: {', '.join(METHODS)}")
-    schema = get_method(name).CONFIG
-    check_keys(values, DistillConfig, schema, source=source)
-    return build_config(DistillConfig, values, source=source), build_config(schema, values, source=source)
+    method = get_method(name)
+    check_keys(values, DistillConfig, method.CONFIG, source=source)
+    config = build_config(DistillConfig, values, source=source)
+    if config.data is None and method.NEEDS_DATA:
+        raise ConfigError(
+            f"{source}: data: missing; accepted: a directory of shards (kdfast synth makes them), digits, a folder of "
+            "images, hf:NAME"
+        )
+    return config, build_config(method.CONFIG, values, source=source)
 
 
 def run(

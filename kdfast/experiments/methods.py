@@ -4,6 +4,7 @@ A method is one line of :data:`METHODS` and one module beside this one, ``method
 
 - ``CONFIG``: the frozen dataclass of its own recipe keys,
 - ``METHOD``: the class that a user's own loop would use,
+- ``NEEDS_DATA``: whether it trains on what ``data:`` names, or makes its own,
 - ``build(setting) -> Plan``: the networks, the step and, where it makes its own, the data.
 """
 
@@ -81,6 +82,7 @@ class Method(Protocol):
 
     CONFIG: type
     METHOD: type
+    NEEDS_DATA: bool
 
     def build(self, setting: Setting) -> Plan:
         """Make the networks, the step and the data."""

@@ -11,7 +11,7 @@ from kdfast.data.datasets import load_dataset
 from kdfast.data.loader import ShardLoader
 from kdfast.data.manifest import is_shard_folder
 from kdfast.data.segmentation import open_segmentation
-from kdfast.errors import ConfigError, DataError
+from kdfast.errors import DataError
 from kdfast.experiments.image_batches import ImageBatches
 from kdfast.training.model_io import ModelConfig
 
@@ -36,14 +36,8 @@ def open_training_data(
         stack: Closes the loader.
 
     Raises:
-        ConfigError: ``data`` is missing.
-        DataError: It cannot be used, or has other classes than the teacher.
+        DataError: The data cannot be used, or has other classes than the teacher.
     """
-    if config.data is None:
-        raise ConfigError(
-            f"data: missing; method {config.method} trains on shards (kdfast synth makes them), digits, a folder of "
-            "images, or hf:NAME"
-        )
     common: dict[str, Any] = {
         "device": accelerator.device,
         "augment": config.augmentation(model.image_size),
@@ -53,11 +47,12 @@ def open_training_data(
         "mean": model.mean,
         "std": model.std,
     }
+    source = str(config.data)
     size = config.load_size or model.image_size
-    if config.task == "classification" and is_shard_folder(config.data):
+    if config.task == "classification" and is_shard_folder(source):
         return stack.enter_context(
             ShardLoader(
-                config.data,
+                source,
                 config.batch_size,
                 image_size=size,
                 on_error=config.on_error,
@@ -69,14 +64,13 @@ def open_training_data(
         )
     dataset: Any
     if config.task == "segmentation":
-        dataset = open_segmentation(config.data, "train", image_size=size, num_classes=model.num_classes)
+        dataset = open_segmentation(source, "train", image_size=size, num_classes=model.num_classes)
     else:
-        dataset = _labelled(config, size, model.num_classes)
+        dataset = _labelled(config, source, size, model.num_classes)
     return ImageBatches(dataset, config.batch_size, workers=config.workers or 0, **common)
 
 
-def _labelled(config: DistillConfig, size: int, num_classes: int) -> Any:
-    source = str(config.data)
+def _labelled(config: DistillConfig, source: str, size: int, num_classes: int) -> Any:
     try:
         return load_dataset(
             source, "train", image_size=size, num_classes=num_classes, label_column=config.label_column
