@@ -120,8 +120,8 @@ class SSDKD:
 
     @property
     def ready(self) -> bool:
-        """Whether distillation steps have something to draw from: ``fill_epochs`` rounds, and at least one."""
-        return self.rounds >= max(1, self.config.fill_epochs)
+        """Whether distillation begins: the buffer has had its ``fill_epochs`` rounds, and one more has followed."""
+        return self.rounds > self.config.fill_epochs
 
     @property
     def steps(self) -> int:
