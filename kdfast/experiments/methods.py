@@ -22,7 +22,7 @@ from kdfast.training.model_io import ModelConfig
 if TYPE_CHECKING:
     from kdfast.experiments.distill import DistillConfig
 
-METHODS = ("dmkd",)
+METHODS = ("dmkd", "surrogate")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Plan:
         batches: The method's own data, with ``len()``, ``state_dict`` and ``load_state_dict``; ``None`` takes ``data``.
         student: From the trained model to the network that is evaluated and saved; must not have one extra key.
         facts: Called at the end: further entries of ``metrics.json``.
+        normalised: Whether ``data`` comes normalised for the networks; a step that wants images in [0, 1] says no, and
+            normalises them itself.
     """
 
     model: nn.Module
@@ -74,6 +76,7 @@ class Plan:
     batches: Any = None
     student: Callable[[nn.Module], nn.Module] = _itself
     facts: Callable[[], Mapping[str, Any]] = _nothing
+    normalised: bool = True
 
 
 class Method(Protocol):
