@@ -8,15 +8,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdfast.methods.dmkd import DMKD, DMKDConfig
     from kdfast.methods.kdiffusion import Kdiffusion, KdiffusionConfig
+    from kdfast.methods.ssdkd import SSDKD, SSDKDConfig
+    from kdfast.methods.surrogate import SurrogateKD, SurrogateKDConfig
 
 _HOME = {
     "DMKD": "dmkd",
     "DMKDConfig": "dmkd",
     "Kdiffusion": "kdiffusion",
     "KdiffusionConfig": "kdiffusion",
+    "SSDKD": "ssdkd",
+    "SSDKDConfig": "ssdkd",
+    "SurrogateKD": "surrogate",
+    "SurrogateKDConfig": "surrogate",
 }
 
-__all__ = ["DMKD", "DMKDConfig", "Kdiffusion", "KdiffusionConfig"]
+__all__ = [
+    "DMKD",
+    "SSDKD",
+    "DMKDConfig",
+    "Kdiffusion",
+    "KdiffusionConfig",
+    "SSDKDConfig",
+    "SurrogateKD",
+    "SurrogateKDConfig",
+]
 
 
 def __getattr__(name: str) -> Any:
