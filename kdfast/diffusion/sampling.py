@@ -108,7 +108,9 @@ def sample_latents(
             f"null_class: got None, but guidance_scale={guidance_scale} needs the unconditional label"
         )
     dtype = next(denoiser.parameters()).dtype
-    x = noise.float() * scheduler.init_noise_sigma
+    # Flow matching has neither: its noise and its model's input are x itself.
+    x = noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)
+    scale = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
     if guided:
         labels = torch.cat([labels, torch.full_like(labels, null_class or 0)])
     options: dict[str, Any] = {"generator": generators}
@@ -116,7 +118,7 @@ def sample_latents(
     if "eta" in inspect.signature(step).parameters:
         options["eta"] = eta
     for timestep in scheduler.timesteps:
-        latents = scheduler.scale_model_input(x, timestep).to(dtype)
+        latents = scale(x, timestep).to(dtype)
         if guided:
             latents = torch.cat([latents, latents])
         output = denoiser(latents, timestep=timestep.expand(len(latents)), class_labels=labels).sample

@@ -136,7 +136,8 @@ def run(
     )
     with ExitStack() as stack:
         plan = get_method(config.method).build(setting)
-        batches = plan.batches or open_training_data(config, described, accelerator, stack)
+        fed = described if plan.normalised else replace(described, mean=(0.0,) * 3, std=(1.0,) * 3)
+        batches = plan.batches or open_training_data(config, fed, accelerator, stack)
         evaluator = None if test is None else Evaluator(test, described, batch_size=256, trainer_rank=rank)
         folder = None
         if not dry_run:

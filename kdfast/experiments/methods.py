@@ -24,7 +24,11 @@ from kdfast.training.model_io import ModelConfig
 if TYPE_CHECKING:
     from kdfast.experiments.distill import DistillConfig
 
-METHODS = ("dmkd", "ssdkd")
+METHODS = (
+    "dmkd",
+    "ssdkd",
+    "surrogate",
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Plan:
         student: From the trained model to the network that is evaluated and saved; must not have one extra key.
         facts: Called at the end: further entries of ``metrics.json``.
         leave: Called after that with the result directory, by the main process: pictures that belong there.
+        normalised: Whether ``data`` comes normalised for the networks; a step that wants images in [0, 1] says no, and
+            normalises them itself.
     """
 
     model: nn.Module
@@ -84,6 +90,7 @@ class Plan:
     student: Callable[[nn.Module], nn.Module] = _itself
     facts: Callable[[], Mapping[str, Any]] = _nothing
     leave: Callable[[Path], None] = _leave_nothing
+    normalised: bool = True
 
 
 class Method(Protocol):

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from kdfast.methods.dmkd import DMKD, DMKDConfig
     from kdfast.methods.kdiffusion import Kdiffusion, KdiffusionConfig
     from kdfast.methods.ssdkd import SSDKD, SSDKDConfig
+    from kdfast.methods.surrogate import SurrogateKD, SurrogateKDConfig
 
 _HOME = {
     "DMKD": "dmkd",
@@ -17,9 +18,20 @@ _HOME = {
     "KdiffusionConfig": "kdiffusion",
     "SSDKD": "ssdkd",
     "SSDKDConfig": "ssdkd",
+    "SurrogateKD": "surrogate",
+    "SurrogateKDConfig": "surrogate",
 }
 
-__all__ = ["DMKD", "SSDKD", "DMKDConfig", "Kdiffusion", "KdiffusionConfig", "SSDKDConfig"]
+__all__ = [
+    "DMKD",
+    "SSDKD",
+    "DMKDConfig",
+    "Kdiffusion",
+    "KdiffusionConfig",
+    "SSDKDConfig",
+    "SurrogateKD",
+    "SurrogateKDConfig",
+]
 
 
 def __getattr__(name: str) -> Any:

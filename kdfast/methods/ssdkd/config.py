@@ -27,8 +27,28 @@ _CHOICES = {
     "eviction": Eviction,
     "duplicates": Duplicates,
 }
-_COUNTS = ("capacity", "synthesis_batch", "latent", "inversion_steps", "generator_width", "upsamplings", "kd_passes")
-_NOT_NEGATIVE = ("bn", "oh", "adv", "tv", "l2", "act", "balance", "gamma", "alpha", "beta", "eps")
+_COUNTS = (
+    "capacity",
+    "synthesis_batch",
+    "latent",
+    "inversion_steps",
+    "generator_width",
+    "upsamplings",
+    "kd_passes",
+)
+_NOT_NEGATIVE = (
+    "bn",
+    "oh",
+    "adv",
+    "tv",
+    "l2",
+    "act",
+    "balance",
+    "gamma",
+    "alpha",
+    "beta",
+    "eps",
+)
 _POSITIVE = ("temperature", "priority_temperature", "lr_z", "lr_g")
 
 
@@ -177,7 +197,9 @@ class SSDKDConfig:
                     f"replay: got no, accepted: yes, unless generator is persistent (it is {self.generator})"
                 )
             if self.kd_steps is None:
-                raise ConfigError("kd_steps: got null, accepted: a number, as there is no buffer to pass over")
+                raise ConfigError(
+                    "kd_steps: got null, accepted: a number, as there is no buffer to pass over"
+                )
             # Both read the buffer; silently doing nothing would be a lie.
             _check("diversity", not self.diversity, self.diversity, "no, as there is no buffer to count in")
             _check("sampling", self.sampling == "uniform", self.sampling, "uniform, as there is no buffer")

@@ -1,6 +1,6 @@
 """Inversion of the teacher: a round of T_g steps that ends with new images (Algorithm 1, lines 4 to 10).
 
-    loss = bn·L_BN + oh·mean(φ·CE) − adv·mean(mask·KL(t‖s))      L_BN: Eq. 1, φ: Eq. 3, T = 1
+loss = bn·L_BN + oh·mean(φ·CE) − adv·mean(mask·KL(t‖s))      L_BN: Eq. 1, φ: Eq. 3, T = 1
 """
 
 from __future__ import annotations
@@ -124,7 +124,12 @@ class Inversion:
         student.eval()
         self._watch(True)
         try:
-            key = (id(student), adversarial, self.statistics.averaging, torch.is_autocast_enabled(self.device.type))
+            key = (
+                id(student),
+                adversarial,
+                self.statistics.averaging,
+                torch.is_autocast_enabled(self.device.type),
+            )
             if key not in self._steps:
                 self._steps[key] = CapturedStep(
                     lambda: self._step(student, adversarial),

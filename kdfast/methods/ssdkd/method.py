@@ -181,7 +181,12 @@ class SSDKD:
             shape = (len(weight), *[1] * (student_out.dim() - 2))
             row_weight = weight.view(shape).expand(len(weight), *student_out.shape[2:])
         return kd_kl_div(
-            student_out, teacher_out, self.config.temperature, dim=1, reduction="rowmean", row_weight=row_weight
+            student_out,
+            teacher_out,
+            self.config.temperature,
+            dim=1,
+            reduction="rowmean",
+            row_weight=row_weight,
         )
 
     def step(self, student: nn.Module | None = None) -> Tensor:

@@ -48,9 +48,7 @@ class Views:
         return (images - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
 
 
-def _view(
-    images: Tensor, offsets: Tensor, flips: Tensor, mean: Tensor, std: Tensor, padding: int
-) -> Tensor:
+def _view(images: Tensor, offsets: Tensor, flips: Tensor, mean: Tensor, std: Tensor, padding: int) -> Tensor:
     images = images.float() / 255 if images.dtype == torch.uint8 else images
     batch, channels, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
