@@ -20,7 +20,9 @@ PLAIN: dict[str, Any] = {"padding": 0, "flip": False}
 
 
 def normalised(images: Tensor) -> Tensor:
-    return (images.double() - torch.tensor(MEAN).double().view(3, 1, 1)) / torch.tensor(STD).double().view(3, 1, 1)
+    return (images.double() - torch.tensor(MEAN).double().view(3, 1, 1)) / torch.tensor(STD).double().view(
+        3, 1, 1
+    )
 
 
 def bn_inputs(net: Net, x: Tensor) -> list[tuple[nn.BatchNorm2d, Tensor]]:
@@ -108,7 +110,9 @@ def test_a_round_is_the_algorithm(meta: str) -> None:
     torch.testing.assert_close(got, images, rtol=1e-4, atol=1e-4)
     wanted = dict(origin.named_parameters())
     for name, ours in made.inversion.origin.named_parameters():
-        if name != "convolutions.0.bias":  # before a batch norm: its gradient is rounding, and Adam makes ±lr of it
+        if (
+            name != "convolutions.0.bias"
+        ):  # before a batch norm: its gradient is rounding, and Adam makes ±lr of it
             torch.testing.assert_close(ours, wanted[name], rtol=1e-3, atol=2e-4)
 
 
@@ -118,17 +122,19 @@ def test_the_loss_is_the_equation_and_statistics_are_averaged_over_rounds() -> N
     for number in range(3):
         counts = torch.tensor([3, 1, 0, number])
         images = made.inversion.run(made.student, counts).clone()
-        want = expected_loss(
-            made, images, made.inversion._targets, counts, adversarial=True, average=average
+        want = expected_loss(made, images, made.inversion._targets, counts, adversarial=True, average=average)
+        torch.testing.assert_close(
+            made.inversion.means["inversion_loss"].double(), want, rtol=1e-4, atol=1e-4
         )
-        torch.testing.assert_close(made.inversion.means["inversion_loss"].double(), want, rtol=1e-4, atol=1e-4)
         now = [
             (x.mean((0, 2, 3)).double(), x.var((0, 2, 3), unbiased=False).double())
             for _, x in bn_inputs(made.teacher, normalised(images).float())
         ]
-        average = now if average is None else [
-            (0.9 * a + 0.1 * b, 0.9 * c + 0.1 * d) for (a, c), (b, d) in zip(average, now)
-        ]
+        average = (
+            now
+            if average is None
+            else [(0.9 * a + 0.1 * b, 0.9 * c + 0.1 * d) for (a, c), (b, d) in zip(average, now)]
+        )
 
 
 def test_the_mask_counts_only_what_both_agree_on() -> None:
@@ -177,7 +183,9 @@ def test_inversion_touches_neither_network_and_leaves_no_hooks() -> None:
     assert made.student.training
     assert not made.teacher.training
     assert all(torch.equal(value, before[name]) for name, value in made.student.state_dict().items())
-    assert all(parameter.grad is None for net in (made.teacher, made.student) for parameter in net.parameters())
+    assert all(
+        parameter.grad is None for net in (made.teacher, made.student) for parameter in net.parameters()
+    )
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in made.teacher.modules())
 
 
@@ -248,7 +256,9 @@ def test_new_rows_are_scored_as_they_are_stored() -> None:
     assert images.dtype == torch.uint8
     state = made.buffer.state_dict()
     assert torch.equal(state["rows"], images)
-    torch.testing.assert_close(state["delta"][:6].double(), kl_of(made, images, training=False), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        state["delta"][:6].double(), kl_of(made, images, training=False), rtol=1e-4, atol=1e-6
+    )
     predicted = made.teacher(normalised(images / 255).float()).argmax(1)
     assert torch.equal(state["labels"][:6].long(), predicted)
     assert torch.equal(made.contents.class_counts(), predicted.bincount(minlength=CLASSES))
@@ -346,7 +356,15 @@ BASELINES: dict[str, dict[str, Any]] = {
     },
     "dafl": {
         **{"generator": "persistent", "diversity": False, "difficulty": False, "sampling": "uniform"},
-        **{"replay": False, "target": "teacher", "bn": 0.0, "oh": 1.0, "adv": 0.0, "act": 1e-3, "balance": 20.0},
+        **{
+            "replay": False,
+            "target": "teacher",
+            "bn": 0.0,
+            "oh": 1.0,
+            "adv": 0.0,
+            "act": 1e-3,
+            "balance": 20.0,
+        },
     },
     "dfq": {
         **{"generator": "persistent", "diversity": False, "difficulty": False, "sampling": "uniform"},
@@ -374,7 +392,8 @@ def test_without_replay_every_step_sees_new_images() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"generator": "persistent"}, {"generator": "scratch"}, {"generator": "pixels"}, BASELINES["dfq"]]
+    "values",
+    [{}, {"generator": "persistent"}, {"generator": "scratch"}, {"generator": "pixels"}, BASELINES["dfq"]],
 )
 def test_a_restored_run_goes_on_exactly(values: dict[str, Any]) -> None:
     made = method(**values)

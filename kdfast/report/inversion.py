@@ -55,7 +55,12 @@ def trace_figures(run: Run) -> list[Drawing]:
 
 
 _TRACES: tuple[tuple[str, dict[str, str], bool, str], ...] = (
-    ("φ", {"phi": "mean φ"}, False, "What the cross-entropy of inversion is multiplied by, on average (Eq. 3)."),
+    (
+        "φ",
+        {"phi": "mean φ"},
+        False,
+        "What the cross-entropy of inversion is multiplied by, on average (Eq. 3).",
+    ),
     (
         "Priority",
         {"priority": "δ = w·KL", "kl": "KL", "importance": "w"},
@@ -90,7 +95,9 @@ def phase_figure(runs: Mapping[str, Run]) -> list[Drawing]:
 
 def class_accuracy_figure(runs: Mapping[str, Run]) -> list[Drawing]:
     """Accuracy of each class on held-out images (SSD-KD, Fig. 1)."""
-    found = {name: run.metrics["class_accuracy"] for name, run in runs.items() if "class_accuracy" in run.metrics}
+    found = {
+        name: run.metrics["class_accuracy"] for name, run in runs.items() if "class_accuracy" in run.metrics
+    }
     if not found:
         return []
     classes = list(next(iter(found.values())))
@@ -107,9 +114,11 @@ def class_accuracy_figure(runs: Mapping[str, Run]) -> list[Drawing]:
 
 def scale_figures(runs: Mapping[str, Run]) -> list[Drawing]:
     """Accuracy and time over the buffer's size (SSD-KD, Fig. 4), for runs that differ in it."""
-    sizes = sorted(
-        (int(run.metrics["capacity"]), run) for run in runs.values() if run.metrics.get("capacity")
-    ) if len({run.metrics.get("capacity") for run in runs.values()} - {None, 0}) > 1 else []
+    sizes = (
+        sorted((int(run.metrics["capacity"]), run) for run in runs.values() if run.metrics.get("capacity"))
+        if len({run.metrics.get("capacity") for run in runs.values()} - {None, 0}) > 1
+        else []
+    )
     made = []
     for key, title, ylabel in (
         ("accuracy", "Accuracy by data scale", "top-1 accuracy"),

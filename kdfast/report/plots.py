@@ -64,7 +64,9 @@ def curves(
         for color, (name, (x, y)) in zip(
             itertools.islice(itertools.cycle(PALETTE), first_color, None), series.items()
         ):
-            axes.plot(x, y, color=color, label=name, linewidth=1.8, marker="o" if marked or len(x) == 1 else None)
+            axes.plot(
+                x, y, color=color, label=name, linewidth=1.8, marker="o" if marked or len(x) == 1 else None
+            )
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         if log:
@@ -131,7 +133,9 @@ def columns(
         for number, (name, values) in enumerate(series.items()):
             color = PALETTE[number % len(PALETTE)]
             if len(series) > 1 and count * len(series) > 60:
-                axes.stairs(values, [n - 0.5 for n in range(count + 1)], color=color, label=name, linewidth=1.6)
+                axes.stairs(
+                    values, [n - 0.5 for n in range(count + 1)], color=color, label=name, linewidth=1.6
+                )
                 continue
             width = 0.84 / len(series)
             left = [n - 0.42 + (number + 0.5) * width for n in range(count)]
