@@ -6,17 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdfast.methods.diffkd import DiffKD, DiffKDConfig
     from kdfast.methods.dmkd import DMKD, DMKDConfig
     from kdfast.methods.kdiffusion import Kdiffusion, KdiffusionConfig
 
 _HOME = {
+    "DiffKD": "diffkd",
+    "DiffKDConfig": "diffkd",
     "DMKD": "dmkd",
     "DMKDConfig": "dmkd",
     "Kdiffusion": "kdiffusion",
     "KdiffusionConfig": "kdiffusion",
 }
 
-__all__ = ["DMKD", "DMKDConfig", "Kdiffusion", "KdiffusionConfig"]
+__all__ = ["DMKD", "DMKDConfig", "DiffKD", "DiffKDConfig", "Kdiffusion", "KdiffusionConfig"]
 
 
 def __getattr__(name: str) -> Any:
