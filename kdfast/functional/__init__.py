@@ -9,8 +9,10 @@ from kdfast.functional.denoise import denoise_step
 from kdfast.functional.feature import noise_mix, reparam_middle_loss
 from kdfast.functional.fused_linear import fused_linear_kd_loss
 from kdfast.functional.images import crop_flip_normalize, draw_crop_flip
+from kdfast.functional.leaves import render_leaves
 from kdfast.functional.losses import KDStatistics, distillation_loss, kd_kl_div, kd_statistics
 from kdfast.functional.losses_more import dist_loss, dkd_loss, jsd_loss, topk_kd_loss
+from kdfast.functional.shaders import render_shaders
 
 __all__ = [
     "KDStatistics",
@@ -25,6 +27,8 @@ __all__ = [
     "kd_kl_div",
     "kd_statistics",
     "noise_mix",
+    "render_leaves",
+    "render_shaders",
     "reparam_middle_loss",
     "topk_kd_loss",
 ]
