@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdfast.profiling import annotate
+
 _CLASS_BITS = 24
 _INDEX_BITS = 40
 
@@ -66,6 +68,7 @@ def step_generators(
     return generators
 
 
+@annotate("sample_latents")
 @torch.no_grad()
 def sample_latents(
     denoiser: torch.nn.Module,

@@ -16,6 +16,7 @@ from kdfast.data.writer import ShardWriter
 from kdfast.diffusion.parts import check_same_run, joined, merge_parts, part_directory, shard_range
 from kdfast.diffusion.sampling import sample_latents, sample_noise, step_generators
 from kdfast.errors import ConfigError, DataError
+from kdfast.profiling import annotate, phase
 
 REFUSED = "refused.jsonl"
 _ATTEMPTS = 4
@@ -115,6 +116,7 @@ class Synthesizer:
         self.weights_id = weights_id if weights_id is not None else fingerprint(self.model)
         scheduler.set_timesteps(num_inference_steps, device=self.device)
 
+    @annotate("synthesizer.sample")
     def sample(
         self, classes: Sequence[int], indices: Sequence[int]
     ) -> tuple[torch.Tensor, list[dict[str, int]]]:
@@ -221,7 +223,8 @@ class Synthesizer:
                 pixels, refused = self.sample(labels, [n // len(chosen) for n in range(done, end)])
                 if refused:
                     _note(target / REFUSED, refused)
-                writer.write(pixels, torch.tensor(labels))
+                with phase("synthesizer.write"):
+                    writer.write(pixels, torch.tensor(labels))
                 done = end
                 if on_progress:
                     on_progress(done - start, stop - start)
@@ -264,6 +267,7 @@ class Synthesizer:
         )
 
     @torch.no_grad()
+    @annotate("synthesizer.decode")
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to uint8 ``[B, 3, H, W]``; grey images are repeated to three channels."""
         images = latents
