@@ -48,7 +48,6 @@ _NOT_NEGATIVE = (
     "alpha",
     "beta",
     "eps",
-    "reptile_rate",
 )
 _POSITIVE = ("temperature", "priority_temperature", "lr_z", "lr_g")
 
@@ -77,7 +76,6 @@ class SSDKDConfig:
             trained on, z drawn anew each step (DAFL, DFQ). ``"pixels"``: none, the pixels are optimised (DeepInversion).
         meta: How the meta-generator learns from its clone: ``"fomaml"`` sums the clone's gradients, ``"reptile"``
             follows the difference of weights.
-        reptile_rate: Factor of that difference [F: 67].
         generator_width: Channels before the last convolution; twice as many earlier [F: 64].
         upsamplings: Doublings from the generator's first map to the image [F: 2].
         reset_round: Rounds after ``fill_epochs`` at which the generator's first layer is drawn again; ``None`` never
@@ -127,7 +125,6 @@ class SSDKDConfig:
     latent: int = 256
     generator: Source = "meta"
     meta: Meta = "fomaml"
-    reptile_rate: float = 67.0
     generator_width: int = 64
     upsamplings: int = 2
     reset_round: int | None = 120

@@ -5,6 +5,7 @@ loss = bn·L_BN + oh·mean(φ·CE) − adv·mean(mask·KL(t‖s))      L_BN: Eq.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ from kdfast.methods.ssdkd.views import Views
 from kdfast.replay import modulation
 
 __all__ = ["Inversion"]
+
+# Fast-Datafree's factor of θ − θ_clone. Adam, which follows, takes out any factor: it is no option.
+REPTILE_RATE = 67.0
 
 TERMS = ("inversion_loss", "bn", "oh", "adv", "phi")
 
@@ -181,7 +185,7 @@ class Inversion:
         origin = list(self.origin.parameters())
         if self.config.meta == "reptile":
             difference = torch._foreach_sub(origin, self._parameters)
-            torch._foreach_add_(self._origin_gradients, difference, alpha=self.config.reptile_rate)
+            torch._foreach_add_(self._origin_gradients, difference, alpha=REPTILE_RATE)
         for parameter, gradient in zip(origin, self._origin_gradients):
             parameter.grad = gradient
         self._origin_optimizer.step()
@@ -291,7 +295,7 @@ class Inversion:
     # --- state ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next round starts from."""
+        """What the next round starts from; copies."""
         state: dict[str, Any] = {"rounds": self.rounds, "statistics": self.statistics.state_dict()}
         if self.origin is not None:
             state |= {
@@ -300,7 +304,7 @@ class Inversion:
             }
         elif self.config.generator == "persistent":
             state |= {"generator": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
-        return state
+        return copy.deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put it back."""
