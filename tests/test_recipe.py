@@ -83,7 +83,10 @@ def test_unknown_keys_come_first_with_the_nearest_known_one() -> None:
         ({"epochs": True}, "epochs: got True, accepted: a number"),
         ({"lr": -1}, "lr: got -1, accepted: greater than 0"),
         ({"optimizer": "adam"}, "optimizer: got 'adam', accepted: 'sgd' or 'adamw'"),
-        ({"augment": ["spin"]}, "augment: got 'spin', accepted: 'crop', 'resized_crop', 'flip' or 'scale_crop'"),
+        (
+            {"augment": ["spin"]},
+            "augment: got 'spin', accepted: 'crop', 'resized_crop', 'flip' or 'scale_crop'",
+        ),
         ({"schedule": "multistep"}, "milestones: got none"),
         ({"schedule": "multistep", "milestones": [9, 3]}, "milestones: got"),
         ({"temperature": -3}, "temperature: got -3.0, accepted: a number above 0"),

@@ -10,9 +10,13 @@ from kdfast.functional.feature import noise_mix, reparam_middle_loss
 from kdfast.functional.fused_linear import fused_linear_kd_loss
 from kdfast.functional.losses import KDStatistics, distillation_loss, kd_kl_div, kd_statistics
 from kdfast.functional.losses_more import dist_loss, dkd_loss, jsd_loss, topk_kd_loss
+from kdfast.functional.norm import bn_ddim_step, bn_mse, bn_relu
 
 __all__ = [
     "KDStatistics",
+    "bn_ddim_step",
+    "bn_mse",
+    "bn_relu",
     "denoise_step",
     "dist_loss",
     "distillation_loss",
