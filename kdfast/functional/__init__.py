@@ -12,10 +12,14 @@ from kdfast.functional.images import crop_flip_normalize, draw_crop_flip
 from kdfast.functional.leaves import render_leaves
 from kdfast.functional.losses import KDStatistics, distillation_loss, kd_kl_div, kd_statistics
 from kdfast.functional.losses_more import dist_loss, dkd_loss, jsd_loss, topk_kd_loss
+from kdfast.functional.norm import bn_ddim_step, bn_mse, bn_relu
 from kdfast.functional.shaders import render_shaders
 
 __all__ = [
     "KDStatistics",
+    "bn_ddim_step",
+    "bn_mse",
+    "bn_relu",
     "crop_flip_normalize",
     "denoise_step",
     "dist_loss",

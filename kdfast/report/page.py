@@ -179,8 +179,8 @@ def _run_page(run: Run) -> Page:
     if figures := tuple(_curve_figures(runs)):
         sections.append(Section("Curves", figures))
     sections += _inversion_sections({run.name: run})
-    if figures := tuple(_figures(inversion.trace_figures(run))):
-        sections.append(Section("Inversion and priorities, step by step", figures))
+    for title, traces in inversion.trace_figures(run).items():
+        sections.append(Section(title, tuple(_figures(traces))))
     if pictures := _pictures(run):
         sections.append(Section("Samples", pictures))
     return Page(run.name, "", cards, tuple(sections), tuple(_tables(run, skip=inversion.DRAWN)))

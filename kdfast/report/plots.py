@@ -125,6 +125,7 @@ def columns(
     ylabel: str,
     labels: Sequence[str] | None = None,
     percent: bool = False,
+    wide: bool = False,
 ) -> str:
     """A column for each entry, side by side for several series; lines in steps where columns would be hairs.
 
@@ -134,13 +135,14 @@ def columns(
         ylabel: What the numbers are.
         labels: Names of the entries; by default their number.
         percent: Numbers are fractions to be shown in percent.
+        wide: For a figure that has the page's width to itself.
 
     Returns:
         The SVG element.
     """
     count = len(next(iter(series.values())))
     labels = labels or [str(number) for number in range(count)]
-    with _figure(5.2, 3.3) as (figure, axes):
+    with _figure(9.2 if wide else 5.2, 3.3) as (figure, axes):
         for number, (name, values) in enumerate(series.items()):
             color = PALETTE[number % len(PALETTE)]
             if len(series) > 1 and count * len(series) > 60:
@@ -154,7 +156,7 @@ def columns(
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         # About ten names fit beside each other, fewer long ones.
-        every = max(1, -(-count * max(len(label) for label in labels) // 48))
+        every = max(1, -(-count * max(len(label) for label in labels) // (90 if wide else 48)))
         shown = range(0, count, every)
         axes.set_xticks(list(shown), labels=[labels[n] for n in shown])
         axes.set_ylim(bottom=0)
