@@ -245,7 +245,7 @@ def bench(
     ] = None,
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="losses, denoise, replay or data; may be repeated.", show_default="all"),
+        typer.Option(help="losses, denoise, replay, data or synth; may be repeated.", show_default="all"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller cases.")] = False,
