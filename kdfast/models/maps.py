@@ -75,7 +75,6 @@ def fit(student: Tensor, size: tuple[int, int], resize: Resize, layers: str) -> 
     return student
 
 
-
 def last_feature(network: nn.Module, argument: str) -> str:
     """The layer whose output is the last map before pooling.
 

@@ -117,9 +117,7 @@ class Baseline(nn.Module, Generic[C]):
             The loss and :attr:`parts`.
         """
         config = self.config
-        mixed: MixedBatch = mix_batch(
-            images, target, mixup=config.mixup_alpha, cutmix=config.cutmix_alpha
-        )
+        mixed: MixedBatch = mix_batch(images, target, mixup=config.mixup_alpha, cutmix=config.cutmix_alpha)
         with torch.no_grad():
             guide = self.teacher(mixed.images)
         logits = self.student(mixed.images)
@@ -127,7 +125,11 @@ class Baseline(nn.Module, Generic[C]):
         self.parts = {"kd": loss.detach()}
         if target is not None:
             task = task_loss(
-                logits, target, mixed, label_smoothing=config.label_smoothing, ignore_index=config.ignore_index
+                logits,
+                target,
+                mixed,
+                label_smoothing=config.label_smoothing,
+                ignore_index=config.ignore_index,
             )
             self.parts["task"] = task.detach()
             loss = loss + config.task_weight * task
@@ -162,7 +164,11 @@ class FeatureConfig(BaselineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.student_layers) != len(self.teacher_layers) and self.student_layers and self.teacher_layers:
+        if (
+            len(self.student_layers) != len(self.teacher_layers)
+            and self.student_layers
+            and self.teacher_layers
+        ):
             raise ConfigError(
                 f"teacher_layers: got {len(self.teacher_layers)}, accepted: as many as student_layers, "
                 f"{len(self.student_layers)}"
@@ -177,7 +183,9 @@ class FeatureBaseline(Baseline[F]):
         own = self.config.student_layers or (last_feature(self.student, "student_layers"),)
         other = self.config.teacher_layers or (last_feature(self.teacher, "teacher_layers"),)
         if len(own) != len(other):
-            raise ValueError(f"teacher_layers: got {len(other)}; as many as student_layers, {len(own)}, are needed")
+            raise ValueError(
+                f"teacher_layers: got {len(other)}; as many as student_layers, {len(own)}, are needed"
+            )
         self._taps = FeatureTaps(self.student, own)
         self._teacher_taps = Shared(FeatureTaps(self.teacher, other, detach=True))
 

@@ -144,7 +144,9 @@ class RKD(FeatureBaseline[RKDConfig]):
         loss = student.new_zeros((), dtype=torch.float32)
         for own, other in self.features():
             a, b = _wide(own.mean((2, 3))), _wide(other.mean((2, 3)))
-            loss = loss + config.distance_weight * distance_loss(a, b) + config.angle_weight * angle_loss(a, b)
+            loss = (
+                loss + config.distance_weight * distance_loss(a, b) + config.angle_weight * angle_loss(a, b)
+            )
         return loss
 
 

@@ -64,7 +64,9 @@ class DKD(Baseline[DKDConfig]):
     def prepare(self, images: Tensor | None) -> None:
         """Refuse what the loss is not defined for."""
         if self.config.mixup_alpha is not None or self.config.cutmix_alpha is not None:
-            raise ValueError("mixup_alpha, cutmix_alpha: DKD is defined for one class an image; accepted: null")
+            raise ValueError(
+                "mixup_alpha, cutmix_alpha: DKD is defined for one class an image; accepted: null"
+            )
 
     def term(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         """α·TCKD + β·NCKD.

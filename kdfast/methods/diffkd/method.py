@@ -188,7 +188,11 @@ class DiffKD(nn.Module):
         loss = self.loss()
         if target is not None:
             task = task_loss(
-                logits, target, mixed, label_smoothing=config.label_smoothing, ignore_index=config.ignore_index
+                logits,
+                target,
+                mixed,
+                label_smoothing=config.label_smoothing,
+                ignore_index=config.ignore_index,
             )
             self.parts["task"] = task.detach()
             loss = loss + config.task_weight * task
