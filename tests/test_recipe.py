@@ -100,8 +100,10 @@ def test_invalid_values_say_which_what_and_what_else(values: dict[str, object], 
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(ConfigError, match="teacher: missing; student: missing; data: missing"):
+    with pytest.raises(ConfigError, match="teacher: missing; student: missing"):
         distill.parse({"method": "dmkd"})
+    with pytest.raises(ConfigError, match="data: missing; accepted: a directory of shards"):
+        distill.parse({"method": "dmkd", "teacher": "t", "student": "resnet8"})
 
 
 def test_overrides_are_read_as_yaml_and_numbers_as_numbers() -> None:

@@ -133,7 +133,7 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="digits, a folder, hf:NAME, or a directory of shards.",
+            help="digits, a folder (of classes, or images/ and masks/), hf:NAME, or shards.",
             metavar="NAME|DIR",
             show_default=False,
         ),
@@ -145,7 +145,7 @@ def evaluate(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a trained network: top-1 and top-5 accuracy."""
+    """Measure a trained network: top-1 and top-5 accuracy, or mIoU on images with masks."""
     from kdfast.experiments import evaluate as work
     from kdfast.experiments.recipe import build_config
 

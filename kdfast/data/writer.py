@@ -108,8 +108,9 @@ class ShardWriter:
             shuffle_seed=shuffle_seed,
             metadata=kept,
         )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.directory)
+        with _reported(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.directory)
         try:
             self._manifest = _claim(self.directory, settings, resume)
             self._pending: list[Record | Future[list[Record]]] = []

@@ -9,6 +9,7 @@ from kdfast.methods.dmkd import DMKD, DMKDConfig
 
 CONFIG = DMKDConfig
 METHOD = DMKD
+NEEDS_DATA = True
 
 
 def build(setting: Setting) -> Plan:
