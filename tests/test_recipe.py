@@ -112,16 +112,16 @@ def test_unknown_keys_come_first_with_the_nearest_known_one() -> None:
         ({"epochs": 0}, "epochs: got 0, accepted: greater than or equal to 1"),
         ({"epochs": True}, "epochs: got True, accepted: a number"),
         ({"lr": -1}, "lr: got -1, accepted: greater than 0"),
-        ({"optimizer": "adam"}, "optimizer: got 'adam', accepted: 'sgd' or 'adamw'"),
+        ({"optimizer": "adam"}, "optimizer: got 'adam', accepted: 'sgd', 'adamw' or 'rmsprop'"),
         (
             {"augment": ["spin"]},
-            "augment: got 'spin', accepted: 'crop', 'resized_crop', 'flip' or 'scale_crop'",
+            "augment: got 'spin', accepted: 'crop', 'resized_crop', 'flip', 'rand_augment', 'color_jitter', 'erase' or 'scale_crop'",
         ),
         ({"schedule": "multistep"}, "milestones: got none"),
         ({"schedule": "multistep", "milestones": [9, 3]}, "milestones: got"),
         ({"temperature": -3}, "temperature: got -3.0, accepted: a number above 0"),
         ({"loader": "tf"}, "loader: got 'tf'"),
-        ({"method": "magic"}, "method: got 'magic', accepted: dmkd"),
+        ({"method": "magic"}, "method: got 'magic', accepted: at, diffkd"),
     ],
 )
 def test_invalid_values_say_which_what_and_what_else(values: dict[str, object], message: str) -> None:

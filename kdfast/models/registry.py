@@ -13,6 +13,7 @@ from torch import nn
 
 from kdfast.errors import require
 from kdfast.models.deeplab import DeepLabV3
+from kdfast.models.gap2 import Gap2
 from kdfast.models.mobilenet_v1 import MobileNetV1
 from kdfast.models.mobilenet_v2 import MobileNetV2
 from kdfast.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -39,6 +40,7 @@ _BUILDERS: dict[str, Builder] = {
     "mobilenet_v2": MobileNetV2,
     "shufflenet_v1": ShuffleNetV1,
     "shufflenet_v2": ShuffleNetV2,
+    "gap2": Gap2,
     "deeplabv3_resnet50": partial(DeepLabV3, backbone="resnet50"),
     "deeplabv3_mobilenet_v2": partial(DeepLabV3, backbone="mobilenet_v2"),
 }
