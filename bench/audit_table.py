@@ -101,12 +101,12 @@ def _pair(kind: int, shape: tuple[int, int], dtype: torch.dtype) -> Callable[[],
     return call
 
 
-def _step(dtype: torch.dtype, *, guided: bool, noise: bool = False) -> Callable[[], object]:
+def _step(dtype: torch.dtype, *, guided: bool, noise: bool = False, seeds: int = 1) -> Callable[[], object]:
     def call() -> object:
         shape = (64, 4, 32, 32)
         sample = meta(*shape, dtype=dtype)
         output = meta(2 * shape[0] if guided else shape[0], 2 * shape[1], *shape[2:], dtype=dtype)
-        table, seed = meta(50, 10), meta(1, dtype=torch.int64)
+        table, seed = meta(50, 10), meta(seeds, dtype=torch.int64)
         return denoise.denoise_step(
             sample,
             output,
@@ -262,6 +262,13 @@ VARIANTS = (
     Variant("denoise: step bf16", _step(bf16, guided=False), 6, 16, 16),
     Variant("denoise: guided step bf16", _step(bf16, guided=True), 8, 16, 16, fast=True),
     Variant("denoise: guided step fp32", _step(fp32, guided=True), 16, 16, 16),
+    Variant(
+        "denoise: guided step fp32, a seed for each row",
+        _step(fp32, guided=True, noise=True, seeds=64),
+        16,
+        16,
+        16,
+    ),
     Variant(
         "denoise: guided step fp32, noise in the kernel", _step(fp32, guided=True, noise=True), 16, 16, 16
     ),

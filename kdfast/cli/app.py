@@ -307,3 +307,9 @@ def _number(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(_number(entry) for entry in value)
     return str(value)
+
+
+# Commands with a file of their own; they use what stands above.
+from kdfast.cli.select import select  # noqa: E402
+
+app.command()(select)

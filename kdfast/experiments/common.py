@@ -20,7 +20,7 @@ from kdfast.experiments.image_batches import ImageBatches
 from kdfast.experiments.recipe import to_yaml
 from kdfast.training import files
 from kdfast.training.config import TrainerConfig, TrainResult
-from kdfast.training.evaluate import evaluate_classification, evaluate_segmentation
+from kdfast.training.evaluate import class_accuracies, evaluate_classification, evaluate_segmentation
 from kdfast.training.model_io import ModelConfig, save_model
 from kdfast.training.optim import OptimizerConfig, ScheduleConfig
 from kdfast.training.trainer import Trainer
@@ -52,6 +52,7 @@ class TrainingRecipe:
         milestones: Epochs at which ``multistep`` multiplies the rate by ``lr_decay``.
         lr_decay: See there.
         warmup_epochs: Linear warm-up.
+        min_lr: Where ``cosine`` ends.
         augment: Any of ``crop`` (4 pixels of padding), ``resized_crop`` (8 to 100 % of the area), ``flip``; for
             segmentation ``scale_crop`` (0.5 to 2 times) and ``flip``.
         accumulate: Batches that share an optimiser step.
@@ -82,6 +83,7 @@ class TrainingRecipe:
     milestones: tuple[Positive, ...] = ()
     lr_decay: Positive = 0.1
     warmup_epochs: NotNegative = 0.0
+    min_lr: NotNegative = 0.0
     augment: tuple[Literal["crop", "resized_crop", "flip", "scale_crop"], ...] = ()
     accumulate: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -100,9 +102,12 @@ class TrainingRecipe:
 
     def __post_init__(self) -> None:
         self._schedule()  # refuses milestones that do not fit it
+        if self.min_lr and (self.schedule != "cosine" or self.min_lr > self.lr):
+            raise ConfigError(f"min_lr: got {self.min_lr}, accepted: 0, or with schedule cosine up to lr")
 
     def _schedule(self) -> ScheduleConfig:
-        return ScheduleConfig(self.schedule, self.milestones, self.lr_decay, self.warmup_epochs)
+        ratio = self.min_lr / self.lr
+        return ScheduleConfig(self.schedule, self.milestones, self.lr_decay, self.warmup_epochs, ratio)
 
     def trainer_config(self, *, progress: bool = True) -> TrainerConfig:
         """These fields, as the trainer wants them."""
@@ -209,6 +214,16 @@ class Evaluator:
         """Evaluate the network where it is."""
         device = next(network.parameters()).device
         return self._measure(network, self._batches, num_classes=self._config.num_classes, device=device)
+
+    def by_class(self, network: nn.Module) -> dict[str, float]:
+        """Accuracy by class name, of classes that there are images of; empty for segmentation."""
+        if self._measure is evaluate_segmentation:
+            return {}
+        device = next(network.parameters()).device
+        count = self._config.num_classes
+        values = class_accuracies(network, self._batches, num_classes=count, device=device)
+        names = self._config.classes or tuple(map(str, range(count)))
+        return {name: round(value, 6) for name, value in zip(names, values) if value == value}
 
 
 def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

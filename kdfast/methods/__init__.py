@@ -6,17 +6,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdfast.methods.diffkd import DiffKD, DiffKDConfig
     from kdfast.methods.dmkd import DMKD, DMKDConfig
     from kdfast.methods.kdiffusion import Kdiffusion, KdiffusionConfig
+    from kdfast.methods.ssdkd import SSDKD, SSDKDConfig
+    from kdfast.methods.surrogate import SurrogateKD, SurrogateKDConfig
 
 _HOME = {
+    "DiffKD": "diffkd",
+    "DiffKDConfig": "diffkd",
     "DMKD": "dmkd",
     "DMKDConfig": "dmkd",
     "Kdiffusion": "kdiffusion",
     "KdiffusionConfig": "kdiffusion",
+    "SSDKD": "ssdkd",
+    "SSDKDConfig": "ssdkd",
+    "SurrogateKD": "surrogate",
+    "SurrogateKDConfig": "surrogate",
 }
 
-__all__ = ["DMKD", "DMKDConfig", "Kdiffusion", "KdiffusionConfig"]
+__all__ = [
+    "DMKD",
+    "SSDKD",
+    "DMKDConfig",
+    "DiffKD",
+    "DiffKDConfig",
+    "Kdiffusion",
+    "KdiffusionConfig",
+    "SSDKDConfig",
+    "SurrogateKD",
+    "SurrogateKDConfig",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kdfast.ops._gradients import Value, differentiable_gradients
+from kdfast.profiling import annotate
 from kdfast.reference.kl_closed import kd_kl_closed
 from kdfast.reference.losses import kd_kl
 
@@ -48,6 +49,7 @@ class KLClosed(torch.autograd.Function):
         return rows.sum() if reduce else rows
 
     @staticmethod
+    @annotate("kd_kl_div.backward")
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         student, teacher, *grads, scale = ctx.saved_tensors
         temperature, dim, row_weight, mask, divisor, reduce = ctx.arguments

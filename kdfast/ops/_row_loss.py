@@ -17,6 +17,7 @@ import torch
 
 from kdfast.backend import resolve
 from kdfast.ops._gradients import Value, differentiable_gradients, empty_gradients, split_value
+from kdfast.profiling import annotate
 from kdfast.reference import losses as reference_losses
 
 __all__ = ["Row", "RowLoss", "register"]
@@ -99,6 +100,7 @@ class _Function(torch.autograd.Function):
         return loss.launcher(student, teacher, row, grad_student=grad_student, grad_teacher=grad_teacher)
 
     @staticmethod
+    @annotate("row_loss.backward")
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         student, teacher = ctx.saved_tensors
         loss, row = ctx.loss, ctx.row

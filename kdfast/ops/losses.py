@@ -17,6 +17,7 @@ import torch
 from kdfast.backend import resolve
 from kdfast.ops import _kl_closed
 from kdfast.ops._gradients import Value, differentiable_gradients, empty_gradients, split_value
+from kdfast.profiling import annotate
 from kdfast.reference import losses as reference_losses
 
 Labels = reference_losses.Labels
@@ -112,6 +113,7 @@ class _KLFunction(torch.autograd.Function):
         return result
 
     @staticmethod
+    @annotate("kd_kl_div.backward")
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         from kdfast.kernels import losses as kernels
 

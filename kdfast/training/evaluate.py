@@ -51,6 +51,27 @@ def evaluate_classification(
 
 
 @torch.no_grad()
+def class_accuracies(
+    model: nn.Module, batches: Batches, *, num_classes: int, device: str | torch.device = "cpu"
+) -> list[float]:
+    """Share of each class's images that the network gets right; see :func:`evaluate_classification`.
+
+    Returns:
+        ``num_classes`` fractions; NaN for a class without images.
+    """
+    metrics = require("torchmetrics.classification", extra="train", feature="evaluation")
+    confusion = metrics.MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
+
+    def update(logits: torch.Tensor, labels: torch.Tensor) -> None:
+        confusion.update(logits.float().argmax(1), labels)
+
+    _run(model, batches, num_classes, device, update, ignore_index=None)
+    matrix = confusion.compute().double()
+    shares: list[float] = (matrix.diagonal() / matrix.sum(1)).tolist()
+    return shares
+
+
+@torch.no_grad()
 def evaluate_segmentation(
     model: nn.Module,
     batches: Batches,
