@@ -1,4 +1,4 @@
-"""Losses as modules: a few lines over :mod:`kdfast.functional`."""
+"""Losses of logits as modules."""
 
 from __future__ import annotations
 
