@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._kl_common import reduce_last
+from ._reduce import reduce_last
 
 
 @triton.jit

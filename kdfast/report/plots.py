@@ -45,6 +45,8 @@ def curves(
     log: bool = False,
     first_color: int = 0,
     marked: bool = False,
+    errors: Mapping[str, Sequence[float]] | None = None,
+    log_x: bool = False,
 ) -> str:
     """Lines over a common axis.
 
@@ -56,6 +58,8 @@ def curves(
         log: Logarithmic y axis.
         first_color: Where in the palette the first line begins.
         marked: Put a dot at each point.
+        errors: Half the height of an error bar at each point, by name.
+        log_x: Logarithmic x axis, with a tick at every point.
 
     Returns:
         The SVG element.
@@ -67,10 +71,17 @@ def curves(
             axes.plot(
                 x, y, color=color, label=name, linewidth=1.8, marker="o" if marked or len(x) == 1 else None
             )
+            if any((errors or {}).get(name, ())):
+                axes.errorbar(x, y, (errors or {})[name], color=color, fmt="none", capsize=3, linewidth=1)
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         if log:
             axes.set_yscale("log")
+        if log_x:
+            axes.set_xscale("log")
+            ticks = sorted({value for x, _ in series.values() for value in x})
+            axes.set_xticks(ticks, labels=[f"{value:,g}" for value in ticks])
+            axes.xaxis.minorticks_off()
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if len(series) > 1:
