@@ -6,7 +6,7 @@ Every function takes tensors in any layout and returns float32 (float64 for floa
 from __future__ import annotations
 
 from kdfast.functional.denoise import denoise_step
-from kdfast.functional.feature import noise_mix, reparam_middle_loss
+from kdfast.functional.feature import add_noise_embed, noise_mix, noise_mse, reparam_middle_loss
 from kdfast.functional.fused_linear import fused_linear_kd_loss
 from kdfast.functional.losses import KDStatistics, distillation_loss, kd_kl_div, kd_statistics
 from kdfast.functional.losses_more import dist_loss, dkd_loss, jsd_loss, topk_kd_loss
@@ -14,6 +14,7 @@ from kdfast.functional.norm import bn_ddim_step, bn_mse, bn_relu
 
 __all__ = [
     "KDStatistics",
+    "add_noise_embed",
     "bn_ddim_step",
     "bn_mse",
     "bn_relu",
@@ -26,6 +27,7 @@ __all__ = [
     "kd_kl_div",
     "kd_statistics",
     "noise_mix",
+    "noise_mse",
     "reparam_middle_loss",
     "topk_kd_loss",
 ]
