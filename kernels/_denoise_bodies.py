@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ._walk import locate, offset_of
-from .philox_normal import normal_at, normal_run
+from .philox_normal import normal_at, normal_rows, normal_run
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def denoise_step_kernel(
     Z: tl.constexpr, Y: tl.constexpr, M: tl.constexpr, NEXT: tl.constexpr, E: tl.constexpr,
     SIZES: tl.constexpr, NDIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, PINNED: tl.constexpr,
     STEP_ON_DEVICE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr,
-    HAS_SEED: tl.constexpr, SEED_RUN: tl.constexpr,
+    HAS_SEED: tl.constexpr, SEED_RUN: tl.constexpr, SEED_ROW: tl.constexpr,
     GUIDED: tl.constexpr, OWN_ROWS: tl.constexpr, CLIP: tl.constexpr, LEARNED: tl.constexpr,
     NEXT_COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,17 @@ def denoise_step_kernel(
                 key = tl.load(seed).to(tl.uint64)
             else:
                 key = seed.to(tl.uint64)
-            if SEED_RUN:
+            if SEED_ROW > 0:  # a key for each sample of the batch, whose elements count from its own first
+                if SEED_RUN:
+                    z = normal_rows(
+                        seed, t, offset_of(column, c1, c2, c3, c4, c5, E, NDIM), numel, SEED_ROW, BLOCK
+                    )
+                else:
+                    element = offset_of(c0, c1, c2, c3, c4, c5, E, NDIM)
+                    own = element // SEED_ROW
+                    keys = tl.load(seed + own, mask=live, other=0).to(tl.uint64)
+                    z = normal_at(keys, t, element - own * SEED_ROW)
+            elif SEED_RUN:
                 z = normal_run(key, t, offset_of(column, c1, c2, c3, c4, c5, E, NDIM), BLOCK)
             else:
                 z = normal_at(key, t, offset_of(c0, c1, c2, c3, c4, c5, E, NDIM))

@@ -139,6 +139,7 @@ def _geometry(
     strides: tuple[Strides | None, ...],
     guidance: Guidance,
     seeded: bool,
+    seed_rows: int,
 ) -> _Geometry:
     """Plan the step of a sample of ``shape``; ``strides`` in the order of :data:`_OPERANDS`, Y first.
 
@@ -158,16 +159,19 @@ def _geometry(
     grid, constants = _launch_constants(plan)
     found = dict(zip(walked, plan.strides, strict=True))
     element = found.get("E")
+    # One seed for the batch, or one for each of its rows, in elements a row.
+    seed_row = plan.numel // seed_rows if seed_rows > 1 else 0
     constants.update({name: found.get(name) for name in (*_OPERANDS, "OUT", "OWN", "E")})
     constants.update(
         GUIDED=guidance.scale is not None,
         OWN_ROWS=frame.doubled,
         HAS_SEED=seeded,
+        SEED_ROW=seed_row,
         # Four neighbours share a Philox counter where a block holds whole groups of them.
         SEED_RUN=plan.rows
         and element is not None
         and element[0] == 1
-        and not any(s % 4 for s in element[1:]),
+        and not any(s % 4 for s in (*element[1:], seed_row)),
     )
     return _Geometry(grid, frame, plan.numel, plan.inner, constants)
 
@@ -223,7 +227,7 @@ def denoise_step(
         guidance: How both halves combine.
         history: Up to three tensors h_j of the sample's shape.
         noise: z, of the sample's shape.
-        seed: Key of in-kernel noise, instead of ``noise``.
+        seed: Key of in-kernel noise, instead of ``noise``: one, or a tensor with one for each row of the sample.
         learned_variance: Whether the channels after the sample's hold v.
         clip: Clamp m to ±clip.
         mask: Instead of clamping, zero m where this mask (of an earlier step) has no bit.
@@ -262,6 +266,7 @@ def denoise_step(
         # Another scale is the same geometry.
         guide if guide.scale is None else guide._replace(scale=1.0),
         seed is not None,
+        seed.numel() if isinstance(seed, torch.Tensor) else 1,
     )
     frame = geometry.frame
     variance_offset = 0

@@ -118,15 +118,14 @@ def open_segmentation(
         )
     parts = {name: _pairs(folder) for name, folder in folders.items()}
     if "" in parts:
-        everything = list(parts.pop("").items())
-        parts["test"] = dict(everything[_TEST_SHARE - 1 :: _TEST_SHARE])
-        parts["train"] = {image: mask for image, mask in everything if image not in parts["test"]}
-    chosen = (
-        {i: m for part in parts.values() for i, m in part.items()} if split == "all" else parts.get(split)
-    )
+        pairs = parts.pop("")
+        parts["test"] = dict(list(pairs.items())[_TEST_SHARE - 1 :: _TEST_SHARE])
+        parts["train"] = {image: mask for image, mask in pairs.items() if image not in parts["test"]}
+    everything = {image: mask for part in parts.values() for image, mask in part.items()}
+    chosen = dict(sorted(everything.items())) if split == "all" else parts.get(split)
     if not chosen:
         raise DataError(f"{root}: holds no {split} image")
-    classes = _classes(root, {i: m for part in parts.values() for i, m in part.items()}, num_classes)
+    classes = _classes(root, everything, num_classes)
     return SegmentationFolder(chosen, classes, str(root), image_size)
 
 

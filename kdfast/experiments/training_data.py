@@ -6,12 +6,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdfast.data import read_manifest
-from kdfast.data.datasets import load_dataset
+import torch
+
+from kdfast.data import read_manifest, select_balanced
+from kdfast.data.datasets import InMemoryImages, LabelledImages, load_dataset
 from kdfast.data.loader import ShardLoader
 from kdfast.data.manifest import is_shard_folder
 from kdfast.data.segmentation import open_segmentation
-from kdfast.errors import ConfigError, DataError
+from kdfast.errors import DataError
 from kdfast.experiments.image_batches import ImageBatches
 from kdfast.training.model_io import ModelConfig
 
@@ -36,14 +38,8 @@ def open_training_data(
         stack: Closes the loader.
 
     Raises:
-        ConfigError: ``data`` is missing.
-        DataError: It cannot be used, or has other classes than the teacher.
+        DataError: The data cannot be used, or has other classes than the teacher.
     """
-    if config.data is None:
-        raise ConfigError(
-            f"data: missing; method {config.method} trains on shards (kdfast synth makes them), digits, a folder of "
-            "images, or hf:NAME"
-        )
     common: dict[str, Any] = {
         "device": accelerator.device,
         "augment": config.augmentation(model.image_size),
@@ -53,11 +49,12 @@ def open_training_data(
         "mean": model.mean,
         "std": model.std,
     }
+    source = str(config.data)
     size = config.load_size or model.image_size
-    if config.task == "classification" and is_shard_folder(config.data):
+    if config.task == "classification" and is_shard_folder(source):
         return stack.enter_context(
             ShardLoader(
-                config.data,
+                source,
                 config.batch_size,
                 image_size=size,
                 on_error=config.on_error,
@@ -69,14 +66,28 @@ def open_training_data(
         )
     dataset: Any
     if config.task == "segmentation":
-        dataset = open_segmentation(config.data, "train", image_size=size, num_classes=model.num_classes)
+        dataset = open_segmentation(source, "train", image_size=size, num_classes=model.num_classes)
     else:
-        dataset = _labelled(config, size, model.num_classes)
+        dataset = _labelled(config, source, size, model.num_classes)
+        if config.data_images is not None:
+            dataset = some_of(dataset, config.data_images, config.seed)
     return ImageBatches(dataset, config.batch_size, workers=config.workers or 0, **common)
 
 
-def _labelled(config: DistillConfig, size: int, num_classes: int) -> Any:
-    source = str(config.data)
+def some_of(dataset: LabelledImages, count: int, seed: int) -> InMemoryImages:
+    """So many images, as many of each class, in memory.
+
+    Raises:
+        DataError: There are not as many.
+    """
+    if count > len(dataset):
+        raise DataError(f"data {dataset.source}: has {len(dataset)} images, data_images asks for {count}")
+    chosen = select_balanced(dataset.labels, count, dataset.num_classes, seed=seed)
+    images = torch.stack([dataset[index][0] for index in chosen.tolist()])
+    return InMemoryImages(images, dataset.labels[chosen], dataset.classes, dataset.source)
+
+
+def _labelled(config: DistillConfig, source: str, size: int, num_classes: int) -> Any:
     try:
         return load_dataset(
             source, "train", image_size=size, num_classes=num_classes, label_column=config.label_column

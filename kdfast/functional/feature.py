@@ -7,10 +7,12 @@ from torch import Tensor
 
 from kdfast.ops import feature as ops
 from kdfast.ops import feature_noise as noise_ops
+from kdfast.profiling import annotate
 
 __all__ = ["add_noise_embed", "noise_mix", "noise_mse", "reparam_middle_loss"]
 
 
+@annotate("reparam_middle_loss")
 def reparam_middle_loss(
     branches: Tensor,
     target: Tensor,
@@ -94,6 +96,7 @@ def reparam_middle_loss(
     return ops.reparam_middle(branches, target, call, mean_needs_grad=mean_needs_grad)
 
 
+@annotate("noise_mix")
 def noise_mix(x: Tensor, gamma: Tensor, *, seed: int | Tensor) -> Tensor:
     r"""Mix a feature with fresh normal noise, by one factor a sample.
 
@@ -130,6 +133,7 @@ def noise_mix(x: Tensor, gamma: Tensor, *, seed: int | Tensor) -> Tensor:
     return ops.noise_mix(x, gamma.reshape(-1), _seed(seed, x))
 
 
+@annotate("noise_mse")
 def noise_mse(prediction: Tensor, *, seed: int | Tensor) -> Tensor:
     r"""The simple diffusion loss: mean squared error of predicted noise, the noise drawn again rather than kept.
 
@@ -158,6 +162,7 @@ def noise_mse(prediction: Tensor, *, seed: int | Tensor) -> Tensor:
     return noise_ops.noise_mse(prediction, _seed(seed, prediction))
 
 
+@annotate("add_noise_embed")
 def add_noise_embed(
     latent: Tensor,
     timesteps: Tensor,
