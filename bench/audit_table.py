@@ -18,7 +18,17 @@ import torch
 import triton
 
 from bench.static_audit import CAPABILITIES, KernelReport, audit, meta
-from kdfast.kernels import denoise, feature, images, losses, losses_dist, losses_more, losses_topk, replay
+from kdfast.kernels import (
+    denoise,
+    feature,
+    feature_statistics,
+    images,
+    losses,
+    losses_dist,
+    losses_more,
+    losses_topk,
+    replay,
+)
 from kdfast.reference.replay import Meta, SumLayout
 
 #: Registers of one multiprocessor, and threads and programs that it holds, on all GPUs audited.
@@ -217,6 +227,21 @@ def _crop_flip(
     return call
 
 
+def _statistics(
+    shape: tuple[int, ...], dtype: torch.dtype, *, nhwc: bool = False, gradient: bool = False
+) -> Callable[[], object]:
+    def call() -> object:
+        layout = torch.channels_last if nhwc else torch.contiguous_format
+        x, channels = meta(*shape, dtype=dtype).to(memory_format=layout), meta(shape[1])
+        if gradient:
+            stats, upstream = meta(4, shape[1]), meta(1)
+            return feature_statistics.bn_statistics_backward(x, stats, upstream, x, torch.empty_like(x))
+        average = (channels, channels, meta(1))
+        return feature_statistics.bn_statistics(x, channels, channels, *average, squared=False)
+
+    return call
+
+
 bf16, fp32 = torch.bfloat16, torch.float32
 _REPLAY = _Buffer()
 #: A thousand rows and more, so that sizes specialise as they do in training.
@@ -252,6 +277,40 @@ VARIANTS = (
     Variant("losses: DIST 256x1000 bf16", _dist((256, 1000), bf16)),
     Variant("feature: noise_mix bf16", _noise_mix(bf16), 4, 16, 16, fast=True),
     Variant("feature: noise_mix fp32", _noise_mix(fp32), 8, 16, 16),
+    Variant("feature: BN statistics 512x4x4 fp32", _statistics((256, 512, 4, 4), fp32), 4, 16),
+    Variant(
+        "feature: BN statistics 512x4x4 fp32, gradient",
+        _statistics((256, 512, 4, 4), fp32, gradient=True),
+        12,
+        16,
+        16,
+    ),
+    Variant("feature: BN statistics 64x32x32 bf16", _statistics((256, 64, 32, 32), bf16), 2, 16),
+    Variant(
+        "feature: BN statistics 64x32x32 bf16, gradient",
+        _statistics((256, 64, 32, 32), bf16, gradient=True),
+        6,
+        16,
+        16,
+    ),
+    Variant("feature: BN statistics 2048x7x7 bf16", _statistics((256, 2048, 7, 7), bf16), 2, 16),
+    Variant(
+        "feature: BN statistics 2048x7x7 bf16, gradient",
+        _statistics((256, 2048, 7, 7), bf16, gradient=True),
+        6,
+        16,
+        16,
+    ),
+    Variant(
+        "feature: BN statistics 64x32x32 bf16 NHWC", _statistics((256, 64, 32, 32), bf16, nhwc=True), 2, 16
+    ),
+    Variant(
+        "feature: BN statistics 64x32x32 bf16 NHWC, gradient",
+        _statistics((256, 64, 32, 32), bf16, nhwc=True, gradient=True),
+        6,
+        16,
+        16,
+    ),
     # Reads are shifted by the crop, each sample's by its own: one element at a time.
     Variant("images: crop and flip uint8 to bf16", _crop_flip(torch.uint8, bf16), 3, 1, 16, fast=True),
     Variant("images: crop and flip uint8 to bf16 NHWC", _crop_flip(torch.uint8, bf16, nhwc=True), 3, 1, 16),

@@ -203,7 +203,7 @@ def _channel_tensor(name: str, value: PerChannel, images: Tensor) -> Tensor:
 
 
 def _numbers(name: str, value: float | Sequence[float], channels: int) -> tuple[float, ...]:
-    given = (value,) * channels if isinstance(value, (int, float)) else tuple(value)  # type: ignore[arg-type]
+    given = (value,) * channels if isinstance(value, (int, float)) else tuple(value)
     if len(given) != channels:
         raise ValueError(
             f"{name}: got {len(given)} numbers; one, or one for each of {channels} channels, is needed"
