@@ -88,6 +88,11 @@ class Manifest:
         write_atomic(directory / MANIFEST, (json.dumps(document, indent=1) + "\n").encode())
 
 
+def is_shard_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a manifest, finished or not."""
+    return (Path(path) / MANIFEST).exists()
+
+
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """Read the manifest of a directory of shards.
 

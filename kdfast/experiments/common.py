@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from kdfast.data.datasets import LabelledImages, load_dataset
+from kdfast.data.segmentation import SegmentationFolder, open_segmentation
 from kdfast.errors import ConfigError
 from kdfast.experiments.augmentation import Augmentation
 from kdfast.experiments.image_batches import ImageBatches
 from kdfast.experiments.recipe import to_yaml
 from kdfast.training import files
 from kdfast.training.config import TrainerConfig, TrainResult
-from kdfast.training.evaluate import evaluate_classification
+from kdfast.training.evaluate import class_accuracies, evaluate_classification, evaluate_segmentation
 from kdfast.training.model_io import ModelConfig, save_model
 from kdfast.training.optim import OptimizerConfig, ScheduleConfig
 from kdfast.training.trainer import Trainer
@@ -27,6 +28,8 @@ from kdfast.training.trainer import Trainer
 Positive = Annotated[float, at.Gt(0)]
 NotNegative = Annotated[float, at.Ge(0)]
 Count = Annotated[int, at.Ge(1)]
+
+Labelled = LabelledImages | SegmentationFolder
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
@@ -40,16 +43,20 @@ class TrainingRecipe:
         epochs: Passes over the images.
         iterations: Optimiser steps instead of epochs.
         batch_size: Images a step and process (``accumulate`` times as many for one optimiser step).
-        optimizer: ``sgd`` or ``adamw``.
+        optimizer: ``sgd``, ``adamw`` or ``rmsprop``.
         lr: Highest learning rate.
         weight_decay: Its weight decay.
-        momentum: Of SGD.
+        momentum: Of SGD and RMSprop.
         nesterov: Of SGD.
-        schedule: ``constant``, ``multistep`` or ``cosine``.
+        schedule: ``constant``, ``multistep``, ``step``, ``cosine`` or ``poly``.
         milestones: Epochs at which ``multistep`` multiplies the rate by ``lr_decay``.
-        lr_decay: See there.
+        lr_decay: See there; also what ``step`` multiplies by.
+        decay_epochs: How often ``step`` does; may be a fraction.
         warmup_epochs: Linear warm-up.
-        augment: Any of ``crop`` (4 pixels of padding), ``resized_crop`` (8 to 100 % of the area), ``flip``.
+        min_lr: Where ``cosine`` ends.
+        augment: Any of ``crop`` (4 pixels of padding), ``resized_crop`` (8 to 100 % of the area), ``flip``,
+            ``rand_augment`` (two operations at 9 of 30), ``color_jitter`` (0.4), ``erase`` (a quarter of the images); for
+            segmentation ``scale_crop`` (0.5 to 2 times) and ``flip``.
         accumulate: Batches that share an optimiser step.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         clip_grad_norm: Upper bound of the gradient's norm.
@@ -69,16 +76,20 @@ class TrainingRecipe:
     epochs: Count = 100
     iterations: Count | None = None
     batch_size: Count = 64
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "rmsprop"] = "sgd"
     lr: Positive = 0.05
     weight_decay: NotNegative = 5e-4
     momentum: Annotated[float, at.Ge(0), at.Lt(1)] = 0.9
     nesterov: bool = False
-    schedule: Literal["constant", "multistep", "cosine"] = "constant"
+    schedule: Literal["constant", "multistep", "step", "cosine", "poly"] = "constant"
     milestones: tuple[Positive, ...] = ()
     lr_decay: Positive = 0.1
+    decay_epochs: Positive = 1.0
     warmup_epochs: NotNegative = 0.0
-    augment: tuple[Literal["crop", "resized_crop", "flip"], ...] = ()
+    min_lr: NotNegative = 0.0
+    augment: tuple[
+        Literal["crop", "resized_crop", "flip", "rand_augment", "color_jitter", "erase", "scale_crop"], ...
+    ] = ()
     accumulate: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     clip_grad_norm: Positive | None = None
@@ -96,9 +107,18 @@ class TrainingRecipe:
 
     def __post_init__(self) -> None:
         self._schedule()  # refuses milestones that do not fit it
+        if self.min_lr and (self.schedule != "cosine" or self.min_lr > self.lr):
+            raise ConfigError(f"min_lr: got {self.min_lr}, accepted: 0, or with schedule cosine up to lr")
+        if self.decay_epochs != 1 and self.schedule != "step":
+            raise ConfigError(
+                f"decay_epochs: got {self.decay_epochs}, accepted: 1, or any with schedule step"
+            )
 
     def _schedule(self) -> ScheduleConfig:
-        return ScheduleConfig(self.schedule, self.milestones, self.lr_decay, self.warmup_epochs)
+        ratio = self.min_lr / self.lr
+        return ScheduleConfig(
+            self.schedule, self.milestones, self.lr_decay, self.warmup_epochs, ratio, self.decay_epochs
+        )
 
     def trainer_config(self, *, progress: bool = True) -> TrainerConfig:
         """These fields, as the trainer wants them."""
@@ -187,13 +207,16 @@ def close_run(
 
 
 class Evaluator:
-    """Accuracy on held-out images: what the trainer calls after an epoch."""
+    """Accuracy, or mIoU where labels are masks, on held-out images: what the trainer calls after an epoch."""
 
     def __init__(
-        self, dataset: LabelledImages, config: ModelConfig, *, batch_size: int, trainer_rank: tuple[int, int]
+        self, dataset: Labelled, config: ModelConfig, *, batch_size: int, trainer_rank: tuple[int, int]
     ) -> None:
         rank, world = trainer_rank
         self._config = config
+        self._measure = (
+            evaluate_segmentation if isinstance(dataset, SegmentationFolder) else evaluate_classification
+        )
         self._batches = ImageBatches(
             dataset, batch_size, mean=config.mean, std=config.std, shuffle=False, rank=rank, world_size=world
         )
@@ -201,9 +224,17 @@ class Evaluator:
     def __call__(self, network: nn.Module) -> dict[str, float]:
         """Evaluate the network where it is."""
         device = next(network.parameters()).device
-        return evaluate_classification(
-            network, self._batches, num_classes=self._config.num_classes, device=device
-        )
+        return self._measure(network, self._batches, num_classes=self._config.num_classes, device=device)
+
+    def by_class(self, network: nn.Module) -> dict[str, float]:
+        """Accuracy by class name, of classes that there are images of; empty for segmentation."""
+        if self._measure is evaluate_segmentation:
+            return {}
+        device = next(network.parameters()).device
+        count = self._config.num_classes
+        values = class_accuracies(network, self._batches, num_classes=count, device=device)
+        names = self._config.classes or tuple(map(str, range(count)))
+        return {name: round(value, 6) for name, value in zip(names, values) if value == value}
 
 
 def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -218,18 +249,15 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
 
 
 def held_out(
-    source: str | None, model: ModelConfig, label_column: str | None = None
-) -> LabelledImages | None:
+    source: str | None, model: ModelConfig, label_column: str | None = None, *, task: str = "classification"
+) -> Labelled | None:
     """The test split of a source, which must have the network's classes."""
     if source is None:
         return None
-    return load_dataset(
-        source,
-        "test",
-        image_size=model.image_size,
-        num_classes=model.num_classes,
-        label_column=label_column,
-    )
+    common: dict[str, Any] = {"image_size": model.image_size, "num_classes": model.num_classes}
+    if task == "segmentation":
+        return open_segmentation(source, "test", **common)
+    return load_dataset(source, "test", label_column=label_column, **common)
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

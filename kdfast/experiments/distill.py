@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from kdfast.data import read_manifest
-from kdfast.data.loader import ShardLoader
-from kdfast.data.manifest import Manifest
-from kdfast.errors import CheckpointError, ConfigError, DataError
+from kdfast.errors import CheckpointError, ConfigError
 from kdfast.experiments.common import (
     METRICS,
     Count,
@@ -24,9 +22,10 @@ from kdfast.experiments.common import (
     open_run,
     summarise,
 )
+from kdfast.experiments.methods import METHODS, Setting, get_method
 from kdfast.experiments.recipe import build_config, check_keys
 from kdfast.experiments.teach import build_network
-from kdfast.methods.dmkd import DMKD, DMKDConfig
+from kdfast.experiments.training_data import open_training_data, shard_classes
 from kdfast.models import create_model
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
@@ -34,21 +33,21 @@ from kdfast.training.model_io import ModelConfig, load_model, load_model_config
 from kdfast.training.rng import seed_everything
 from kdfast.training.trainer import Trainer
 
-# Methods that a recipe can name: their config, and what makes them of teacher and config.
-METHODS: dict[str, tuple[type, Any]] = {"dmkd": (DMKDConfig, DMKD)}
-
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(TrainingRecipe):
     """Who teaches whom, on which images. The fields of the method's own config stand beside these in a recipe.
 
     Attributes:
-        method: ``dmkd``.
-        teacher: Directory of a trained network, or ``timm:NAME`` for timm's with its weights.
+        method: One of :data:`kdfast.experiments.methods.METHODS`.
+        teacher: Directory of a trained network, or ``timm:NAME`` or ``torchvision:NAME`` for theirs with its weights.
         student: Name for :func:`kdfast.models.create_model`.
-        data: Directory of shards.
+        task: ``classification``, or ``segmentation``, for which data are images beside PNG masks.
+        data: What to train on: a directory of shards, or real labelled images (``digits``, a folder, ``hf:NAME``). Not
+            needed by a method that makes its own.
         test_data: Held-out real images to measure on: ``digits``, a folder, or ``hf:NAME``; ``None`` measures nothing.
-        label_column: For ``hf:`` test data with several class columns, which one to use.
+        label_column: For ``hf:`` data with several class columns, which one to use.
+        data_images: Take only so many of real, labelled images, as many of each class, and keep them in memory.
         image_size: Side the networks see; by default the teacher's.
         load_size: Side the images are decoded to, before ``augment``; by default ``image_size``.
         loader: ``dali``, or ``torch`` for the plain loader.
@@ -58,9 +57,11 @@ class DistillConfig(TrainingRecipe):
     method: str = "dmkd"
     teacher: str
     student: str
-    data: str
+    task: Literal["classification", "segmentation"] = "classification"
+    data: str | None = None
     test_data: str | None = None
     label_column: str | None = None
+    data_images: Count | None = None
     image_size: Count | None = None
     load_size: Count | None = None
     loader: Literal["dali", "torch"] = "dali"
@@ -76,11 +77,17 @@ def parse(values: Mapping[str, Any], *, source: str = "recipe") -> tuple[Distill
     name = values.get("method", "dmkd")
     if name not in METHODS:
         # Keys come first: a slip in one of them is likelier than a method that does not exist.
-        check_keys(values, DistillConfig, *(schema for schema, _ in METHODS.values()), source=source)
+        check_keys(values, DistillConfig, *(get_method(each).CONFIG for each in METHODS), source=source)
         raise ConfigError(f"{source}: method: got {name!r}, accepted: {', '.join(METHODS)}")
-    schema = METHODS[name][0]
-    check_keys(values, DistillConfig, schema, source=source)
-    return build_config(DistillConfig, values, source=source), build_config(schema, values, source=source)
+    method = get_method(name)
+    check_keys(values, DistillConfig, method.CONFIG, source=source)
+    config = build_config(DistillConfig, values, source=source)
+    if config.data is None and method.NEEDS_DATA:
+        raise ConfigError(
+            f"{source}: data: missing; accepted: a directory of shards (kdfast synth makes them), digits, a folder of "
+            "images, hf:NAME"
+        )
+    return config, build_config(method.CONFIG, values, source=source)
 
 
 def run(
@@ -111,39 +118,51 @@ def run(
         CheckpointError: The teacher cannot be read.
         TrainingInterrupted: On Ctrl-C, after a checkpoint.
     """
-    manifest = read_manifest(config.data)
-    teacher, taught = load_teacher(config.teacher, manifest.num_classes)
+    teacher, taught = load_teacher(config.teacher, config.data)
     described = replace(
         taught,
         model=config.student,
         image_size=config.image_size or taught.image_size,
         options=config.model_options(),
     )
-    _check_classes(config, method_config, manifest, described)
     accelerator = make_accelerator(config.device, config.precision)
     rank = (accelerator.process_index, accelerator.num_processes)
-    test = held_out(config.test_data, described, config.label_column)
+    test = held_out(config.test_data, described, config.label_column, task=config.task)
     seed_everything(config.seed)
-    student = build_network(described)
-    method = METHODS[config.method][1](teacher.to(accelerator.device), config=method_config)
-    with _loader(config, described, accelerator) as batches:
+    student = build_network(described).to(accelerator.device)
+    teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+    setting = Setting(
+        config, method_config, teacher, student, described, accelerator, taught.num_classes, dry_run
+    )
+    with ExitStack() as stack:
+        plan = get_method(config.method).build(setting)
+        fed = described if plan.normalised else replace(described, mean=(0.0,) * 3, std=(1.0,) * 3)
+        batches = plan.batches or open_training_data(config, fed, accelerator, stack)
+        evaluator = None if test is None else Evaluator(test, described, batch_size=256, trainer_rank=rank)
         folder = None
         if not dry_run:
             folder = open_run(out, config, method_config, resume=resume, main=accelerator.is_main_process)
         trainer = Trainer(
-            student,
-            lambda model, batch: method.step(batch, model),
+            plan.model,
+            plan.step,
             config.trainer_config(progress=progress),
             out=folder,
-            evaluate=None if test is None else Evaluator(test, described, batch_size=256, trainer_rank=rank),
+            evaluate=None if evaluator is None else lambda model: evaluator(plan.student(model)),
             fingerprint=fingerprint(config, method_config),
             name="distill",
         )
         if folder is None:
             return {"loss": trainer.dry_run(batches)}
         result = trainer.fit(batches, resume=resume)
-        skipped = {"quarantined": len(batches.quarantined)} if batches.quarantined else {}
-        return close_run(folder, trainer, result, described, seed=config.seed, **skipped)
+        result = replace(result, model=plan.student(result.model))
+        facts = dict(plan.facts())
+        if skipped := getattr(batches, "quarantined", ()):
+            facts["quarantined"] = len(skipped)
+        if evaluator is not None and (by_class := evaluator.by_class(result.model)):
+            facts["class_accuracy"] = by_class
+        if accelerator.is_main_process:
+            plan.leave(folder)
+        return close_run(folder, trainer, result, described, seed=config.seed, **facts)
 
 
 def run_seeds(
@@ -171,21 +190,22 @@ def run_seeds(
     return summary
 
 
-def load_teacher(source: str, num_classes: int | None = None) -> tuple[nn.Module, ModelConfig]:
+def load_teacher(source: str, data: str | None = None) -> tuple[nn.Module, ModelConfig]:
     """A trained network and what feeds it.
 
     Args:
-        source: Directory of a finished run, or ``timm:NAME``.
-        num_classes: For ``timm:``; by default 1000.
+        source: Directory of a finished run, ``timm:NAME`` or ``torchvision:NAME``.
+        data: For the latter two, shards that say how many classes there are; 1000 without.
 
     Raises:
         CheckpointError: It cannot be read.
-        ConfigError: timm has no such network.
+        ConfigError: timm or torchvision has no such network.
     """
-    if not source.startswith("timm:"):
+    if not source.startswith(("timm:", "torchvision:")):
         return load_model(source), load_model_config(source)
+    num_classes = shard_classes(data) or 1000
     try:
-        network = create_model(source, num_classes or 1000, pretrained=True)
+        network = create_model(source, num_classes, pretrained=True)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except (OSError, RuntimeError) as error:
@@ -193,36 +213,8 @@ def load_teacher(source: str, num_classes: int | None = None) -> tuple[nn.Module
     facts = getattr(network, "pretrained_cfg", {})
     return network.eval(), ModelConfig(
         source,
-        num_classes or 1000,
+        num_classes,
         int(facts.get("input_size", (3, 224, 224))[-1]),
         tuple(facts.get("mean", (0.485, 0.456, 0.406))),
         tuple(facts.get("std", (0.229, 0.224, 0.225))),
-    )
-
-
-def _check_classes(config: DistillConfig, method_config: Any, manifest: Manifest, model: ModelConfig) -> None:
-    """Stored labels count as the teacher's classes; where they do not matter any images will do."""
-    stored = getattr(method_config, "labels", "soft") != "soft" and method_config.hard_labels == "stored"
-    if stored and manifest.num_classes is not None and manifest.num_classes != model.num_classes:
-        raise DataError(
-            f"data {config.data}: has {manifest.num_classes} classes, accepted: the teacher's {model.num_classes}"
-        )
-
-
-def _loader(config: DistillConfig, model: ModelConfig, accelerator: Any) -> ShardLoader:
-    return ShardLoader(
-        config.data,
-        config.batch_size,
-        device=accelerator.device,
-        image_size=config.load_size or model.image_size,
-        augment=config.augmentation(model.image_size),
-        seed=config.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        on_error=config.on_error,
-        last_batch="fill",  # full batches everywhere: ranks in step, shapes that compile once
-        loader=config.loader,
-        mean=model.mean,
-        std=model.std,
-        num_workers=config.workers,
     )

@@ -12,11 +12,17 @@ import torch
 
 from kdfast.data.datasets import load_dataset
 from kdfast.data.loader import ShardLoader
+from kdfast.data.manifest import is_shard_folder
+from kdfast.data.segmentation import is_segmentation_folder, open_segmentation
 from kdfast.errors import DataError
+from kdfast.experiments.common import METRICS
+from kdfast.experiments.distill import load_teacher
 from kdfast.experiments.image_batches import ImageBatches
+from kdfast.experiments.synthetic_set import ProbabilityVariance, describe
+from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
-from kdfast.training.evaluate import evaluate_classification
-from kdfast.training.model_io import ModelConfig, load_model, load_model_config
+from kdfast.training.evaluate import evaluate_classification, evaluate_segmentation
+from kdfast.training.model_io import ModelConfig
 from kdfast.training.progress import Progress
 
 
@@ -25,12 +31,14 @@ class EvalConfig:
     """What to measure on what.
 
     Attributes:
-        checkpoint: Directory of a finished run, or its ``model.safetensors``.
-        data: ``digits``, a folder of images, ``hf:NAME``, or a directory of shards.
+        checkpoint: Directory of a finished run, its ``model.safetensors``, or ``timm:NAME`` or ``torchvision:NAME``.
+        data: ``digits``, a folder of images, ``hf:NAME``, a directory of shards, or a folder of ``images/`` and
+            ``masks/`` (see :mod:`kdfast.data.segmentation`).
         split: ``train``, ``test`` or ``all``; shards have no splits.
         batch_size: Images a batch.
         device: ``auto`` takes the GPU if there is one.
         loader: For shards: ``dali`` or ``torch``.
+        out: Keep the result in this directory, for ``kdfast report``.
     """
 
     checkpoint: str
@@ -39,21 +47,25 @@ class EvalConfig:
     batch_size: int = 256
     device: Literal["auto", "cpu", "cuda"] = "auto"
     loader: Literal["dali", "torch"] = "dali"
+    out: str | None = None
 
 
 def run(config: EvalConfig, *, progress: bool = True) -> dict[str, Any]:
     """Measure.
 
     Returns:
-        ``accuracy``, ``top5_accuracy`` (from six classes on) and ``images``.
+        ``accuracy``, ``top5_accuracy`` (from six classes on) and ``images``; for images with masks ``miou``,
+        ``pixel_accuracy`` and ``images``. On shards also ``probability_variance``, how sharp the outputs are: the
+        variance of an image's class probabilities, averaged over images; and ``settings``, how they were sampled.
 
     Raises:
         CheckpointError: The network cannot be read.
         DataError: The data cannot be used, or has other classes.
     """
     device = make_accelerator(config.device).device
-    model_config = load_model_config(config.checkpoint)
-    model = load_model(config.checkpoint, device=device)
+    model, model_config = load_teacher(config.checkpoint, config.data)
+    model.to(device)
+    variance, settings = ProbabilityVariance(), describe(config.data)
     with ExitStack() as stack:
         batches, images = _open(config, model_config, device, stack)
         bar = stack.enter_context(Progress(enabled=progress)).task("eval", total=images, unit="img")
@@ -63,15 +75,32 @@ def run(config: EvalConfig, *, progress: bool = True) -> dict[str, Any]:
                 yield batch
                 bar.advance(len(batch[1]))
 
-        metrics = evaluate_classification(
-            model, counted(), num_classes=model_config.num_classes, device=device
-        )
-    return {**metrics, "images": images}
+        known: dict[str, Any] = {"num_classes": model_config.num_classes, "device": device}
+        if is_segmentation_folder(config.data):
+            metrics = evaluate_segmentation(model, counted(), **known)
+        else:
+            metrics = evaluate_classification(model, counted(), observe=variance.update, **known)
+    result: dict[str, Any] = {**metrics, "images": images}
+    if settings:
+        result |= {
+            "probability_variance": variance.compute(),
+            "settings": {**settings, "network": config.checkpoint},
+        }
+    if config.out is not None:
+        with files.reporting_disk(Path(config.out)):
+            Path(config.out).mkdir(parents=True, exist_ok=True)
+        files.write_json(Path(config.out) / METRICS, result)
+    return result
 
 
 def _open(config: EvalConfig, model: ModelConfig, device: torch.device, stack: ExitStack) -> tuple[Any, int]:
     common: dict[str, Any] = {"mean": model.mean, "std": model.std, "shuffle": False, "device": device}
-    if (Path(config.data) / "manifest.json").exists():
+    if is_segmentation_folder(config.data):
+        masked = open_segmentation(
+            config.data, config.split, image_size=model.image_size, num_classes=model.num_classes
+        )
+        return ImageBatches(masked, config.batch_size, **common), len(masked)
+    if is_shard_folder(config.data):
         shards = stack.enter_context(
             ShardLoader(
                 config.data, config.batch_size, image_size=model.image_size, loader=config.loader, **common

@@ -11,11 +11,12 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from kdfast.data.datasets import InMemoryImages, LabelledImages
+from kdfast.data.segmentation import SegmentationFolder
 from kdfast.experiments.augmentation import Augmentation
 
 
 class ImageBatches:
-    """Pairs of normalised images float32 ``[B, C, H, W]`` and labels int64 ``[B]``.
+    """Pairs of normalised images float32 ``[B, C, H, W]`` and labels int64 ``[B]``, or masks ``[B, H, W]``.
 
     A set in memory is indexed as a tensor and augmented where it lies; any other is decoded image by image.
 
@@ -36,7 +37,7 @@ class ImageBatches:
 
     def __init__(
         self,
-        dataset: LabelledImages,
+        dataset: LabelledImages | SegmentationFolder,
         batch_size: int,
         *,
         mean: Sequence[float],
@@ -93,7 +94,11 @@ class ImageBatches:
             if self._augment is not None:
                 words = [self._seed, self._epoch, number, self._rank]
                 seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
-                images = self._augment(images, torch.Generator(images.device).manual_seed(seed))
+                generator = torch.Generator(images.device).manual_seed(seed)
+                if labels.dim() == 3:
+                    images, labels = self._augment.with_masks(images, labels, generator)
+                else:
+                    images = self._augment(images, generator)
             self._batch = number + 1
             yield (images - self._mean) / self._std, labels
         self._epoch, self._batch = self._epoch + 1, 0
@@ -107,10 +112,10 @@ class ImageBatches:
         return torch.from_numpy(filled[self._rank :: self._world].copy())
 
     def _decoded(self, rows: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        if self._images is not None:
+        if isinstance(self._dataset, InMemoryImages) and self._images is not None:
             for row in rows:
                 yield self._images[row.to(self._device)], self._dataset.labels[row].to(self._device)
             return
         flat = [int(index) for row in rows for index in row]
-        loader = DataLoader(Subset(self._dataset, flat), self._batch_size, num_workers=self._workers)
+        loader = DataLoader(Subset[Any](self._dataset, flat), self._batch_size, num_workers=self._workers)
         yield from loader

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from kdfast.data.datasets import LabelledImages, load_dataset
+from kdfast.data.datasets import load_dataset
+from kdfast.data.segmentation import IGNORE, open_segmentation
 from kdfast.errors import ConfigError
 from kdfast.experiments.common import (
     Count,
     Evaluator,
+    Labelled,
     TrainingRecipe,
     channel_statistics,
     close_run,
@@ -39,11 +41,13 @@ class TeachConfig(TrainingRecipe):
         model: Name for :func:`kdfast.models.create_model`.
         image_size: Side of the images in pixels.
         test_data: Where held-out images come from (its test split); by default ``data``.
+        task: ``classification``, or ``segmentation``, for which data are images beside PNG masks.
         num_classes: How many classes the data must have; by default any number.
         label_column: For ``hf:`` sets with several class columns, which one to use.
     """
 
     data: str
+    task: Literal["classification", "segmentation"] = "classification"
     model: str = "resnet20"
     image_size: Count = 32
     test_data: str | None = None
@@ -77,17 +81,11 @@ def run(
         DataError: The data cannot be used.
         TrainingInterrupted: On Ctrl-C, after a checkpoint.
     """
-    dataset = load_dataset(
-        config.data,
-        "train",
-        image_size=config.image_size,
-        num_classes=config.num_classes,
-        label_column=config.label_column,
-    )
+    dataset = _open(config)
     described = _describe(config, dataset)
     accelerator = make_accelerator(config.device, config.precision)
     rank = (accelerator.process_index, accelerator.num_processes)
-    test = held_out(config.test_data or config.data, described, config.label_column)
+    test = held_out(config.test_data or config.data, described, config.label_column, task=config.task)
     seed_everything(config.seed)
     network = build_network(described)
     batches = ImageBatches(
@@ -108,7 +106,7 @@ def run(
     folder = None if dry_run else open_run(out, config, resume=resume, main=accelerator.is_main_process)
     trainer = Trainer(
         network,
-        lambda model, batch: nn.functional.cross_entropy(model(batch[0]).float(), batch[1]),
+        lambda model, batch: label_loss(model(batch[0]), batch[1]),
         config.trainer_config(progress=progress),
         out=folder,
         evaluate=evaluate,
@@ -118,6 +116,15 @@ def run(
     if folder is None:
         return {"loss": trainer.dry_run(batches)}
     return close_run(folder, trainer, trainer.fit(batches, resume=resume), described, seed=config.seed)
+
+
+def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy with classes ``[B]``, or with masks ``[B, H, W]``, to whose size the logits are resized."""
+    if labels.dim() == 1:
+        return nn.functional.cross_entropy(logits.float(), labels)
+    size = labels.shape[-2:]
+    resized = nn.functional.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+    return nn.functional.cross_entropy(resized, labels, ignore_index=IGNORE)
 
 
 def build_network(config: ModelConfig) -> nn.Module:
@@ -132,7 +139,14 @@ def build_network(config: ModelConfig) -> nn.Module:
         raise ConfigError(str(error)) from error
 
 
-def _describe(config: TeachConfig, dataset: LabelledImages) -> ModelConfig:
+def _open(config: TeachConfig) -> Labelled:
+    common: dict[str, Any] = {"image_size": config.image_size, "num_classes": config.num_classes}
+    if config.task == "segmentation":
+        return open_segmentation(config.data, "train", **common)
+    return load_dataset(config.data, "train", label_column=config.label_column, **common)
+
+
+def _describe(config: TeachConfig, dataset: Labelled) -> ModelConfig:
     picked = torch.linspace(0, len(dataset) - 1, min(_STATISTICS_OF, len(dataset))).long().tolist()
     mean, std = channel_statistics(torch.stack([dataset[index][0] for index in picked]))
     described = ModelConfig(

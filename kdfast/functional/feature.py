@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import feature as ops
+from kdfast.profiling import annotate
 
 __all__ = ["noise_mix", "reparam_middle_loss"]
 
 
+@annotate("reparam_middle_loss")
 def reparam_middle_loss(
     branches: Tensor,
     target: Tensor,
@@ -93,6 +95,7 @@ def reparam_middle_loss(
     return ops.reparam_middle(branches, target, call, mean_needs_grad=mean_needs_grad)
 
 
+@annotate("noise_mix")
 def noise_mix(x: Tensor, gamma: Tensor, *, seed: int | Tensor) -> Tensor:
     r"""Mix a feature with fresh normal noise, by one factor a sample.
 

@@ -1,4 +1,4 @@
-"""What the loop asks of a batch and of the thing that yields batches; loss and speed between two log lines."""
+"""What the loop asks of a batch and of the thing that yields batches; means and speed between two log lines."""
 
 from __future__ import annotations
 
@@ -8,28 +8,45 @@ from typing import Any
 
 import torch
 
+Loss = torch.Tensor | tuple[torch.Tensor, Mapping[str, torch.Tensor]]
+
 
 class Window:
-    """Loss and speed since the last line of the log; the loss stays on the device until then."""
+    """Mean loss, its parts, and speed since the last line of the log; they stay on the device until then."""
 
     def __init__(self, device: torch.device) -> None:
         self.note = ""
-        self._loss = torch.zeros((), device=device)
-        self._steps, self._images, self._since = 0, 0, time.monotonic()
+        self._device = device
+        self._restart()
 
-    def add(self, loss: torch.Tensor, images: int) -> None:
-        """Count one optimiser step and its loss, without waiting for the device."""
-        self._loss += loss
-        self._steps += 1
+    def _restart(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {"loss": torch.zeros((), device=self._device)}
+        self._counts = {"loss": 0}
+        self._images, self._since = 0, time.monotonic()
+
+    def add(self, loss: torch.Tensor, images: int, parts: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Count one optimiser step, its loss and its parts, without waiting for the device."""
+        for name, value in {"loss": loss, **(parts or {})}.items():
+            self._sums[name] = self._sums.get(name, 0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
         self._images += images
 
-    def close(self) -> tuple[float, float]:
-        """Mean loss and images a second since the last call."""
-        loss = float(self._loss) / self._steps
+    def close(self) -> tuple[float, float, dict[str, float]]:
+        """Mean loss, images a second, and the mean of each part, since the last call."""
+        # One wait for the device, however many parts there are.
+        sums = torch.stack([value.double() for value in self._sums.values()]).tolist()
+        means = {name: total / self._counts[name] for name, total in zip(self._sums, sums)}
         speed = self._images / max(time.monotonic() - self._since, 1e-9)
-        self._loss.zero_()
-        self._steps, self._images, self._since = 0, 0, time.monotonic()
-        return loss, speed
+        self._restart()
+        return means.pop("loss"), speed, means
+
+
+def split_loss(result: Loss) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A step's result as the loss to minimise, and its parts, detached, to log."""
+    if isinstance(result, torch.Tensor):
+        return result, {}
+    loss, parts = result
+    return loss, {name: value.detach().float() for name, value in parts.items()}
 
 
 def resumable(batches: Any) -> bool:

@@ -17,8 +17,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdfast.errors import CheckpointError, KDFastError
+from kdfast.profiling import annotate, each, phase
 from kdfast.training.accelerator import gather_objects, make_accelerator
-from kdfast.training.batches import Window, count_images, resumable, to_device
+from kdfast.training.batches import Loss, Window, count_images, resumable, split_loss, to_device
 from kdfast.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from kdfast.training.config import Stateful, TrainerConfig, TrainResult
 from kdfast.training.interrupt import Interrupt, TrainingInterrupted, deferred_interrupt
@@ -29,7 +30,7 @@ from kdfast.training.rng import rng_state, seed_everything, set_rng_state
 
 __all__ = ["Stateful", "TrainResult", "Trainer", "TrainerConfig", "TrainingInterrupted"]
 
-StepFunction = Callable[[nn.Module, Any], torch.Tensor]
+StepFunction = Callable[[nn.Module, Any], Loss]
 _AGREE_EVERY = (
     8  # steps between asking all ranks whether one was interrupted: each asking waits for the device
 )
@@ -53,7 +54,8 @@ class Trainer:
     Args:
         model: The network to train; moved to the device.
         step: Called as ``step(model, batch)`` with the prepared network and a batch on the device; returns the
-            loss. Gradients, precision and optimiser are the trainer's business.
+            loss, or the loss and a dict of 0-d tensors to log beside it. Gradients, precision and optimiser are the
+            trainer's business.
         config: How to train.
         out: Directory for ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``; ``None`` writes nothing.
         evaluate: Called as ``evaluate(network)`` after epochs, on every rank; returns metrics by name.
@@ -150,7 +152,7 @@ class Trainer:
             self.optimizer.optimizer, self.config.schedule, steps_per_epoch=per_epoch, total_steps=total
         )
         self.model.train()
-        loss = float(self._optimize([next(iter(batches))]))
+        loss = float(self._optimize([next(iter(batches))])[0])
         self._check_finite(loss)
         return loss
 
@@ -168,11 +170,11 @@ class Trainer:
         last_epoch = self._epochs(total)
         while place.epoch < last_epoch and place.step < total:
             self.model.train()
-            iterator = self._iterate(batches, restored)
+            iterator = each("trainer.data", self._iterate(batches, restored))
             restored = None
             # Groups are taken as they come: looking ahead would put the loader's state past what was used.
             while place.step < total and (group := list(islice(iterator, config.accumulate))):
-                loss = self._optimize(group)
+                loss, parts = self._optimize(group)
                 images = sum(count_images(batch) for batch in group) * self.accelerator.num_processes
                 place.step, place.batch, place.images = (
                     place.step + 1,
@@ -180,7 +182,7 @@ class Trainer:
                     place.images + images,
                 )
                 place.seconds = time.monotonic() - clock
-                window.add(loss, images)
+                window.add(loss, images, parts)
                 if place.step % config.log_every == 0 or place.step == total:
                     window.note = self._log_window(window)
                 task.advance(note=window.note)
@@ -193,33 +195,41 @@ class Trainer:
             place.epoch, place.batch = place.epoch + 1, 0
             ended = place.epoch == last_epoch or place.step >= total
             if self._evaluate is not None and (ended or place.epoch % config.eval_every == 0):
-                self._log_evaluation(self._evaluate(self.network))
+                with phase("trainer.evaluate"):
+                    metrics = self._evaluate(self.network)
+                self._log_evaluation(metrics)
             place.seconds = time.monotonic() - clock
             if ended or place.epoch % config.checkpoint_every == 0:
                 self._save(batches)
             if not ended:
                 self._stop_if_asked(interrupt, batches)
 
-    def _optimize(self, group: list[Any]) -> torch.Tensor:
-        """One optimiser step over the batches of a group; returns their mean loss, still on the device."""
+    def _optimize(self, group: list[Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """One optimiser step over the batches of a group; returns their mean loss and parts, still on the device."""
         total = torch.zeros((), device=self.device)
+        sums: dict[str, torch.Tensor] = {}
         for number, batch in enumerate(group):
             last = number == len(group) - 1
             # Gradients of all ranks are averaged once a group, with its last batch.
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                batch = to_device(batch, self.device)
-                with self.accelerator.autocast():
-                    loss = self._step_function(self.model, batch)
-                self.accelerator.backward(loss / len(group))
+                with phase("trainer.forward"):
+                    batch = to_device(batch, self.device)
+                    with self.accelerator.autocast():
+                        loss, parts = split_loss(self._step_function(self.model, batch))
+                with phase("trainer.backward"):
+                    self.accelerator.backward(loss / len(group))
             total += loss.detach().float() / len(group)
-        if self.config.clip_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self._schedule.step()
-        if self._ema is not None:
-            self._ema.update_parameters(self._bare)
-        return total
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0) + value / len(group)
+        with phase("trainer.optimizer"):
+            if self.config.clip_grad_norm is not None:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self._schedule.step()
+            if self._ema is not None:
+                self._ema.update_parameters(self._bare)
+        return total, sums
 
     def _iterate(self, batches: Iterable[Any], restored: Checkpoint | None) -> Iterator[Any]:
         """This epoch's batches; after a restart those that are left of it, with the random states as they were."""
@@ -244,7 +254,7 @@ class Trainer:
             raise TrainingInterrupted(self._save(batches), number or signal.SIGINT)
 
     def _log_window(self, window: Window) -> str:
-        loss, speed = window.close()
+        loss, speed, parts = window.close()
         self._check_finite(loss)
         rate = self.optimizer.param_groups[0]["lr"]
         if self._log is not None:
@@ -257,6 +267,7 @@ class Trainer:
                 lr=rate,
                 images_per_second=round(speed, 2),
                 seconds=round(place.seconds, 3),
+                **parts,
             )
         return f"{speed:.0f} img/s · loss {loss:.4g}"
 
@@ -278,6 +289,7 @@ class Trainer:
                 "clip_grad_norm, or precision fp32 or bf16 may help"
             )
 
+    @annotate("trainer.checkpoint")
     def _save(self, batches: Any) -> Path | None:
         if self.out is None:
             return None

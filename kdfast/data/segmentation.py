@@ -1,0 +1,192 @@
+"""Segmentation folders: images beside PNG masks of class numbers, 255 ignored.
+
+DIR/[train|test/]images/NAME.jpg    any format Pillow reads
+DIR/[train|test/]masks/NAME.png     one channel, a class number a pixel; the same NAME
+DIR/classes.txt                     optional: a class name a line
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kdfast.data.folders import IMAGE_SUFFIXES
+from kdfast.data.labelled import pillow, rgb_tensor
+from kdfast.errors import DataError
+
+__all__ = ["IGNORE", "SegmentationFolder", "is_segmentation_folder", "open_segmentation"]
+
+IGNORE = 255
+_SPLITS = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid")}
+_TEST_SHARE = 5  # without split folders every fifth image is for test
+
+
+class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
+    """Images and masks; ``dataset[i]`` is (uint8 RGB ``[3, H, W]``, int64 mask ``[H, W]``).
+
+    Args:
+        pairs: Image file by mask file.
+        classes: Class names; a mask's number is an index into them.
+        source: The folder, for messages.
+        image_size: Side in pixels: images are resized and centre-cropped to it (bilinear), masks likewise (nearest).
+            None keeps each image's own size.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[Path, Path],
+        classes: tuple[str, ...],
+        source: str,
+        image_size: int | None = None,
+    ) -> None:
+        self._pillow = pillow("decoding a segmentation folder")
+        self.pairs, self.classes, self.source, self.image_size = (
+            list(pairs.items()),
+            classes,
+            source,
+            image_size,
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, seen or not."""
+        return len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Decode pair ``index``.
+
+        Raises:
+            DataError: A file cannot be read, the sizes differ, or the mask holds a class that there is not.
+        """
+        image_file, mask_file = self.pairs[index]
+        with _open(self._pillow, image_file) as image, _open(self._pillow, mask_file) as mask:
+            if image.size != mask.size:
+                raise DataError(
+                    f"mask {mask_file}: is {mask.size}, its image {image_file.name} is {image.size}"
+                )
+            pixels, labels = (
+                rgb_tensor(image, self.image_size),
+                _mask_tensor(mask, mask_file, self.image_size),
+            )
+        wrong = labels[(labels >= self.num_classes) & (labels != IGNORE)]
+        if wrong.numel():
+            raise DataError(
+                f"mask {mask_file}: holds class {int(wrong.max())}, accepted: 0…{self.num_classes - 1}, and "
+                f"{IGNORE} for pixels that do not count"
+            )
+        return pixels, labels
+
+
+def is_segmentation_folder(path: str | Path) -> bool:
+    """Whether a folder, or a split of it, holds ``images/`` and ``masks/``."""
+    return bool(_split_folders(Path(path)))
+
+
+def open_segmentation(
+    root: str | Path, split: str = "train", *, image_size: int | None = None, num_classes: int | None = None
+) -> SegmentationFolder:
+    """A split of a segmentation folder.
+
+    Args:
+        root: The folder.
+        split: ``"train"``, ``"test"`` or ``"all"``. Where there are no split folders, every fifth image by name is for
+            test.
+        image_size: See :class:`SegmentationFolder`.
+        num_classes: How many classes there are. None: as many as ``classes.txt`` names, or as the masks of the whole
+            folder hold (which reads them all).
+
+    Raises:
+        ValueError: ``split`` is another.
+        DataError: The folder is missing or not of this form, an image has no mask, or the number of classes differs.
+    """
+    if split not in (*_SPLITS, "all"):
+        raise ValueError(f"split: got {split!r}, accepted: train, test, all")
+    root = Path(root)
+    folders = _split_folders(root)
+    if not folders:
+        raise DataError(
+            f"{root}: holds no images/ and masks/ folders, neither itself nor in train/ and test/"
+        )
+    parts = {name: _pairs(folder) for name, folder in folders.items()}
+    if "" in parts:
+        pairs = parts.pop("")
+        parts["test"] = dict(list(pairs.items())[_TEST_SHARE - 1 :: _TEST_SHARE])
+        parts["train"] = {image: mask for image, mask in pairs.items() if image not in parts["test"]}
+    everything = {image: mask for part in parts.values() for image, mask in part.items()}
+    chosen = dict(sorted(everything.items())) if split == "all" else parts.get(split)
+    if not chosen:
+        raise DataError(f"{root}: holds no {split} image")
+    classes = _classes(root, everything, num_classes)
+    return SegmentationFolder(chosen, classes, str(root), image_size)
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    def complete(folder: Path) -> bool:
+        return (folder / "images").is_dir() and (folder / "masks").is_dir()
+
+    if complete(root):
+        return {"": root}
+    found = ((split, root / name) for split, names in _SPLITS.items() for name in names)
+    return {split: folder for split, folder in found if complete(folder)}
+
+
+def _pairs(folder: Path) -> dict[Path, Path]:
+    pairs = {}
+    for image in sorted((folder / "images").iterdir()):
+        if image.name.startswith(".") or image.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        mask = folder / "masks" / f"{image.stem}.png"
+        if not mask.exists():
+            raise DataError(f"image {image}: has no mask {mask}")
+        pairs[image] = mask
+    return pairs
+
+
+def _classes(root: Path, pairs: Mapping[Path, Path], num_classes: int | None) -> tuple[str, ...]:
+    listed = root / "classes.txt"
+    if listed.exists():
+        names = tuple(line.strip() for line in listed.read_text().splitlines() if line.strip())
+        if num_classes not in (None, len(names)):
+            raise DataError(f"{listed}: names {len(names)} classes, expected {num_classes}")
+        return names
+    if num_classes is None:
+        image = pillow("reading masks")
+        highest = -1
+        for mask in pairs.values():
+            with _open(image, mask) as opened:
+                labels = _mask_tensor(opened, mask, None)
+            counted = labels[labels != IGNORE]
+            highest = max(highest, int(counted.max()) if counted.numel() else -1)
+        if highest < 0:
+            raise DataError(f"{root}: its masks hold no class at all")
+        num_classes = highest + 1
+    return tuple(str(number) for number in range(num_classes))
+
+
+def _open(image: Any, path: Path) -> Any:
+    try:
+        opened = image.open(path)
+        opened.load()
+    except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
+        # Pillow raises all of these on damaged files, SyntaxError for broken PNG chunks.
+        raise DataError(f"cannot read image {path}: {error}") from error
+    return opened
+
+
+def _mask_tensor(mask: Any, path: Path, image_size: int | None) -> Tensor:
+    from PIL import Image, ImageOps
+
+    if mask.mode not in ("L", "P", "1", "I", "I;16"):
+        raise DataError(f"mask {path}: has mode {mask.mode}, accepted: one channel of class numbers (L or P)")
+    if image_size is not None:
+        mask = ImageOps.fit(mask, (image_size, image_size), Image.Resampling.NEAREST)
+    return torch.from_numpy(np.array(mask).astype(np.int64))
