@@ -314,6 +314,8 @@ def _number(value: Any) -> str:
 
 
 # Commands with a file of their own; they use what stands above.
+from kdfast.cli.data_report import data_report  # noqa: E402
 from kdfast.cli.select import select  # noqa: E402
 
 app.command()(select)
+app.command()(data_report)
