@@ -18,7 +18,17 @@ import torch
 import triton
 
 from bench.static_audit import CAPABILITIES, KernelReport, audit, meta
-from kdfast.kernels import denoise, feature, losses, losses_dist, losses_more, losses_topk, replay
+from kdfast.kernels import (
+    denoise,
+    feature,
+    feature_statistics,
+    images,
+    losses,
+    losses_dist,
+    losses_more,
+    losses_topk,
+    replay,
+)
 from kdfast.reference.replay import Meta, SumLayout
 
 #: Registers of one multiprocessor, and threads and programs that it holds, on all GPUs audited.
@@ -91,12 +101,12 @@ def _pair(kind: int, shape: tuple[int, int], dtype: torch.dtype) -> Callable[[],
     return call
 
 
-def _step(dtype: torch.dtype, *, guided: bool, noise: bool = False) -> Callable[[], object]:
+def _step(dtype: torch.dtype, *, guided: bool, noise: bool = False, seeds: int = 1) -> Callable[[], object]:
     def call() -> object:
         shape = (64, 4, 32, 32)
         sample = meta(*shape, dtype=dtype)
         output = meta(2 * shape[0] if guided else shape[0], 2 * shape[1], *shape[2:], dtype=dtype)
-        table, seed = meta(50, 10), meta(1, dtype=torch.int64)
+        table, seed = meta(50, 10), meta(seeds, dtype=torch.int64)
         return denoise.denoise_step(
             sample,
             output,
@@ -203,6 +213,35 @@ def _noise_mix(dtype: torch.dtype) -> Callable[[], object]:
     return call
 
 
+def _crop_flip(
+    source: torch.dtype, dtype: torch.dtype, *, nhwc: bool = False, gradient: bool = False
+) -> Callable[[], object]:
+    def call() -> object:
+        x, y = meta(256, 3, 32, 32, dtype=source), meta(256, 3, 32, 32, dtype=dtype)
+        layout = torch.channels_last if nhwc else torch.contiguous_format
+        offsets, flips = meta(256, 2, dtype=torch.int32), meta(256, dtype=torch.bool)
+        bias = None if gradient else meta(3)
+        y = y.to(memory_format=layout)
+        return images.crop_flip(x, y, offsets, flips, meta(3), bias, 4, transposed=gradient)
+
+    return call
+
+
+def _statistics(
+    shape: tuple[int, ...], dtype: torch.dtype, *, nhwc: bool = False, gradient: bool = False
+) -> Callable[[], object]:
+    def call() -> object:
+        layout = torch.channels_last if nhwc else torch.contiguous_format
+        x, channels = meta(*shape, dtype=dtype).to(memory_format=layout), meta(shape[1])
+        if gradient:
+            stats, upstream = meta(4, shape[1]), meta(1)
+            return feature_statistics.bn_statistics_backward(x, stats, upstream, x, torch.empty_like(x))
+        average = (channels, channels, meta(1))
+        return feature_statistics.bn_statistics(x, channels, channels, *average, squared=False)
+
+    return call
+
+
 bf16, fp32 = torch.bfloat16, torch.float32
 _REPLAY = _Buffer()
 #: A thousand rows and more, so that sizes specialise as they do in training.
@@ -224,6 +263,13 @@ VARIANTS = (
     Variant("denoise: guided step bf16", _step(bf16, guided=True), 8, 16, 16, fast=True),
     Variant("denoise: guided step fp32", _step(fp32, guided=True), 16, 16, 16),
     Variant(
+        "denoise: guided step fp32, a seed for each row",
+        _step(fp32, guided=True, noise=True, seeds=64),
+        16,
+        16,
+        16,
+    ),
+    Variant(
         "denoise: guided step fp32, noise in the kernel", _step(fp32, guided=True, noise=True), 16, 16, 16
     ),
     Variant("losses: top-50 of 32000 bf16", _topk(32000, bf16), None, 16, 16),
@@ -231,6 +277,45 @@ VARIANTS = (
     Variant("losses: DIST 256x1000 bf16", _dist((256, 1000), bf16)),
     Variant("feature: noise_mix bf16", _noise_mix(bf16), 4, 16, 16, fast=True),
     Variant("feature: noise_mix fp32", _noise_mix(fp32), 8, 16, 16),
+    Variant("feature: BN statistics 512x4x4 fp32", _statistics((256, 512, 4, 4), fp32), 4, 16),
+    Variant(
+        "feature: BN statistics 512x4x4 fp32, gradient",
+        _statistics((256, 512, 4, 4), fp32, gradient=True),
+        12,
+        16,
+        16,
+    ),
+    Variant("feature: BN statistics 64x32x32 bf16", _statistics((256, 64, 32, 32), bf16), 2, 16),
+    Variant(
+        "feature: BN statistics 64x32x32 bf16, gradient",
+        _statistics((256, 64, 32, 32), bf16, gradient=True),
+        6,
+        16,
+        16,
+    ),
+    Variant("feature: BN statistics 2048x7x7 bf16", _statistics((256, 2048, 7, 7), bf16), 2, 16),
+    Variant(
+        "feature: BN statistics 2048x7x7 bf16, gradient",
+        _statistics((256, 2048, 7, 7), bf16, gradient=True),
+        6,
+        16,
+        16,
+    ),
+    Variant(
+        "feature: BN statistics 64x32x32 bf16 NHWC", _statistics((256, 64, 32, 32), bf16, nhwc=True), 2, 16
+    ),
+    Variant(
+        "feature: BN statistics 64x32x32 bf16 NHWC, gradient",
+        _statistics((256, 64, 32, 32), bf16, nhwc=True, gradient=True),
+        6,
+        16,
+        16,
+    ),
+    # Reads are shifted by the crop, each sample's by its own: one element at a time.
+    Variant("images: crop and flip uint8 to bf16", _crop_flip(torch.uint8, bf16), 3, 1, 16, fast=True),
+    Variant("images: crop and flip uint8 to bf16 NHWC", _crop_flip(torch.uint8, bf16, nhwc=True), 3, 1, 16),
+    Variant("images: crop and flip fp32", _crop_flip(fp32, fp32), 8, 4, 16),
+    Variant("images: gradient of crop and flip fp32", _crop_flip(fp32, fp32, gradient=True), 8, 4, 16),
     Variant("replay: sample 256 of 1M", _REPLAY.sample),
     Variant("replay: update 256 of 1M", _REPLAY.update, fast=True),
     Variant("replay: add 256 to 1M", _REPLAY.add),

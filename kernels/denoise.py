@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._denoise_bodies import denoise_step_backward_kernel, denoise_step_kernel
-from ._strided import Strides, Walk, iteration_order, walk
+from ._strided import Strides, Walk, contiguous, iteration_order, walk
 from .launch import device_guard, launch
 
 #: Where a program of few elements is better: below this many, small blocks fill more multiprocessors.
@@ -104,14 +104,6 @@ def _frame(shape: tuple[int, ...], rows: int, strides: Strides, guidance: Guidan
     return _Frame(frame, (0, *strides), (second, *strides), cond, uncond, 2 if partial else -1, True)
 
 
-def _contiguous(shape: Sequence[int]) -> Strides:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
-
-
 class _Geometry(NamedTuple):
     """Everything of a launch that follows from shapes and strides."""
 
@@ -147,6 +139,7 @@ def _geometry(
     strides: tuple[Strides | None, ...],
     guidance: Guidance,
     seeded: bool,
+    seed_rows: int,
 ) -> _Geometry:
     """Plan the step of a sample of ``shape``; ``strides`` in the order of :data:`_OPERANDS`, Y first.
 
@@ -160,22 +153,25 @@ def _geometry(
     if frame.doubled:
         walked["OWN"] = frame.own
     if seeded:
-        walked["E"] = _contiguous(frame.shape)
+        walked["E"] = contiguous(frame.shape)
     order = iteration_order(frame.shape, walked["Y"])
     plan = walk(frame.shape, order, tuple(walked.values()), pinned=frame.pinned, aligned=8)
     grid, constants = _launch_constants(plan)
     found = dict(zip(walked, plan.strides, strict=True))
     element = found.get("E")
+    # One seed for the batch, or one for each of its rows, in elements a row.
+    seed_row = plan.numel // seed_rows if seed_rows > 1 else 0
     constants.update({name: found.get(name) for name in (*_OPERANDS, "OUT", "OWN", "E")})
     constants.update(
         GUIDED=guidance.scale is not None,
         OWN_ROWS=frame.doubled,
         HAS_SEED=seeded,
+        SEED_ROW=seed_row,
         # Four neighbours share a Philox counter where a block holds whole groups of them.
         SEED_RUN=plan.rows
         and element is not None
         and element[0] == 1
-        and not any(s % 4 for s in element[1:]),
+        and not any(s % 4 for s in (*element[1:], seed_row)),
     )
     return _Geometry(grid, frame, plan.numel, plan.inner, constants)
 
@@ -231,7 +227,7 @@ def denoise_step(
         guidance: How both halves combine.
         history: Up to three tensors h_j of the sample's shape.
         noise: z, of the sample's shape.
-        seed: Key of in-kernel noise, instead of ``noise``.
+        seed: Key of in-kernel noise, instead of ``noise``: one, or a tensor with one for each row of the sample.
         learned_variance: Whether the channels after the sample's hold v.
         clip: Clamp m to ±clip.
         mask: Instead of clamping, zero m where this mask (of an earlier step) has no bit.
@@ -270,6 +266,7 @@ def denoise_step(
         # Another scale is the same geometry.
         guide if guide.scale is None else guide._replace(scale=1.0),
         seed is not None,
+        seed.numel() if isinstance(seed, torch.Tensor) else 1,
     )
     frame = geometry.frame
     variance_offset = 0

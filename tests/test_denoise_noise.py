@@ -57,6 +57,34 @@ def test_noise_is_keyed_by_seed_step_and_element(target: Target) -> None:
         assert (other == base).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 6, 6), (3, 5, 7), (2, 1, 3, 700), (4, 1)])
+def test_a_seed_for_each_row_keys_the_row_and_not_its_place(target: Target, shape: tuple[int, ...]) -> None:
+    seeds = torch.arange(1, shape[0] + 1, device=target.device) * (2**40 + 7)
+    base = unit_noise(shape, seeds, 2, target.device)
+    wanted = torch.cat([normal(int(seed), 2, (1, *shape[1:])) for seed in seeds])
+    assert_verbose_allclose(base, wanted, rtol=1e-6, atol=1e-6)
+    turned = unit_noise(shape, seeds.flip(0), 2, target.device)
+    torch.testing.assert_close(turned, base.flip(0), rtol=1e-6, atol=1e-6)
+    if len(shape) == 4:
+        last = unit_noise(
+            shape, seeds, 2, target.device, lambda x: x.contiguous(memory_format=torch.channels_last)
+        )
+        torch.testing.assert_close(last.contiguous(), base, rtol=1e-6, atol=1e-6)
+
+
+def test_row_seeds_of_a_learned_variance_and_of_guidance(target: Target) -> None:
+    x, o = randn(2, 4, 6, device=target.device), randn(4, 8, 6, seed=1, device=target.device)
+    rows = table(target.device)
+    seeds = torch.tensor([5, 2**61], device=target.device)
+    z = torch.cat([normal(int(seed), 1, (1, 4, 6)) for seed in seeds]).to(x)
+    for learned in (False, True):
+        more = {"guidance": ops.Guidance(2.0), "learned_variance": learned}
+        got = ops.denoise_step(x, o, rows, 1, seed=seeds, **more).y
+        torch.testing.assert_close(
+            got, ops.denoise_step(x, o, rows, 1, noise=z, **more).y, rtol=1e-5, atol=1e-5
+        )
+
+
 def test_noise_is_standard_normal() -> None:
     z = normal(3, 0, (1 << 18,))
     size = z.numel()
@@ -103,6 +131,13 @@ REFUSALS = {
     "step elsewhere": (ValueError, "meta", {"step": torch.zeros((), dtype=torch.long, device="meta")}),
     "noise and seed": (ValueError, "one of them", {"noise": X, "seed": 1}),
     "negative seed": (ValueError, "at least 0", {"seed": -1}),
+    "seeds": (ValueError, r"each row of the sample \(2\)", {"seed": torch.zeros(3, dtype=torch.long)}),
+    "seed in floats": (ValueError, "int64 tensor", {"seed": torch.zeros(2)}),
+    "seed elsewhere": (
+        ValueError,
+        "on cpu like the sample, got it on meta",
+        {"seed": torch.zeros(2, dtype=torch.long, device="meta")},
+    ),
     "four histories": (ValueError, "at most 3", {"history": [X] * 4}),
     "shapes": (ValueError, "broadcast", {"model_output": torch.zeros(3, 4, 3)}),
     "noise's shape": (ValueError, "broadcast", {"noise": torch.zeros(2, 4, 5)}),

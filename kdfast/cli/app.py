@@ -142,6 +142,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     loader: Annotated[str, typer.Option(help="For shards: dali or torch.")] = "dali",
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the result here, for a report.", metavar="DIR")
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -156,6 +159,7 @@ def evaluate(
         "batch_size": batch_size,
         "device": device,
         "loader": loader,
+        "out": None if out is None else str(out),
     }
     _show(work.run(build_config(work.EvalConfig, values, source="eval"), progress=not quiet), as_json)
 
@@ -307,3 +311,9 @@ def _number(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(_number(entry) for entry in value)
     return str(value)
+
+
+# Commands with a file of their own; they use what stands above.
+from kdfast.cli.select import select  # noqa: E402
+
+app.command()(select)

@@ -33,6 +33,7 @@ _HOME = {
     "read_manifest": "manifest",
     "relative_entropy": "selection",
     "select_balanced": "selection",
+    "select_long_tail": "selection",
 }
 _MODULES = ("augment", "surrogate")
 
@@ -53,6 +54,7 @@ __all__ = [
     "read_manifest",
     "relative_entropy",
     "select_balanced",
+    "select_long_tail",
     "surrogate",
 ]
 

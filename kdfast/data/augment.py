@@ -57,14 +57,27 @@ def padded_crop(
     return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def mixup(images: torch.Tensor, generator: torch.Generator) -> Mixed:
-    """Blend each image with another row's: λx + (1 − λ)x', with λ ~ U(0, 1) for each image and one
+def mixup(
+    images: torch.Tensor, generator: torch.Generator, *, alpha: float = 1.0, one_share: bool = False
+) -> Mixed:
+    """Blend each image with another row's: λx + (1 − λ)x', with λ ~ Beta(α, α) for each image and one
     permutation.
 
     Teacher and student must both see the result, so that the soft target is of the image that is there.
+
+    Args:
+        images: ``[B, 3, H, W]``.
+        generator: On the images' device.
+        alpha: Of the Beta distribution; 1 is uniform.
+        one_share: The same λ for the whole batch, rather than one an image.
     """
     _check(images)
-    lam = _uniform(images, generator)
+    if alpha <= 0:
+        raise ValueError(f"alpha: got {alpha}; must be positive")
+    if alpha == 1 and not one_share:
+        lam = _uniform(images, generator)
+    else:
+        lam = _beta(alpha, 1 if one_share else len(images), generator).expand(len(images))
     partner = _permutation(images, generator)
     share = lam.to(images.dtype)[:, None, None, None]
     return Mixed(images * share + images[partner] * (1 - share), partner, lam)

@@ -93,10 +93,10 @@ class ShardLoader:
         self._after = channels if augment is not None and channels != plain else None
         inside = plain if augment is not None else channels
         config = DecoderConfig(
-            self._device, batch_size, image_size, _output_size(self._table, image_size), *inside, num_workers
+            self._device, batch_size, image_size, output_size(self._table, image_size), *inside, num_workers
         )
         self._reader = RecordReader(self._table)
-        self._decoder = _decoder(loader, self._reader, config)
+        self._decoder = make_decoder(loader, self._reader, config)
         self._found: list[Fault] = []
         self._dropped: set[int] = set()
         self._epoch, self._batch = 0, 0
@@ -279,7 +279,12 @@ def _channels(mean: Sequence[float] | None, std: Sequence[float] | None) -> tupl
     return (m[0], m[1], m[2]), (s[0], s[1], s[2])
 
 
-def _output_size(table: RecordTable, image_size: int | None) -> tuple[int, int]:
+def output_size(table: RecordTable, image_size: int | None) -> tuple[int, int]:
+    """Height and width of what is decoded.
+
+    Raises:
+        ValueError: The images are of several sizes, and ``image_size`` is ``None``.
+    """
     if image_size is not None:
         return image_size, image_size
     odd = np.flatnonzero((table.height != table.height[0]) | (table.width != table.width[0]))
@@ -291,7 +296,12 @@ def _output_size(table: RecordTable, image_size: int | None) -> tuple[int, int]:
     return int(table.height[0]), int(table.width[0])
 
 
-def _decoder(loader: Literal["dali", "torch"], reader: RecordReader, config: DecoderConfig) -> Decoder:
+def make_decoder(loader: Literal["dali", "torch"], reader: RecordReader, config: DecoderConfig) -> Decoder:
+    """The decoder of this name.
+
+    Raises:
+        MissingExtraError: Its packages are not installed.
+    """
     if loader == "dali":
         from kdfast.data.dali import DaliDecoder
 

@@ -40,6 +40,59 @@ def select_balanced(
         ValueError: A prediction is out of range, there are none, or the budget is below one image for each predicted
             class.
     """
+    predicted, present = _present(predictions, num_classes)
+    if budget < len(present):
+        raise ValueError(
+            f"budget: got {budget} for {len(present)} predicted classes; must be at least one image each"
+        )
+    share, left_over = divmod(budget, len(present))
+    shares = [share + (rank < left_over) for rank in range(len(present))]
+    return _draw(predicted, present, shares, seed)
+
+
+def select_long_tail(
+    predictions: torch.Tensor | NDArray[np.integer[Any]] | Sequence[int],
+    budget: int,
+    num_classes: int,
+    *,
+    ratio: float,
+    seed: int,
+) -> torch.Tensor:
+    """Pick ``budget`` images so that the classes' shares fall off exponentially, as in Table 4's long-tail subsets.
+
+    The k-th most predicted class gets a share in proportion to ``ratio`` ** (−k / (K − 1)), K classes being predicted
+    at all, and at least one image. Within a class as in :func:`select_balanced`.
+
+    Args:
+        predictions: Predicted class of each image, integers ``[N]``.
+        budget: Images to pick.
+        num_classes: Predictions are in ``[0, num_classes)``.
+        ratio: Largest share over smallest, at least 1; the paper does not say its own, 100 is usual.
+        seed: Of the draw.
+
+    Returns:
+        As :func:`select_balanced`.
+
+    Raises:
+        TypeError: ``predictions`` are not integers.
+        ValueError: As :func:`select_balanced`, or ``ratio`` is below 1.
+    """
+    if not ratio >= 1:
+        raise ValueError(f"ratio: got {ratio}; must be at least 1, the largest class over the smallest")
+    predicted, present = _present(predictions, num_classes)
+    if budget < len(present):
+        raise ValueError(
+            f"budget: got {budget} for {len(present)} predicted classes; must be at least one image each"
+        )
+    weights = ratio ** (-np.arange(len(present)) / max(len(present) - 1, 1))
+    # Everyone's first image, and the rest by weight; what rounding leaves goes to the largest.
+    shares = 1 + np.floor((budget - len(present)) * weights / weights.sum()).astype(int)
+    shares[0] += budget - shares.sum()
+    return _draw(predicted, present, shares.tolist(), seed)
+
+
+def _present(predictions: Any, num_classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The predictions, checked, and the classes that occur, most frequent first."""
     predicted = _integers("predictions", predictions)
     if predicted.ndim != 1 or not len(predicted):
         raise ValueError(f"predictions: got shape {list(predicted.shape)}; must be [N] with N > 0")
@@ -49,18 +102,18 @@ def select_balanced(
         raise ValueError(f"predictions: class {predicted[row]} at row {row} is outside [0, {num_classes})")
     counts = np.bincount(predicted, minlength=num_classes)
     # Most images first: they can best give one more. Stable, so that the seed alone decides.
-    present = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
-    if budget < len(present):
-        raise ValueError(
-            f"budget: got {budget} for {len(present)} predicted classes; must be at least one image each"
-        )
+    return predicted, np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+
+
+def _draw(
+    predicted: NDArray[np.int64], classes: NDArray[np.int64], shares: Sequence[int], seed: int
+) -> torch.Tensor:
     rng = np.random.default_rng(seed)
-    share, left_over = divmod(budget, len(present))
     chosen = []
-    for rank, label in enumerate(present):
+    for label, share in zip(classes, shares):
         images = rng.permutation(np.flatnonzero(predicted == label))
         # resize repeats from the start: without replacement where there are enough, replicated where not.
-        chosen.append(np.resize(images, share + (rank < left_over)))
+        chosen.append(np.resize(images, share))
     return torch.from_numpy(rng.permutation(np.concatenate(chosen)))
 
 

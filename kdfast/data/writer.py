@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdfast.data.codec import encoder
+from kdfast.data.codec import encoder, measure
 from kdfast.data.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_atomic
 from kdfast.data.tar import Record, members, pack
 from kdfast.errors import ShardError
@@ -108,8 +108,9 @@ class ShardWriter:
             shuffle_seed=shuffle_seed,
             metadata=kept,
         )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.directory)
+        with _reported(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.directory)
         try:
             self._manifest = _claim(self.directory, settings, resume)
             self._pending: list[Record | Future[list[Record]]] = []
@@ -138,25 +139,27 @@ class ShardWriter:
 
     def write(
         self,
-        images: torch.Tensor | NDArray[np.uint8],
+        images: torch.Tensor | NDArray[np.uint8] | Sequence[bytes],
         labels: torch.Tensor | NDArray[np.integer[Any]] | Sequence[int],
         extra: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         """Append images; they are encoded in the background, and a full shard is written before this returns.
 
         Args:
-            images: uint8 ``[N, 3, H, W]``, any device.
+            images: uint8 ``[N, 3, H, W]``, any device; or files in the set's format, as bytes, which are kept as they
+                are.
             labels: Integers ``[N]``.
             extra: One JSON-able mapping an image, stored beside it as ``.json``.
 
         Raises:
             TypeError: ``images`` is not uint8, or ``labels`` are not integers.
-            ValueError: A shape or a label is out of range, or the writer is closed.
+            ValueError: A shape or a label is out of range, a file is damaged or of another format, or the writer is
+                closed.
             ShardWriteError: The disk is full or failing.
         """
         if self._state != "open":
             raise ValueError(f"ShardWriter on {self.directory} is {self._state}; it takes no more images")
-        pixels, numbers = _checked(images, labels, self._manifest.num_classes)
+        pixels, numbers = _checked(images, labels, self._manifest)
         if extra is not None and len(extra) != len(pixels):
             raise ValueError(f"extra: got {len(extra)} entries for {len(pixels)} images")
         extras = [json.dumps(dict(entry), sort_keys=True).encode() for entry in extra] if extra else None
@@ -219,17 +222,18 @@ class ShardWriter:
         self._state = "closed"
 
     def _records(
-        self, first: int, pixels: NDArray[np.uint8], labels: NDArray[np.int32], extras: list[bytes] | None
+        self,
+        first: int,
+        pixels: NDArray[np.uint8] | Sequence[bytes],
+        labels: NDArray[np.int32],
+        extras: list[bytes] | None,
     ) -> list[Record]:
-        upright = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+        if isinstance(pixels, np.ndarray):
+            upright = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+            pixels = [self._encode(image) for image in upright]
         return [
-            Record(
-                f"{self._first + first + i:09d}",
-                self._encode(image),
-                labels[i].tobytes(),
-                extras[i] if extras else None,
-            )
-            for i, image in enumerate(upright)
+            Record(f"{self._first + first + i:09d}", file, labels[i].tobytes(), extras[i] if extras else None)
+            for i, file in enumerate(pixels)
         ]
 
     def _publish(self) -> None:
@@ -355,23 +359,44 @@ def _reported(path: Path) -> Any:
 
 
 def _checked(
-    images: torch.Tensor | NDArray[np.uint8],
+    images: torch.Tensor | NDArray[np.uint8] | Sequence[bytes],
     labels: torch.Tensor | NDArray[np.integer[Any]] | Sequence[int],
-    num_classes: int | None,
-) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    # Copied: the caller may reuse its buffers while the encoders are still at work.
-    pixels = np.array(images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images)
+    settings: Manifest,
+) -> tuple[NDArray[np.uint8] | Sequence[bytes], NDArray[np.int32]]:
+    pixels: NDArray[np.uint8] | Sequence[bytes]
+    if isinstance(images, (list, tuple)):
+        pixels = _checked_files(images, settings.image_format)
+    else:
+        # Copied: the caller may reuse its buffers while the encoders are still at work.
+        pixels = np.array(images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images)
+        if pixels.dtype != np.uint8:
+            raise TypeError(f"images: got {pixels.dtype}; must be uint8")
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:
+            raise ValueError(f"images: got shape {list(pixels.shape)}; must be [N, 3, H, W]")
     numbers = np.asarray(labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else labels)
-    if pixels.dtype != np.uint8:
-        raise TypeError(f"images: got {pixels.dtype}; must be uint8")
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:
-        raise ValueError(f"images: got shape {list(pixels.shape)}; must be [N, 3, H, W]")
-    if numbers.shape != pixels.shape[:1]:
+    if numbers.shape != (len(pixels),):
         raise ValueError(f"labels: got shape {list(numbers.shape)} for {len(pixels)} images; must be [N]")
     if numbers.size and numbers.dtype.kind not in "iu":
         raise TypeError(f"labels: got {numbers.dtype}; must be integers")
-    limit = num_classes if num_classes is not None else 2**31
+    limit = settings.num_classes if settings.num_classes is not None else 2**31
     wrong = np.flatnonzero((numbers < 0) | (numbers >= limit))
     if wrong.size:
         raise ValueError(f"labels: label {numbers[wrong[0]]} at row {wrong[0]} is outside [0, {limit})")
     return pixels, numbers.astype("<i4")
+
+
+def _checked_files(files: Sequence[bytes], image_format: str) -> Sequence[bytes]:
+    for row, data in enumerate(files):
+        if not isinstance(data, bytes):
+            raise TypeError(
+                f"images: got {type(data).__name__} at row {row}; must be bytes, or one uint8 array"
+            )
+        try:
+            measure(data)
+        except ValueError as error:
+            raise ValueError(f"images: the file at row {row} {error}") from None
+        if (data[:2] == b"\xff\xd8") != (image_format == "jpg"):
+            raise ValueError(
+                f"images: the file at row {row} is of another format than this {image_format} set"
+            )
+    return files

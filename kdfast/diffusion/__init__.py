@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdfast.diffusion.accelerate import accelerate_pipeline, restore_pipeline
     from kdfast.diffusion.schedulers import DDIMScheduler
     from kdfast.diffusion.schedulers_ddpm import DDPMScheduler
     from kdfast.diffusion.schedulers_dpm import DPMSolverMultistepScheduler
@@ -30,6 +31,8 @@ _MODULES = {
     "LCMScheduler": "schedulers_lcm",
     "SynthesisResult": "synthesizer",
     "Synthesizer": "synthesizer",
+    "accelerate_pipeline": "accelerate",
+    "restore_pipeline": "accelerate",
 }
 
 __all__ = [
@@ -42,6 +45,8 @@ __all__ = [
     "LCMScheduler",
     "SynthesisResult",
     "Synthesizer",
+    "accelerate_pipeline",
+    "restore_pipeline",
 ]
 
 

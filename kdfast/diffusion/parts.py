@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.data.manifest import read_manifest, sync_directory
+from kdfast.diffusion.notes import REFUSED, SCORES
 from kdfast.errors import ShardError
 
 _PARTS = "parts"
@@ -98,9 +99,9 @@ def _merge(root: Path, parts: list[Path]) -> bool:
         for shard in manifest.shards:
             for name in (shard.file, shard.index):
                 _link(part / name, root / name)
-    refused = [part / "refused.jsonl" for part in parts if (part / "refused.jsonl").exists()]
-    if refused:
-        (root / "refused.jsonl").write_text("".join(path.read_text() for path in refused))
+    for name in (REFUSED, SCORES):
+        if present := [part / name for part in parts if (part / name).exists()]:
+            (root / name).write_text("".join(path.read_text() for path in present))
     sync_directory(root)
     replace(manifests[0], shards=tuple(s for m in manifests for s in m.shards), complete=True).write(root)
     shutil.rmtree(root / _PARTS)

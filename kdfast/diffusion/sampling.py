@@ -68,6 +68,19 @@ def step_generators(
     return generators
 
 
+def step_seeds(
+    seed: int, classes: Sequence[int], indices: Sequence[int], *, attempt: int = 0, paper_rng: bool = False
+) -> torch.Tensor:
+    """The key of each image's noise where the sampler's step makes it on the device.
+
+    Returns:
+        int64 ``[len(classes)]`` on the CPU, not negative: 63 bits hashed from the full key.
+    """
+    keys = _keys(seed, classes, indices, paper_rng)
+    words = [np.random.SeedSequence([*key, attempt]).generate_state(1, np.uint64)[0] >> 1 for key in keys]
+    return torch.tensor([int(word) for word in words], dtype=torch.int64)
+
+
 @annotate("sample_latents")
 @torch.no_grad()
 def sample_latents(
@@ -111,7 +124,9 @@ def sample_latents(
             f"null_class: got None, but guidance_scale={guidance_scale} needs the unconditional label"
         )
     dtype = next(denoiser.parameters()).dtype
-    x = noise.float() * scheduler.init_noise_sigma
+    # Flow matching has neither: its noise and its model's input are x itself.
+    x = noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)
+    scale = getattr(scheduler, "scale_model_input", lambda sample, _: sample)
     if guided:
         labels = torch.cat([labels, torch.full_like(labels, null_class or 0)])
     options: dict[str, Any] = {"generator": generators}
@@ -119,7 +134,7 @@ def sample_latents(
     if "eta" in inspect.signature(step).parameters:
         options["eta"] = eta
     for timestep in scheduler.timesteps:
-        latents = scheduler.scale_model_input(x, timestep).to(dtype)
+        latents = scale(x, timestep).to(dtype)
         if guided:
             latents = torch.cat([latents, latents])
         output = denoiser(latents, timestep=timestep.expand(len(latents)), class_labels=labels).sample

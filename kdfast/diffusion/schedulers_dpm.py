@@ -128,14 +128,7 @@ class DPMSolverMultistepScheduler(GuidedStep, diffusers.DPMSolverMultistepSchedu
 
     def _order(self) -> int:
         """The order of this step: what the history allows, lower at the end, as in diffusers."""
-        config, left = self.config, len(self.timesteps) - self.step_index
-        short = config.lower_order_final and len(self.timesteps) < 15
-        last = left == 1 and (config.euler_at_final or short or config.final_sigmas_type == "zero")
-        if config.solver_order == 1 or self.lower_order_nums < 1 or last:
-            return 1
-        if config.solver_order == 2 or self.lower_order_nums < 2 or (left == 2 and short):
-            return 2
-        return 3
+        return step_order(self.config, self.step_index, len(self.timesteps), self.lower_order_nums)
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         config = self.config
@@ -147,6 +140,18 @@ class DPMSolverMultistepScheduler(GuidedStep, diffusers.DPMSolverMultistepSchedu
             (self.sigmas,),
             lambda: dpm_table(self.sigmas, *key, config.solver_order),
         )
+
+
+def step_order(config: Any, at: int, steps: int, history: int) -> int:
+    """The order of step ``at`` of ``steps`` with so many predictions to look back on."""
+    left = steps - at
+    short = config.lower_order_final and steps < 15
+    last = left == 1 and (config.euler_at_final or short or config.final_sigmas_type == "zero")
+    if config.solver_order == 1 or history < 1 or last:
+        return 1
+    if config.solver_order == 2 or history < 2 or (left == 2 and short):
+        return 2
+    return 3
 
 
 def dpm_table(

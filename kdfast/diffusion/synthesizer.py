@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -13,13 +12,18 @@ from typing import Any, Literal
 import torch
 
 from kdfast.data.writer import ShardWriter
+from kdfast.diffusion.loop import Mode
+from kdfast.diffusion.notes import REFUSED, SCORES, Scores, note, noted
+from kdfast.diffusion.overlap import Background
 from kdfast.diffusion.parts import check_same_run, joined, merge_parts, part_directory, shard_range
-from kdfast.diffusion.sampling import sample_latents, sample_noise, step_generators
+from kdfast.diffusion.sources import ModelSource, PipelineSource, Sampling, fingerprint
+from kdfast.diffusion.subjects import make_source
 from kdfast.errors import ConfigError, DataError
 from kdfast.profiling import annotate, phase
 
-REFUSED = "refused.jsonl"
 _ATTEMPTS = 4
+#: Gives each image a number: called with uint8 ``[B, 3, H, W]`` and int64 labels ``[B]``, both on the CPU.
+Scorer = Callable[[torch.Tensor, torch.Tensor], Any]
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,14 @@ class SynthesisResult:
         written: Those of them that this call made; the rest were there from an earlier one.
         refused: Non-finite latents that were refused and drawn again, over all calls (``refused.jsonl`` lists them).
         complete: Whether the whole set, of all ranks, is in place.
+        score: Mean of the scorer's numbers (``scores.jsonl`` lists them); ``None`` without one.
     """
 
     images: int
     written: int
     refused: int
     complete: bool
+    score: float | None = None
 
 
 class Synthesizer:
@@ -46,13 +52,22 @@ class Synthesizer:
     is balanced. Its noise depends on (seed, class, number) alone: images do not change with the batch size beyond
     rounding, and not at all with the number of ranks, with resuming, or with a larger set.
 
+    While a batch is sampled, the one before it is decoded (on CUDA on a stream of its own), encoded and written.
+
     Args:
-        pipeline_or_model: diffusers' ``DiTPipeline`` (its transformer, VAE and number of classes are taken), or a
-            denoiser that is called as ``DiTTransformer2DModel``.
-        scheduler: One of kdfast's schedulers; ``None`` takes the pipeline's, which must then be one.
+        pipeline_or_model: One of
+
+            - a denoiser that is called as ``DiTTransformer2DModel``, or ``DiTPipeline``, whose transformer, VAE and
+              number of classes are taken;
+            - ``StableDiffusionPipeline``, with ``class_names``;
+            - any other pipeline of diffusers that takes ``class_labels``, or ``prompt`` with ``class_names``: it is
+              called as it is, with a generator for each image.
+        scheduler: One of kdfast's schedulers; ``None`` takes the pipeline's, swapped for kdfast's of the same name.
         vae: Decodes the latents to images in [-1, 1]; ``None`` for a model that works on pixels.
         num_classes: The null class has this number; ``None`` reads the model's ``num_embeds_ada_norm``.
         sample_shape: (C, H, W) of a latent; ``None`` reads the model's ``in_channels`` and ``sample_size``.
+        class_names: For prompts: what each class is called.
+        prompt: Template of a prompt; ``CLASS`` stands for the name.
         num_inference_steps: T.
         guidance_scale: s ≥ 1; 1 leaves guidance out and halves the work.
         cfg_channels: Guide only the first so many channels; ``None`` guides all.
@@ -61,10 +76,11 @@ class Synthesizer:
         paper_rng: All classes share their noise, as in DM-KD's published code.
         device: Where to sample; ``None`` leaves the model where it is.
         weights_id: What tells these weights from others, kept in the manifest; ``None`` hashes them.
+        mode: How the loop runs: ``"graph"`` (CUDA), ``"compile"``, ``"eager"``, or ``"auto"``.
 
     Raises:
-        ConfigError: Guidance below 1, more steps than the model was trained on, a scheduler that cannot guide, or a
-            model whose number of classes is unknown.
+        ConfigError: Guidance below 1, more steps than the model was trained on, a scheduler that cannot guide, a
+            model whose number of classes is unknown, or a pipeline that takes neither labels nor prompts.
 
     Example:
         >>> synthesizer = Synthesizer(dit, DDIMScheduler(), guidance_scale=2.0)      # doctest: +SKIP
@@ -79,6 +95,8 @@ class Synthesizer:
         vae: Any = None,
         num_classes: int | None = None,
         sample_shape: tuple[int, int, int] | None = None,
+        class_names: Sequence[str] | None = None,
+        prompt: str = "A realistic photo of CLASS",
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
         cfg_channels: int | None = None,
@@ -87,34 +105,27 @@ class Synthesizer:
         paper_rng: bool = False,
         device: torch.device | str | None = None,
         weights_id: str | None = None,
+        mode: Mode = "auto",
     ) -> None:
-        if isinstance(pipeline_or_model, torch.nn.Module):
-            model = pipeline_or_model
-        else:
-            found = getattr(pipeline_or_model, "transformer", None)
-            if not isinstance(found, torch.nn.Module):
-                raise ConfigError(
-                    f"pipeline_or_model: got {type(pipeline_or_model).__name__}, accepted: a denoiser (nn.Module) or a "
-                    "pipeline with a class-conditional transformer, such as DiTPipeline"
-                )
-            model = found
-            vae = vae if vae is not None else getattr(pipeline_or_model, "vae", None)
-            scheduler = scheduler if scheduler is not None else pipeline_or_model.scheduler
-        self.model, self.vae, self.scheduler = model.eval(), vae, scheduler
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.cfg_channels, self.eta, self.seed, self.paper_rng = cfg_channels, eta, seed, paper_rng
-        self._check_sampler()
-        self.num_classes = (
-            num_classes if num_classes is not None else _from_config(model, "num_embeds_ada_norm")
+        sampling = Sampling(num_inference_steps, guidance_scale, cfg_channels, eta, seed, paper_rng, mode)
+        self.source: ModelSource | PipelineSource = make_source(
+            pipeline_or_model,
+            scheduler,
+            sampling,
+            vae=vae,
+            num_classes=num_classes,
+            sample_shape=sample_shape,
+            class_names=class_names,
+            prompt=prompt,
+            device=device,
         )
-        self.sample_shape = sample_shape if sample_shape is not None else _sample_shape(model)
-        if device is not None:
-            self.model.to(device)
-            if self.vae is not None:
-                self.vae.to(device)
-        self.device = next(self.model.parameters()).device
-        self.weights_id = weights_id if weights_id is not None else fingerprint(self.model)
-        scheduler.set_timesteps(num_inference_steps, device=self.device)
+        self.scheduler, self.num_classes = self.source.scheduler, self.source.num_classes
+        self.device = self.source.device
+        self.prompt = None if class_names is None else prompt
+        self.class_names = None if class_names is None else tuple(class_names)
+        self.weights_id = weights_id if weights_id is not None else fingerprint(*self.source.modules())
 
     @annotate("synthesizer.sample")
     def sample(
@@ -135,23 +146,8 @@ class Synthesizer:
             ConfigError: A class that the model does not have.
             DataError: Latents that stay non-finite: the weights or the precision are broken.
         """
-        if wrong := sorted({c for c in classes if not 0 <= c < self.num_classes}):
-            raise ConfigError(f"classes: got {wrong[0]}, accepted: 0 to {self.num_classes - 1}")
-        classes, indices = list(classes), list(indices)
-        latents = self._latents(classes, indices, 0)
-        refused: list[dict[str, int]] = []
-        for attempt in range(1, _ATTEMPTS + 1):
-            bad = (~latents.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
-            if not bad:
-                return self._decode(latents), refused
-            refused += [{"class": classes[i], "index": indices[i], "attempt": attempt - 1} for i in bad]
-            if attempt < _ATTEMPTS:
-                latents[bad] = self._latents([classes[i] for i in bad], [indices[i] for i in bad], attempt)
-        first = refused[-1]
-        raise DataError(
-            f"class {first['class']}, index {first['index']}: the latent is not finite after {_ATTEMPTS} draws; "
-            "the model's weights are damaged, or its precision too low (try float32 or bfloat16)"
-        )
+        latents, refused = self._finite_latents(classes, indices)
+        return self._decode(latents), refused
 
     def write(
         self,
@@ -166,6 +162,7 @@ class Synthesizer:
         resume: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        scorer: Scorer | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> SynthesisResult:
         """Write a set of labelled images, or this rank's part of it.
@@ -184,10 +181,13 @@ class Synthesizer:
             resume: Continue what an earlier call began.
             rank: This process's number, from 0.
             world_size: How many processes share the work.
-            on_progress: Called with (done, total) images of this rank, once at the start and after every batch.
+            scorer: Called with the images (uint8 ``[B, 3, H, W]``) and labels (int64 ``[B]``) of each batch, on the
+                CPU; returns a number for each, such as ImageReward's. They are kept in ``scores.jsonl``.
+            on_progress: Called with (done, total) images of this rank, at the start and as batches are finished.
 
         Raises:
             ConfigError: A class the model does not have, or a nonsensical size.
+            DataError: The scorer's numbers are not one finite number an image.
             ShardError: ``directory`` belongs to another run (both are named), or cannot be written.
         """
         chosen = tuple(range(self.num_classes)) if classes is None else tuple(classes)
@@ -200,7 +200,7 @@ class Synthesizer:
             if start == stop:  # more ranks than shards
                 return SynthesisResult(0, 0, 0, merge_parts(root, images, samples_per_shard, world_size))
             if joined(root, images, resume=resume):
-                return SynthesisResult(stop - start, 0, len(_noted(root / REFUSED)), True)
+                return _result(root, stop - start, 0, True)
             target = part_directory(root, start, stop)
             check_same_run(target, metadata)
         with ShardWriter(
@@ -213,28 +213,18 @@ class Synthesizer:
             metadata=metadata,
             first_sample=start,
         ) as writer:
-            done = begun = start + writer.num_samples
-            if on_progress:
-                on_progress(done - start, stop - start)
-            while done < stop:
-                # Batches never cross a shard's end: a resumed run, which begins at one, then makes the same batches.
-                end = min(done + batch_size, (done // samples_per_shard + 1) * samples_per_shard, stop)
-                labels = [chosen[n % len(chosen)] for n in range(done, end)]
-                pixels, refused = self.sample(labels, [n // len(chosen) for n in range(done, end)])
-                if refused:
-                    _note(target / REFUSED, refused)
-                with phase("synthesizer.write"):
-                    writer.write(pixels, torch.tensor(labels))
-                done = end
-                if on_progress:
-                    on_progress(done - start, stop - start)
+            begun = start + writer.num_samples
+            finish = _Finish(self, writer, Scores(target, scorer, begun) if scorer else None, begun)
+            self._produce(finish, chosen, (start, begun, stop), batch_size, samples_per_shard, on_progress)
         complete = world_size == 1 or merge_parts(root, images, samples_per_shard, world_size)
-        noted = target if target.exists() else root
-        return SynthesisResult(stop - start, done - begun, len(_noted(noted / REFUSED)), complete)
+        return _result(target if target.exists() else root, stop - start, stop - begun, complete)
 
     def metadata(self, classes: Sequence[int]) -> dict[str, Any]:
         """What makes a set of images this one: kept in the manifest, compared before a run is continued."""
         config = {k: v for k, v in dict(self.scheduler.config).items() if not k.startswith("_")}
+        names = (
+            {} if self.class_names is None else {"prompt": self.prompt, "class_names": list(self.class_names)}
+        )
         return {
             "generator": "diffusion",
             "weights": self.weights_id,
@@ -246,60 +236,70 @@ class Synthesizer:
             "eta": self.eta,
             "seed": self.seed,
             "paper_rng": self.paper_rng,
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(self.source.dtype()).removeprefix("torch."),
             "classes": list(classes),
+            **names,
         }
 
-    def _latents(self, classes: list[int], indices: list[int], attempt: int) -> torch.Tensor:
-        key: dict[str, Any] = {"attempt": attempt, "paper_rng": self.paper_rng}
-        # Schedulers with a step counter or history (multistep, Euler) start each batch afresh.
-        self.scheduler.set_timesteps(self.num_inference_steps, device=self.device)
-        return sample_latents(
-            self.model,
-            self.scheduler,
-            sample_noise(self.seed, classes, indices, self.sample_shape, **key).to(self.device),
-            torch.tensor(classes, device=self.device),
-            guidance_scale=self.guidance_scale,
-            null_class=self.num_classes,
-            cfg_channels=self.cfg_channels,
-            eta=self.eta,
-            generators=step_generators(self.seed, classes, indices, **key),
+    def _produce(
+        self,
+        finish: _Finish,
+        chosen: tuple[int, ...],
+        span: tuple[int, int, int],
+        batch_size: int,
+        samples_per_shard: int,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """Sample what is missing, handing each batch on to be finished meanwhile."""
+        start, done, stop = span
+
+        def report() -> None:
+            if on_progress:
+                on_progress(finish.done - start, stop - start)
+
+        report()
+        with Background(finish) as background:
+            while done < stop:
+                # Batches never cross a shard's end: a resumed run, which begins at one, then makes the same batches.
+                end = min(done + batch_size, (done // samples_per_shard + 1) * samples_per_shard, stop)
+                labels = [chosen[n % len(chosen)] for n in range(done, end)]
+                indices = [n // len(chosen) for n in range(done, end)]
+                latents, refused = self._finite_latents(labels, indices)
+                background.put((latents, labels, refused))
+                report()
+                done = end
+        report()
+
+    def _finite_latents(
+        self, classes: Sequence[int], indices: Sequence[int]
+    ) -> tuple[torch.Tensor, list[dict[str, int]]]:
+        """Latents of these keys, those that are not finite drawn again; see :meth:`sample`."""
+        if wrong := sorted({c for c in classes if not 0 <= c < self.num_classes}):
+            raise ConfigError(f"classes: got {wrong[0]}, accepted: 0 to {self.num_classes - 1}")
+        classes, indices = list(classes), list(indices)
+        latents = self._latents(classes, indices, 0)
+        refused: list[dict[str, int]] = []
+        for attempt in range(1, _ATTEMPTS + 1):
+            bad = (~latents.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+            if not bad:
+                return latents, refused
+            refused += [{"class": classes[i], "index": indices[i], "attempt": attempt - 1} for i in bad]
+            if attempt < _ATTEMPTS:
+                latents[bad] = self._latents([classes[i] for i in bad], [indices[i] for i in bad], attempt)
+        first = refused[-1]
+        raise DataError(
+            f"class {first['class']}, index {first['index']}: the latent is not finite after {_ATTEMPTS} draws; "
+            "the model's weights are damaged, or its precision too low (try float32 or bfloat16)"
         )
 
-    @torch.no_grad()
-    @annotate("synthesizer.decode")
+    def _latents(self, classes: list[int], indices: list[int], attempt: int) -> torch.Tensor:
+        return self.source.draw(classes, indices, attempt)
+
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents to uint8 ``[B, 3, H, W]``; grey images are repeated to three channels."""
-        images = latents
-        if self.vae is not None:
-            weight = next(self.vae.parameters())
-            images = self.vae.decode(
-                (latents / self.vae.config.scaling_factor).to(weight.dtype)
-            ).sample.float()
+        images = self.source.decode(latents)
         pixels = (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
-
-    def _check_sampler(self) -> None:
-        if self.scheduler is None:
-            raise ConfigError(
-                "scheduler: got None, accepted: a kdfast scheduler, e.g. kdfast.diffusion.DDIMScheduler()"
-            )
-        if self.guidance_scale < 1:
-            raise ConfigError(
-                f"guidance_scale: got {self.guidance_scale}, accepted: at least 1 (1 is without guidance; below it "
-                "the condition is weakened, which makes images of no class)"
-            )
-        if self.guidance_scale != 1 and not hasattr(self.scheduler, "step_cfg"):
-            raise ConfigError(
-                f"scheduler: got {type(self.scheduler).__module__}.{type(self.scheduler).__name__}, which has no "
-                "step_cfg; use the scheduler of the same name from kdfast.diffusion"
-            )
-        trained = int(self.scheduler.config.num_train_timesteps)
-        if not 1 <= self.num_inference_steps <= trained:
-            raise ConfigError(
-                f"num_inference_steps: got {self.num_inference_steps}, accepted: 1 to {trained}, the steps that the "
-                "model was trained on"
-            )
 
     def _check_plan(
         self, classes: tuple[int, ...], images: int, batch_size: int, rank: int, world_size: int
@@ -315,39 +315,34 @@ class Synthesizer:
             raise ConfigError(f"rank: got {rank}, accepted: 0 to {world_size - 1}")
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 over a model's state dict: names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+class _Finish:
+    """What is left of a batch once it is sampled: decode, score, encode, write."""
+
+    def __init__(self, owner: Synthesizer, writer: ShardWriter, scores: Scores | None, done: int) -> None:
+        self._owner, self._writer, self._scores, self.done = owner, writer, scores, done
+        self._stream = torch.cuda.Stream(owner.device) if owner.device.type == "cuda" else None
+
+    def __call__(self, batch: tuple[torch.Tensor, list[int], list[dict[str, int]]]) -> None:
+        latents, labels, refused = batch
+        if self._stream is None:
+            pixels = self._owner._decode(latents)
+        else:
+            # The latents are complete: they were looked at for non-finite values before they came here.
+            with torch.cuda.stream(self._stream):
+                latents.record_stream(self._stream)
+                pixels = self._owner._decode(latents).cpu()
+        if refused:
+            note(self._writer.directory / REFUSED, refused)
+        targets = torch.tensor(labels)
+        if self._scores is not None:
+            self._scores.add(pixels, targets)
+        with phase("synthesizer.write"):
+            self._writer.write(pixels, targets)
+        self.done += len(labels)
 
 
-def _from_config(model: torch.nn.Module, key: str) -> int:
-    value = getattr(getattr(model, "config", None), key, None)
-    if value is None:
-        raise ConfigError(f"num_classes: got None, and the model's config has no {key} to read it from")
-    return int(value)
-
-
-def _sample_shape(model: torch.nn.Module) -> tuple[int, int, int]:
-    config = getattr(model, "config", None)
-    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
-    if channels is None or size is None:
-        raise ConfigError("sample_shape: got None, and the model's config lacks in_channels or sample_size")
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    return int(channels), int(height), int(width)
-
-
-def _note(path: Path, refused: list[dict[str, int]]) -> None:
-    """Add to the list of refused draws; a batch that is made again after a crash is not counted twice."""
-    fresh = [entry for entry in refused if entry not in _noted(path)]
-    with open(path, "a") as handle:
-        handle.writelines(json.dumps(entry) + "\n" for entry in fresh)
-
-
-def _noted(path: Path) -> list[dict[str, int]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+def _result(folder: Path, images: int, written: int, complete: bool) -> SynthesisResult:
+    refused = len(noted(folder / REFUSED))
+    scores = [entry["score"] for entry in noted(folder / SCORES)]
+    score = sum(scores) / len(scores) if scores else None
+    return SynthesisResult(images, written, refused, complete, score)

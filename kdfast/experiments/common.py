@@ -20,7 +20,7 @@ from kdfast.experiments.image_batches import ImageBatches
 from kdfast.experiments.recipe import to_yaml
 from kdfast.training import files
 from kdfast.training.config import TrainerConfig, TrainResult
-from kdfast.training.evaluate import evaluate_classification, evaluate_segmentation
+from kdfast.training.evaluate import class_accuracies, evaluate_classification, evaluate_segmentation
 from kdfast.training.model_io import ModelConfig, save_model
 from kdfast.training.optim import OptimizerConfig, ScheduleConfig
 from kdfast.training.trainer import Trainer
@@ -43,16 +43,19 @@ class TrainingRecipe:
         epochs: Passes over the images.
         iterations: Optimiser steps instead of epochs.
         batch_size: Images a step and process (``accumulate`` times as many for one optimiser step).
-        optimizer: ``sgd`` or ``adamw``.
+        optimizer: ``sgd``, ``adamw`` or ``rmsprop``.
         lr: Highest learning rate.
         weight_decay: Its weight decay.
-        momentum: Of SGD.
+        momentum: Of SGD and RMSprop.
         nesterov: Of SGD.
-        schedule: ``constant``, ``multistep`` or ``cosine``.
+        schedule: ``constant``, ``multistep``, ``step``, ``cosine`` or ``poly``.
         milestones: Epochs at which ``multistep`` multiplies the rate by ``lr_decay``.
-        lr_decay: See there.
+        lr_decay: See there; also what ``step`` multiplies by.
+        decay_epochs: How often ``step`` does; may be a fraction.
         warmup_epochs: Linear warm-up.
-        augment: Any of ``crop`` (4 pixels of padding), ``resized_crop`` (8 to 100 % of the area), ``flip``; for
+        min_lr: Where ``cosine`` ends.
+        augment: Any of ``crop`` (4 pixels of padding), ``resized_crop`` (8 to 100 % of the area), ``flip``,
+            ``rand_augment`` (two operations at 9 of 30), ``color_jitter`` (0.4), ``erase`` (a quarter of the images); for
             segmentation ``scale_crop`` (0.5 to 2 times) and ``flip``.
         accumulate: Batches that share an optimiser step.
         precision: ``fp32``, ``bf16`` or ``fp16``.
@@ -73,16 +76,20 @@ class TrainingRecipe:
     epochs: Count = 100
     iterations: Count | None = None
     batch_size: Count = 64
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "rmsprop"] = "sgd"
     lr: Positive = 0.05
     weight_decay: NotNegative = 5e-4
     momentum: Annotated[float, at.Ge(0), at.Lt(1)] = 0.9
     nesterov: bool = False
-    schedule: Literal["constant", "multistep", "cosine"] = "constant"
+    schedule: Literal["constant", "multistep", "step", "cosine", "poly"] = "constant"
     milestones: tuple[Positive, ...] = ()
     lr_decay: Positive = 0.1
+    decay_epochs: Positive = 1.0
     warmup_epochs: NotNegative = 0.0
-    augment: tuple[Literal["crop", "resized_crop", "flip", "scale_crop"], ...] = ()
+    min_lr: NotNegative = 0.0
+    augment: tuple[
+        Literal["crop", "resized_crop", "flip", "rand_augment", "color_jitter", "erase", "scale_crop"], ...
+    ] = ()
     accumulate: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     clip_grad_norm: Positive | None = None
@@ -100,9 +107,18 @@ class TrainingRecipe:
 
     def __post_init__(self) -> None:
         self._schedule()  # refuses milestones that do not fit it
+        if self.min_lr and (self.schedule != "cosine" or self.min_lr > self.lr):
+            raise ConfigError(f"min_lr: got {self.min_lr}, accepted: 0, or with schedule cosine up to lr")
+        if self.decay_epochs != 1 and self.schedule != "step":
+            raise ConfigError(
+                f"decay_epochs: got {self.decay_epochs}, accepted: 1, or any with schedule step"
+            )
 
     def _schedule(self) -> ScheduleConfig:
-        return ScheduleConfig(self.schedule, self.milestones, self.lr_decay, self.warmup_epochs)
+        ratio = self.min_lr / self.lr
+        return ScheduleConfig(
+            self.schedule, self.milestones, self.lr_decay, self.warmup_epochs, ratio, self.decay_epochs
+        )
 
     def trainer_config(self, *, progress: bool = True) -> TrainerConfig:
         """These fields, as the trainer wants them."""
@@ -209,6 +225,16 @@ class Evaluator:
         """Evaluate the network where it is."""
         device = next(network.parameters()).device
         return self._measure(network, self._batches, num_classes=self._config.num_classes, device=device)
+
+    def by_class(self, network: nn.Module) -> dict[str, float]:
+        """Accuracy by class name, of classes that there are images of; empty for segmentation."""
+        if self._measure is evaluate_segmentation:
+            return {}
+        device = next(network.parameters()).device
+        count = self._config.num_classes
+        values = class_accuracies(network, self._batches, num_classes=count, device=device)
+        names = self._config.classes or tuple(map(str, range(count)))
+        return {name: round(value, 6) for name, value in zip(names, values) if value == value}
 
 
 def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

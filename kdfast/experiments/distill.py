@@ -40,13 +40,14 @@ class DistillConfig(TrainingRecipe):
 
     Attributes:
         method: One of :data:`kdfast.experiments.methods.METHODS`.
-        teacher: Directory of a trained network, or ``timm:NAME`` for timm's with its weights.
+        teacher: Directory of a trained network, or ``timm:NAME`` or ``torchvision:NAME`` for theirs with its weights.
         student: Name for :func:`kdfast.models.create_model`.
         task: ``classification``, or ``segmentation``, for which data are images beside PNG masks.
         data: What to train on: a directory of shards, or real labelled images (``digits``, a folder, ``hf:NAME``). Not
             needed by a method that makes its own.
         test_data: Held-out real images to measure on: ``digits``, a folder, or ``hf:NAME``; ``None`` measures nothing.
         label_column: For ``hf:`` data with several class columns, which one to use.
+        data_images: Take only so many of real, labelled images, as many of each class, and keep them in memory.
         image_size: Side the networks see; by default the teacher's.
         load_size: Side the images are decoded to, before ``augment``; by default ``image_size``.
         loader: ``dali``, or ``torch`` for the plain loader.
@@ -60,6 +61,7 @@ class DistillConfig(TrainingRecipe):
     data: str | None = None
     test_data: str | None = None
     label_column: str | None = None
+    data_images: Count | None = None
     image_size: Count | None = None
     load_size: Count | None = None
     loader: Literal["dali", "torch"] = "dali"
@@ -129,10 +131,13 @@ def run(
     seed_everything(config.seed)
     student = build_network(described).to(accelerator.device)
     teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
-    setting = Setting(config, method_config, teacher, student, described, accelerator, taught.num_classes)
+    setting = Setting(
+        config, method_config, teacher, student, described, accelerator, taught.num_classes, dry_run
+    )
     with ExitStack() as stack:
         plan = get_method(config.method).build(setting)
-        batches = plan.batches or open_training_data(config, described, accelerator, stack)
+        fed = described if plan.normalised else replace(described, mean=(0.0,) * 3, std=(1.0,) * 3)
+        batches = plan.batches or open_training_data(config, fed, accelerator, stack)
         evaluator = None if test is None else Evaluator(test, described, batch_size=256, trainer_rank=rank)
         folder = None
         if not dry_run:
@@ -153,6 +158,10 @@ def run(
         facts = dict(plan.facts())
         if skipped := getattr(batches, "quarantined", ()):
             facts["quarantined"] = len(skipped)
+        if evaluator is not None and (by_class := evaluator.by_class(result.model)):
+            facts["class_accuracy"] = by_class
+        if accelerator.is_main_process:
+            plan.leave(folder)
         return close_run(folder, trainer, result, described, seed=config.seed, **facts)
 
 
@@ -185,14 +194,14 @@ def load_teacher(source: str, data: str | None = None) -> tuple[nn.Module, Model
     """A trained network and what feeds it.
 
     Args:
-        source: Directory of a finished run, or ``timm:NAME``.
-        data: For ``timm:``, shards that say how many classes there are; 1000 without.
+        source: Directory of a finished run, ``timm:NAME`` or ``torchvision:NAME``.
+        data: For the latter two, shards that say how many classes there are; 1000 without.
 
     Raises:
         CheckpointError: It cannot be read.
-        ConfigError: timm has no such network.
+        ConfigError: timm or torchvision has no such network.
     """
-    if not source.startswith("timm:"):
+    if not source.startswith(("timm:", "torchvision:")):
         return load_model(source), load_model_config(source)
     num_classes = shard_classes(data) or 1000
     try:

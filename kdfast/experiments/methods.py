@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
@@ -23,7 +24,21 @@ from kdfast.training.model_io import ModelConfig
 if TYPE_CHECKING:
     from kdfast.experiments.distill import DistillConfig
 
-METHODS = ("dmkd",)
+METHODS = (
+    "at",
+    "diffkd",
+    "dist",
+    "dkd",
+    "dmkd",
+    "fitnet",
+    "kd",
+    "rkd",
+    "ssdkd",
+    "surrogate",
+)
+
+# These are so alike that they share a module.
+_BASELINES = ("at", "dist", "dkd", "fitnet", "kd", "rkd")
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,7 @@ class Setting:
         described: What the student is and how images are normalised for it.
         accelerator: 🤗 Accelerate's, for device, rank and precision.
         num_classes: Of the teacher.
+        dry_run: One step is all that will be taken.
     """
 
     config: DistillConfig
@@ -47,6 +63,7 @@ class Setting:
     described: ModelConfig
     accelerator: Any
     num_classes: int
+    dry_run: bool = False
 
 
 def _itself(model: nn.Module) -> nn.Module:
@@ -55,6 +72,10 @@ def _itself(model: nn.Module) -> nn.Module:
 
 def _nothing() -> Mapping[str, Any]:
     return {}
+
+
+def _leave_nothing(_: Path) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,9 @@ class Plan:
         batches: The method's own data, with ``len()``, ``state_dict`` and ``load_state_dict``; ``None`` takes ``data``.
         student: From the trained model to the network that is evaluated and saved; must not have one extra key.
         facts: Called at the end: further entries of ``metrics.json``.
+        leave: Called after that with the result directory, by the main process: pictures that belong there.
+        normalised: Whether ``data`` comes normalised for the networks; a step that wants images in [0, 1] says no, and
+            normalises them itself.
     """
 
     model: nn.Module
@@ -75,6 +99,8 @@ class Plan:
     batches: Any = None
     student: Callable[[nn.Module], nn.Module] = _itself
     facts: Callable[[], Mapping[str, Any]] = _nothing
+    leave: Callable[[Path], None] = _leave_nothing
+    normalised: bool = True
 
 
 class Method(Protocol):
@@ -90,5 +116,8 @@ class Method(Protocol):
 
 def get_method(name: str) -> Method:
     """The module of a method in :data:`METHODS`."""
+    if name in _BASELINES:
+        home: Any = importlib.import_module("kdfast.experiments.method_baselines")
+        return home.BASELINES[name]  # type: ignore[no-any-return]
     module: Any = importlib.import_module(f"kdfast.experiments.method_{name}")
     return module  # type: ignore[no-any-return]

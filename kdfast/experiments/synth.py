@@ -15,17 +15,13 @@ import torch
 from kdfast.data import ShardWriter
 from kdfast.data.surrogate import noise
 from kdfast.data.surrogate.uniform import uniform_noise
-from kdfast.diffusion import DDIMScheduler, DDPMScheduler, Synthesizer
-from kdfast.errors import CheckpointError, ConfigError, require
+from kdfast.diffusion.notes import SCORES, noted
+from kdfast.errors import ConfigError
 from kdfast.experiments.common import METRICS, Count
-from kdfast.experiments.diffusion_model import SCHEDULER, TRANSFORMER
+from kdfast.experiments.generator import load_generator, load_scorer
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
 from kdfast.training.progress import Progress, Task
-
-VAE = "vae"
-_FEATURE = "kdfast synth --source diffusion"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +32,14 @@ class SynthConfig:
         out: Directory of the shards.
         source: ``diffusion``, or ``noise``.
         images: Size of the set.
-        weights: For ``diffusion``: a local folder as diffusers saves a pipeline (``transformer/``, ``scheduler/`` and,
-            for latent models, ``vae/``, safetensors inside) or a transformer alone.
+        weights: For ``diffusion``: a local folder as diffusers saves a pipeline (for DiT ``transformer/``,
+            ``scheduler/`` and, for latent models, ``vae/``, safetensors inside), a transformer's folder, or its
+            ``.safetensors`` file with ``config.json`` beside it.
         random_weights: Take the configs in ``weights`` and leave the networks untrained (for benchmarks).
-        sampler: ``ddim``, or the ancestral ``ddpm`` that the paper's images were made with.
+        class_names: For pipelines that take prompts: the classes' names in the order of their labels, or a text file
+            with one a line.
+        prompt: The prompt, with ``CLASS`` where the name goes.
+        sampler: ``ddim``, the ancestral ``ddpm`` that the paper's images were made with, or the model's ``own``.
         steps: T, denoising steps.
         guidance_scale: s; 1 is without guidance. DM-KD's best is 2.
         cfg_channels: Guide only the first so many channels; DiT's authors guide 3 of 4.
@@ -55,6 +55,9 @@ class SynthConfig:
         image_format: ``jpg`` or ``png``.
         quality: JPEG quality.
         precision: Of the networks: ``fp32``, ``bf16`` or ``fp16``.
+        mode: The sampling loop as one CUDA ``graph``, with the denoiser through torch's ``compile``, or ``eager``;
+            ``auto`` is ``graph`` on a GPU.
+        scorer: ``module:callable`` that gives each image a number, such as ImageReward's; kept in ``scores.jsonl``.
         device: ``auto`` takes the GPU if there is one.
         resume: Go on where an earlier run stopped.
         progress: Show a progress bar.
@@ -65,7 +68,9 @@ class SynthConfig:
     images: Count = 2000
     weights: str | None = None
     random_weights: bool = False
-    sampler: Literal["ddim", "ddpm"] = "ddim"
+    class_names: tuple[str, ...] | str | None = None
+    prompt: str = "A realistic photo of CLASS"
+    sampler: Literal["ddim", "ddpm", "own"] = "ddim"
     steps: Count = 50
     guidance_scale: Annotated[float, at.Ge(1)] = 2.0
     cfg_channels: Count | None = None
@@ -81,6 +86,8 @@ class SynthConfig:
     image_format: Literal["jpg", "png"] = "jpg"
     quality: Annotated[int, at.Ge(1), at.Le(100)] = 95
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    mode: Literal["auto", "graph", "compile", "eager"] = "auto"
+    scorer: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: bool = False
     progress: bool = True
@@ -95,7 +102,8 @@ def run(config: SynthConfig) -> dict[str, Any]:
 
     Returns:
         What ``metrics.json`` holds: ``images``, ``refused`` (non-finite latents, drawn again), ``seconds`` of
-        this call, and ``images_per_second`` without the time that loading the model took.
+        this call, ``images_per_second`` without the time that loading the model took, ``score`` where there is a
+        scorer, and ``settings`` that a report can plot against.
 
     Raises:
         ConfigError: A value makes no sense for this model.
@@ -118,10 +126,20 @@ def run(config: SynthConfig) -> dict[str, Any]:
         "refused": refused,
         "seconds": round(seconds, 3),
         "images_per_second": round(written / max(bar.seconds, 1e-9), 2),
+        **_sampled(config, folder),
     }
     if complete and (written or not (folder / METRICS).exists()):
         files.write_json(folder / METRICS, metrics)
     return metrics
+
+
+def _sampled(config: SynthConfig, folder: Path) -> dict[str, Any]:
+    """What a report plots a diffusion model's sets against, and the scorer's mean."""
+    if config.source != "diffusion":
+        return {}
+    settings = {"guidance_scale": config.guidance_scale, "steps": config.steps, "sampler": config.sampler}
+    scores = [entry["score"] for entry in noted(folder / SCORES)]
+    return {"settings": settings, **({"score": sum(scores) / len(scores)} if scores else {})}
 
 
 class _Bar:
@@ -145,78 +163,6 @@ class _Bar:
             self._task.advance(done - self._task.completed)
 
 
-def load_generator(config: SynthConfig, device: torch.device) -> Synthesizer:
-    """The synthesizer over the networks in ``config.weights``.
-
-    Raises:
-        CheckpointError: They cannot be read, or do not match their config.
-    """
-    diffusers = require("diffusers", extra="diffusion", feature=_FEATURE)
-    root = Path(config.weights or "")
-    if not root.is_dir():
-        raise CheckpointError(f"weights {root}: does not exist, or is no directory")
-    whole = (root / TRANSFORMER / "config.json").exists()
-    transformer = root / TRANSFORMER if whole else root
-    model = _network(diffusers.DiTTransformer2DModel, transformer, config)
-    vae = _network(diffusers.AutoencoderKL, root / VAE, config) if (root / VAE).is_dir() else None
-    scheduler = _scheduler(config, root / SCHEDULER, model)
-    return Synthesizer(
-        model,
-        scheduler,
-        vae=vae,
-        num_inference_steps=config.steps,
-        guidance_scale=config.guidance_scale,
-        cfg_channels=config.cfg_channels,
-        eta=config.eta,
-        seed=config.seed,
-        paper_rng=config.paper_rng,
-        device=device,
-    )
-
-
-def _scheduler(config: SynthConfig, folder: Path, model: Any) -> Any:
-    """The sampler over the noise schedule that the model was trained with; DiT's where no config says."""
-    kind = DDPMScheduler if config.sampler == "ddpm" else DDIMScheduler
-    try:
-        settings = dict(kind.load_config(str(folder))) if folder.is_dir() else {}
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read: {' '.join(str(error).split())}") from error
-    settings = settings or {"beta_schedule": "linear", "clip_sample": False}
-    if config.sampler == "ddpm":
-        learned = model.config.out_channels == 2 * model.config.in_channels
-        settings |= {
-            "timestep_spacing": "linspace",  # as the paper respaces: both ends included
-            "variance_type": "learned_range" if learned else "fixed_small",
-        }
-    return kind.from_config(settings)
-
-
-def _network(kind: Any, folder: Path, config: SynthConfig) -> Any:
-    """One of diffusers' networks from safetensors; unlike diffusers, never with part of its weights left random."""
-    try:
-        if config.random_weights:
-            torch.manual_seed(config.seed)
-            return kind.from_config(kind.load_config(str(folder))).to(_DTYPES[config.precision])
-        network, found = kind.from_pretrained(
-            str(folder),
-            output_loading_info=True,
-            use_safetensors=True,
-            local_files_only=True,
-            torch_dtype=_DTYPES[config.precision],
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError, TypeError) as error:
-        raise CheckpointError(f"weights {folder}: cannot be read: {' '.join(str(error).split())}") from error
-    except Exception as error:  # safetensors raises an exception class of its own
-        raise CheckpointError(f"weights {folder}: is damaged: {error}") from error
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := [str(key) for key in found.get(fault) or ()]:
-            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise CheckpointError(
-                f"weights {folder}: do not match config.json: {fault.replace('_', ' ')} {shown}"
-            )
-    return network
-
-
 def _write_diffusion(
     config: SynthConfig, accelerator: Any, bar: Callable[[int, int], None]
 ) -> tuple[int, int, bool]:
@@ -231,6 +177,7 @@ def _write_diffusion(
         resume=config.resume,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        scorer=load_scorer(config.scorer),
         on_progress=bar,
     )
     return result.written, result.refused, result.complete

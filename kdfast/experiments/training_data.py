@@ -6,8 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdfast.data import read_manifest
-from kdfast.data.datasets import load_dataset
+import torch
+
+from kdfast.data import read_manifest, select_balanced
+from kdfast.data.datasets import InMemoryImages, LabelledImages, load_dataset
 from kdfast.data.loader import ShardLoader
 from kdfast.data.manifest import is_shard_folder
 from kdfast.data.segmentation import open_segmentation
@@ -67,7 +69,22 @@ def open_training_data(
         dataset = open_segmentation(source, "train", image_size=size, num_classes=model.num_classes)
     else:
         dataset = _labelled(config, source, size, model.num_classes)
+        if config.data_images is not None:
+            dataset = some_of(dataset, config.data_images, config.seed)
     return ImageBatches(dataset, config.batch_size, workers=config.workers or 0, **common)
+
+
+def some_of(dataset: LabelledImages, count: int, seed: int) -> InMemoryImages:
+    """So many images, as many of each class, in memory.
+
+    Raises:
+        DataError: There are not as many.
+    """
+    if count > len(dataset):
+        raise DataError(f"data {dataset.source}: has {len(dataset)} images, data_images asks for {count}")
+    chosen = select_balanced(dataset.labels, count, dataset.num_classes, seed=seed)
+    images = torch.stack([dataset[index][0] for index in chosen.tolist()])
+    return InMemoryImages(images, dataset.labels[chosen], dataset.classes, dataset.source)
 
 
 def _labelled(config: DistillConfig, source: str, size: int, num_classes: int) -> Any:

@@ -7,21 +7,35 @@ from __future__ import annotations
 
 from kdfast.functional.denoise import denoise_step
 from kdfast.functional.feature import noise_mix, reparam_middle_loss
+from kdfast.functional.feature_statistics import BNStatistics, bn_statistics_loss
 from kdfast.functional.fused_linear import fused_linear_kd_loss
+from kdfast.functional.images import crop_flip_normalize, draw_crop_flip
+from kdfast.functional.leaves import render_leaves
 from kdfast.functional.losses import KDStatistics, distillation_loss, kd_kl_div, kd_statistics
 from kdfast.functional.losses_more import dist_loss, dkd_loss, jsd_loss, topk_kd_loss
+from kdfast.functional.norm import bn_ddim_step, bn_mse, bn_relu
+from kdfast.functional.shaders import render_shaders
 
 __all__ = [
+    "BNStatistics",
     "KDStatistics",
+    "bn_ddim_step",
+    "bn_mse",
+    "bn_relu",
+    "bn_statistics_loss",
+    "crop_flip_normalize",
     "denoise_step",
     "dist_loss",
     "distillation_loss",
     "dkd_loss",
+    "draw_crop_flip",
     "fused_linear_kd_loss",
     "jsd_loss",
     "kd_kl_div",
     "kd_statistics",
     "noise_mix",
+    "render_leaves",
+    "render_shaders",
     "reparam_middle_loss",
     "topk_kd_loss",
 ]

@@ -70,7 +70,9 @@ def denoise_step(
         guidance_scale: g. With it the sample may also have 2B rows, one for each half.
         noise: z, of the sample's shape.
         seed: Make z in the kernel: Philox normals keyed by (seed, step, element). An int ≥ 0, or an int64
-            tensor of one element on the sample's device, so that a captured graph sees its current value.
+            tensor on the sample's device, so that a captured graph sees its current value. With one element
+            for each row of the sample, each row has a key of its own and its elements count from its first:
+            a row's noise does not depend on the batch that it is in.
         order: ``"cond_uncond"`` (DiT) or ``"uncond_cond"`` (Stable Diffusion): which half is which.
         cfg_channels: Guide only the first channels; the rest is the conditional half's.
         clip: Clamp the predicted x₀ to ±clip. Its subgradient is 1 at ±clip, 0 outside.

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from kdfast.errors import KDFastError
 
 _INPUT = ":input"
+_OUTPUT = ":output"
 
 
 class FeatureTaps:
@@ -31,7 +32,8 @@ class FeatureTaps:
     Args:
         model: Any module.
         layers: Dotted names as in ``model.named_modules()``. ``"NAME:input"`` taps what goes into the layer
-            instead: ``"layer3.0.relu2:input"`` is the sum before the activation.
+            instead: ``"layer3.0.relu2:input"`` is the sum before the activation. ``":output"`` alone taps what the
+            model itself puts out.
         detach: Cut the activations from the graph, for a teacher that runs outside ``torch.no_grad()``.
 
     Raises:
@@ -45,7 +47,7 @@ class FeatureTaps:
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"layers names {', '.join(map(repr, repeated))} more than once")
         modules = dict(model.named_modules())
-        modules.pop("")
+        modules[_OUTPUT] = modules.pop("")
         targets = [(name, _find(modules, name, model)) for name in names]
         self.names = tuple(names)
         self._detach = detach
@@ -123,6 +125,7 @@ def _find(modules: dict[str, nn.Module], name: str, model: nn.Module) -> nn.Modu
     layer = name.removesuffix(_INPUT)
     if layer in modules:
         return modules[layer]
+    modules = {known: module for known, module in modules.items() if known != _OUTPUT}
     # A wrapped model (DistributedDataParallel, torch.compile) only prefixes its names.
     near = [known for known in modules if known.endswith(f".{layer}")][:3]
     near += [known for known in difflib.get_close_matches(layer, modules, n=5) if known not in near]

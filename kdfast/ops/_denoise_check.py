@@ -80,6 +80,17 @@ def check(
         raise ValueError(f"step: must be in [0, {table.shape[0]}), the rows of the table, got {step}")
     if noise is not None and seed is not None:
         raise ValueError("noise and seed: give one of them, got both")
+    if isinstance(seed, Tensor) and (
+        seed.numel() not in (1, sample.shape[0] if sample.dim() else 1) or seed.dtype != torch.int64
+    ):
+        raise ValueError(
+            f"seed: must be an int, or an int64 tensor of one element or of one for each row of the sample "
+            f"({sample.shape[0] if sample.dim() else 1}), got {seed.dtype} {tuple(seed.shape)}"
+        )
+    if isinstance(seed, Tensor) and (seed.device != sample.device or not seed.is_contiguous()):
+        raise ValueError(
+            f"seed: must be contiguous and on {sample.device} like the sample, got it on {seed.device}"
+        )
     if len(history) > 3:
         raise ValueError(f"history: at most 3 tensors, got {len(history)}")
     if guidance.scale is not None:

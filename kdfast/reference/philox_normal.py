@@ -12,11 +12,11 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+def philox(key: int | Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Philox-4x32-10 (Salmon et al. 2011).
 
     Args:
-        key: 64-bit key.
+        key: 64-bit key, or an int64 tensor of such, which broadcasts against the counter.
         counter: Four int64 tensors holding 32-bit words.
 
     Returns:
@@ -38,10 +38,24 @@ def normal(seed: int, step: int, shape: tuple[int, ...], device: torch.device | 
     Returns:
         float64 tensor of ``shape``.
     """
-    count = math.prod(shape)
+    return _normal(seed, step, math.prod(shape), torch.device(device)).view(shape)
+
+
+def normal_rows(seeds: Tensor, step: int, shape: tuple[int, ...]) -> Tensor:
+    """As :func:`normal`, with a row of ``shape`` for each of ``seeds`` (int64), on their device.
+
+    Returns:
+        float64 ``[len(seeds), *shape]``.
+    """
+    rows = _normal(seeds.reshape(-1, 1), step, math.prod(shape), seeds.device)
+    return rows.reshape(seeds.numel(), *shape)
+
+
+def _normal(key: int | Tensor, step: int, count: int, device: torch.device) -> Tensor:
+    """``count`` normals under each key."""
     group = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)
     words = philox(
-        seed, (group & _LOW, group >> 32, torch.full_like(group, step & _LOW), torch.zeros_like(group))
+        key, (group & _LOW, group >> 32, torch.full_like(group, step & _LOW), torch.zeros_like(group))
     )
     lanes = []
     for i, k in (words[:2], words[2:]):
@@ -49,4 +63,4 @@ def normal(seed: int, step: int, shape: tuple[int, ...], device: torch.device | 
         radius = (-2 * ((i.float() + 0.5).double() * 2.0**-32).log()).clamp(min=0).sqrt()
         angle = k.double() * (2 * math.pi * 2.0**-32)
         lanes += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(lanes, -1).flatten()[:count].view(shape)
+    return torch.stack(lanes, -1).flatten(-2)[..., :count]

@@ -12,8 +12,9 @@ from typing import Any
 
 import kdfast
 from kdfast.errors import DataError, require
-from kdfast.report import plots
+from kdfast.report import inversion, plots
 from kdfast.report.runs import METRICS, Run, read_run
+from kdfast.report.studies import studies
 
 _DEMO_KEYS = ("teacher_accuracy", "student_accuracy", "student_hard_label_accuracy", "student_noise_accuracy")
 _DEMO_NAMES = (
@@ -177,9 +178,27 @@ def _run_page(run: Run) -> Page:
     runs = {run.name: run} if run.log else {child.name: child for child in run.children}
     if figures := tuple(_curve_figures(runs)):
         sections.append(Section("Curves", figures))
+    sections += _inversion_sections({run.name: run})
+    for title, traces in inversion.trace_figures(run).items():
+        sections.append(Section(title, tuple(_figures(traces))))
     if pictures := _pictures(run):
         sections.append(Section("Samples", pictures))
-    return Page(run.name, "", cards, tuple(sections), tuple(_tables(run)))
+    return Page(run.name, "", cards, tuple(sections), tuple(_tables(run, skip=inversion.DRAWN)))
+
+
+def _inversion_sections(runs: Mapping[str, Run]) -> list[Section]:
+    """What only some methods leave, for those runs that have it."""
+    drawn = {
+        "What the buffer holds": inversion.buffer_figures(runs),
+        "Scale": inversion.scale_figures(runs),
+        "Classes": inversion.class_accuracy_figure(runs),
+        "Time": inversion.phase_figure(runs),
+    }
+    return [Section(title, tuple(_figures(found))) for title, found in drawn.items() if found]
+
+
+def _figures(drawings: Sequence[inversion.Drawing]) -> list[Figure]:
+    return [Figure(drawing.title, drawing.caption, svg=drawing.svg) for drawing in drawings]
 
 
 def _comparison(runs: Sequence[Run]) -> Page:
@@ -190,11 +209,19 @@ def _comparison(runs: Sequence[Run]) -> Page:
     ]
     names = _unique_names(runs)
     rows = tuple((name, *(_number(k, run.metrics.get(k)) for k in keys)) for name, run in zip(names, runs))
-    figures = tuple(_curve_figures(dict(zip(names, runs))))
+    drawn, grids = studies(runs)
+    sections = [Section("Across runs", tuple(Figure(p.title, svg=p.svg) for p in drawn))] if drawn else []
+    # More lines than colours tell nobody anything.
+    figures = tuple(_curve_figures(dict(zip(names, runs)))) if len(runs) <= len(plots.PALETTE) else ()
+    sections += [Section("Curves", figures)] if figures else []
+    sections += _inversion_sections(dict(zip(names, runs)))
     return Page(
         "Comparison",
-        sections=(Section("Curves", figures),) if figures else (),
-        tables=(Table("Results", rows, ("run", *map(_words, keys)), numbers=True),),
+        sections=tuple(sections),
+        tables=(
+            Table("Results", rows, ("run", *map(_words, keys)), numbers=True),
+            *(Table(grid.title, grid.rows, grid.head, numbers=True) for grid in grids),
+        ),
     )
 
 

@@ -44,6 +44,9 @@ def curves(
     percent: bool = False,
     log: bool = False,
     first_color: int = 0,
+    marked: bool = False,
+    errors: Mapping[str, Sequence[float]] | None = None,
+    log_x: bool = False,
 ) -> str:
     """Lines over a common axis.
 
@@ -54,6 +57,9 @@ def curves(
         percent: y are fractions to be shown in percent.
         log: Logarithmic y axis.
         first_color: Where in the palette the first line begins.
+        marked: Put a dot at each point.
+        errors: Half the height of an error bar at each point, by name.
+        log_x: Logarithmic x axis, with a tick at every point.
 
     Returns:
         The SVG element.
@@ -62,11 +68,20 @@ def curves(
         for color, (name, (x, y)) in zip(
             itertools.islice(itertools.cycle(PALETTE), first_color, None), series.items()
         ):
-            axes.plot(x, y, color=color, label=name, linewidth=1.8, marker="o" if len(x) == 1 else None)
+            axes.plot(
+                x, y, color=color, label=name, linewidth=1.8, marker="o" if marked or len(x) == 1 else None
+            )
+            if any((errors or {}).get(name, ())):
+                axes.errorbar(x, y, (errors or {})[name], color=color, fmt="none", capsize=3, linewidth=1)
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         if log:
             axes.set_yscale("log")
+        if log_x:
+            axes.set_xscale("log")
+            ticks = sorted({value for x, _ in series.values() for value in x})
+            axes.set_xticks(ticks, labels=[f"{value:,g}" for value in ticks])
+            axes.xaxis.minorticks_off()
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if len(series) > 1:
@@ -74,12 +89,13 @@ def curves(
         return _svg(figure)
 
 
-def bars(values: Mapping[str, float], *, xlabel: str) -> str:
-    """Horizontal bars of fractions, with their value in percent written beside them.
+def bars(values: Mapping[str, float], *, xlabel: str, unit: str = "%") -> str:
+    """Horizontal bars, with their value written beside them.
 
     Args:
-        values: Fraction by name, top to bottom.
-        xlabel: What the fractions are.
+        values: Number by name, top to bottom; fractions of 1 where the unit is percent.
+        xlabel: What the numbers are.
+        unit: Of the numbers.
 
     Returns:
         The SVG element.
@@ -89,12 +105,66 @@ def bars(values: Mapping[str, float], *, xlabel: str) -> str:
         drawn = axes.barh(names, [values[n] for n in names], color=PALETTE[0], height=0.62)
         for name, bar in zip(names, drawn):
             bar.set_color(PALETTE[list(values).index(name) % len(PALETTE)])
-        axes.bar_label(drawn, labels=[f"{100 * values[n]:.1f} %" for n in names], padding=5)
-        axes.set_xlim(0, 1.12)
-        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100 %"])
+        if unit == "%":
+            axes.bar_label(drawn, labels=[f"{100 * values[n]:.1f} %" for n in names], padding=5)
+            axes.set_xlim(0, 1.12)
+            axes.set_xticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100 %"])
+        else:
+            axes.bar_label(drawn, labels=[f"{values[n]:,.3g} {unit}" for n in names], padding=5)
+            axes.set_xlim(0, 1.12 * max(values.values()) or 1)
         axes.set_xlabel(xlabel)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
+        return _svg(figure)
+
+
+def columns(
+    series: Mapping[str, Sequence[float]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    labels: Sequence[str] | None = None,
+    percent: bool = False,
+    wide: bool = False,
+) -> str:
+    """A column for each entry, side by side for several series; lines in steps where columns would be hairs.
+
+    Args:
+        series: Equally many numbers by name.
+        xlabel: What the entries are.
+        ylabel: What the numbers are.
+        labels: Names of the entries; by default their number.
+        percent: Numbers are fractions to be shown in percent.
+        wide: For a figure that has the page's width to itself.
+
+    Returns:
+        The SVG element.
+    """
+    count = len(next(iter(series.values())))
+    labels = labels or [str(number) for number in range(count)]
+    with _figure(9.2 if wide else 5.2, 3.3) as (figure, axes):
+        for number, (name, values) in enumerate(series.items()):
+            color = PALETTE[number % len(PALETTE)]
+            if len(series) > 1 and count * len(series) > 60:
+                axes.stairs(
+                    values, [n - 0.5 for n in range(count + 1)], color=color, label=name, linewidth=1.6
+                )
+                continue
+            width = 0.84 / len(series)
+            left = [n - 0.42 + (number + 0.5) * width for n in range(count)]
+            axes.bar(left, values, width, color=color, label=name)
+        if percent:
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        # About ten names fit beside each other, fewer long ones.
+        every = max(1, -(-count * max(len(label) for label in labels) // (90 if wide else 48)))
+        shown = range(0, count, every)
+        axes.set_xticks(list(shown), labels=[labels[n] for n in shown])
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        if len(series) > 1:
+            axes.legend()
         return _svg(figure)
 
 

@@ -1,0 +1,184 @@
+"""A set of images as a teacher sees it: predictions, confidences, features."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from kdfast.data.augment import mixup
+from kdfast.data.datasets import load_dataset
+from kdfast.data.manifest import is_shard_folder, read_manifest
+from kdfast.data.records import ImageRecords, LabelledRecords, ShardRecords
+from kdfast.data.regimes import regime
+from kdfast.data.selection import relative_entropy
+from kdfast.errors import DataError
+from kdfast.training.model_io import ModelConfig, load_model, load_model_config
+
+Advance = Callable[[int], None]
+
+
+class Teacher:
+    """A trained network that takes images in [0, 1].
+
+    Args:
+        network: In evaluation mode here, without gradients of its own.
+        described: What it was trained on.
+        device: Where it runs.
+        name: What to call it.
+    """
+
+    def __init__(self, network: nn.Module, described: ModelConfig, device: torch.device, name: str) -> None:
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.described, self.device, self.name = described, device, name
+        self.num_classes = described.num_classes
+        self._mean, self._std = (
+            torch.tensor(values, device=device).view(-1, 1, 1) for values in (described.mean, described.std)
+        )
+
+    @classmethod
+    def load(cls, path: str, device: torch.device) -> Teacher:
+        """The network of a finished run.
+
+        Raises:
+            CheckpointError: It cannot be read.
+        """
+        return cls(load_model(path), load_model_config(path), device, Path(path).resolve().name)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, C]`` of images ``[B, 3, H, W]`` in [0, 1]."""
+        logits: torch.Tensor = self.network((images - self._mean) / self._std)
+        return logits
+
+    @torch.no_grad()
+    def look(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pooled features ``[B, D]`` and logits; of a network that does not tell its features, logits for both."""
+        if not hasattr(self.network, "forward_head"):
+            logits = self(images)
+            return logits, logits
+        features = self.network.forward_features((images - self._mean) / self._std)
+        pooled: torch.Tensor = self.network.forward_head(features, pre_logits=True)
+        return pooled.flatten(1), self.network.forward_head(features)
+
+    def fingerprint(self) -> str:
+        """Of its weights, to tell whether results belong to it."""
+        digest = hashlib.sha256()
+        for name, value in self.network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a teacher says of N images; rows of images that could not be decoded are left out.
+
+    Attributes:
+        index: int64 ``[N]``, the images' numbers in their set.
+        first: int64 ``[N]``, predicted class.
+        second: int64 ``[N]``, the runner-up.
+        confidence: ``[N]``, softmax of the predicted class.
+        margin: ``[N]``, its distance to the runner-up's.
+        features: float32 ``[N, D]``, pooled, or ``[N, 0]`` if nobody asked.
+    """
+
+    index: NDArray[np.int64]
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+    margin: NDArray[np.float32]
+    features: NDArray[np.float32]
+
+
+def open_images(
+    data: str,
+    *,
+    image_size: int,
+    device: torch.device,
+    split: str = "train",
+    label_column: str | None = None,
+    loader: Literal["dali", "torch"] = "dali",
+    on_error: Literal["raise", "skip"] = "raise",
+) -> ShardRecords | LabelledRecords:
+    """Shards, or real labelled images: ``digits``, a folder, ``hf:NAME``.
+
+    Raises:
+        DataError: They cannot be used.
+    """
+    folder = Path(data)
+    if is_shard_folder(data) or (folder.is_dir() and any(folder.glob("*.tar"))):
+        records = ShardRecords(data, image_size=image_size, device=device, loader=loader, on_error=on_error)
+        if is_shard_folder(data):
+            records.classes = tuple(map(str, read_manifest(data).metadata.get("classes", ())))
+        return records
+    return LabelledRecords(
+        load_dataset(data, split, image_size=image_size, label_column=label_column), device
+    )
+
+
+@torch.no_grad()
+def view(
+    teacher: Teacher,
+    images: ImageRecords,
+    indices: NDArray[np.int64] | None = None,
+    *,
+    batch_size: int = 256,
+    features: bool = False,
+    advance: Advance = lambda count: None,
+) -> View:
+    """Show the teacher images, all or these.
+
+    Raises:
+        DataError: None of them can be decoded.
+    """
+    chosen = np.arange(len(images.labels)) if indices is None else indices
+    parts: list[tuple[NDArray[np.generic], ...]] = []
+    for rows, batch in images.batches(chosen, batch_size):
+        if not len(rows):
+            continue
+        pooled, logits = teacher.look(batch)
+        top = logits.float().softmax(1).topk(min(2, logits.shape[1]))
+        values, classes = top.values, top.indices
+        if logits.shape[1] == 1:  # one class has no runner-up
+            values, classes = values.expand(-1, 2) * values.new_tensor([1.0, 0.0]), classes.expand(-1, 2)
+        kept = pooled.float() if features else pooled.new_empty(len(rows), 0).float()
+        columns = (classes[:, 0], classes[:, 1], values[:, 0], values[:, 0] - values[:, 1], kept)
+        parts.append((rows, *(column.cpu().numpy() for column in columns)))
+        advance(len(rows))
+    if not parts:
+        raise DataError("none of the images can be decoded")
+    index, first, second, confidence, margin, pooled_all = (np.concatenate(column) for column in zip(*parts))
+    return View(index, first, second, confidence, margin, pooled_all)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def augmented_entropy(
+    teacher: Teacher,
+    images: ImageRecords,
+    indices: NDArray[np.int64],
+    *,
+    regime_name: str,
+    seed: int,
+    batch_size: int = 256,
+    advance: Advance = lambda count: None,
+) -> tuple[float, float]:
+    """Relative entropy of the teacher's classes for these images augmented, and augmented and mixed."""
+    counts = torch.zeros(2, teacher.num_classes, dtype=torch.int64)
+    generator = torch.Generator(teacher.device).manual_seed(seed)
+    augment = regime(regime_name)
+    for rows, batch in images.batches(indices, batch_size):
+        if not len(rows):
+            continue
+        changed = augment(batch, generator)
+        for row, shown in enumerate((changed, mixup(changed, generator).images)):
+            predicted = teacher(shown).argmax(1).cpu()
+            counts[row] += torch.bincount(predicted, minlength=teacher.num_classes)
+        advance(len(rows))
+    return relative_entropy(counts[0]), relative_entropy(counts[1])

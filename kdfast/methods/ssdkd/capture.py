@@ -1,0 +1,123 @@
+"""Fixed work as CUDA graphs: one launch where there were hundreds. On a CPU the same functions simply run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CapturedLoss", "CapturedStep", "capturable"]
+
+# Calls that run eagerly before a graph is captured: libraries choose algorithms and allocate workspaces, optimisers
+# make their state. They are real work, not rehearsals: nothing has to be undone.
+WARM_UP = 3
+
+
+def capturable(device: torch.device, *, wanted: bool = True) -> bool:
+    """Whether steps on this device are captured; fp16 is not, since its gradients are scaled outside of the step."""
+    if not wanted or device.type != "cuda":
+        return False
+    return not (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16)
+
+
+class _Graph:
+    """A graph of a function without arguments, and the tensors that it fills at each replay."""
+
+    def __init__(self, body: Callable[[], Any], rng: torch.Generator) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.register_generator_state(rng)
+        cached = torch.is_autocast_cache_enabled()
+        # Weights that autocast had converted before the capture would be stale at every replay.
+        torch.set_autocast_cache_enabled(False)
+        try:
+            with torch.cuda.graph(self._graph):
+                self.result = body()
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+    def replay(self) -> Any:
+        self._graph.replay()
+        return self.result
+
+
+class CapturedStep:
+    """A function without arguments and results, which reads and writes tensors that stay where they are.
+
+    Args:
+        body: The function.
+        rng: The generator that it draws from.
+        capture: Whether to capture it; else it is called.
+    """
+
+    def __init__(self, body: Callable[[], None], rng: torch.Generator, *, capture: bool) -> None:
+        self._body, self._rng, self._capture = body, rng, capture
+        self._calls, self._graph = 0, None
+
+    def __call__(self) -> None:
+        """Do the work once."""
+        self._calls += 1
+        if not self._capture or self._calls <= WARM_UP:
+            self._body()
+            return
+        if self._graph is None:
+            self._graph = _Graph(self._body, self._rng)
+        self._graph.replay()
+
+
+class CapturedLoss:
+    """A loss with its gradients in one graph; what it returns is differentiated as if it had been computed there.
+
+    Args:
+        body: Returns the loss, 0-d, differentiable in ``parameters``.
+        parameters: What backward brings gradients to.
+        rng: The generator that ``body`` draws from.
+        capture: Whether to capture it; else ``body`` is called and autograd does the rest.
+    """
+
+    def __init__(
+        self,
+        body: Callable[[], Tensor],
+        parameters: Sequence[Tensor],
+        rng: torch.Generator,
+        *,
+        capture: bool,
+    ) -> None:
+        self._body, self._rng, self._capture = body, rng, capture
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._calls, self._graph = 0, None
+
+    def __call__(self) -> Tensor:
+        """The loss of the next batch."""
+        self._calls += 1
+        if not self._capture or self._calls <= WARM_UP:
+            return self._body()
+        if self._graph is None:
+            self._graph = _Graph(self._with_gradients, self._rng)
+        loss: Tensor = ReadyGradients.apply(self._graph.replay, *self.parameters)  # type: ignore[no-untyped-call]
+        return loss
+
+    def _with_gradients(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        loss = self._body()
+        return loss.detach(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+
+class ReadyGradients(torch.autograd.Function):
+    """Hands gradients that are already there to autograd, times what comes from above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, compute: Callable[[], tuple[Tensor, Sequence[Tensor | None]]], *parameters: Tensor
+    ) -> Tensor:
+        """The loss; ``compute`` returns it together with one gradient for each parameter."""
+        loss, ctx.gradients = compute()
+        # A copy: the next replay writes over the graph's own.
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients, scaled."""
+        present = [gradient for gradient in ctx.gradients if gradient is not None]
+        scaled = iter(torch._foreach_mul(present, upstream))
+        return (None, *(None if gradient is None else next(scaled) for gradient in ctx.gradients))

@@ -1,0 +1,285 @@
+"""The method: rounds of inversion into a replay buffer, distillation steps out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kdfast.errors import CheckpointError
+from kdfast.functional import kd_kl_div, kd_statistics
+from kdfast.methods.ssdkd.capture import CapturedLoss, capturable
+from kdfast.methods.ssdkd.config import SSDKDConfig
+from kdfast.methods.ssdkd.contents import Contents
+from kdfast.methods.ssdkd.inversion import Inversion
+from kdfast.methods.ssdkd.views import Views
+from kdfast.replay import PrioritizedReplayBuffer
+
+__all__ = ["SSDKD"]
+
+
+class SSDKD:
+    """Small-scale data-free distillation: no image of the teacher's data is ever seen (Liu et al. 2024).
+
+    The method owns the generator, the buffer and their random numbers; the student and its optimiser are yours. Every
+    round, :meth:`synthesize` puts new images into the buffer. Once it is :attr:`ready`, a round is followed by
+    :attr:`steps` distillation steps, each of which draws rows by priority, computes T²·KL and re-scores them.
+
+    Whether this is classification or segmentation follows from what the teacher puts out: ``[B, C]`` or
+    ``[B, C, H, W]``, where every pixel has a probability and a class, and an image's priority is its pixels' mean.
+
+    Args:
+        teacher: Frozen here: evaluation mode, no gradients.
+        student: What the steps train, unless another is given there.
+        config: How images are made, kept, drawn and learned from.
+        image_shape: (C, H, W) of the images.
+        mean: Per channel, subtracted from images in [0, 1] for both networks.
+        std: Per channel, divided by.
+        batch_size: Images a distillation step.
+        seed: Of weights of the generator, latents, views and draws.
+        device: Where all is; by default the teacher's.
+
+    Raises:
+        ConfigError: The teacher lacks what a term of the loss needs.
+
+    Example:
+        >>> method = SSDKD(teacher, student, image_shape=(3, 32, 32), mean=mean, std=std)
+        >>> for epoch in range(220):
+        ...     method.synthesize()
+        ...     for _ in range(method.steps if method.ready else 0):
+        ...         method.step().backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module | None = None,
+        config: SSDKDConfig | None = None,
+        *,
+        image_shape: Sequence[int] = (3, 32, 32),
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+        batch_size: int = 256,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.config = config = config or SSDKDConfig()
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.student, self.batch_size = student, batch_size
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, accepted: at least 1")
+        if len(image_shape) != 3 or len(mean) != image_shape[0] or len(std) != image_shape[0]:
+            raise ValueError(
+                f"image_shape: got {tuple(image_shape)}, with {len(mean)} values of mean and {len(std)} of std, "
+                "accepted: (channels, height, width), with one value of each a channel"
+            )
+        if device is None:
+            device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
+        self.device = torch.empty(0, device=device).device
+        self._rng = torch.Generator(self.device).manual_seed(seed)
+        self.views = Views(mean, std, padding=config.padding, flip=config.flip, rng=self._rng)
+        with torch.no_grad():
+            logits = self.teacher(torch.zeros(2, *image_shape, device=self.device))
+        if logits.dim() not in (2, 4):
+            raise ValueError(
+                f"teacher: gives shape {list(logits.shape)}, accepted: [B, C], or [B, C, H, W] for segmentation"
+            )
+        self.num_classes = logits.shape[1]
+        self.inversion = Inversion(
+            self.teacher, config, image_shape, self.num_classes, self.views, self._rng, self.device
+        )
+        self.buffer: PrioritizedReplayBuffer | None = None
+        if config.replay:
+            self.buffer = PrioritizedReplayBuffer(
+                config.capacity,
+                tuple(image_shape),
+                num_classes=self.num_classes,
+                alpha=config.alpha if config.sampling == "priority" else 0.0,
+                beta=config.beta,
+                eps=config.eps,
+                eviction=config.eviction,
+                duplicates=config.duplicates,
+                device=self.device,
+                seed=seed,
+            )
+        self.contents = Contents(config.capacity if config.replay else 0, self.num_classes, self.device)
+        self.parts: dict[str, Tensor] = {}
+        self._losses: dict[Any, CapturedLoss] = {}
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of inversion so far."""
+        return self.inversion.rounds
+
+    @property
+    def ready(self) -> bool:
+        """Whether distillation begins: the buffer has had its ``fill_epochs`` rounds, and one more has followed."""
+        return self.rounds > self.config.fill_epochs
+
+    @property
+    def steps(self) -> int:
+        """T_kd: distillation steps that follow a round."""
+        return self.config.steps_per_epoch(self.batch_size)
+
+    # --- inversion ------------------------------------------------------------------------------------------
+
+    def synthesize(self, student: nn.Module | None = None) -> Tensor:
+        """A round of inversion: T_g steps, and its best images into the buffer.
+
+        Args:
+            student: Instead of the one that the method was made with.
+
+        Returns:
+            uint8 ``[synthesis_batch, C, H, W]``, the new images.
+
+        Raises:
+            ValueError: There is no student.
+        """
+        student = _bare(self._student(student))
+        images = self.inversion.run(student, self.contents.class_counts())
+        stored = images.mul(255).round_().to(torch.uint8)
+        if self.buffer is not None:
+            self._store(stored, student)
+        self.parts |= self.inversion.means
+        return stored
+
+    @torch.no_grad()
+    def _store(self, images: Tensor, student: nn.Module) -> None:
+        """Score what is stored, not what was optimised: rounded, and as it is."""
+        assert self.buffer is not None
+        training = student.training
+        student.eval()
+        seen = self.views.plain(images)
+        scores = kd_statistics(student(seen), self.teacher(seen), self.config.priority_temperature, dim=1)
+        student.train(training)
+        predicted = scores.teacher_class
+        labels = predicted
+        if predicted.dim() > 1:  # a row's label is its most frequent class; what is counted are the pixels
+            labels = torch.nn.functional.one_hot(predicted.flatten(1), self.num_classes).sum(1).argmax(1)
+        index = self.buffer.extend(images, labels, _per_image(scores.kl))
+        self.contents.insert(index, predicted, scores.teacher_prob)
+
+    # --- distillation ---------------------------------------------------------------------------------------
+
+    def __call__(self, student_out: Tensor, teacher_out: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The student's loss, T²·KL: the mean over the batch (and pixels).
+
+        Args:
+            student_out: Logits ``[B, C]`` or ``[B, C, H, W]``.
+            teacher_out: The teacher's, of the same shape.
+            weight: ``[B]``, importance weights; counted with ``weight_in_loss`` only.
+        """
+        row_weight = None
+        if weight is not None and self.config.weight_in_loss:
+            shape = (len(weight), *[1] * (student_out.dim() - 2))
+            row_weight = weight.view(shape).expand(len(weight), *student_out.shape[2:])
+        return kd_kl_div(
+            student_out,
+            teacher_out,
+            self.config.temperature,
+            dim=1,
+            reduction="rowmean",
+            row_weight=row_weight,
+        )
+
+    def step(self, student: nn.Module | None = None) -> Tensor:
+        """Draw a batch, compute the student's loss on random views of it, and re-score it: δ = w·KL (Eq. 4).
+
+        On CUDA all of it is one graph, gradients included, which ``backward()`` of the result only hands out; under a
+        ``DistributedDataParallel`` wrapper, and with fp16, it runs eagerly.
+
+        Args:
+            student: Instead of the one that the method was made with (say, its distributed wrapper).
+
+        Returns:
+            The loss, 0-d. :attr:`parts` holds more numbers, 0-d tensors on the device.
+
+        Raises:
+            ValueError: There is no student, or nothing has been synthesised yet.
+        """
+        student = self._student(student)
+        if not self.rounds:
+            raise ValueError("step: nothing to learn from; call synthesize() first")
+        autocast = torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type)
+        key = (id(student), student.training, torch.is_grad_enabled(), *autocast)
+        if key not in self._losses:
+            capture = capturable(self.device, wanted=self.config.cuda_graphs) and torch.is_grad_enabled()
+            self._losses[key] = CapturedLoss(
+                lambda: self._distil(student),
+                list(student.parameters()),
+                self._rng,
+                capture=capture and not isinstance(student, DistributedDataParallel),
+            )
+        return self._losses[key]()
+
+    def _distil(self, student: nn.Module) -> Tensor:
+        if self.buffer is None:
+            seen = self.views(self.inversion.fresh())
+            with torch.no_grad():
+                taught = self.teacher(seen)
+            return self(student(seen), taught)
+        drawn = self.buffer.sample(
+            self.batch_size, stratified=self.config.stratified, max_normalize=self.config.max_normalize
+        )
+        seen = self.views(drawn.samples)
+        with torch.no_grad():
+            taught = self.teacher(seen)
+        learned = student(seen)
+        loss = self(learned, taught, drawn.weight)
+        scores = kd_statistics(learned, taught, self.config.priority_temperature, dim=1)
+        kl = _per_image(scores.kl)
+        if self.config.sampling == "priority":
+            self.buffer.update_priority(drawn.index, drawn.weight * kl, drawn.generation)
+        self.parts |= {
+            "priority": (drawn.weight * kl).mean(),
+            "importance": drawn.weight.mean(),
+            "kl": kl.mean(),
+            "agreement": scores.agreement.float().mean(),
+        }
+        return loss
+
+    # --- state ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but student and teacher: generator, buffer, histograms and random state."""
+        return {
+            "inversion": self.inversion.state_dict(),
+            "buffer": None if self.buffer is None else self.buffer.state_dict(),
+            "contents": self.contents.state_dict(),
+            "rng": self._rng.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly there.
+
+        Raises:
+            CheckpointError: The state is of other settings.
+        """
+        if (state["buffer"] is None) != (self.buffer is None):
+            raise CheckpointError("ssdkd state: replay differs from this method's")
+        if self.buffer is not None:
+            self.buffer.load_state_dict(state["buffer"])
+        self.inversion.load_state_dict(state["inversion"])
+        self.contents.load_state_dict(state["contents"])
+        self._rng.set_state(state["rng"].cpu())
+        self._losses.clear()
+
+    def _student(self, student: nn.Module | None) -> nn.Module:
+        student = student or self.student
+        if student is None:
+            raise ValueError("student: got None, accepted: a network, here or when the method is made")
+        return student
+
+
+def _bare(student: nn.Module) -> nn.Module:
+    inner: nn.Module = student.module if isinstance(student, DistributedDataParallel) else student
+    return inner
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(1) if values.dim() > 1 else values
