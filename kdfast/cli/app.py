@@ -312,6 +312,8 @@ def _number(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(_number(entry) for entry in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_number(entry)}" for key, entry in value.items())
     return str(value)
 
 
