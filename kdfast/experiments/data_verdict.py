@@ -226,6 +226,8 @@ def _copies(m: Mapping[str, Any]) -> Finding:
     text = f"{100 * share:.1f} % of the images repeat another one" + (
         f", the most frequent {m['largest_duplicate_group']} times." if share else "."
     )
-    why = f"Fair from {100 * COPIES_FAIR:.0f} %, poor from {100 * COPIES_POOR:.0f} %: a copy costs a step "
-        "and teaches little."
+    why = (
+        f"Fair from {100 * COPIES_FAIR:.0f} %, poor from {100 * COPIES_POOR:.0f} %: a copy costs a step and "
+        "teaches little."
+    )
     return Finding(grade, "Copies", text, why)
