@@ -81,9 +81,13 @@ def resolve(*tensors: torch.Tensor | None) -> Resolved:
     """
     backend = get_backend()
     present = [tensor for tensor in tensors if tensor is not None]
-    if backend == "reference" or any(tensor.dtype == torch.float64 for tensor in present):
+    on_gpu = True
+    for tensor in present:  # a loop: this is on the way of every op, and generators cost a microsecond each
+        on_gpu = on_gpu and tensor.is_cuda
+        if tensor.dtype == torch.float64:
+            backend = "reference"
+    if backend == "reference":
         return "reference"
-    on_gpu = all(tensor.device.type == "cuda" for tensor in present)
     if backend == "triton":
         if not triton_available():
             raise BackendError("backend 'triton' was chosen, but the triton package is not installed")

@@ -5,68 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._walk import locate, offset_of
 from .philox_normal import normal_at, normal_rows, normal_run
-
-
-@triton.jit
-def _coordinate(rest, SIZE: tl.constexpr, AT: tl.constexpr, NDIM: tl.constexpr):
-    """Coordinate ``AT`` of what is left of a linear index; the outermost needs no division."""
-    if AT == NDIM - 1:
-        return rest
-    else:
-        return rest % SIZE
-
-
-@triton.jit
-def _locate(
-    numel, inner,
-    SIZES: tl.constexpr, NDIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """This program's block: linear index of its start, live lanes, innermost start, coordinates."""
-    pid = tl.program_id(0)
-    if WIDE:
-        pid = pid.to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
-    if ROWS:
-        blocks = tl.cdiv(inner, BLOCK)
-        rest = pid // blocks
-        column = (pid - rest * blocks) * BLOCK
-        start = rest * inner + column
-        c0 = column + lanes
-        live = c0 < inner
-    else:
-        start = pid * BLOCK
-        column = start * 0
-        index = start + lanes
-        live = index < numel
-        c0 = _coordinate(index, SIZES[0], 0, NDIM)
-        rest = index // SIZES[0]
-    c1 = _coordinate(rest, SIZES[1], 1, NDIM)
-    rest2 = rest // SIZES[1]
-    c2 = _coordinate(rest2, SIZES[2], 2, NDIM)
-    rest3 = rest2 // SIZES[2]
-    c3 = _coordinate(rest3, SIZES[3], 3, NDIM)
-    rest4 = rest3 // SIZES[3]
-    c4 = _coordinate(rest4, SIZES[4], 4, NDIM)
-    c5 = rest4 // SIZES[4]
-    return start, live, column, c0, c1, c2, c3, c4, c5
-
-
-@triton.jit
-def _offset(c0, c1, c2, c3, c4, c5, S: tl.constexpr, NDIM: tl.constexpr):
-    """Element offset in a tensor with strides ``S``, innermost first."""
-    offset = c0 * S[0]
-    if NDIM > 1:
-        offset = c1 * S[1] + offset
-    if NDIM > 2:
-        offset = c2 * S[2] + offset
-    if NDIM > 3:
-        offset = c3 * S[3] + offset
-    if NDIM > 4:
-        offset = c4 * S[4] + offset
-    if NDIM > 5:
-        offset = c5 * S[5] + offset
-    return offset
 
 
 @triton.jit
@@ -112,7 +52,7 @@ def denoise_step_kernel(
     NEXT_COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y, and what else is asked for, from one read of everything."""
-    start, live, column, c0, c1, c2, c3, c4, c5 = _locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
+    start, live, column, c0, c1, c2, c3, c4, c5 = locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
     if STEP_ON_DEVICE:
         t = tl.load(step).to(tl.int64)
     else:
@@ -127,15 +67,15 @@ def denoise_step_kernel(
     b = tl.load(row + 3, mask=known, other=nan)
     d = tl.load(row + 4, mask=known, other=nan)
 
-    x = tl.load(x_ptr + _offset(c0, c1, c2, c3, c4, c5, X, NDIM), mask=live, other=0).to(tl.float32)
-    at_o = _offset(c0, c1, c2, c3, c4, c5, OUT, NDIM)
+    x = tl.load(x_ptr + offset_of(c0, c1, c2, c3, c4, c5, X, NDIM), mask=live, other=0).to(tl.float32)
+    at_o = offset_of(c0, c1, c2, c3, c4, c5, OUT, NDIM)
     if GUIDED:
         if PINNED >= 0:
             guided = _guided_lanes(c0, c1, c2, c3, c4, c5, PINNED, guided_channels)
             u = tl.load(o_ptr + uncond_offset + at_o, mask=live & guided, other=0).to(tl.float32)
             if OWN_ROWS:
                 cond = tl.load(o_ptr + cond_offset + at_o, mask=live & guided, other=0).to(tl.float32)
-                at_own = _offset(c0, c1, c2, c3, c4, c5, OWN, NDIM)
+                at_own = offset_of(c0, c1, c2, c3, c4, c5, OWN, NDIM)
                 own = tl.load(o_ptr + at_own, mask=live & (guided == 0), other=0).to(tl.float32)
                 o = tl.where(guided, u + guidance * (cond - u), own)
             else:
@@ -165,13 +105,13 @@ def denoise_step_kernel(
         m = tl.where(_bits(bits_ptr, start, numel, BLOCK), m, 0.0)
     y = a * x + b * m + d * o
     if h1_ptr is not None:
-        h1 = tl.load(h1_ptr + _offset(c0, c1, c2, c3, c4, c5, H1, NDIM), mask=live, other=0).to(tl.float32)
+        h1 = tl.load(h1_ptr + offset_of(c0, c1, c2, c3, c4, c5, H1, NDIM), mask=live, other=0).to(tl.float32)
         y += tl.load(row + 5, mask=known, other=nan) * h1
     if h2_ptr is not None:
-        h2 = tl.load(h2_ptr + _offset(c0, c1, c2, c3, c4, c5, H2, NDIM), mask=live, other=0).to(tl.float32)
+        h2 = tl.load(h2_ptr + offset_of(c0, c1, c2, c3, c4, c5, H2, NDIM), mask=live, other=0).to(tl.float32)
         y += tl.load(row + 6, mask=known, other=nan) * h2
     if h3_ptr is not None:
-        h3 = tl.load(h3_ptr + _offset(c0, c1, c2, c3, c4, c5, H3, NDIM), mask=live, other=0).to(tl.float32)
+        h3 = tl.load(h3_ptr + offset_of(c0, c1, c2, c3, c4, c5, H3, NDIM), mask=live, other=0).to(tl.float32)
         y += tl.load(row + 7, mask=known, other=nan) * h3
 
     if z_ptr is not None or HAS_SEED:
@@ -184,35 +124,35 @@ def denoise_step_kernel(
             if SEED_ROW > 0:  # a key for each sample of the batch, whose elements count from its own first
                 if SEED_RUN:
                     z = normal_rows(
-                        seed, t, _offset(column, c1, c2, c3, c4, c5, E, NDIM), numel, SEED_ROW, BLOCK
+                        seed, t, offset_of(column, c1, c2, c3, c4, c5, E, NDIM), numel, SEED_ROW, BLOCK
                     )
                 else:
-                    element = _offset(c0, c1, c2, c3, c4, c5, E, NDIM)
+                    element = offset_of(c0, c1, c2, c3, c4, c5, E, NDIM)
                     own = element // SEED_ROW
                     keys = tl.load(seed + own, mask=live, other=0).to(tl.uint64)
                     z = normal_at(keys, t, element - own * SEED_ROW)
             elif SEED_RUN:
-                z = normal_run(key, t, _offset(column, c1, c2, c3, c4, c5, E, NDIM), BLOCK)
+                z = normal_run(key, t, offset_of(column, c1, c2, c3, c4, c5, E, NDIM), BLOCK)
             else:
-                z = normal_at(key, t, _offset(c0, c1, c2, c3, c4, c5, E, NDIM))
+                z = normal_at(key, t, offset_of(c0, c1, c2, c3, c4, c5, E, NDIM))
         else:
-            z = tl.load(z_ptr + _offset(c0, c1, c2, c3, c4, c5, Z, NDIM), mask=live, other=0).to(tl.float32)
+            z = tl.load(z_ptr + offset_of(c0, c1, c2, c3, c4, c5, Z, NDIM), mask=live, other=0).to(tl.float32)
         if LEARNED:
             # log σ = c + d3·v: the interpolation of log variances (Nichol & Dhariwal 2021, Eq. 15), halved.
-            at_v = _offset(c0, c1, c2, c3, c4, c5, OWN if OWN_ROWS else OUT, NDIM) + variance_offset
+            at_v = offset_of(c0, c1, c2, c3, c4, c5, OWN if OWN_ROWS else OUT, NDIM) + variance_offset
             v = tl.load(o_ptr + at_v, mask=live, other=0).to(tl.float32)
             y += tl.exp(sigma + tl.load(row + 7, mask=known, other=nan) * v) * z
         else:
             y += sigma * z
 
-    tl.store(y_ptr + _offset(c0, c1, c2, c3, c4, c5, Y, NDIM), y.to(y_ptr.dtype.element_ty), mask=live)
+    tl.store(y_ptr + offset_of(c0, c1, c2, c3, c4, c5, Y, NDIM), y.to(y_ptr.dtype.element_ty), mask=live)
     if m_ptr is not None:
-        tl.store(m_ptr + _offset(c0, c1, c2, c3, c4, c5, M, NDIM), m.to(m_ptr.dtype.element_ty), mask=live)
+        tl.store(m_ptr + offset_of(c0, c1, c2, c3, c4, c5, M, NDIM), m.to(m_ptr.dtype.element_ty), mask=live)
     if next_ptr is not None:
         # From y as it was stored, so that the model sees what a separate pass over y would give.
         stored = y.to(y_ptr.dtype.element_ty).to(tl.float32)
         scaled = (tl.load(row + 9, mask=known, other=nan) * stored).to(next_ptr.dtype.element_ty)
-        at_next = next_ptr + _offset(c0, c1, c2, c3, c4, c5, NEXT, NDIM)
+        at_next = next_ptr + offset_of(c0, c1, c2, c3, c4, c5, NEXT, NDIM)
         for copy in tl.static_range(NEXT_COPIES):
             tl.store(at_next + copy * next_copy_offset, scaled, mask=live)
 
@@ -226,7 +166,7 @@ def denoise_step_backward_kernel(
     STEP_ON_DEVICE: tl.constexpr, GUIDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of sample and model output from those of y (and of m), in one pass."""
-    start, live, _, c0, c1, c2, c3, c4, c5 = _locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
+    start, live, _, c0, c1, c2, c3, c4, c5 = locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
     if STEP_ON_DEVICE:
         t = tl.load(step).to(tl.int64)
     else:
@@ -240,19 +180,19 @@ def denoise_step_backward_kernel(
     b = tl.load(row + 3, mask=known, other=nan)
     d = tl.load(row + 4, mask=known, other=nan)
 
-    gy = tl.load(gy_ptr + _offset(c0, c1, c2, c3, c4, c5, GY, NDIM), mask=live, other=0).to(tl.float32)
+    gy = tl.load(gy_ptr + offset_of(c0, c1, c2, c3, c4, c5, GY, NDIM), mask=live, other=0).to(tl.float32)
     gm = b * gy
     if gm_ptr is not None:
-        gm += tl.load(gm_ptr + _offset(c0, c1, c2, c3, c4, c5, GM, NDIM), mask=live, other=0).to(tl.float32)
+        gm += tl.load(gm_ptr + offset_of(c0, c1, c2, c3, c4, c5, GM, NDIM), mask=live, other=0).to(tl.float32)
     if bits_ptr is not None:
         gm = tl.where(_bits(bits_ptr, start, numel, BLOCK), gm, 0.0)
 
     if gx_ptr is not None:
         gx = (a * gy + px * gm).to(gx_ptr.dtype.element_ty)
-        tl.store(gx_ptr + _offset(c0, c1, c2, c3, c4, c5, GX, NDIM), gx, mask=live)
+        tl.store(gx_ptr + offset_of(c0, c1, c2, c3, c4, c5, GX, NDIM), gx, mask=live)
     if go_ptr is not None:
         go = d * gy + po * gm
-        at_o = _offset(c0, c1, c2, c3, c4, c5, GO, NDIM)
+        at_o = offset_of(c0, c1, c2, c3, c4, c5, GO, NDIM)
         if GUIDED:
             to_cond = guidance * go
             to_uncond = (1.0 - guidance) * go

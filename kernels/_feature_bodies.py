@@ -5,13 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._denoise_bodies import _locate, _offset
-from ._kl_common import reduce_last
+from ._reduce import reduce_last
+from ._walk import locate, offset_of
 from .philox_normal import normal_at, normal_run
 
 
 @triton.jit
-def _key(seed, FROM_MEMORY: tl.constexpr):
+def key_of(seed, FROM_MEMORY: tl.constexpr):
     """The Philox key: a launch argument, or read on the device so that a replayed graph sees its value."""
     if FROM_MEMORY:
         return tl.load(seed).to(tl.uint64)
@@ -20,15 +20,15 @@ def _key(seed, FROM_MEMORY: tl.constexpr):
 
 
 @triton.jit
-def _normals(
+def normals(
     key, step, base, column, c0, c1, c2, c3, c4, c5,
     E: tl.constexpr, NDIM: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The normals of this block's elements, numbered row-major from ``base`` on whatever the layout."""
     if RUN:
-        return normal_run(key, step, base + _offset(column, c1, c2, c3, c4, c5, E, NDIM), BLOCK)
+        return normal_run(key, step, base + offset_of(column, c1, c2, c3, c4, c5, E, NDIM), BLOCK)
     else:
-        return normal_at(key, step, base + _offset(c0, c1, c2, c3, c4, c5, E, NDIM))
+        return normal_at(key, step, base + offset_of(c0, c1, c2, c3, c4, c5, E, NDIM))
 
 
 @triton.jit(do_not_specialize=["seed", "inverse_n"])
@@ -50,9 +50,9 @@ def reparam_middle_kernel(
             if upstream == 1.0:
                 return
         factor *= upstream
-    _start, live, column, c0, c1, c2, c3, c4, c5 = _locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
-    x0 = tl.load(x0_ptr + _offset(c0, c1, c2, c3, c4, c5, X0, NDIM), mask=live, other=0).to(tl.float32)
-    at_s = _offset(c0, c1, c2, c3, c4, c5, S, NDIM)
+    _start, live, column, c0, c1, c2, c3, c4, c5 = locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
+    x0 = tl.load(x0_ptr + offset_of(c0, c1, c2, c3, c4, c5, X0, NDIM), mask=live, other=0).to(tl.float32)
+    at_s = offset_of(c0, c1, c2, c3, c4, c5, S, NDIM)
     total = x0 * 0.0
     mean = x0 * 0.0
     behind = x0 * 0.0  # P_{k-1} - X_{k-1}
@@ -70,20 +70,20 @@ def reparam_middle_kernel(
         behind = r
         if HAS_NOISE:
             if k < M - 1:
-                key = _key(seed, SEED_ON_DEVICE)
+                key = key_of(seed, SEED_ON_DEVICE)
                 step = tl.full([], k, tl.int64)
-                z = _normals(key, step, 0, column, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, BLOCK)
+                z = normals(key, step, 0, column, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, BLOCK)
                 behind = r - tl.load(w_ptr + k) * tl.where(live, z, 0.0)
 
     if mean_ptr is not None:
-        at_mean = _offset(c0, c1, c2, c3, c4, c5, MEAN, NDIM)
+        at_mean = offset_of(c0, c1, c2, c3, c4, c5, MEAN, NDIM)
         tl.store(mean_ptr + at_mean, (mean * (1.0 / M)).to(mean_ptr.dtype.element_ty), mask=live)
     if grad_ptr is not None:
         from_mean = x0 * 0.0
         if grad_mean_ptr is not None:
-            at_gmean = _offset(c0, c1, c2, c3, c4, c5, GMEAN, NDIM)
+            at_gmean = offset_of(c0, c1, c2, c3, c4, c5, GMEAN, NDIM)
             from_mean = tl.load(grad_mean_ptr + at_gmean, mask=live, other=0).to(tl.float32) * (1.0 / M)
-        at_grad = _offset(c0, c1, c2, c3, c4, c5, GRAD, NDIM)
+        at_grad = offset_of(c0, c1, c2, c3, c4, c5, GRAD, NDIM)
         a = x0 * 0.0
         for back in tl.static_range(M):
             # k = M - 1 - back, written out: a constexpr cannot be assigned twice.
@@ -109,17 +109,17 @@ def noise_mix_kernel(
     NOISE_RUN: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """z = γ·x + (1-γ)·ε of one block of one sample (of several, when there are more samples than programs)."""
-    _start, live, column, c0, c1, c2, c3, c4, c5 = _locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
-    key = _key(seed, SEED_ON_DEVICE)
+    _start, live, column, c0, c1, c2, c3, c4, c5 = locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
+    key = key_of(seed, SEED_ON_DEVICE)
     step = tl.full([], 0, tl.int64)
     for b in range(tl.program_id(1), batch, tl.num_programs(1)):
         sample = tl.full([], 0, tl.int64) + b
         gamma = tl.load(gamma_ptr + sample).to(tl.float32)
-        at_x = sample * x_sample + _offset(c0, c1, c2, c3, c4, c5, X, NDIM)
+        at_x = sample * x_sample + offset_of(c0, c1, c2, c3, c4, c5, X, NDIM)
         x = tl.load(x_ptr + at_x, mask=live, other=0).to(tl.float32)
-        e = _normals(key, step, sample * numel, column, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, BLOCK)
+        e = normals(key, step, sample * numel, column, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, BLOCK)
         z = gamma * x + (1.0 - gamma) * e
-        at_z = sample * z_sample + _offset(c0, c1, c2, c3, c4, c5, Z, NDIM)
+        at_z = sample * z_sample + offset_of(c0, c1, c2, c3, c4, c5, Z, NDIM)
         tl.store(z_ptr + at_z, z.to(z_ptr.dtype.element_ty), mask=live)
 
 
@@ -131,20 +131,20 @@ def noise_mix_backward_kernel(
     NOISE_RUN: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """gx = γ·gz, and this block's share of dγ = Σ gz·(x - ε), with ε drawn again."""
-    _start, live, column, c0, c1, c2, c3, c4, c5 = _locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
-    key = _key(seed, SEED_ON_DEVICE)
+    _start, live, column, c0, c1, c2, c3, c4, c5 = locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
+    key = key_of(seed, SEED_ON_DEVICE)
     step = tl.full([], 0, tl.int64)
     for b in range(tl.program_id(1), batch, tl.num_programs(1)):
         sample = tl.full([], 0, tl.int64) + b
-        at_gz = sample * gz_sample + _offset(c0, c1, c2, c3, c4, c5, GZ, NDIM)
+        at_gz = sample * gz_sample + offset_of(c0, c1, c2, c3, c4, c5, GZ, NDIM)
         gz = tl.load(gz_ptr + at_gz, mask=live, other=0).to(tl.float32)
         if gx_ptr is not None:
             gamma = tl.load(gamma_ptr + sample).to(tl.float32)
-            at_gx = sample * gx_sample + _offset(c0, c1, c2, c3, c4, c5, GX, NDIM)
+            at_gx = sample * gx_sample + offset_of(c0, c1, c2, c3, c4, c5, GX, NDIM)
             tl.store(gx_ptr + at_gx, (gamma * gz).to(gx_ptr.dtype.element_ty), mask=live)
         if partial_ptr is not None:
-            at_x = sample * x_sample + _offset(c0, c1, c2, c3, c4, c5, X, NDIM)
+            at_x = sample * x_sample + offset_of(c0, c1, c2, c3, c4, c5, X, NDIM)
             x = tl.load(x_ptr + at_x, mask=live, other=0).to(tl.float32)
-            e = _normals(key, step, sample * numel, column, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, BLOCK)
+            e = normals(key, step, sample * numel, column, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, BLOCK)
             share = tl.sum(tl.where(live, gz * (x - e), 0.0), axis=0)
             tl.store(partial_ptr + sample * tl.num_programs(0) + tl.program_id(0), share)

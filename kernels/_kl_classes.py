@@ -7,7 +7,8 @@ plain additions. Equations, bytes and launch plans stand in losses.py.
 import triton
 import triton.language as tl
 
-from ._kl_common import gap_of, near_terms, reduce_last, row_factor, scalar, store_gradient
+from ._kl_common import gap_of, near_terms, row_factor, scalar, store_gradient
+from ._reduce import reduce_last
 
 
 @triton.jit

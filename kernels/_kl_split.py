@@ -7,8 +7,9 @@ writes the gradients: 5N like the two-pass kernel, by as many programs as the ma
 import triton
 import triton.language as tl
 
-from ._kl_common import reduce_last, row_factor, scalar
+from ._kl_common import row_factor, scalar
 from ._kl_two_pass import second_pass
+from ._reduce import reduce_last
 
 
 @triton.jit

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from ._kl_common import gap_of, near_terms, reduce_last, row_factor, scalar, store_gradient
+from ._kl_common import gap_of, near_terms, row_factor, scalar, store_gradient
 from ._kl_labels import label_gradient, label_loss, label_of
+from ._reduce import reduce_last
 
 
 @triton.jit

@@ -8,9 +8,10 @@ log p - log q (what the two log-sum-exps leave behind) drops out of both.
 import triton
 import triton.language as tl
 
-from ._kl_common import reduce_last, row_factor, scalar, store_gradient
+from ._kl_common import row_factor, scalar, store_gradient
 from ._kl_rows import _over_classes, _per_row
 from ._pair_terms import binary_terms, clamped_gap, odds, pair_terms, without_target
+from ._reduce import reduce_last
 
 
 @triton.jit

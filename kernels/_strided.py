@@ -40,6 +40,15 @@ class Walk:
     wide: bool
 
 
+def contiguous(shape: Sequence[int]) -> Strides:
+    """Strides of a dense row-major tensor."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
 def iteration_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
     """Dimensions from the outermost to the innermost in memory; ties keep their place."""
     return tuple(sorted(range(len(shape)), key=lambda dim: (-strides[dim], -shape[dim], dim)))

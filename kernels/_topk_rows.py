@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from ._kl_common import near_terms, reduce_last, row_factor, scalar
+from ._kl_common import near_terms, row_factor, scalar
+from ._reduce import reduce_last
 
 
 @triton.jit

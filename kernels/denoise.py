@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._denoise_bodies import denoise_step_backward_kernel, denoise_step_kernel
-from ._strided import Strides, Walk, iteration_order, walk
+from ._strided import Strides, Walk, contiguous, iteration_order, walk
 from .launch import device_guard, launch
 
 #: Where a program of few elements is better: below this many, small blocks fill more multiprocessors.
@@ -104,14 +104,6 @@ def _frame(shape: tuple[int, ...], rows: int, strides: Strides, guidance: Guidan
     return _Frame(frame, (0, *strides), (second, *strides), cond, uncond, 2 if partial else -1, True)
 
 
-def _contiguous(shape: Sequence[int]) -> Strides:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
-
-
 class _Geometry(NamedTuple):
     """Everything of a launch that follows from shapes and strides."""
 
@@ -161,7 +153,7 @@ def _geometry(
     if frame.doubled:
         walked["OWN"] = frame.own
     if seeded:
-        walked["E"] = _contiguous(frame.shape)
+        walked["E"] = contiguous(frame.shape)
     order = iteration_order(frame.shape, walked["Y"])
     plan = walk(frame.shape, order, tuple(walked.values()), pinned=frame.pinned, aligned=8)
     grid, constants = _launch_constants(plan)

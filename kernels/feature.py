@@ -28,29 +28,15 @@ _feature_bodies.py.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
 from ._feature_bodies import noise_mix_backward_kernel, noise_mix_kernel, reparam_middle_kernel
-from ._strided import Strides, Walk, iteration_order, walk
+from ._feature_plan import MAX_GRID_Y, FeaturePlan, blocks, mix_plan, walked
+from ._strided import Strides
 from .launch import arrival_counter, device_guard, launch
 
 #: More branches than this take the reference: their residuals no longer fit in registers.
 MAX_BRANCHES = 64
-#: What CUDA allows along the second grid dimension; programs loop over further samples.
-MAX_GRID_Y = 65535
-
-
-@dataclass(frozen=True)
-class FeaturePlan:
-    """What one launch looks like: elements a program, and its warps."""
-
-    block: int
-    num_warps: int
 
 
 def recursion_plan(numel: int, branches: int, itemsize: int) -> FeaturePlan:
@@ -64,50 +50,6 @@ def recursion_plan(numel: int, branches: int, itemsize: int) -> FeaturePlan:
     each = 16 // itemsize if branches <= 10 else 4 if branches <= 16 else 2 if branches <= 32 else 1
     warps = 4 if numel >= 1 << 16 else 1
     return FeaturePlan(32 * warps * each, warps)
-
-
-def mix_plan(numel: int) -> FeaturePlan:
-    """Eight elements a thread, so that 16-bit features move 16 bytes a load; ``numel`` of one sample."""
-    return FeaturePlan(1024, 4) if numel >= 4096 else FeaturePlan(256, 1)
-
-
-def _contiguous(shape: Sequence[int]) -> Strides:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
-
-
-@functools.lru_cache(maxsize=1024)
-def _walked(
-    shape: tuple[int, ...], strides: tuple[Strides | None, ...], noise: bool
-) -> tuple[Walk, tuple[Strides | None, ...], Strides | None, bool]:
-    """One walk over all operands (the first decides the order): it, their strides, E's, and whether E runs."""
-    operands = [own for own in strides if own is not None]
-    every = [*operands, _contiguous(shape)] if noise else operands
-    plan = walk(shape, iteration_order(shape, operands[0]), tuple(every), aligned=8)
-    found = iter(plan.strides)
-    walked = tuple(next(found) if own is not None else None for own in strides)
-    element = plan.strides[-1] if noise else None
-    # Four neighbours share a Philox counter where a block holds whole groups of them.
-    run = element is not None and plan.rows and element[0] == 1 and not any(s % 4 for s in element[1:])
-    return plan, walked, element, run
-
-
-def _blocks(plan: Walk, chosen: FeaturePlan) -> tuple[int, dict[str, Any]]:
-    """Programs of one walk, and the compile-time constants that all kernels share."""
-    rows, length = (plan.numel // plan.inner, plan.inner) if plan.rows else (1, plan.numel)
-    constants = {
-        "SIZES": plan.sizes,
-        "NDIM": plan.ndim,
-        "ROWS": plan.rows,
-        "WIDE": plan.wide,
-        "BLOCK": chosen.block,
-        "num_warps": chosen.num_warps,
-        "enable_fp_fusion": True,
-    }
-    return rows * -(-length // chosen.block), constants
 
 
 def reparam_middle(
@@ -148,7 +90,7 @@ def reparam_middle(
     count, shape = branches.shape[0], tuple(target.shape)
     if target.numel() == 0:
         return
-    plan, found, element, run = _walked(
+    plan, found, element, run = walked(
         shape,
         (
             branches.stride()[1:],
@@ -159,7 +101,7 @@ def reparam_middle(
         ),
         noise_scale is not None,
     )
-    programs, constants = _blocks(plan, recursion_plan(plan.numel, count, branches.itemsize))
+    programs, constants = blocks(plan, recursion_plan(plan.numel, count, branches.itemsize))
     with device_guard(branches):
         launch(
             reparam_middle_kernel,
@@ -218,12 +160,12 @@ def noise_mix(x: torch.Tensor, gamma: torch.Tensor, z: torch.Tensor, seed: int |
     """
     if x.numel() == 0:
         return
-    plan, (xs, zs), element, run = _walked(_sample_shape(x), (_sample_strides(x), _sample_strides(z)), True)
-    blocks, constants = _blocks(plan, mix_plan(plan.numel))
+    plan, (xs, zs), element, run = walked(_sample_shape(x), (_sample_strides(x), _sample_strides(z)), True)
+    programs, constants = blocks(plan, mix_plan(plan.numel))
     with device_guard(x):
         launch(
             noise_mix_kernel,
-            (blocks, min(x.shape[0], MAX_GRID_Y)),
+            (programs, min(x.shape[0], MAX_GRID_Y)),
             x,
             gamma,
             z,
@@ -259,13 +201,13 @@ def noise_mix_backward(
         _sample_strides(x) if want_gamma else None,
         None if grad_x is None else _sample_strides(grad_x),
     )
-    plan, (gzs, xs, gxs), element, run = _walked(_sample_shape(x), strides, True)
-    blocks, constants = _blocks(plan, mix_plan(plan.numel))
-    partial = x.new_empty((x.shape[0], blocks), dtype=torch.float32) if want_gamma else None
+    plan, (gzs, xs, gxs), element, run = walked(_sample_shape(x), strides, True)
+    programs, constants = blocks(plan, mix_plan(plan.numel))
+    partial = x.new_empty((x.shape[0], programs), dtype=torch.float32) if want_gamma else None
     with device_guard(x):
         launch(
             noise_mix_backward_kernel,
-            (blocks, min(x.shape[0], MAX_GRID_Y)),
+            (programs, min(x.shape[0], MAX_GRID_Y)),
             grad_z,
             x if want_gamma else None,
             gamma,
@@ -288,4 +230,4 @@ def noise_mix_backward(
         )
     if partial is None:
         return None
-    return partial.view(-1) if blocks == 1 else partial.sum(1)
+    return partial.view(-1) if programs == 1 else partial.sum(1)

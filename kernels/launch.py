@@ -84,17 +84,15 @@ def as_rows(tensors: Sequence[torch.Tensor], dim: int) -> RowLayout | None:
 _counters: dict[tuple[int | None, int], torch.Tensor] = {}
 
 
-def arrival_counter(device: torch.device) -> torch.Tensor:
-    """A zero that kernels count their finished programs in, and leave at zero.
+def arrival_counter(device: torch.device, count: int = 1) -> torch.Tensor:
+    """Zeros, at least ``count``, that kernels count their finished programs in, and leave at zero.
 
-    One a stream, since launches of two streams may overlap. While a graph is captured it is a fresh one:
+    One set a stream, since launches of two streams may overlap. While a graph is captured it is a fresh one:
     memory of the graph's pool must not outlive it in a cache.
     """
-    if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    if key not in _counters or _counters[key].numel() < count:
+        _counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
     return _counters[key]

@@ -206,7 +206,7 @@ def test_an_absent_peer_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         peer("broken_peer")
 
 
-@pytest.mark.parametrize("suite", ["denoise", "replay", "data"])
+@pytest.mark.parametrize("suite", ["denoise", "replay", "data", "synth"])
 def test_suites_run_and_agree_on_the_cpu(suite: str, tmp_path: Path) -> None:
     """Every provider of a suite that is installed is right; a trial of the smallest sizes."""
     lines: list[str] = []

@@ -32,6 +32,12 @@ def test_soft_labels_are_the_papers_loss(outputs: tuple[torch.Tensor, ...]) -> N
     torch.testing.assert_close(ours, theirs)
 
 
+def test_pixels_of_segmentation_logits_count_as_samples() -> None:
+    student, teacher = (torch.randn(2, 5, 3, 4, dtype=torch.float64) for _ in range(2))
+    rows = [logits.movedim(1, -1).reshape(-1, 5) for logits in (student, teacher)]
+    torch.testing.assert_close(DMKD()(student, teacher), soft(*rows, 10.0))
+
+
 @pytest.mark.parametrize("hard", ["stored", "teacher"])
 def test_hard_labels_are_cross_entropy_and_both_is_the_sum(
     outputs: tuple[torch.Tensor, ...], hard: str

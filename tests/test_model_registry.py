@@ -119,3 +119,39 @@ def test_timm_missing_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtraError, match=r"kdfast\[models\]"):
         create_model("timm:resnet18", 10)
+
+
+class _FakeTorchvision(ModuleType):
+    """Stands in for torchvision.models, which does not import beside the CPU build of torch."""
+
+    def __init__(self) -> None:
+        super().__init__("torchvision.models")
+        self.calls: list[tuple[str, dict[str, object]]] = []
+
+    def list_models(self) -> list[str]:
+        return ["shufflenet_v2_x0_5", "shufflenet_v2_x1_0"]
+
+    def get_model(self, name: str, **options: object) -> nn.Module:
+        self.calls.append((name, options))
+        return nn.Identity()
+
+
+def test_torchvision_names_go_to_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = _FakeTorchvision()
+    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    create_model("torchvision:shufflenet_v2_x1_0", 1000, pretrained=True)
+    create_model("torchvision:shufflenet_v2_x0_5", 7)
+    assert models.calls == [
+        ("shufflenet_v2_x1_0", {"weights": "IMAGENET1K_V1", "num_classes": 1000}),
+        ("shufflenet_v2_x0_5", {"weights": None, "num_classes": 7}),
+    ]
+    with pytest.raises(
+        ValueError, match=r"torchvision has no model .*; did you mean torchvision:shufflenet_v2"
+    ):
+        create_model("torchvision:shufflenet_v2", 10)
+    with pytest.raises(ValueError, match="its weights for 1000 classes; got 3 and 10"):
+        create_model("torchvision:shufflenet_v2_x1_0", 10, pretrained=True)
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(MissingExtraError, match=r"kdfast\[models\]"):
+        create_model("torchvision:shufflenet_v2_x1_0", 10)

@@ -53,7 +53,7 @@ class Case:
     """One row of work, done by several providers on the same inputs.
 
     Attributes:
-        suite: ``"losses"``, ``"denoise"``, ``"replay"`` or ``"data"``.
+        suite: One of :data:`kdfast.benchmarks.SUITES`.
         name: What is done.
         params: Sizes, for people and for matching rows of two runs.
         turns: Rotating inputs: turn ``i`` of every provider has the same input.

@@ -142,6 +142,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     loader: Annotated[str, typer.Option(help="For shards: dali or torch.")] = "dali",
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the result here, for a report.", metavar="DIR")
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -156,6 +159,7 @@ def evaluate(
         "batch_size": batch_size,
         "device": device,
         "loader": loader,
+        "out": None if out is None else str(out),
     }
     _show(work.run(build_config(work.EvalConfig, values, source="eval"), progress=not quiet), as_json)
 
@@ -241,7 +245,7 @@ def bench(
     ] = None,
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="losses, denoise, replay or data; may be repeated.", show_default="all"),
+        typer.Option(help="losses, denoise, replay, data or synth; may be repeated.", show_default="all"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller cases.")] = False,

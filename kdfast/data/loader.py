@@ -14,6 +14,7 @@ from kdfast.data.preflight import Fault, RecordTable, check_shards
 from kdfast.data.reader import RecordReader
 from kdfast.data.schedule import Schedule
 from kdfast.errors import CheckpointError, ShardError
+from kdfast.profiling import annotate, each
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -144,7 +145,7 @@ class ShardLoader:
             plan = [batch[~np.isin(batch, list(self._dropped))] for batch in plan]
         decoding = self._decoder.run(plan)
         try:
-            for number, (records, images, failures) in enumerate(decoding, first):
+            for number, (records, images, failures) in enumerate(each("loader.decode", decoding), first):
                 self._quarantine(failures)
                 self._settled = False
                 self._epoch, self._batch = epoch, number + 1
@@ -155,6 +156,7 @@ class ShardLoader:
         finally:
             decoding.close()  # type: ignore[attr-defined]
 
+    @annotate("loader.finish")
     def _finish(self, records: np.ndarray, images: torch.Tensor, epoch: int, number: int) -> Batch:
         if self._augment is not None:
             words = [self._schedule.seed, epoch, number, self._schedule.rank]

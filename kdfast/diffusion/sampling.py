@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdfast.profiling import annotate
+
 _CLASS_BITS = 24
 _INDEX_BITS = 40
 
@@ -79,6 +81,7 @@ def step_seeds(
     return torch.tensor([int(word) for word in words], dtype=torch.int64)
 
 
+@annotate("sample_latents")
 @torch.no_grad()
 def sample_latents(
     denoiser: torch.nn.Module,

@@ -21,6 +21,7 @@ from kdfast.diffusion.schedulers_common import (
 )
 from kdfast.functional.denoise import Order, guidance
 from kdfast.ops import denoise as ops
+from kdfast.profiling import annotate
 
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -37,6 +38,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
 
     keep_pred_original: bool = True
 
+    @annotate("DDIMScheduler.step")
     def step(
         self,
         model_output: Tensor,
@@ -77,6 +79,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
             return_dict,
         )
 
+    @annotate("DDIMScheduler.step_cfg")
     def step_cfg(
         self,
         model_output: Tensor,

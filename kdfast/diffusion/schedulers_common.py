@@ -12,6 +12,7 @@ from torch import Tensor
 from kdfast.errors import require
 from kdfast.functional.denoise import Order, guidance
 from kdfast.ops.denoise import COLUMNS, Guidance, guided_output
+from kdfast.profiling import annotate
 
 diffusers = require("diffusers", extra="diffusion", feature="kdfast.diffusion")
 
@@ -149,6 +150,7 @@ def draw_noise(
 class GuidedStep:
     """Adds :meth:`step_cfg` to a scheduler that has a ``_fused`` step."""
 
+    @annotate("scheduler.step_cfg")
     def step_cfg(
         self,
         model_output: Tensor,

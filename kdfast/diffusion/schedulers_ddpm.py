@@ -22,6 +22,7 @@ from kdfast.diffusion.schedulers_common import (
     unguided,
 )
 from kdfast.ops import denoise as ops
+from kdfast.profiling import annotate
 
 
 class DDPMScheduler(GuidedStep, diffusers.DDPMScheduler):  # type: ignore[misc, name-defined]
@@ -36,6 +37,7 @@ class DDPMScheduler(GuidedStep, diffusers.DDPMScheduler):  # type: ignore[misc, 
 
     keep_pred_original: bool = True
 
+    @annotate("DDPMScheduler.step")
     def step(
         self,
         model_output: Tensor,

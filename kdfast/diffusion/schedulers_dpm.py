@@ -30,6 +30,7 @@ from kdfast.diffusion.schedulers_common import (
 )
 from kdfast.errors import ConfigError
 from kdfast.ops import denoise as ops
+from kdfast.profiling import annotate
 
 
 class DPMSolverMultistepScheduler(GuidedStep, diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc, name-defined]
@@ -41,6 +42,7 @@ class DPMSolverMultistepScheduler(GuidedStep, diffusers.DPMSolverMultistepSchedu
 
     model_outputs: list[Any]
 
+    @annotate("DPMSolverMultistepScheduler.step")
     def step(
         self,
         model_output: Tensor,

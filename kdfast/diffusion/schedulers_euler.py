@@ -22,6 +22,7 @@ from kdfast.diffusion.schedulers_common import (
     table_dtype,
 )
 from kdfast.ops import denoise as ops
+from kdfast.profiling import annotate
 
 logger = diffusers.utils.logging.get_logger(__name__)
 
@@ -105,6 +106,7 @@ class EulerDiscreteScheduler(GuidedStep, diffusers.EulerDiscreteScheduler):  # t
 
     keep_pred_original: bool = True
 
+    @annotate("EulerDiscreteScheduler.step")
     def step(
         self,
         model_output: Tensor,
@@ -207,6 +209,7 @@ class EulerAncestralDiscreteScheduler(GuidedStep, diffusers.EulerAncestralDiscre
 
     keep_pred_original: bool = True
 
+    @annotate("EulerAncestralDiscreteScheduler.step")
     def step(
         self,
         model_output: Tensor,
@@ -298,6 +301,7 @@ class FlowMatchEulerDiscreteScheduler(GuidedStep, diffusers.FlowMatchEulerDiscre
     ``stochastic_sampling`` y = (1 − σ')·(x − σ·o) + σ'·z.
     """
 
+    @annotate("FlowMatchEulerDiscreteScheduler.step")
     def step(
         self,
         model_output: Tensor,

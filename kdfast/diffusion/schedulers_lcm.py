@@ -21,6 +21,7 @@ from kdfast.diffusion.schedulers_common import (
 )
 from kdfast.diffusion.schedulers_ddpm import x0_columns
 from kdfast.ops import denoise as ops
+from kdfast.profiling import annotate
 
 _SIGMA_DATA = 0.5
 
@@ -32,6 +33,7 @@ class LCMScheduler(GuidedStep, diffusers.LCMScheduler):  # type: ignore[misc, na
     another pass.
     """
 
+    @annotate("LCMScheduler.step")
     def step(
         self,
         model_output: Tensor,

@@ -19,6 +19,7 @@ from kdfast.diffusion.parts import check_same_run, joined, merge_parts, part_dir
 from kdfast.diffusion.sources import ModelSource, PipelineSource, Sampling, fingerprint
 from kdfast.diffusion.subjects import make_source
 from kdfast.errors import ConfigError, DataError
+from kdfast.profiling import annotate, phase
 
 _ATTEMPTS = 4
 #: Gives each image a number: called with uint8 ``[B, 3, H, W]`` and int64 labels ``[B]``, both on the CPU.
@@ -126,6 +127,7 @@ class Synthesizer:
         self.class_names = None if class_names is None else tuple(class_names)
         self.weights_id = weights_id if weights_id is not None else fingerprint(*self.source.modules())
 
+    @annotate("synthesizer.sample")
     def sample(
         self, classes: Sequence[int], indices: Sequence[int]
     ) -> tuple[torch.Tensor, list[dict[str, int]]]:
@@ -334,7 +336,8 @@ class _Finish:
         targets = torch.tensor(labels)
         if self._scores is not None:
             self._scores.add(pixels, targets)
-        self._writer.write(pixels, targets)
+        with phase("synthesizer.write"):
+            self._writer.write(pixels, targets)
         self.done += len(labels)
 
 

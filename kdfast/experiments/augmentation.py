@@ -10,6 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from kdfast.data.augment import padded_crop, random_flip
+from kdfast.data.randaugment import grey, rand_augment
+from kdfast.data.regimes import random_erase
 from kdfast.data.segmentation import IGNORE
 from kdfast.errors import ConfigError
 
@@ -19,7 +21,8 @@ class Augmentation:
     """Apply the named augmentations in order; images ``[B, C, H, W]`` in [0, 1].
 
     Attributes:
-        names: ``crop``, ``resized_crop``, ``flip``; ``scale_crop`` for images with masks.
+        names: ``crop``, ``resized_crop``, ``flip``, ``rand_augment``, ``color_jitter``, ``erase``; ``scale_crop`` for
+            images with masks.
         image_size: Side of what ``resized_crop`` returns.
     """
 
@@ -39,9 +42,16 @@ class Augmentation:
                 images = resized_crop(images, self.image_size, generator)
             elif name == "flip":
                 images = random_flip(images, generator)
+            elif name == "rand_augment":
+                images = rand_augment(images, generator, n=2, magnitude=9)
+            elif name == "color_jitter":
+                images = color_jitter(images, generator)
+            elif name == "erase":
+                images = random_erase(images, generator, p=0.25)
             else:
                 raise ConfigError(
-                    f"augment: got {name!r}, accepted for classification: crop, resized_crop, flip"
+                    f"augment: got {name!r}, accepted for classification: crop, resized_crop, flip, rand_augment, "
+                    "color_jitter, erase"
                 )
         return images
 
@@ -63,6 +73,17 @@ class Augmentation:
             else:
                 raise ConfigError(f"augment: got {name!r}, accepted for segmentation: scale_crop, flip")
         return images, masks
+
+
+def color_jitter(images: torch.Tensor, generator: torch.Generator, *, strength: float = 0.4) -> torch.Tensor:
+    """Brightness, contrast and saturation, in this order, each by a factor of 1 ± ``strength`` an image."""
+    draws = 1 + strength * (2 * torch.rand(3, len(images), generator=generator, device=images.device) - 1)
+    brightness, contrast, saturation = draws.to(images.dtype)[:, :, None, None, None]
+    images = (images * brightness).clamp(0, 1)
+    middle = grey(images).mean((1, 2, 3), keepdim=True)
+    images = (middle + contrast * (images - middle)).clamp(0, 1)
+    plain = grey(images)
+    return (plain + saturation * (images - plain)).clamp(0, 1)
 
 
 def scale_crop(

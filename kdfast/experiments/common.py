@@ -28,6 +28,7 @@ from kdfast.training.trainer import Trainer
 Positive = Annotated[float, at.Gt(0)]
 NotNegative = Annotated[float, at.Ge(0)]
 Count = Annotated[int, at.Ge(1)]
+AugmentName = Literal["crop", "resized_crop", "flip", "rand_augment", "color_jitter", "erase", "scale_crop"]
 
 Labelled = LabelledImages | SegmentationFolder
 
@@ -43,17 +44,19 @@ class TrainingRecipe:
         epochs: Passes over the images.
         iterations: Optimiser steps instead of epochs.
         batch_size: Images a step and process (``accumulate`` times as many for one optimiser step).
-        optimizer: ``sgd`` or ``adamw``.
+        optimizer: ``sgd``, ``adamw`` or ``rmsprop``.
         lr: Highest learning rate.
         weight_decay: Its weight decay.
-        momentum: Of SGD.
+        momentum: Of SGD and RMSprop.
         nesterov: Of SGD.
-        schedule: ``constant``, ``multistep`` or ``cosine``.
+        schedule: ``constant``, ``multistep``, ``step``, ``cosine`` or ``poly``.
         milestones: Epochs at which ``multistep`` multiplies the rate by ``lr_decay``.
-        lr_decay: See there.
+        lr_decay: See there; also what ``step`` multiplies by.
+        decay_epochs: How often ``step`` does; may be a fraction.
         warmup_epochs: Linear warm-up.
         min_lr: Where ``cosine`` ends.
-        augment: Any of ``crop`` (4 pixels of padding), ``resized_crop`` (8 to 100 % of the area), ``flip``; for
+        augment: Any of ``crop`` (4 pixels of padding), ``resized_crop`` (8 to 100 % of the area), ``flip``,
+            ``rand_augment`` (two operations at 9 of 30), ``color_jitter`` (0.4), ``erase`` (a quarter of them); for
             segmentation ``scale_crop`` (0.5 to 2 times) and ``flip``.
         accumulate: Batches that share an optimiser step.
         precision: ``fp32``, ``bf16`` or ``fp16``.
@@ -74,17 +77,18 @@ class TrainingRecipe:
     epochs: Count = 100
     iterations: Count | None = None
     batch_size: Count = 64
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "rmsprop"] = "sgd"
     lr: Positive = 0.05
     weight_decay: NotNegative = 5e-4
     momentum: Annotated[float, at.Ge(0), at.Lt(1)] = 0.9
     nesterov: bool = False
-    schedule: Literal["constant", "multistep", "cosine"] = "constant"
+    schedule: Literal["constant", "multistep", "step", "cosine", "poly"] = "constant"
     milestones: tuple[Positive, ...] = ()
     lr_decay: Positive = 0.1
+    decay_epochs: Positive = 1.0
     warmup_epochs: NotNegative = 0.0
     min_lr: NotNegative = 0.0
-    augment: tuple[Literal["crop", "resized_crop", "flip", "scale_crop"], ...] = ()
+    augment: tuple[AugmentName, ...] = ()
     accumulate: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     clip_grad_norm: Positive | None = None
@@ -104,10 +108,16 @@ class TrainingRecipe:
         self._schedule()  # refuses milestones that do not fit it
         if self.min_lr and (self.schedule != "cosine" or self.min_lr > self.lr):
             raise ConfigError(f"min_lr: got {self.min_lr}, accepted: 0, or with schedule cosine up to lr")
+        if self.decay_epochs != 1 and self.schedule != "step":
+            raise ConfigError(
+                f"decay_epochs: got {self.decay_epochs}, accepted: 1, or any with schedule step"
+            )
 
     def _schedule(self) -> ScheduleConfig:
         ratio = self.min_lr / self.lr
-        return ScheduleConfig(self.schedule, self.milestones, self.lr_decay, self.warmup_epochs, ratio)
+        return ScheduleConfig(
+            self.schedule, self.milestones, self.lr_decay, self.warmup_epochs, ratio, self.decay_epochs
+        )
 
     def trainer_config(self, *, progress: bool = True) -> TrainerConfig:
         """These fields, as the trainer wants them."""

@@ -40,7 +40,7 @@ class DistillConfig(TrainingRecipe):
 
     Attributes:
         method: One of :data:`kdfast.experiments.methods.METHODS`.
-        teacher: Directory of a trained network, or ``timm:NAME`` for timm's with its weights.
+        teacher: Directory of a trained network, or ``timm:NAME`` or ``torchvision:NAME`` for theirs with its weights.
         student: Name for :func:`kdfast.models.create_model`.
         task: ``classification``, or ``segmentation``, for which data are images beside PNG masks.
         data: What to train on: a directory of shards, or real labelled images (``digits``, a folder, ``hf:NAME``). Not
@@ -194,14 +194,14 @@ def load_teacher(source: str, data: str | None = None) -> tuple[nn.Module, Model
     """A trained network and what feeds it.
 
     Args:
-        source: Directory of a finished run, or ``timm:NAME``.
-        data: For ``timm:``, shards that say how many classes there are; 1000 without.
+        source: Directory of a finished run, ``timm:NAME`` or ``torchvision:NAME``.
+        data: For the latter two, shards that say how many classes there are; 1000 without.
 
     Raises:
         CheckpointError: It cannot be read.
-        ConfigError: timm has no such network.
+        ConfigError: timm or torchvision has no such network.
     """
-    if not source.startswith("timm:"):
+    if not source.startswith(("timm:", "torchvision:")):
         return load_model(source), load_model_config(source)
     num_classes = shard_classes(data) or 1000
     try:

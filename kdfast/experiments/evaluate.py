@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,10 +15,14 @@ from kdfast.data.loader import ShardLoader
 from kdfast.data.manifest import is_shard_folder
 from kdfast.data.segmentation import is_segmentation_folder, open_segmentation
 from kdfast.errors import DataError
+from kdfast.experiments.common import METRICS
+from kdfast.experiments.distill import load_teacher
 from kdfast.experiments.image_batches import ImageBatches
+from kdfast.experiments.synthetic_set import ProbabilityVariance, describe
+from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
 from kdfast.training.evaluate import evaluate_classification, evaluate_segmentation
-from kdfast.training.model_io import ModelConfig, load_model, load_model_config
+from kdfast.training.model_io import ModelConfig
 from kdfast.training.progress import Progress
 
 
@@ -26,13 +31,14 @@ class EvalConfig:
     """What to measure on what.
 
     Attributes:
-        checkpoint: Directory of a finished run, or its ``model.safetensors``.
+        checkpoint: Directory of a finished run, its ``model.safetensors``, or ``timm:NAME`` or ``torchvision:NAME``.
         data: ``digits``, a folder of images, ``hf:NAME``, a directory of shards, or a folder of ``images/`` and
             ``masks/`` (see :mod:`kdfast.data.segmentation`).
         split: ``train``, ``test`` or ``all``; shards have no splits.
         batch_size: Images a batch.
         device: ``auto`` takes the GPU if there is one.
         loader: For shards: ``dali`` or ``torch``.
+        out: Keep the result in this directory, for ``kdfast report``.
     """
 
     checkpoint: str
@@ -41,6 +47,7 @@ class EvalConfig:
     batch_size: int = 256
     device: Literal["auto", "cpu", "cuda"] = "auto"
     loader: Literal["dali", "torch"] = "dali"
+    out: str | None = None
 
 
 def run(config: EvalConfig, *, progress: bool = True) -> dict[str, Any]:
@@ -48,15 +55,17 @@ def run(config: EvalConfig, *, progress: bool = True) -> dict[str, Any]:
 
     Returns:
         ``accuracy``, ``top5_accuracy`` (from six classes on) and ``images``; for images with masks ``miou``,
-        ``pixel_accuracy`` and ``images``.
+        ``pixel_accuracy`` and ``images``. On shards also ``probability_variance``, how sharp the outputs are: the
+        variance of an image's class probabilities, averaged over images; and ``settings``, how they were sampled.
 
     Raises:
         CheckpointError: The network cannot be read.
         DataError: The data cannot be used, or has other classes.
     """
     device = make_accelerator(config.device).device
-    model_config = load_model_config(config.checkpoint)
-    model = load_model(config.checkpoint, device=device)
+    model, model_config = load_teacher(config.checkpoint, config.data)
+    model.to(device)
+    variance, settings = ProbabilityVariance(), describe(config.data)
     with ExitStack() as stack:
         batches, images = _open(config, model_config, device, stack)
         bar = stack.enter_context(Progress(enabled=progress)).task("eval", total=images, unit="img")
@@ -66,9 +75,22 @@ def run(config: EvalConfig, *, progress: bool = True) -> dict[str, Any]:
                 yield batch
                 bar.advance(len(batch[1]))
 
-        measure = evaluate_segmentation if is_segmentation_folder(config.data) else evaluate_classification
-        metrics = measure(model, counted(), num_classes=model_config.num_classes, device=device)
-    return {**metrics, "images": images}
+        known: dict[str, Any] = {"num_classes": model_config.num_classes, "device": device}
+        if is_segmentation_folder(config.data):
+            metrics = evaluate_segmentation(model, counted(), **known)
+        else:
+            metrics = evaluate_classification(model, counted(), observe=variance.update, **known)
+    result: dict[str, Any] = {**metrics, "images": images}
+    if settings:
+        result |= {
+            "probability_variance": variance.compute(),
+            "settings": {**settings, "network": config.checkpoint},
+        }
+    if config.out is not None:
+        with files.reporting_disk(Path(config.out)):
+            Path(config.out).mkdir(parents=True, exist_ok=True)
+        files.write_json(Path(config.out) / METRICS, result)
+    return result
 
 
 def _open(config: EvalConfig, model: ModelConfig, device: torch.device, stack: ExitStack) -> tuple[Any, int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from kdfast.errors import DataError
 from kdfast.experiments.methods import Plan, Setting
+from kdfast.experiments.synthetic_set import describe
 from kdfast.experiments.training_data import shard_classes
 from kdfast.methods.dmkd import DMKD, DMKDConfig
 
@@ -27,4 +30,11 @@ def build(setting: Setting) -> Plan:
                 f"data {data}: has {found} classes, accepted: the teacher's {setting.num_classes}"
             )
     method = DMKD(setting.teacher, config=config)
-    return Plan(setting.student, lambda model, batch: method.step(batch, model))
+    # What `kdfast report` plots accuracies against, known now, while the set is there.
+    settings = {**asdict(config), **describe(data), "student": setting.config.student}
+    settings["teacher"] = setting.config.teacher
+    return Plan(
+        setting.student,
+        lambda model, batch: method.step(batch, model),
+        facts=lambda: {"settings": settings},
+    )

@@ -21,7 +21,7 @@ METHOD = SSDKD
 NEEDS_DATA = False
 
 PICTURE = "samples-buffer.png"
-_COLUMNS, _ROWS = 10, 8
+_COLUMNS, _ROWS = 12, 10
 
 
 def build(setting: Setting) -> Plan:
@@ -136,31 +136,36 @@ class Rounds:
         }
 
     def leave(self, folder: Path) -> None:
-        """Write a grid of what the buffer holds, a class after the other."""
+        """Write a grid of what the buffer holds: a class a row, the images of highest priority first."""
         buffer = self.method.buffer
         if buffer is None:
             return
-        index = buffer.top_k(len(buffer)).index
         state = buffer.state_dict()
-        labels, rows = state["labels"].long(), state["rows"]
-        images = rows[by_class(labels, index, _COLUMNS * _ROWS).to(rows.device)]
+        order = buffer.top_k(len(buffer)).index.cpu()
+        images = class_rows(state["rows"].cpu()[order], state["labels"].cpu()[order])
         if images.shape[1] != 3:
             images = images[:, :1].expand(-1, 3, -1, -1)
         scale = max(1, round(64 / images.shape[-1]))
-        write_grid(folder / PICTURE, images.cpu(), columns=_COLUMNS, scale=scale)
+        write_grid(folder / PICTURE, images, columns=_COLUMNS, scale=scale)
 
 
-def by_class(labels: Tensor, index: Tensor, count: int) -> Tensor:
-    """Of the rows ``index``, in their order, about equally many of each class: ``count`` of them, sorted by class."""
-    labels = labels.cpu()[index.cpu()]
-    seen: dict[int, int] = {}
-    turns = []
-    for position, label in enumerate(labels.tolist()):
-        seen[label] = seen.get(label, 0) + 1
-        turns.append((seen[label], position))
-    chosen = torch.tensor([position for _, position in sorted(turns)[:count]], dtype=torch.int64)
-    chosen = chosen[torch.argsort(labels[chosen], stable=True)]
-    return index.cpu()[chosen]
+def class_rows(images: Tensor, labels: Tensor) -> Tensor:
+    """The first images of each class, a class a row; of many classes an even choice; black where a class has no more.
+
+    Args:
+        images: uint8 ``[N, C, H, W]``.
+        labels: Integers ``[N]``.
+
+    Returns:
+        uint8 ``[rows · columns, C, H, W]``.
+    """
+    classes = labels.unique()
+    picked = classes[torch.linspace(0, len(classes) - 1, min(_ROWS, len(classes))).round().long()]
+    sheet = images.new_zeros(len(picked), _COLUMNS, *images.shape[1:])
+    for row, label in zip(sheet, picked):
+        found = images[labels == label][:_COLUMNS]
+        row[: len(found)] = found
+    return sheet.flatten(0, 1)
 
 
 class PhaseClock:

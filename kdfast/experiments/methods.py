@@ -25,10 +25,20 @@ if TYPE_CHECKING:
     from kdfast.experiments.distill import DistillConfig
 
 METHODS = (
+    "at",
+    "diffkd",
+    "dist",
+    "dkd",
     "dmkd",
+    "fitnet",
+    "kd",
+    "rkd",
     "ssdkd",
     "surrogate",
 )
+
+# These are so alike that they share a module.
+_BASELINES = ("at", "dist", "dkd", "fitnet", "kd", "rkd")
 
 
 @dataclass(frozen=True)
@@ -106,5 +116,8 @@ class Method(Protocol):
 
 def get_method(name: str) -> Method:
     """The module of a method in :data:`METHODS`."""
+    if name in _BASELINES:
+        home: Any = importlib.import_module("kdfast.experiments.method_baselines")
+        return home.BASELINES[name]  # type: ignore[no-any-return]
     module: Any = importlib.import_module(f"kdfast.experiments.method_{name}")
     return module  # type: ignore[no-any-return]

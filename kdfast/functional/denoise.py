@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from kdfast.ops import denoise as ops
+from kdfast.profiling import annotate
 
 Order = Literal["cond_uncond", "uncond_cond"]
 
@@ -36,6 +37,7 @@ def guidance(
         raise TypeError(f"guidance_scale: must be a number or None, got {type(scale).__name__}") from None
 
 
+@annotate("denoise_step")
 def denoise_step(
     sample: Tensor,
     model_output: Tensor,

@@ -9,10 +9,12 @@ import torch
 from kdfast.functional._checks import check_rowwise, check_temperature
 from kdfast.functional.losses import Reduction, reduction_divisor
 from kdfast.ops import fused_linear as _fused
+from kdfast.profiling import annotate
 
 __all__ = ["fused_linear_kd_loss"]
 
 
+@annotate("fused_linear_kd_loss")
 def fused_linear_kd_loss(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,

@@ -18,6 +18,7 @@ from kdfast.functional._checks import (
     check_temperature,
 )
 from kdfast.ops import losses as _losses
+from kdfast.profiling import annotate
 from kdfast.reference.losses import compute_dtype
 
 Reduction = Literal["batchmean", "mean", "sum", "none", "rowmean"]
@@ -25,6 +26,7 @@ Reduction = Literal["batchmean", "mean", "sum", "none", "rowmean"]
 __all__ = ["KDStatistics", "Reduction", "distillation_loss", "kd_kl_div", "kd_statistics"]
 
 
+@annotate("kd_kl_div")
 def kd_kl_div(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -81,6 +83,7 @@ def kd_kl_div(
     return _losses.kd_kl(student, teacher, temperature, axis, row_weight, mask, divisor, reduction != "none")
 
 
+@annotate("distillation_loss")
 def distillation_loss(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -189,6 +192,7 @@ class KDStatistics(NamedTuple):
     agreement: torch.Tensor
 
 
+@annotate("kd_statistics")
 def kd_statistics(
     student: torch.Tensor,
     teacher: torch.Tensor,

@@ -11,12 +11,14 @@ from kdfast.functional._checks import check_dim, check_logits, check_rowwise, ch
 from kdfast.functional.losses import Reduction, reduction_divisor
 from kdfast.ops import losses as _losses
 from kdfast.ops import losses_more as _more
+from kdfast.profiling import annotate
 
 __all__ = ["Tail", "dist_loss", "dkd_loss", "jsd_loss", "topk_kd_loss"]
 
 Tail = Literal["bucket", "renormalize"]
 
 
+@annotate("jsd_loss")
 def jsd_loss(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -76,6 +78,7 @@ def jsd_loss(
     return _more.jsd(student, teacher, row)
 
 
+@annotate("dkd_loss")
 def dkd_loss(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -138,6 +141,7 @@ def dkd_loss(
     return _more.dkd(student, teacher, row)
 
 
+@annotate("topk_kd_loss")
 def topk_kd_loss(
     student: torch.Tensor,
     indices: torch.Tensor,
@@ -215,6 +219,7 @@ def topk_kd_loss(
     return _more.topk(student, logits, row)
 
 
+@annotate("dist_loss")
 def dist_loss(
     student: torch.Tensor,
     teacher: torch.Tensor,

@@ -6,13 +6,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdfast.methods.baselines import (
+        AT,
+        DIST,
+        DKD,
+        KD,
+        RKD,
+        ATConfig,
+        DISTConfig,
+        DKDConfig,
+        FitNet,
+        FitNetConfig,
+        KDConfig,
+        RKDConfig,
+    )
     from kdfast.methods.diffkd import DiffKD, DiffKDConfig
     from kdfast.methods.dmkd import DMKD, DMKDConfig
     from kdfast.methods.kdiffusion import Kdiffusion, KdiffusionConfig
     from kdfast.methods.ssdkd import SSDKD, SSDKDConfig
     from kdfast.methods.surrogate import SurrogateKD, SurrogateKDConfig
 
+_BASELINES = ("AT", "DIST", "DKD", "FitNet", "KD", "RKD")
 _HOME = {
+    **{name: "baselines" for name in _BASELINES},
+    **{f"{name}Config": "baselines" for name in _BASELINES},
     "DiffKD": "diffkd",
     "DiffKDConfig": "diffkd",
     "DMKD": "dmkd",
@@ -26,13 +43,25 @@ _HOME = {
 }
 
 __all__ = [
+    "AT",
+    "DIST",
+    "DKD",
     "DMKD",
+    "KD",
+    "RKD",
     "SSDKD",
+    "ATConfig",
+    "DISTConfig",
+    "DKDConfig",
     "DMKDConfig",
     "DiffKD",
     "DiffKDConfig",
+    "FitNet",
+    "FitNetConfig",
+    "KDConfig",
     "Kdiffusion",
     "KdiffusionConfig",
+    "RKDConfig",
     "SSDKDConfig",
     "SurrogateKD",
     "SurrogateKDConfig",

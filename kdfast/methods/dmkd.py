@@ -105,8 +105,8 @@ class DMKD:
         """The loss of a batch.
 
         Args:
-            student_out: The student's logits ``[B, C]``.
-            teacher_out: The teacher's ``[B, C]``; not needed for stored hard labels alone.
+            student_out: The student's logits ``[B, C]``, or ``[B, C, H, W]`` of pixels.
+            teacher_out: The teacher's, of the same shape; not needed for stored hard labels alone.
             target: int64 ``[B]``, the stored class labels; needed for those only.
             mixed_target: int64 ``[B]``, the labels of what was mixed in.
             lam: Share of the image that ``target`` stands for, a number or ``[B]``; with ``mixed_target``.
@@ -120,7 +120,9 @@ class DMKD:
         config = self.config
         loss = student_out.new_zeros((), dtype=torch.float32)
         if config.labels != "hard":
-            loss = kd_kl_div(student_out, _given(teacher_out, "teacher_out", config), config.temperature)
+            taught = _given(teacher_out, "teacher_out", config)
+            # Over rows: the batch, or of segmentation logits every pixel.
+            loss = kd_kl_div(student_out, taught, config.temperature, dim=1, reduction="rowmean")
         if config.labels == "soft":
             return loss
         if config.hard_labels == "teacher":

@@ -79,7 +79,7 @@ def create_model(name: str, num_classes: int, *, in_channels: int = 3, **kwargs:
     understood.
 
     Args:
-        name: A name from :func:`list_models`, ``wrn_D_K``, or ``timm:NAME`` for a network of timm's.
+        name: A name from :func:`list_models`, ``wrn_D_K``, or ``timm:NAME`` or ``torchvision:NAME`` for one of theirs.
         num_classes: Outputs of the classifier, at least 1.
         in_channels: Channels of the images, at least 1.
         **kwargs: Options of that network, e.g. ``stem="imagenet"`` for resnet18/34/50; for ``timm:`` those of
@@ -97,6 +97,8 @@ def create_model(name: str, num_classes: int, *, in_channels: int = 3, **kwargs:
             raise ValueError(f"{argument} is at least 1, got {value}")
     if name.startswith("timm:"):
         return _create_timm(name.removeprefix("timm:"), num_classes, in_channels, kwargs)
+    if name.startswith("torchvision:"):
+        return _create_torchvision(name.removeprefix("torchvision:"), num_classes, in_channels, kwargs)
     builder = _find(name)
     _check_options(name, builder, kwargs)
     return builder(num_classes, in_channels=in_channels, **kwargs)
@@ -138,6 +140,26 @@ def _create_timm(name: str, num_classes: int, in_channels: int, options: dict[st
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(f'timm:{other}' for other in near)}?" if near else ""
         raise ValueError(f"timm has no model {name!r}{hint}") from error
+    return model
+
+
+def _create_torchvision(
+    name: str, num_classes: int, in_channels: int, options: dict[str, object]
+) -> nn.Module:
+    """For the networks that timm does not have (ShuffleNetV2); ``pretrained`` are torchvision's first weights."""
+    models = require("torchvision.models", extra="models", feature=f"model 'torchvision:{name}'")
+    if name not in models.list_models():
+        near = difflib.get_close_matches(name, models.list_models(), n=3)
+        hint = f"; did you mean {', '.join(f'torchvision:{other}' for other in near)}?" if near else ""
+        raise ValueError(f"torchvision has no model {name!r}{hint}")
+    pretrained = bool(options.pop("pretrained", False))
+    if in_channels != 3 or (pretrained and num_classes != 1000):
+        raise ValueError(
+            f"model 'torchvision:{name}' is for 3 channels, and its weights for 1000 classes; got {in_channels} and "
+            f"{num_classes}"
+        )
+    weights = "IMAGENET1K_V1" if pretrained else None
+    model: nn.Module = models.get_model(name, weights=weights, num_classes=num_classes, **options)
     return model
 
 

@@ -7,8 +7,31 @@ from collections.abc import Sequence
 
 import torch
 
+from kdfast.backend import resolve
+
 #: A host float, or a 0-d tensor that is read on the device.
 Value = torch.Tensor | float
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_plain(student: torch.Tensor, teacher: torch.Tensor) -> bool:
+    """Whether tensors are what they seem, with memory of their own, and this call runs once and now.
+
+    Not so while torch.compile traces, inside torch.func's transforms (vmap, grad, jvp), and for tensors of other
+    classes (fake, distributed): all of these want to see operators that they know.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # the only way to tell, and what torch itself asks
+        and type(student) in _PLAIN
+        and type(teacher) in _PLAIN
+    )
+
+
+def takes_reference(student: torch.Tensor, teacher: torch.Tensor) -> bool:
+    """Where no kernel can run: by backend and dtype, and for tensors without memory of their own."""
+    looked_into = not torch.compiler.is_compiling() and not is_plain(student, teacher)
+    return looked_into or resolve(student, teacher) == "reference"
 
 
 def empty_gradients(

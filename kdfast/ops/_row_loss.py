@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 import torch
 
 from kdfast.backend import resolve
-from kdfast.ops._gradients import Value, differentiable_gradients, empty_gradients, split_value
+from kdfast.ops._closed import ClosedRows, Factors, Form, closed_loss, usable
+from kdfast.ops._gradients import (
+    Value,
+    differentiable_gradients,
+    empty_gradients,
+    split_value,
+    takes_reference,
+)
+from kdfast.profiling import annotate
 from kdfast.reference import losses as reference_losses
 
 __all__ = ["Row", "RowLoss", "register"]
@@ -56,16 +64,23 @@ class RowLoss:
         reference: ``(student, teacher, row) -> rows or their sum``, differentiable.
         launcher: ``(student, teacher, row, grad_student=, grad_teacher=, upstream=, exit_if_one=, want_loss=)``.
         op: The registered op, ``kdfast::NAME``.
+        closed: The reference in fewer passes, as :attr:`kdfast.ops._closed.Form.closed`; None where it has none.
     """
 
     reference: Callable[[torch.Tensor, torch.Tensor, Row], torch.Tensor]
     launcher: Callable[..., torch.Tensor]
     op: Any
+    closed: Callable[[Row], ClosedRows | None] | None = None
 
     def __call__(self, student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
         """The loss; arguments are checked by the caller."""
-        if resolve(student, teacher) == "reference":
-            return self.reference(student, teacher, row)
+        if takes_reference(student, teacher):
+            closed = self.closed(row) if self.closed is not None and usable(student, teacher) else None
+            if closed is None:
+                return self.reference(student, teacher, row)
+            factors = Factors(row.temperature, row.dim, row.weight, row.mask, row.divisor, row.reduce)
+            form = Form(closed, lambda s, t: self.reference(s, t, row))
+            return closed_loss(student, teacher, form, factors)
         row = row._replace(
             indices=_contiguous(row.indices),
             extra=_contiguous(row.extra),
@@ -99,6 +114,7 @@ class _Function(torch.autograd.Function):
         return loss.launcher(student, teacher, row, grad_student=grad_student, grad_teacher=grad_teacher)
 
     @staticmethod
+    @annotate("row_loss.backward")
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         student, teacher = ctx.saved_tensors
         loss, row = ctx.loss, ctx.row
@@ -158,6 +174,7 @@ def register(
     name: str,
     reference_loss: Callable[[torch.Tensor, torch.Tensor, Row], torch.Tensor],
     launcher: Callable[..., torch.Tensor],
+    closed: Callable[[Row], ClosedRows | None] | None = None,
 ) -> RowLoss:
     """Register ``kdfast::name`` and ``kdfast::name_backward``, with fakes and autograd."""
 
@@ -279,4 +296,4 @@ def register(
         return (*(g if n else None for g, n in zip(grads, need, strict=True)), *[None] * (len(inputs) - 2))
 
     op.register_autograd(backward, setup_context=setup_context)
-    return RowLoss(reference_loss, launcher, op)
+    return RowLoss(reference_loss, launcher, op, closed)

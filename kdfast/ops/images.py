@@ -85,7 +85,8 @@ class _CropFlip(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return crop_flip(upstream, *ctx.saved_tensors, None, ctx.back), None, None, None, None, None
+        offsets, flips, gain = ctx.saved_tensors
+        return crop_flip(upstream, offsets, flips, gain, None, ctx.back), None, None, None, None, None
 
 
 def crop_flip(

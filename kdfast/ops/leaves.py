@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -11,13 +13,20 @@ from kdfast.reference import leaves as reference
 __all__ = ["render_leaves"]
 
 
+@functools.cache
+def _law(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The radii and their law on a device, copied once."""
+    radii, law = reference.radius_law()
+    return radii.to(device), law.to(device)
+
+
 @torch.library.custom_op("kdfast::render_leaves", mutates_args=())
 def _render_op(index: Tensor, seed: int, height: int, width: int, limit: int) -> Tensor:
     if resolve(index) == "reference":
         return reference.render(seed, index, height, width, limit)
     from kdfast.kernels import leaves as kernels
 
-    return kernels.render(reference.draw(seed, index, 0, limit, height, width), height, width)
+    return kernels.render(index, *_law(index.device), seed, height, width, limit)
 
 
 @_render_op.register_fake

@@ -14,10 +14,17 @@ from typing import Any
 
 import torch
 
-from kdfast.backend import resolve
-from kdfast.ops import _kl_closed
-from kdfast.ops._gradients import Value, differentiable_gradients, empty_gradients, split_value
+from kdfast.ops import _closed
+from kdfast.ops._gradients import (
+    Value,
+    differentiable_gradients,
+    empty_gradients,
+    split_value,
+    takes_reference,
+)
+from kdfast.profiling import annotate
 from kdfast.reference import losses as reference_losses
+from kdfast.reference.kl_closed import kd_kl_closed
 
 Labels = reference_losses.Labels
 
@@ -48,12 +55,14 @@ def kd_kl(
         reduce: Sum the rows.
         labels: Add w times the cross-entropy with these; tensors of one value a row, contiguous.
     """
-    if _takes_reference(student, teacher):
-        if labels is None and _kl_closed.usable(student, teacher):
-            closed: torch.Tensor = _kl_closed.KLClosed.apply(  # type: ignore[no-untyped-call]
-                student, teacher, temperature, dim, row_weight, mask, divisor, reduce
+    if takes_reference(student, teacher):
+        if labels is None and _closed.usable(student, teacher):
+            factors = _closed.Factors(temperature, dim, row_weight, mask, divisor, reduce)
+            form = _closed.Form(
+                lambda s, t, *needs: kd_kl_closed(s, t, temperature, dim, *needs),
+                lambda s, t: reference_losses.kd_kl(s, t, *factors),
             )
-            return closed
+            return _closed.closed_loss(student, teacher, form, factors)
         return reference_losses.kd_kl(
             student, teacher, temperature, dim, row_weight, mask, divisor, reduce, labels
         )
@@ -112,6 +121,7 @@ class _KLFunction(torch.autograd.Function):
         return result
 
     @staticmethod
+    @annotate("kd_kl_div.backward")
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         from kdfast.kernels import losses as kernels
 
@@ -164,7 +174,7 @@ def compute_statistics(
     student: torch.Tensor, teacher: torch.Tensor, temperature: Value, dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Below autograd and the dispatcher: the reference, or one launch."""
-    if _takes_reference(student, teacher):
+    if takes_reference(student, teacher):
         return reference_losses.kd_statistics(student, teacher, temperature, dim)
     from kdfast.kernels import losses as kernels
 
@@ -178,19 +188,6 @@ def compute_statistics(
     scale = kernels.Scale(temperature, temperature * temperature, None, None)
     kl: torch.Tensor = kernels.kd_kl(student, teacher, dim, scale, reduce=False, statistics=statistics)
     return (kl, *statistics)
-
-
-def _takes_reference(student: torch.Tensor, teacher: torch.Tensor) -> bool:
-    """Where no kernel can run: by backend and dtype, and inside torch.func's transforms (vmap, grad, jvp).
-
-    Those hand over wrappers without memory of their own; the reference is made of operators that they know.
-    """
-    if torch.compiler.is_compiling():
-        return resolve(student, teacher) == "reference"
-    wrapped = (
-        torch._C._functorch.is_functorch_wrapped_tensor
-    )  # the only way to tell, and what torch itself asks
-    return wrapped(student) or wrapped(teacher) or resolve(student, teacher) == "reference"
 
 
 def _registered(

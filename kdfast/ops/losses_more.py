@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from kdfast.ops._closed import ClosedRows
 from kdfast.ops._row_loss import Row, register
 from kdfast.reference import losses_more as reference
+from kdfast.reference.losses_more_closed import LEAST_BETA, dkd_closed, jsd_closed
 
 __all__ = ["Row", "dist", "dkd", "jsd", "topk"]
 
@@ -60,8 +62,21 @@ def _dkd_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> to
     return reference.finish(rows, row.temperature, row.weight, row.mask, row.divisor, row.reduce)
 
 
-jsd = register("jsd", _jsd_reference, _launch_pair("JSD"))
-dkd = register("dkd", _dkd_reference, _launch_pair("DKD"))
+def _jsd_closed(row: Row) -> ClosedRows | None:
+    beta = row.options[1]
+    if not LEAST_BETA <= beta <= 1 - LEAST_BETA:
+        return None
+    return lambda s, t, *needs: jsd_closed(s, t, beta, row.temperature, row.dim, *needs)
+
+
+def _dkd_closed(row: Row) -> ClosedRows:
+    target = row.indices
+    assert target is not None
+    return lambda s, t, *needs: dkd_closed(s, t, target, *_two(row), row.temperature, row.dim, *needs)
+
+
+jsd = register("jsd", _jsd_reference, _launch_pair("JSD"), _jsd_closed)
+dkd = register("dkd", _dkd_reference, _launch_pair("DKD"), _dkd_closed)
 
 
 # --- cached top-k teacher: `teacher` is [..., k], `index` its classes, `extra` its log-sum-exp -----------------

@@ -13,6 +13,7 @@ from kdfast.backend import resolve
 from kdfast.ops._gradients import Value, empty_gradients
 from kdfast.ops.losses import Labels, compute_statistics
 from kdfast.reference import losses as reference_losses
+from kdfast.reference.kl_closed import kd_kl_gradients
 
 __all__ = ["distillation_backward_op", "distillation_op", "kd_kl_backward_op", "kd_kl_op", "kd_statistics_op"]
 
@@ -61,7 +62,7 @@ def _gradients(
     """Gradients of student and teacher; an empty tensor where none is needed."""
     grads = empty_gradients(need, student, teacher)
     if resolve(student, teacher) == "reference":
-        computed = reference_losses.kd_kl_gradients(
+        computed = kd_kl_gradients(
             upstream, student, teacher, temperature, dim, row_weight, mask, divisor, labels
         )
         for grad, value in zip(grads, computed, strict=True):

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from kdfast.reference.losses import NEAR, compute_dtype
+from kdfast.reference.closed import Closed, closed_form, log_softmax_at
+from kdfast.reference.losses import NEAR, Labels, compute_dtype, cross_entropy_gradient
 
-#: Below this a row's divergence has lost digits to cancellation in float32 (F.kl_div's has, too).
-CAREFUL_BELOW = 1e-3
-
-Closed = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+Into = torch.Tensor | None
 
 
 def kd_kl_closed(
@@ -28,36 +26,35 @@ def kd_kl_closed(
 
     Everything in float32 (float64 for float64 inputs); no factor T², no weights.
     """
-    dtype = compute_dtype(student, teacher)
-    s, t = student.detach().to(dtype).movedim(dim, -1), teacher.detach().to(dtype).movedim(dim, -1)
-    rows, grad_student, grad_teacher = _plain(s, t, temperature, need_student, need_teacher)
-    careful = ~(rows >= CAREFUL_BELOW)  # NaN, too: 0·inf, where a class is absent
-    if bool(careful.any()):
-        patch = _careful(s[careful], t[careful], temperature)
-        for whole, part in zip((rows, grad_student, grad_teacher), patch, strict=True):
-            if whole is not None and part is not None:
-                whole[careful] = part
-    back = [None if g is None else g.movedim(-1, dim) for g in (grad_student, grad_teacher)]
-    return rows, back[0], back[1]
+
+    def plain(s: torch.Tensor, t: torch.Tensor, rows: object, grad_s: Into, grad_t: Into) -> torch.Tensor:
+        return _plain(s, t, temperature, grad_s, grad_t)
+
+    def careful(s: torch.Tensor, t: torch.Tensor, rows: object, grad_s: Into, grad_t: Into) -> torch.Tensor:
+        return _careful(s, t, temperature, grad_s, grad_t)
+
+    need = need_student, need_teacher
+    return closed_form(student, teacher, dim, need, plain, careful)
 
 
 def _plain(
-    s: torch.Tensor,
-    t: torch.Tensor,
-    temperature: torch.Tensor | float,
-    need_student: bool,
-    need_teacher: bool,
-) -> Closed:
-    log_q, log_p = torch.log_softmax(s / temperature, -1), torch.log_softmax(t / temperature, -1)
-    p = log_p.exp()
+    s: torch.Tensor, t: torch.Tensor, temperature: torch.Tensor | float, grad_s: Into, grad_t: Into
+) -> torch.Tensor:
+    log_q, free = log_softmax_at(s, temperature)
+    log_p, p = log_softmax_at(t, temperature)
+    torch.exp(log_p, out=p)
     delta = log_p.sub_(log_q)
-    rows = (p * delta).sum(-1)  # not vecdot: autocast would round it
-    grad_student = log_q.exp_().sub_(p) if need_student else None
-    grad_teacher = delta.sub_(rows.unsqueeze(-1)).mul_(p) if need_teacher else None
-    return rows, grad_student, grad_teacher
+    loss = torch.mul(p, delta, out=free).sum(-1)  # not vecdot: autocast would round it
+    if grad_s is not None:
+        torch.exp(log_q, out=grad_s).sub_(p)
+    if grad_t is not None:
+        torch.sub(delta, loss.unsqueeze(-1), out=grad_t).mul_(p)
+    return loss
 
 
-def _careful(s: torch.Tensor, t: torch.Tensor, temperature: torch.Tensor | float) -> Closed:
+def _careful(
+    s: torch.Tensor, t: torch.Tensor, temperature: torch.Tensor | float, grad_s: Into, grad_t: Into
+) -> torch.Tensor:
     scaled_s, scaled_t = s / temperature, t / temperature
     log_z = [scaled.logsumexp(-1, keepdim=True) for scaled in (scaled_s, scaled_t)]
     absent = t == float("-inf")
@@ -66,7 +63,41 @@ def _careful(s: torch.Tensor, t: torch.Tensor, temperature: torch.Tensor | float
     delta = torch.where(absent, 0.0, (t - s) / temperature - (log_z[1] - log_z[0]))
     near = (delta.abs() < NEAR) & ~absent
     difference = torch.where(near, p * torch.special.expm1(torch.where(near, -delta, 0.0)), q - p)
-    rows = (p * delta + difference).sum(-1)
+    loss = (p * delta + difference).sum(-1)
     # Recentred: the rounding of the two log-sum-exps shifts every δ of a row alike.
     centre = difference.sum(-1, keepdim=True)
-    return rows, difference - centre * q, p * (delta + centre - rows.unsqueeze(-1))
+    if grad_s is not None:
+        torch.sub(difference, centre * q, out=grad_s)
+    if grad_t is not None:
+        torch.mul(p, delta + centre - loss.unsqueeze(-1), out=grad_t)
+    return loss
+
+
+def kd_kl_gradients(
+    upstream: torch.Tensor,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    temperature: torch.Tensor | float,
+    dim: int,
+    row_weight: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    divisor: torch.Tensor | float,
+    labels: Labels | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of ``losses.kd_kl``; what a registered op needs, below autograd.
+
+    ``upstream`` is 0-d for a reduced loss, else one value a row.
+    """
+    dtype = compute_dtype(student, teacher)
+    _, grad_student, grad_teacher = kd_kl_closed(student, teacher, temperature, dim, True, True)
+    weight = upstream.to(dtype) if row_weight is None else upstream.to(dtype) * row_weight.to(dtype)
+    weight = weight.unsqueeze(dim) if weight.dim() else weight
+    scale = weight * (temperature / divisor)  # T² of the loss over T of the softmax
+    assert grad_student is not None
+    assert grad_teacher is not None
+    grads = [grad_student * scale, grad_teacher * scale]
+    if labels is not None:
+        grads[0] = grads[0] + weight * cross_entropy_gradient(student, labels, dim)
+    if mask is not None:
+        grads = [grad.masked_fill(~mask.unsqueeze(dim), 0.0) for grad in grads]
+    return grads[0].to(student.dtype), grads[1].to(teacher.dtype)

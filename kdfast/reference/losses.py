@@ -57,7 +57,7 @@ def cross_entropy_rows(student: torch.Tensor, labels: Labels, dim: int) -> torch
     return rows
 
 
-def _cross_entropy_gradient(student: torch.Tensor, labels: Labels, dim: int) -> torch.Tensor:
+def cross_entropy_gradient(student: torch.Tensor, labels: Labels, dim: int) -> torch.Tensor:
     """Of :func:`cross_entropy_rows`, in closed form."""
     parts = labels.parts()
     total = torch.stack([factor for _, factor in parts]).sum(0).unsqueeze(dim)
@@ -109,47 +109,6 @@ def kd_kl_rows(
     small = torch.where(near, delta, torch.zeros_like(delta))
     terms = torch.where(near, p * (small + torch.special.expm1(-small)), p * delta + (q - p))
     return terms.sum(dim)
-
-
-def kd_kl_gradients(
-    upstream: torch.Tensor,
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    temperature: torch.Tensor | float,
-    dim: int,
-    row_weight: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    divisor: torch.Tensor | float,
-    labels: Labels | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of :func:`kd_kl` in closed form, recentred; what a registered op needs, below autograd.
-
-    ``upstream`` is 0-d for a reduced loss, else one value a row.
-    """
-    dtype = compute_dtype(student, teacher)
-    log_q = torch.log_softmax(student.to(dtype) / temperature, dim)
-    log_p = torch.log_softmax(teacher.to(dtype) / temperature, dim)
-    absent = teacher == float("-inf")
-    p, q = log_p.exp(), log_q.exp()
-    delta = torch.where(absent, 0.0, log_p - log_q)
-    near = (delta.abs() < NEAR) & ~absent
-    difference = torch.where(near, p * torch.special.expm1(torch.where(near, -delta, 0.0)), q - p)
-    centre = difference.sum(dim, keepdim=True)
-    difference = difference - centre * q
-    delta = delta + centre
-    kl = (p * delta + difference).sum(dim, keepdim=True)
-    scale = upstream.to(dtype) * (temperature / divisor)  # T² of the loss over T of the softmax
-    if row_weight is not None:
-        scale = scale * row_weight.to(dtype)
-    scale = scale.unsqueeze(dim) if scale.dim() else scale
-    grads = [scale * difference, scale * p * (delta - kl)]
-    if labels is not None:
-        weight = upstream.to(dtype) if row_weight is None else upstream.to(dtype) * row_weight.to(dtype)
-        weight = weight.unsqueeze(dim) if weight.dim() else weight
-        grads[0] = grads[0] + weight * _cross_entropy_gradient(student, labels, dim)
-    if mask is not None:
-        grads = [grad.masked_fill(~mask.unsqueeze(dim), 0.0) for grad in grads]
-    return grads[0].to(student.dtype), grads[1].to(teacher.dtype)
 
 
 def kd_kl(

@@ -8,6 +8,7 @@ kernels/_shaders_math.py says the same in Triton, operation by operation.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,9 +50,16 @@ def log2(x: Tensor) -> Tensor:
     return exponent.to(torch.float32) + f * p
 
 
+def root(x: Tensor) -> Tensor:
+    """√x, correctly rounded, which torch's own is not on a CPU."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(np.sqrt(x.numpy()))
+    return torch.sqrt(x.double()).float()  # rounded once more: the same as rounded once
+
+
 def length(x: Tensor, y: Tensor) -> Tensor:
     """√(x² + y²)."""
-    return torch.sqrt(x * x + y * y)
+    return root(x * x + y * y)
 
 
 def rotate(x: Tensor, y: Tensor, sine: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from kdfast.reference.procedural import (
     length,
     limit,
     log2,
+    root,
     rotate,
     turns_of,
     unit_high,
@@ -29,8 +30,8 @@ from kdfast.reference.procedural import (
 
 #: Numbers that an instruction carries; operations use the first few.
 SLOTS = 16
-#: Pixels times images that are worked on at a time: what fits a core's cache.
-_CHUNK = 1 << 18
+#: Samples of all images that are worked on at a time: enough that an operation has several images to itself.
+_CHUNK = 1 << 20
 
 
 class Op(enum.IntEnum):
@@ -230,7 +231,7 @@ def _worley(s: State, n: Numbers) -> None:
         second = torch.where(nearer, first, torch.minimum(second, square))
         cell = torch.where(nearer, low, cell)
         first = torch.where(nearer, square, first)
-    near, next_ = torch.sqrt(first), torch.sqrt(second)
+    near, next_ = root(first), root(second)
     s.h = cell
     s.combine(near * n[3] + (next_ - near) * n[4] + n[5], n[6], n[7], n[8])
 
@@ -278,7 +279,7 @@ def _julia(s: State, n: Numbers) -> None:
     beyond = log2(log2(square.clamp(min=16.0, max=1e6)) * 0.25)
     smooth = count - torch.where(square < 16.0, torch.zeros_like(count), beyond)
     s.put(x, y)
-    s.combine(smooth * n[3] + torch.sqrt(near) * n[4], n[5], n[6], n[7])
+    s.combine(smooth * n[3] + root(near) * n[4], n[5], n[6], n[7])
 
 
 def _curve(s: State, n: Numbers) -> None:

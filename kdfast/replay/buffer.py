@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 
 from kdfast.ops import replay as ops
+from kdfast.profiling import annotate
 from kdfast.reference.replay import Eviction, Meta, PriorityRule, ReplayState
 from kdfast.replay import snapshot
 from kdfast.replay.checks import (
@@ -166,6 +167,7 @@ class PrioritizedReplayBuffer(Saving):
 
     # --- the three calls of a training loop -----------------------------------------------------------------
 
+    @annotate("replay.extend")
     def extend(
         self,
         samples: torch.Tensor,
@@ -209,6 +211,7 @@ class PrioritizedReplayBuffer(Saving):
         self._filled = self._filled or count > 0
         return index
 
+    @annotate("replay.sample")
     def sample(
         self,
         batch_size: int,
@@ -252,6 +255,7 @@ class PrioritizedReplayBuffer(Saving):
             drawn = drawn._replace(weight=drawn.weight / drawn.weight.max())
         return drawn
 
+    @annotate("replay.update_priority")
     def update_priority(
         self,
         index: torch.Tensor | Sequence[int],
@@ -325,6 +329,7 @@ class PrioritizedReplayBuffer(Saving):
         self._order_streams()
         return ReplayStats.of(self._state)
 
+    @annotate("replay.rebuild")
     def rebuild(self) -> None:
         """Recompute all sums from the leaves. They are exact at all times: this changes nothing, and proves it."""
         self._order_streams()

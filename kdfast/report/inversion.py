@@ -41,39 +41,43 @@ def buffer_figures(runs: Mapping[str, Run]) -> list[Drawing]:
     return made
 
 
-def trace_figures(run: Run) -> list[Drawing]:
-    """What inversion and re-scoring logged over the steps."""
-    made = []
-    for title, keys, log, caption in _TRACES:
+def trace_figures(run: Run) -> dict[str, list[Drawing]]:
+    """What inversion and distillation logged over the steps, by section."""
+    sections: dict[str, list[Drawing]] = {}
+    for section, title, keys, log, caption in _TRACES:
         series = {words: run.series("train", key) for key, words in keys.items()}
-        series = {words: curve for words, curve in series.items() if curve[0]}
+        series = {words: curve for words, curve in series.items() if any(curve[1])}
         if series:
             positive = all(value > 0 for _, values in series.values() for value in values)
             svg = plots.curves(series, xlabel="step", ylabel="", log=log and positive)
-            made.append(Drawing(title, caption, svg))
-    return made
+            sections.setdefault(section, []).append(Drawing(title, caption, svg))
+    return sections
 
 
-_TRACES: tuple[tuple[str, dict[str, str], bool, str], ...] = (
+_TRACES: tuple[tuple[str, str, dict[str, str], bool, str], ...] = (
     (
-        "φ",
+        "Inversion",
+        "Modulation φ",
         {"phi": "mean φ"},
         False,
-        "What the cross-entropy of inversion is multiplied by, on average (Eq. 3).",
+        "What the cross-entropy is multiplied by, on average (Eq. 3).",
     ),
     (
+        "Inversion",
+        "Terms of the loss",
+        {"bn": "batch-norm statistics", "oh": "φ·cross-entropy", "adv": "disagreement"},
+        True,
+        "Each before its weight, averaged over a round's steps.",
+    ),
+    (
+        "Distillation",
         "Priority",
         {"priority": "δ = w·KL", "kl": "KL", "importance": "w"},
         True,
         "Means over the rows that were drawn (Eqs. 4 and 5).",
     ),
     (
-        "Terms of the inversion loss",
-        {"bn": "batch-norm statistics", "oh": "φ·cross-entropy", "adv": "disagreement"},
-        True,
-        "Each before its weight, averaged over a round's steps.",
-    ),
-    (
+        "Distillation",
         "Agreement",
         {"agreement": "same class"},
         False,
@@ -108,6 +112,7 @@ def class_accuracy_figure(runs: Mapping[str, Run]) -> list[Drawing]:
         ylabel="top-1 accuracy",
         labels=classes,
         percent=True,
+        wide=True,
     )
     return [Drawing("Accuracy by class", "", svg)]
 

@@ -14,6 +14,7 @@ import kdfast
 from kdfast.errors import DataError, require
 from kdfast.report import inversion, plots
 from kdfast.report.runs import METRICS, Run, read_run
+from kdfast.report.studies import studies
 
 _DEMO_KEYS = ("teacher_accuracy", "student_accuracy", "student_hard_label_accuracy", "student_noise_accuracy")
 _DEMO_NAMES = (
@@ -201,8 +202,8 @@ def _run_page(run: Run) -> Page:
     if figures := tuple(_curve_figures(runs)):
         sections.append(Section("Curves", figures))
     sections += _inversion_sections({run.name: run})
-    if figures := tuple(_figures(inversion.trace_figures(run))):
-        sections.append(Section("Inversion and priorities, step by step", figures))
+    for title, traces in inversion.trace_figures(run).items():
+        sections.append(Section(title, tuple(_figures(traces))))
     if pictures := _pictures(run):
         sections.append(Section("Samples", pictures))
     return Page(
@@ -233,13 +234,19 @@ def _comparison(runs: Sequence[Run]) -> Page:
     ]
     names = _unique_names(runs)
     rows = tuple((name, *(_number(k, run.metrics.get(k)) for k in keys)) for name, run in zip(names, runs))
-    figures = tuple(_curve_figures(dict(zip(names, runs))))
-    sections = [Section("Curves", figures)] if figures else []
+    drawn, grids = studies(runs)
+    sections = [Section("Across runs", tuple(Figure(p.title, svg=p.svg) for p in drawn))] if drawn else []
+    # More lines than colours tell nobody anything.
+    figures = tuple(_curve_figures(dict(zip(names, runs)))) if len(runs) <= len(plots.PALETTE) else ()
+    sections += [Section("Curves", figures)] if figures else []
     sections += _inversion_sections(dict(zip(names, runs)))
     return Page(
         "Comparison",
         sections=tuple(sections),
-        tables=(Table("Results", rows, ("run", *map(_words, keys)), numbers=True),),
+        tables=(
+            Table("Results", rows, ("run", *map(_words, keys)), numbers=True),
+            *(Table(grid.title, grid.rows, grid.head, numbers=True) for grid in grids),
+        ),
     )
 
 

@@ -45,6 +45,8 @@ def curves(
     log: bool = False,
     first_color: int = 0,
     marked: bool = False,
+    errors: Mapping[str, Sequence[float]] | None = None,
+    log_x: bool = False,
 ) -> str:
     """Lines over a common axis.
 
@@ -56,6 +58,8 @@ def curves(
         log: Logarithmic y axis.
         first_color: Where in the palette the first line begins.
         marked: Put a dot at each point.
+        errors: Half the height of an error bar at each point, by name.
+        log_x: Logarithmic x axis, with a tick at every point.
 
     Returns:
         The SVG element.
@@ -67,10 +71,17 @@ def curves(
             axes.plot(
                 x, y, color=color, label=name, linewidth=1.8, marker="o" if marked or len(x) == 1 else None
             )
+            if any((errors or {}).get(name, ())):
+                axes.errorbar(x, y, (errors or {})[name], color=color, fmt="none", capsize=3, linewidth=1)
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         if log:
             axes.set_yscale("log")
+        if log_x:
+            axes.set_xscale("log")
+            ticks = sorted({value for x, _ in series.values() for value in x})
+            axes.set_xticks(ticks, labels=[f"{value:,g}" for value in ticks])
+            axes.xaxis.minorticks_off()
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if len(series) > 1:
@@ -114,6 +125,7 @@ def columns(
     ylabel: str,
     labels: Sequence[str] | None = None,
     percent: bool = False,
+    wide: bool = False,
 ) -> str:
     """A column for each entry, side by side for several series; lines in steps where columns would be hairs.
 
@@ -123,13 +135,14 @@ def columns(
         ylabel: What the numbers are.
         labels: Names of the entries; by default their number.
         percent: Numbers are fractions to be shown in percent.
+        wide: For a figure that has the page's width to itself.
 
     Returns:
         The SVG element.
     """
     count = len(next(iter(series.values())))
     labels = labels or [str(number) for number in range(count)]
-    with _figure(5.2, 3.3) as (figure, axes):
+    with _figure(9.2 if wide else 5.2, 3.3) as (figure, axes):
         for number, (name, values) in enumerate(series.items()):
             color = PALETTE[number % len(PALETTE)]
             if len(series) > 1 and count * len(series) > 60:
@@ -143,7 +156,7 @@ def columns(
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         # About ten names fit beside each other, fewer long ones.
-        every = max(1, -(-count * max(len(label) for label in labels) // 48))
+        every = max(1, -(-count * max(len(label) for label in labels) // (90 if wide else 48)))
         shown = range(0, count, every)
         axes.set_xticks(list(shown), labels=[labels[n] for n in shown])
         axes.set_ylim(bottom=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,7 +15,12 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 @torch.no_grad()
 def evaluate_classification(
-    model: nn.Module, batches: Batches, *, num_classes: int, device: str | torch.device = "cpu"
+    model: nn.Module,
+    batches: Batches,
+    *,
+    num_classes: int,
+    device: str | torch.device = "cpu",
+    observe: Callable[[torch.Tensor], None] | None = None,
 ) -> dict[str, float]:
     """Share of images whose label is the highest, or among the five highest, of the network's outputs.
 
@@ -26,6 +31,7 @@ def evaluate_classification(
         batches: Pairs of images and int64 labels ``[B]``.
         num_classes: Classes of the network.
         device: Where the network is.
+        observe: Sees the logits of each batch.
 
     Returns:
         ``accuracy`` and, from six classes on, ``top5_accuracy``, as fractions in [0, 1].
@@ -45,6 +51,8 @@ def evaluate_classification(
     def update(logits: torch.Tensor, labels: torch.Tensor) -> None:
         for counter in counters.values():
             counter.update(logits.float(), labels)
+        if observe is not None:
+            observe(logits)
 
     _run(model, batches, num_classes, device, update, ignore_index=None)
     return {name: float(counter.compute()) for name, counter in counters.items()}

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdfast.errors import CheckpointError, KDFastError
+from kdfast.profiling import annotate, each, phase
 from kdfast.training.accelerator import gather_objects, make_accelerator
 from kdfast.training.batches import Loss, Window, count_images, resumable, split_loss, to_device
 from kdfast.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -169,7 +170,7 @@ class Trainer:
         last_epoch = self._epochs(total)
         while place.epoch < last_epoch and place.step < total:
             self.model.train()
-            iterator = self._iterate(batches, restored)
+            iterator = each("trainer.data", self._iterate(batches, restored))
             restored = None
             # Groups are taken as they come: looking ahead would put the loader's state past what was used.
             while place.step < total and (group := list(islice(iterator, config.accumulate))):
@@ -194,7 +195,9 @@ class Trainer:
             place.epoch, place.batch = place.epoch + 1, 0
             ended = place.epoch == last_epoch or place.step >= total
             if self._evaluate is not None and (ended or place.epoch % config.eval_every == 0):
-                self._log_evaluation(self._evaluate(self.network))
+                with phase("trainer.evaluate"):
+                    metrics = self._evaluate(self.network)
+                self._log_evaluation(metrics)
             place.seconds = time.monotonic() - clock
             if ended or place.epoch % config.checkpoint_every == 0:
                 self._save(batches)
@@ -209,20 +212,23 @@ class Trainer:
             last = number == len(group) - 1
             # Gradients of all ranks are averaged once a group, with its last batch.
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                batch = to_device(batch, self.device)
-                with self.accelerator.autocast():
-                    loss, parts = split_loss(self._step_function(self.model, batch))
-                self.accelerator.backward(loss / len(group))
+                with phase("trainer.forward"):
+                    batch = to_device(batch, self.device)
+                    with self.accelerator.autocast():
+                        loss, parts = split_loss(self._step_function(self.model, batch))
+                with phase("trainer.backward"):
+                    self.accelerator.backward(loss / len(group))
             total += loss.detach().float() / len(group)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0) + value / len(group)
-        if self.config.clip_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self._schedule.step()
-        if self._ema is not None:
-            self._ema.update_parameters(self._bare)
+        with phase("trainer.optimizer"):
+            if self.config.clip_grad_norm is not None:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self._schedule.step()
+            if self._ema is not None:
+                self._ema.update_parameters(self._bare)
         return total, sums
 
     def _iterate(self, batches: Iterable[Any], restored: Checkpoint | None) -> Iterator[Any]:
@@ -283,6 +289,7 @@ class Trainer:
                 "clip_grad_norm, or precision fp32 or bf16 may help"
             )
 
+    @annotate("trainer.checkpoint")
     def _save(self, batches: Any) -> Path | None:
         if self.out is None:
             return None

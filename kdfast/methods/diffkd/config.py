@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from kdfast.errors import ConfigError
+from kdfast.models.maps import Layout, Resize
 
-__all__ = ["DiffKDConfig", "Distance", "Kind", "Layout", "Pair"]
+__all__ = ["DiffKDConfig", "Distance", "Kind", "Pair"]
 
 Kind = Literal["feature", "logits"]
 Distance = Literal["mse", "attention_mse", "kl", "dist"]
 FeatureDistance = Literal["mse", "attention_mse"]
 LogitDistance = Literal["kl", "dist", "mse"]
-Layout = Literal["auto", "channels_first", "channels_last"]
 Distill = Literal["both", "feature", "logits"]
-Resize = Literal["student", "refuse"]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from kdfast.errors import KDFastError
 from kdfast.methods.diffkd.config import DiffKDConfig, Pair
 from kdfast.methods.diffkd.denoising import Denoising
-from kdfast.methods.diffkd.layout import as_map, fit
-from kdfast.methods.diffkd.places import last_feature, probe_images
 from kdfast.models import FeatureTaps
+from kdfast.models.maps import Shared, as_map, fit, frozen, last_feature, probe_images
 from kdfast.training.mixing import mix_batch, task_loss
 
 __all__ = ["DiffKD"]
-
-T = TypeVar("T")
 
 
 class DiffKD(nn.Module):
@@ -68,7 +65,7 @@ class DiffKD(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = config or DiffKDConfig()
-        _refuse_grad(teacher)
+        teacher = frozen(teacher)
         self.pairs = tuple(pairs) if pairs is not None else _default_pairs(student, teacher, config)
         if not self.pairs:
             raise ValueError("pairs: got none; at least one is needed")
@@ -77,7 +74,7 @@ class DiffKD(nn.Module):
         self._taps = FeatureTaps(student, dict.fromkeys(pair.student for pair in self.pairs))
         layers = dict.fromkeys(pair.teacher or pair.student for pair in self.pairs)
         # Shared: a copy of the method (a moving average of its weights, say) keeps this very teacher.
-        self._frozen = _Shared((teacher.eval(), FeatureTaps(teacher, layers, detach=True)))
+        self._frozen = Shared((teacher, FeatureTaps(teacher, layers, detach=True)))
         self.denoising = nn.ModuleDict(self._build(images))
         self.parts: dict[str, Tensor] = {}
         self._versions: tuple[int, int] | None = None
@@ -191,7 +188,11 @@ class DiffKD(nn.Module):
         loss = self.loss()
         if target is not None:
             task = task_loss(
-                logits, target, mixed, label_smoothing=config.label_smoothing, ignore_index=config.ignore_index
+                logits,
+                target,
+                mixed,
+                label_smoothing=config.label_smoothing,
+                ignore_index=config.ignore_index,
             )
             self.parts["task"] = task.detach()
             loss = loss + config.task_weight * task
@@ -275,26 +276,16 @@ class DiffKD(nn.Module):
             sum(p._version for p in self.student.parameters()),
             sum(p._version for p in self.own_parameters()),
         )
-        if self.training and self._versions is not None and now[0] != self._versions[0]:
-            if now[1] == self._versions[1]:
-                _warn("an optimizer moved the student, but none of the method's parameters")
-                now = (-1, -1)
+        before = self._versions
+        if self.training and before is not None and now[0] != before[0] and now[1] == before[1]:
+            _warn("an optimizer moved the student, but none of the method's parameters")
+            now = (-1, -1)
         self._versions = now
 
     def _forget(self) -> None:
         """Let go of activations, and of the graph that they hold."""
         self._taps.clear()
         self._frozen.value[1].clear()
-
-
-class _Shared(Generic[T]):
-    """A value that copies of its owner share."""
-
-    def __init__(self, value: T) -> None:
-        self.value = value
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared[T]:
-        return self
 
 
 def _default_pairs(student: nn.Module, teacher: nn.Module, config: DiffKDConfig) -> tuple[Pair, ...]:
@@ -320,15 +311,6 @@ def _names(pairs: tuple[Pair, ...]) -> tuple[str, ...]:
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"pairs: {', '.join(repeated)} more than once; give each a name")
     return names
-
-
-def _refuse_grad(teacher: nn.Module) -> None:
-    wanting = [name for name, p in teacher.named_parameters() if p.requires_grad]
-    if wanting:
-        raise ValueError(
-            f"teacher: {len(wanting)} of its parameters require grad ({', '.join(wanting[:3])}, …); a teacher does "
-            "not learn, call teacher.requires_grad_(False)"
-        )
 
 
 def _tensor(output: Any) -> Tensor:

@@ -73,7 +73,7 @@ class SSDKDConfig:
         latent: Length of z [F].
         generator: What images come from. ``"meta"``: a clone of a meta-learned generator, and z, adapted each round
             [F]. ``"scratch"``: a fresh generator each round (Algorithm 1, line 4). ``"persistent"``: one generator
-            trained on, z drawn anew each step (DAFL, DFQ). ``"pixels"``: none, the pixels are optimised (DeepInversion).
+            trained on, z drawn anew each step (DAFL, DFQ). ``"pixels"``: none, pixels are optimised (DeepInversion).
         meta: How the meta-generator learns from its clone: ``"fomaml"`` sums the clone's gradients, ``"reptile"``
             follows the difference of weights.
         generator_width: Channels before the last convolution; twice as many earlier [F: 64].

@@ -41,10 +41,6 @@ class Contents:
             counted.scatter_add_(1, values, torch.ones_like(values, dtype=torch.int32))
             table[index] = counted
 
-    def majority(self, index: Tensor) -> Tensor:
-        """The most frequent class of each of these rows, int64."""
-        return self._classes[index].argmax(1)
-
     def class_counts(self) -> Tensor:
         """int64 ``[num_classes]``."""
         return self._classes.sum(0)

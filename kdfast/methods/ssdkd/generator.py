@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class Generator(nn.Module):
         self.norm = _norm(self.width)
         widths = [self.width] * upsamplings + [width]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1) for before, after in zip(widths, widths[1:])
+            nn.Conv2d(before, after, 3, padding=1) for before, after in pairwise(widths)
         )
         self.norms = nn.ModuleList(_norm(after) for after in widths[1:])
         self.last = nn.Conv2d(width, channels, 3, padding=1)

@@ -82,9 +82,7 @@ class SSDKD:
             device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
         self.device = torch.empty(0, device=device).device
         self._rng = torch.Generator(self.device).manual_seed(seed)
-        self.views = Views(
-            mean, std, padding=config.padding, flip=config.flip, rng=self._rng, device=self.device
-        )
+        self.views = Views(mean, std, padding=config.padding, flip=config.flip, rng=self._rng)
         with torch.no_grad():
             logits = self.teacher(torch.zeros(2, *image_shape, device=self.device))
         if logits.dim() not in (2, 4):

@@ -1,4 +1,4 @@
-"""Random views of images: zero-padded crop, flip, normalisation, with their gradient."""
+"""Random views of images, the same in inversion and in distillation: padded crop, flip, normalisation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from kdfast.functional import crop_flip_normalize, draw_crop_flip
 
 
 class Views:
@@ -16,9 +17,8 @@ class Views:
         mean: Per channel, in units of [0, 1].
         std: Per channel.
         padding: Pixels of zeros that the crop may reach into.
-        flip: Mirror every other image.
-        rng: On the device.
-        device: Where images are.
+        flip: Mirror half of the images.
+        rng: On the images' device.
     """
 
     def __init__(
@@ -29,33 +29,16 @@ class Views:
         padding: int,
         flip: bool,
         rng: torch.Generator,
-        device: torch.device,
     ) -> None:
-        self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
-        self.std = torch.tensor(std, dtype=torch.float32, device=device)
-        self.padding, self.flip, self.rng = padding, flip, rng
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.padding, self.flip, self.rng = padding, 0.5 if flip else 0.0, rng
 
     def __call__(self, images: Tensor) -> Tensor:
         """A random view of images ``[B, C, H, W]``, float in [0, 1] or uint8, normalised."""
-        batch, device = len(images), images.device
-        offsets = torch.randint(0, 2 * self.padding + 1, (batch, 2), generator=self.rng, device=device)
-        flips = torch.rand(batch, generator=self.rng, device=device) < (0.5 if self.flip else 0.0)
-        return _view(images, offsets, flips, self.mean, self.std, self.padding)
+        offsets, flips = draw_crop_flip(images, padding=self.padding, flip=self.flip, generator=self.rng)
+        return crop_flip_normalize(images, offsets, flips, self.mean, self.std, padding=self.padding)
 
     def plain(self, images: Tensor) -> Tensor:
         """The images themselves, normalised."""
-        images = images.float() / 255 if images.dtype == torch.uint8 else images
-        return (images - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
-
-
-def _view(images: Tensor, offsets: Tensor, flips: Tensor, mean: Tensor, std: Tensor, padding: int) -> Tensor:
-    images = images.float() / 255 if images.dtype == torch.uint8 else images
-    batch, channels, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4)
-    rows = offsets[:, :1] + torch.arange(height, device=images.device)
-    columns = offsets[:, 1:] + torch.arange(width, device=images.device)
-    columns = torch.where(flips[:, None], columns.flip(1), columns)
-    sample = torch.arange(batch, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[:, None, None]
-    cut = padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
-    return (cut - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+        still = torch.zeros(len(images), 2, dtype=torch.int32, device=images.device)
+        return crop_flip_normalize(images, still, still[:, 0], self.mean, self.std, padding=0)

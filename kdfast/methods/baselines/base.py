@@ -1,0 +1,215 @@
+"""What the baselines have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.errors import ConfigError
+from kdfast.models import FeatureTaps
+from kdfast.models.maps import Layout, Shared, as_map, frozen, last_feature, probe_images
+from kdfast.training.mixing import MixedBatch, mix_batch, task_loss
+
+__all__ = ["Baseline", "BaselineConfig", "FeatureBaseline", "FeatureConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineConfig:
+    """The fields of every baseline.
+
+    Attributes:
+        task_weight: Of the cross-entropy with the labels.
+        label_smoothing: Of the cross-entropy.
+        mixup_alpha: Mix images by λ ~ Beta(α, α), one a batch; ``None`` does not.
+        cutmix_alpha: The same with boxes; with both, each batch is mixed in one of the two ways.
+        ignore_index: Label of pixels that do not count.
+    """
+
+    task_weight: float = 1.0
+    label_smoothing: float = 0.0
+    mixup_alpha: float | None = None
+    cutmix_alpha: float | None = None
+    ignore_index: int = 255
+
+    #: Fields that must be above 0; all other numbers must be at least 0.
+    positive: ClassVar[tuple[str, ...]] = ("temperature",)
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            above = name in self.positive or name.endswith("_alpha")
+            if not math.isfinite(value) or value < 0 or (above and value == 0):
+                accepted = "a number above 0" if above else "a finite number of at least 0"
+                raise ConfigError(f"{name}: got {value}, accepted: {accepted}")
+        if self.label_smoothing >= 1:
+            raise ConfigError(f"label_smoothing: got {self.label_smoothing}, accepted: from 0 to below 1")
+
+
+C = TypeVar("C", bound=BaselineConfig)
+F = TypeVar("F", bound="FeatureConfig")
+
+
+class Baseline(nn.Module, Generic[C]):
+    """A student, a frozen teacher, and one term between them.
+
+    Args:
+        student: Any module; its logits are what it returns.
+        teacher: Any module whose parameters do not require grad; put into evaluation mode here.
+        config: Fields of the method; by default the paper's.
+        images: Some inputs ``[B, …]`` for both networks, on their device; only methods with layers of their own look,
+            for the features' shapes.
+
+    Attributes:
+        parts: Of the last loss, detached 0-d tensors: ``task`` and ``kd``.
+
+    Example:
+        >>> method = KD(student, teacher.requires_grad_(False))
+        >>> optimizer = torch.optim.SGD(method.parameters(), lr=0.05)
+        >>> method.step((images, labels)).backward()
+
+    Raises:
+        ValueError: The teacher requires grad, or a layer does not exist.
+    """
+
+    CONFIG: type[C]
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        config: C | None = None,
+        *,
+        images: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config or self.CONFIG()
+        self.student = student
+        self._frozen = Shared(frozen(teacher))
+        self.parts: dict[str, Tensor] = {}
+        self.prepare(images)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher."""
+        return self._frozen.value
+
+    def prepare(self, images: Tensor | None) -> None:
+        """Make what the method has of its own."""
+
+    def term(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        """The method's term, weighted, of the logits (and of features that both networks just computed)."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, target: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both passes, the task loss and the term.
+
+        Args:
+            images: On the networks' device, ``[B, C, H, W]``.
+            target: int64 labels ``[B]``, or masks ``[B, H, W]`` of a dense student; None leaves the task loss out.
+
+        Returns:
+            The loss and :attr:`parts`.
+        """
+        config = self.config
+        mixed: MixedBatch = mix_batch(images, target, mixup=config.mixup_alpha, cutmix=config.cutmix_alpha)
+        with torch.no_grad():
+            guide = self.teacher(mixed.images)
+        logits = self.student(mixed.images)
+        loss = self.term(logits, guide, target)
+        self.parts = {"kd": loss.detach()}
+        if target is not None:
+            task = task_loss(
+                logits,
+                target,
+                mixed,
+                label_smoothing=config.label_smoothing,
+                ignore_index=config.ignore_index,
+            )
+            self.parts["task"] = task.detach()
+            loss = loss + config.task_weight * task
+        return loss, dict(self.parts)
+
+    def step(self, batch: Any) -> Tensor:
+        """:meth:`forward` of images, or of a pair of images and labels; the loss alone."""
+        images, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
+        loss: Tensor = self(images, target)[0]
+        return loss
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        """The method's, without the student's."""
+        return (p for name, p in self.named_parameters() if not name.startswith("student."))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig(BaselineConfig):
+    """The fields of baselines that look at features.
+
+    Attributes:
+        student_layers: The student's, by name; by default the last map before pooling.
+        teacher_layers: The teacher's, as many.
+        student_layout: Of 4-d activations: ``auto``, ``channels_first`` or ``channels_last``.
+        teacher_layout: The same for the teacher.
+    """
+
+    student_layers: tuple[str, ...] = ()
+    teacher_layers: tuple[str, ...] = ()
+    student_layout: Layout = "auto"
+    teacher_layout: Layout = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (
+            len(self.student_layers) != len(self.teacher_layers)
+            and self.student_layers
+            and self.teacher_layers
+        ):
+            raise ConfigError(
+                f"teacher_layers: got {len(self.teacher_layers)}, accepted: as many as student_layers, "
+                f"{len(self.student_layers)}"
+            )
+
+
+class FeatureBaseline(Baseline[F]):
+    """A baseline with taps on both networks."""
+
+    def prepare(self, images: Tensor | None) -> None:
+        """Set the taps."""
+        own = self.config.student_layers or (last_feature(self.student, "student_layers"),)
+        other = self.config.teacher_layers or (last_feature(self.teacher, "teacher_layers"),)
+        if len(own) != len(other):
+            raise ValueError(
+                f"teacher_layers: got {len(other)}; as many as student_layers, {len(own)}, are needed"
+            )
+        self._taps = FeatureTaps(self.student, own)
+        self._teacher_taps = Shared(FeatureTaps(self.teacher, other, detach=True))
+
+    def features(self) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of maps ``[B, C, H, W]`` that both networks just computed; they are forgotten here."""
+        config = self.config
+        student = [as_map(x, config.student_layout, name) for name, x in self._taps.items()]
+        teacher = [as_map(x, config.teacher_layout, name) for name, x in self._teacher_taps.value.items()]
+        self._taps.clear()
+        self._teacher_taps.value.clear()
+        return list(zip(student, teacher))
+
+    @torch.no_grad()
+    def probe(self, images: Tensor | None) -> Sequence[tuple[Tensor, Tensor]]:
+        """The features of some images, in evaluation mode, for their shapes."""
+        training = self.student.training
+        try:
+            self.student.eval()(probe_images(self.student) if images is None else images)
+            self.teacher(probe_images(self.teacher) if images is None else images)
+        finally:
+            self.student.train(training)
+        return self.features()
+
+    def close(self) -> None:
+        """Take the taps off both networks."""
+        self._taps.close()
+        self._teacher_taps.value.close()

@@ -1,0 +1,134 @@
+"""Activations of any network as maps ``[B, C, H, W]`` of one size, and where the last one is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Layout", "Resize", "Shared", "as_map", "fit", "frozen", "last_feature", "probe_images"]
+
+Layout = Literal["auto", "channels_first", "channels_last"]
+Resize = Literal["student", "refuse"]
+T = TypeVar("T")
+
+
+def as_map(x: Tensor, layout: Layout, layer: str) -> Tensor:
+    """An activation as ``[B, C, H, W]``; a view, which is not copied.
+
+    Args:
+        x: ``[B, C]``, tokens ``[B, N, C]``, ``[B, C, H, W]`` or ``[B, H, W, C]``.
+        layout: Where the channels of a 4-d activation are. ``"auto"`` takes ``[B, H, W, C]`` for one whose second and
+            third size agree and whose last differs (Swin), else ``[B, C, H, W]``.
+        layer: For messages.
+
+    Raises:
+        ValueError: It has another rank, is no floating-point tensor, or its tokens form no square.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"pairs: {layer!r} gave {x.dtype}; a floating-point activation is needed")
+    if x.dim() == 2:
+        return x[:, :, None, None]
+    if x.dim() == 3:
+        side = math.isqrt(x.shape[1])
+        extra = x.shape[1] - side * side
+        if side == 0 or extra > 1:
+            raise ValueError(
+                f"pairs: {layer!r} gave shape {tuple(x.shape)}; tokens [B, N, C] must form a square, after one class "
+                "token at most"
+            )
+        return x[:, extra:].unflatten(1, (side, side)).movedim(-1, 1)
+    if x.dim() != 4:
+        raise ValueError(
+            f"pairs: {layer!r} gave shape {tuple(x.shape)}; accepted: [B, C], [B, N, C], [B, C, H, W], [B, H, W, C]"
+        )
+    last = layout == "channels_last" or (
+        layout == "auto" and x.shape[1] == x.shape[2] and x.shape[3] != x.shape[2]
+    )
+    return x.movedim(-1, 1) if last else x
+
+
+def fit(student: Tensor, size: tuple[int, int], resize: Resize, layers: str) -> Tensor:
+    """A student's map ``[B, C, h, w]`` in the teacher's size.
+
+    Averaged over areas in a direction in which it is larger, then bilinear in one in which it is smaller.
+
+    Raises:
+        ValueError: The sizes differ and ``resize`` is ``"refuse"``.
+    """
+    have = (student.shape[2], student.shape[3])
+    if have == size:
+        return student
+    if resize == "refuse":
+        raise ValueError(
+            f"pairs: {layers} are {have[0]}×{have[1]} and {size[0]}×{size[1]}; sizes must match with "
+            "resize='refuse' (or set resize to 'student')"
+        )
+    smaller = (min(have[0], size[0]), min(have[1], size[1]))
+    if smaller != have:
+        student = F.adaptive_avg_pool2d(student, smaller)
+    if smaller != size:
+        student = F.interpolate(student, size=size, mode="bilinear", align_corners=False)
+    return student
+
+
+def last_feature(network: nn.Module, argument: str) -> str:
+    """The layer whose output is the last map before pooling.
+
+    Known for this package's networks and for timm's, whose ``global_pool`` or ``head`` takes it.
+
+    Raises:
+        ValueError: It is some other network.
+    """
+    stages = getattr(network, "stages", None)
+    if isinstance(stages, tuple) and stages and all(isinstance(stage, str) for stage in stages):
+        return str(stages[-1])
+    modules = dict(network.named_modules())
+    if "global_pool" in modules:
+        return "global_pool:input"
+    if "head.global_pool" in modules:
+        return "head:input"
+    if isinstance(modules.get("norm"), nn.LayerNorm):  # a transformer that pools its tokens itself
+        return "norm"
+    top = ", ".join(name for name, _ in network.named_children())
+    raise ValueError(
+        f"{argument}: got None, and the last feature map of a {type(network).__name__} is not known; name a layer "
+        f"(its top ones are {top or 'none'})"
+    )
+
+
+def probe_images(network: nn.Module) -> Tensor:
+    """Two blank images of the size and channels that the network asks for, on its device."""
+    facts: Any = getattr(network, "pretrained_cfg", None) or getattr(network, "default_cfg", None) or {}
+    _, *size = facts.get("input_size", (3, 64, 64))
+    channels = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), 3)
+    weight = next(network.parameters())
+    return torch.zeros(2, channels, *size, device=weight.device, dtype=weight.dtype)
+
+
+def frozen(teacher: nn.Module) -> nn.Module:
+    """The teacher in evaluation mode.
+
+    Raises:
+        ValueError: Parameters of it require grad.
+    """
+    wanting = [name for name, p in teacher.named_parameters() if p.requires_grad]
+    if wanting:
+        raise ValueError(
+            f"teacher: {len(wanting)} of its parameters require grad ({', '.join(wanting[:3])}, …); a teacher does "
+            "not learn, call teacher.requires_grad_(False)"
+        )
+    return teacher.eval()
+
+
+class Shared(Generic[T]):
+    """A value that copies of its owner share: the teacher, in a moving average of a method's weights."""
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared[T]:
+        return self

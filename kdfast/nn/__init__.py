@@ -1,0 +1,25 @@
+"""Losses as modules: a few lines over :mod:`kdfast.functional`."""
+
+from __future__ import annotations
+
+from kdfast.nn.losses import (
+    DistillationLoss,
+    DISTLoss,
+    DKDLoss,
+    FusedLinearKDLoss,
+    JSDLoss,
+    KDLoss,
+    TopKKDLoss,
+)
+from kdfast.nn.statistics import BNStatisticsLoss
+
+__all__ = [
+    "BNStatisticsLoss",
+    "DISTLoss",
+    "DKDLoss",
+    "DistillationLoss",
+    "FusedLinearKDLoss",
+    "JSDLoss",
+    "KDLoss",
+    "TopKKDLoss",
+]

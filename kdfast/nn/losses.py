@@ -1,0 +1,397 @@
+"""Losses of logits as modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+
+from kdfast.functional import (
+    dist_loss,
+    distillation_loss,
+    dkd_loss,
+    fused_linear_kd_loss,
+    jsd_loss,
+    kd_kl_div,
+    topk_kd_loss,
+)
+from kdfast.functional.losses import Reduction, reduction_divisor
+from kdfast.functional.losses_more import Tail
+
+__all__ = [
+    "DISTLoss",
+    "DKDLoss",
+    "DistillationLoss",
+    "FusedLinearKDLoss",
+    "JSDLoss",
+    "KDLoss",
+    "TopKKDLoss",
+]
+
+
+class KDLoss(nn.Module):
+    """:func:`kdfast.functional.kd_kl_div` with its options fixed.
+
+    Args:
+        temperature: T > 0.
+        dim: The class dimension.
+        reduction: As in :func:`~kdfast.functional.kd_kl_div`.
+        process_group: Ranks whose batches count as one: the divisor becomes the mean of the ranks' divisors, so
+            that DistributedDataParallel, which averages gradients over ranks, yields the gradient of the whole
+            batch even where ranks hold different numbers of rows. ``torch.distributed.group.WORLD`` for all ranks;
+            None (the default) for each rank on its own. Costs one all-reduce of a number.
+
+    Shape:
+        Two tensors of logits of one shape → a 0-d tensor (for ``reduction="none"``, one value a row).
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        *,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+        process_group: Any = None,
+    ) -> None:
+        super().__init__()
+        self.temperature, self.dim, self.reduction = temperature, dim, reduction
+        self.process_group = process_group
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        row_weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of these logits; see :func:`~kdfast.functional.kd_kl_div`."""
+        return kd_kl_div(
+            student,
+            teacher,
+            self.temperature,
+            dim=self.dim,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            mask=mask,
+            divisor=self._mean_divisor(student, mask),
+        )
+
+    def _mean_divisor(self, student: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+        if self.process_group is None or self.reduction in ("sum", "none"):
+            return None
+        own = reduction_divisor(self.reduction, student, self.dim % student.dim(), mask)
+        total = torch.zeros((), dtype=torch.float32, device=student.device) + own
+        torch.distributed.all_reduce(total, group=self.process_group)
+        # Nothing unmasked on any rank: a loss of 0, not 0/0.
+        return total.clamp_(min=1.0) / torch.distributed.get_world_size(self.process_group)
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"temperature={self.temperature}, dim={self.dim}, reduction={self.reduction!r}"
+
+
+class DistillationLoss(nn.Module):
+    """:func:`kdfast.functional.distillation_loss` with its options fixed.
+
+    Args:
+        temperature: T > 0.
+        kd_weight: Factor of the distillation term.
+        ce_weight: Factor of the cross-entropy.
+        label_smoothing: Share of the target spread evenly over the classes.
+        ignore_index: Target of rows without cross-entropy.
+        dim: The class dimension.
+        reduction: As in :func:`~kdfast.functional.distillation_loss`.
+
+    Shape:
+        Two tensors of logits of one shape, and classes of that shape without ``dim`` → a 0-d tensor (for
+        ``reduction="none"``, one value a row).
+    """
+
+    def __init__(
+        self,
+        temperature: float,
+        *,
+        kd_weight: float = 1.0,
+        ce_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+    ) -> None:
+        super().__init__()
+        self.temperature, self.kd_weight, self.ce_weight = temperature, kd_weight, ce_weight
+        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.dim, self.reduction = dim, reduction
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        target: torch.Tensor | None = None,
+        *,
+        mixed_target: torch.Tensor | None = None,
+        lam: float | torch.Tensor | None = None,
+        row_weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of these logits; see :func:`~kdfast.functional.distillation_loss`."""
+        return distillation_loss(
+            student,
+            teacher,
+            target,
+            temperature=self.temperature,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+            label_smoothing=self.label_smoothing,
+            mixed_target=mixed_target,
+            lam=lam,
+            ignore_index=self.ignore_index,
+            dim=self.dim,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            mask=mask,
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return (
+            f"temperature={self.temperature}, kd_weight={self.kd_weight}, ce_weight={self.ce_weight}, "
+            f"label_smoothing={self.label_smoothing}, dim={self.dim}, reduction={self.reduction!r}"
+        )
+
+
+class JSDLoss(nn.Module):
+    """:func:`kdfast.functional.jsd_loss` with its options fixed.
+
+    Args:
+        beta: β in [0, 1]; 0 is KL(teacher ‖ student), 1 is KL(student ‖ teacher).
+        temperature: T > 0.
+        dim: The class dimension.
+        reduction: As in :func:`~kdfast.functional.kd_kl_div`.
+
+    Shape:
+        Two tensors of logits of one shape → a 0-d tensor (for ``reduction="none"``, one value a row).
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        *,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+    ) -> None:
+        super().__init__()
+        self.beta, self.temperature, self.dim, self.reduction = beta, temperature, dim, reduction
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        row_weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of these logits; see :func:`~kdfast.functional.jsd_loss`."""
+        return jsd_loss(
+            student,
+            teacher,
+            beta=self.beta,
+            temperature=self.temperature,
+            dim=self.dim,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            mask=mask,
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return (
+            f"beta={self.beta}, temperature={self.temperature}, dim={self.dim}, reduction={self.reduction!r}"
+        )
+
+
+class DKDLoss(nn.Module):
+    """:func:`kdfast.functional.dkd_loss` with its options fixed.
+
+    Args:
+        alpha: Weight of the target-class part.
+        beta: Weight of the non-target part.
+        temperature: T > 0.
+        ignore_index: Rows with this target do not count.
+        dim: The class dimension.
+        reduction: As in :func:`~kdfast.functional.kd_kl_div`.
+
+    Shape:
+        Two tensors of logits of one shape, and int64 targets without the class dimension → a 0-d tensor (for
+        ``reduction="none"``, one value a row).
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        *,
+        ignore_index: int = -100,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+    ) -> None:
+        super().__init__()
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        self.ignore_index, self.dim, self.reduction = ignore_index, dim, reduction
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        target: torch.Tensor,
+        row_weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of these logits; see :func:`~kdfast.functional.dkd_loss`."""
+        return dkd_loss(
+            student,
+            teacher,
+            target,
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature,
+            ignore_index=self.ignore_index,
+            dim=self.dim,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            mask=mask,
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return (
+            f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, "
+            f"ignore_index={self.ignore_index}, dim={self.dim}, reduction={self.reduction!r}"
+        )
+
+
+class TopKKDLoss(nn.Module):
+    """:func:`kdfast.functional.topk_kd_loss` with its options fixed.
+
+    Args:
+        temperature: T > 0.
+        tail: ``"bucket"`` or ``"renormalize"``.
+        reduction: As in :func:`~kdfast.functional.kd_kl_div`.
+
+    Shape:
+        Student logits ``[..., V]``, class indices and teacher logits ``[..., k]``, and optionally the teacher's
+        log-sum-exp ``[...]`` → a 0-d tensor (for ``reduction="none"``, one value a row).
+    """
+
+    def __init__(
+        self, temperature: float = 1.0, *, tail: Tail = "bucket", reduction: Reduction = "batchmean"
+    ) -> None:
+        super().__init__()
+        self.temperature, self.tail, self.reduction = temperature, tail, reduction
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        indices: torch.Tensor,
+        logits: torch.Tensor,
+        log_normalizer: torch.Tensor | None = None,
+        row_weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of these logits; see :func:`~kdfast.functional.topk_kd_loss`."""
+        return topk_kd_loss(
+            student,
+            indices,
+            logits,
+            temperature=self.temperature,
+            tail=self.tail,
+            log_normalizer=log_normalizer,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            mask=mask,
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"temperature={self.temperature}, tail={self.tail!r}, reduction={self.reduction!r}"
+
+
+class DISTLoss(nn.Module):
+    """:func:`kdfast.functional.dist_loss` with its options fixed.
+
+    Args:
+        beta: Weight of the inter-class term.
+        gamma: Weight of the intra-class term.
+        temperature: T > 0.
+        dim: The class dimension.
+
+    Shape:
+        Two tensors of logits of one shape → a 0-d tensor.
+    """
+
+    def __init__(
+        self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, *, dim: int = -1
+    ) -> None:
+        super().__init__()
+        self.beta, self.gamma, self.temperature, self.dim = beta, gamma, temperature, dim
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """The loss of these logits; see :func:`~kdfast.functional.dist_loss`."""
+        return dist_loss(
+            student, teacher, beta=self.beta, gamma=self.gamma, temperature=self.temperature, dim=self.dim
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}, dim={self.dim}"
+
+
+class FusedLinearKDLoss(nn.Module):
+    """:func:`kdfast.functional.fused_linear_kd_loss` with its options fixed.
+
+    Args:
+        temperature: T > 0.
+        chunk_rows: Rows whose logits are alive at a time; None chooses.
+        reduction: ``"batchmean"``, ``"mean"``, ``"sum"`` or ``"rowmean"``.
+
+    Shape:
+        Hidden states ``[..., H]`` and the head ``nn.Linear(H, V)`` of the student, then of the teacher → a 0-d
+        tensor.
+    """
+
+    def __init__(
+        self, temperature: float = 1.0, *, chunk_rows: int | None = None, reduction: Reduction = "batchmean"
+    ) -> None:
+        super().__init__()
+        self.temperature, self.chunk_rows, self.reduction = temperature, chunk_rows, reduction
+
+    def forward(
+        self,
+        student_hidden: torch.Tensor,
+        student_head: nn.Linear,
+        teacher_hidden: torch.Tensor,
+        teacher_head: nn.Linear,
+        row_weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of these heads; see :func:`~kdfast.functional.fused_linear_kd_loss`. The teacher is detached."""
+        return fused_linear_kd_loss(
+            student_hidden,
+            student_head.weight,
+            teacher_hidden.detach(),
+            teacher_head.weight.detach(),
+            temperature=self.temperature,
+            student_bias=student_head.bias,
+            teacher_bias=None if teacher_head.bias is None else teacher_head.bias.detach(),
+            chunk_rows=self.chunk_rows,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            mask=mask,
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"temperature={self.temperature}, chunk_rows={self.chunk_rows}, reduction={self.reduction!r}"

@@ -1,0 +1,77 @@
+"""What the closed forms of the losses share: rows a few at a time, and again, with care, those that need it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from kdfast.reference.losses import compute_dtype
+
+#: Below this a row's divergence has lost digits to cancellation in float32 (F.kl_div's has, too).
+CAREFUL_BELOW = 1e-3
+#: Elements of one tensor at a time: intermediates stay in a core's cache, and their memory is found again at once.
+CHUNK = 1 << 16
+
+#: Each row's loss, and T times its gradients to student and teacher.
+Closed = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+#: ``(s, t, rows, grad_s, grad_t) -> loss``: of rows ``[n, V]``, their place among all, gradients written where wanted.
+Compute = Callable[
+    [torch.Tensor, torch.Tensor, slice | torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor
+]
+
+
+def closed_form(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    dim: int,
+    need: tuple[bool, bool],
+    compute: Compute,
+    careful: Compute,
+    *,
+    below: float = CAREFUL_BELOW,
+) -> Closed:
+    """Each row's loss by ``compute``; where it is under ``below``, or NaN, by ``careful`` in float64 instead.
+
+    Returns:
+        The loss, of the logits' shape without ``dim``; gradients of the logits' shape, None where not needed; all
+        in float32 (float64 for float64 inputs).
+    """
+    dtype = compute_dtype(student, teacher)
+    s, t = student.detach(), teacher.detach()
+    flat = s.dim() == 2 and dim == 1  # nothing to move: a microsecond each, which a small loss is made of
+    if not flat:
+        shape = s.movedim(dim, -1).shape
+        s, t = (x.movedim(dim, -1).reshape(math.prod(shape[:-1]), shape[-1]) for x in (s, t))
+    grads = [torch.empty(s.shape, dtype=dtype, device=s.device) if wanted else None for wanted in need]
+    count, step = len(s), max(1, CHUNK // max(1, s.shape[1]))
+    if count <= step:
+        loss = compute(s.to(dtype), t.to(dtype), slice(None), *grads)
+    else:
+        loss = s.new_empty(count, dtype=dtype)
+        for start in range(0, count, step):
+            rows = slice(start, start + step)
+            into = (None if grad is None else grad[rows] for grad in grads)
+            loss[rows] = compute(s[rows].to(dtype), t[rows].to(dtype), rows, *into)
+    # One number is looked at, not a mask made: nearly always no row is small.
+    if count and not float(loss.min()) >= below:  # NaN, too: 0·inf, where a class is absent
+        chosen = (~(loss >= below)).nonzero().squeeze(-1)
+        wide = [x[chosen].double() for x in (s, t)]
+        into_again = [None if grad is None else torch.empty_like(wide[0]) for grad in grads]
+        loss[chosen] = careful(*wide, chosen, *into_again).to(dtype)
+        for grad, again in zip(grads, into_again, strict=True):
+            if grad is not None and again is not None:
+                grad[chosen] = again.to(dtype)
+    if flat:
+        return loss, grads[0], grads[1]
+    grad_s, grad_t = (None if grad is None else grad.view(shape).movedim(-1, dim) for grad in grads)
+    return loss.view(shape[:-1]), grad_s, grad_t
+
+
+def log_softmax_at(
+    logits: torch.Tensor, temperature: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities at T, and the memory that the scaled logits were in, to be used again."""
+    scaled = logits * (1.0 / temperature)
+    return torch.log_softmax(scaled, -1), scaled
