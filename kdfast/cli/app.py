@@ -300,8 +300,10 @@ def _show(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result))
         return
-    width = max((len(name) for name in result), default=0)
-    for name, value in result.items():
+    # What is nested is for programs: --json and metrics.json have it.
+    lines = {name: value for name, value in result.items() if not isinstance(value, Mapping)}
+    width = max((len(name) for name in lines), default=0)
+    for name, value in lines.items():
         typer.echo(f"{name:<{width}}  {_number(value)}")
 
 
