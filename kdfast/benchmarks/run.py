@@ -16,20 +16,30 @@ from kdfast.benchmarks import environment, timing
 from kdfast.benchmarks.case import Absent, Case, Provider, Settings, Work
 from kdfast.errors import ConfigError
 
-SUITES = ("losses", "denoise", "replay", "data")
+#: In the order in which they run; each is a module beside this one, with `cases(settings)`.
+SUITES = (
+    "losses",
+    "denoise",
+    "replay",
+    "data",
+    "distill",
+)
 FORMAT = 1
 #: Why a provider has no times: it cannot run here, it raised, its result was not right.
 OUT = ("absent", "failed", "wrong")
 Say = Callable[[str], None]
 
 
-def run(suites: Sequence[str], settings: Settings, *, say: Say = print) -> dict[str, Any]:
+def run(
+    suites: Sequence[str], settings: Settings, *, say: Say = print, out: Path | None = None
+) -> dict[str, Any]:
     """Run suites and return what :func:`kdfast.benchmarks.table.markdown` and ``compare`` read.
 
     Args:
         suites: Of :data:`SUITES`.
         settings: Device, size and patience.
         say: Called with a line for each finished case.
+        out: Where to :func:`write` after each suite: what a time limit ends loses no more than one.
 
     Returns:
         JSON-able: environment, copy bandwidth, and a row for each case with raw samples of each provider.
@@ -61,6 +71,8 @@ def run(suites: Sequence[str], settings: Settings, *, say: Say = print) -> dict[
         }
         for suite in suites:
             _run_suite(suite, settings, result, say)
+            if out is not None:
+                write(result, out)
     finally:
         torch.set_num_threads(threads)
     return result
@@ -99,6 +111,8 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
     described: list[dict[str, Any]] = []
     for provider in case.providers:
         entry: dict[str, Any] = {"name": provider.name, "config": provider.config}
+        if provider.against != "kdfast":
+            entry["against"] = provider.against
         if provider.traffic is not None:
             entry |= {"formula": provider.traffic.formula, "bytes": provider.traffic.num_bytes}
         described.append(entry)
