@@ -240,5 +240,7 @@ def render(
         )
         shape = (height, width, limit)
         launch(leaves_stop_kernel, (batch * tiles,), table, stop, *shape, **sides, enable_fp_fusion=False)
-        launch(leaves_colour_kernel, (batch * tiles,), table, stop, out, *shape, **sides, enable_fp_fusion=False)
+        launch(
+            leaves_colour_kernel, (batch * tiles,), table, stop, out, *shape, **sides, enable_fp_fusion=False
+        )
     return out

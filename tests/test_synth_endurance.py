@@ -67,6 +67,7 @@ def test_random_kills_in_a_row_end_in_the_set_of_an_undisturbed_run(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_hundred_random_kills(tmp_path: Path) -> None:
     assert endure(tmp_path, kills=100, seed=1) >= 100
 
@@ -77,6 +78,7 @@ def resident() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_memory_stays_flat_over_ten_thousand_images(tmp_path: Path) -> None:
     made, seen = synthesizer(), {}
 
@@ -109,6 +111,7 @@ def synth_config(model: Path, out: Path, **values: Any) -> synth.SynthConfig:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_two_thousand_digits_take_less_than_a_minute_of_two_cores(digits_model: Path, tmp_path: Path) -> None:
     torch.set_num_threads(2)
     before = time.process_time()
@@ -121,7 +124,7 @@ def test_two_thousand_digits_take_less_than_a_minute_of_two_cores(digits_model: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3600)
 def test_two_processes_write_what_one_does(digits_model: Path, tmp_path: Path) -> None:
     words = [
         "synth", "--weights", str(digits_model), "--images", "50", "--quiet", "--json",

@@ -20,9 +20,12 @@ from kdfast.errors import ConfigError
 SUITES = (
     "losses",
     "denoise",
+    "images",
     "replay",
     "data",
+    "synth",
     "distill",
+    "ssdkd",
 )
 FORMAT = 1
 #: Why a provider has no times: it cannot run here, it raised, its result was not right.

@@ -245,9 +245,7 @@ def bench(
     ] = None,
     suite: Annotated[
         list[str] | None,
-        typer.Option(
-            help="losses, denoise, replay, data, distill, ...; may be repeated.", show_default="all"
-        ),
+        typer.Option(help="One suite, such as losses or data; may be repeated.", show_default="all"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller cases.")] = False,
@@ -303,8 +301,10 @@ def _show(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result))
         return
-    width = max((len(name) for name in result), default=0)
-    for name, value in result.items():
+    # What is nested is for programs: --json and metrics.json have it.
+    lines = {name: value for name, value in result.items() if not isinstance(value, Mapping)}
+    width = max((len(name) for name in lines), default=0)
+    for name, value in lines.items():
         typer.echo(f"{name:<{width}}  {_number(value)}")
 
 
@@ -317,6 +317,8 @@ def _number(value: Any) -> str:
 
 
 # Commands with a file of their own; they use what stands above.
+from kdfast.cli.data_report import data_report  # noqa: E402
 from kdfast.cli.select import select  # noqa: E402
 
 app.command()(select)
+app.command()(data_report)
