@@ -14,7 +14,7 @@ import torch
 
 from kdfast.benchmarks import environment, timing
 from kdfast.benchmarks.case import Absent, Case, Provider, Settings, Work
-from kdfast.errors import ConfigError
+from kdfast.errors import ConfigError, MissingExtraError
 
 #: In the order in which they run; each is a module beside this one, with `cases(settings)`.
 SUITES = (
@@ -75,7 +75,7 @@ def run(
         for suite in suites:
             _run_suite(suite, settings, result, say)
             if out is not None:
-                write(result, out)
+                write(result, out, plots=False)
     finally:
         torch.set_num_threads(threads)
     return result
@@ -161,12 +161,19 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['key']}: {', '.join(parts)}"
 
 
-def write(result: dict[str, Any], out: Path) -> list[Path]:
-    """Write results.json and results.md into ``out``."""
+def write(result: dict[str, Any], out: Path, *, plots: bool = True) -> list[Path]:
+    """Write results.json and results.md into ``out``, and figures where matplotlib is installed."""
     from kdfast.benchmarks.table import markdown
 
     out.mkdir(parents=True, exist_ok=True)
     files = [out / "results.json", out / "results.md"]
     files[0].write_text(json.dumps(result, indent=1) + "\n")
     files[1].write_text(markdown(result))
+    if plots:
+        from kdfast.benchmarks.plots import draw
+
+        try:
+            files += draw(result, out)
+        except MissingExtraError as error:
+            files[1].write_text(f"{files[1].read_text()}\nNo figures: {error}\n")
     return files
