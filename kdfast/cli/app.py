@@ -250,7 +250,7 @@ def bench(
     ] = None,
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="losses, denoise, replay, data or synth; may be repeated.", show_default="all"),
+        typer.Option(help="One suite, such as losses or data; may be repeated.", show_default="all"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller cases.")] = False,
@@ -274,7 +274,8 @@ def bench(
     if out is None or compare is not None:
         raise ConfigError("bench: give either --out DIR, to measure, or --compare BEFORE AFTER")
     settings = benchmarks.make_settings(device, quick=quick)
-    result = benchmarks.run(suite or benchmarks.SUITES, settings, say=(lambda line: None) if quiet else say)
+    show = (lambda line: None) if quiet else say
+    result = benchmarks.run(suite or benchmarks.SUITES, settings, say=show, out=out)
     for path in benchmarks.write(result, out):
         say(f"wrote {path}")
     if not benchmarks.succeeded(result):
