@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.errors import ConfigError, DataError
+from kdfast.errors import ConfigError, DataError, KDFastError
 from kdfast.experiments import distill
 from kdfast.experiments.method_ssdkd import PICTURE, PhaseClock, class_rows
 from kdfast.experiments.recipe import load_recipe
@@ -332,6 +332,14 @@ def test_seconds_add_up_over_phases_and_restarts(monkeypatch: pytest.MonkeyPatch
     clock.start()
     clock.stop("distillation", factor=2.0)
     assert clock.seconds() == {"inversion": 3.0, "distillation": 6.0}
+
+
+def test_diverged_inversion_stops_the_run_before_a_checkpoint(tmp_path: Path, teacher: str) -> None:
+    with pytest.raises(
+        KDFastError, match=r"inversion's loss became (nan|inf) by round \d+; a lower lr_g or lr_z may help"
+    ):
+        go(tmp_path / "run", teacher, lr_g=1e30, lr_z=1e30, bn=1e38)
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
 def test_a_run_of_bf16_inverts_under_autocast(tmp_path: Path, teacher: str) -> None:

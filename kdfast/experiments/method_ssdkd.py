@@ -110,7 +110,12 @@ class Rounds:
         return torch.autocast(device, torch.bfloat16) if self._bf16 else nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in which epoch, and all that the method holds."""
+        """Where in which epoch, and all that the method holds.
+
+        Raises:
+            KDFastError: Inversion has diverged: better no checkpoint than one of that.
+        """
+        self.method.check()
         return {
             "epoch": self._epoch,
             "batch": self._batch,
@@ -127,6 +132,7 @@ class Rounds:
     def facts(self) -> dict[str, Any]:
         """What the buffer holds at the end, and where the time went."""
         method = self.method
+        method.check()
         return {
             "capacity": method.config.capacity if method.buffer is not None else 0,
             "synthesized_images": method.rounds * method.config.synthesis_batch,
@@ -159,7 +165,7 @@ def class_rows(images: Tensor, labels: Tensor) -> Tensor:
     Returns:
         uint8 ``[rows · columns, C, H, W]``.
     """
-    classes: Tensor = torch.unique(labels)  # type: ignore[no-untyped-call]
+    classes: Tensor = torch.unique(labels)
     picked = classes[torch.linspace(0, len(classes) - 1, min(_ROWS, len(classes))).round().long()]
     sheet = images.new_zeros(len(picked), _COLUMNS, *images.shape[1:])
     for row, label in zip(sheet, picked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdfast.errors import CheckpointError
+from kdfast.errors import CheckpointError, KDFastError
 from kdfast.functional import kd_kl_div, kd_statistics
 from kdfast.methods.ssdkd.capture import CapturedLoss, capturable
 from kdfast.methods.ssdkd.config import SSDKDConfig
@@ -163,6 +164,18 @@ class SSDKD:
             labels = torch.nn.functional.one_hot(predicted.flatten(1), self.num_classes).sum(1).argmax(1)
         index = self.buffer.extend(images, labels, _per_image(scores.kl))
         self.contents.insert(index, predicted, scores.teacher_prob)
+
+    def check(self) -> None:
+        """Look whether inversion still works. This waits for the device: for now and then, not for every step.
+
+        Raises:
+            KDFastError: The last round's loss was not finite; its images are not worth learning from.
+        """
+        loss = self.parts.get("inversion_loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            raise KDFastError(
+                f"inversion's loss became {float(loss)} by round {self.rounds}; a lower lr_g or lr_z may help"
+            )
 
     # --- distillation ---------------------------------------------------------------------------------------
 
