@@ -234,6 +234,9 @@ def test_the_report_draws_what_the_run_left(finished: Path, tmp_path: Path, teac
     both = write_report([finished, other], tmp_path / "two.html").read_text()
     for title in ("Accuracy by data scale", "Time by data scale", "Categories", "Accuracy by class"):
         assert f">{title}<" in both, title
+    # Two of one size do not differ in size alone: no line, and no failure.
+    same = write_report([finished, other, finished], tmp_path / "three.html").read_text()
+    assert "Accuracy by data scale" not in same
 
 
 def test_a_stopped_run_goes_on_exactly(tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:

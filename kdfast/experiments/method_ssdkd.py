@@ -22,6 +22,7 @@ NEEDS_DATA = False
 
 PICTURE = "samples-buffer.png"
 _COLUMNS, _ROWS = 12, 10
+_CAPTION = "What the buffer holds at the end: a class a row, the images of highest priority first."
 
 
 def build(setting: Setting) -> Plan:
@@ -57,7 +58,10 @@ def build(setting: Setting) -> Plan:
         loss = method.step(model)
         return loss, method.parts
 
-    return Plan(setting.student, step, batches, facts=batches.facts, leave=batches.leave)
+    def facts() -> dict[str, Any]:
+        return {"networks": f"{Path(config.teacher).name} → {config.student}", **batches.facts()}
+
+    return Plan(setting.student, step, batches, facts=facts, leave=batches.leave)
 
 
 class Rounds:
@@ -133,7 +137,9 @@ class Rounds:
         """What the buffer holds at the end, and where the time went."""
         method = self.method
         method.check()
+        kept = {} if method.buffer is None else {"captions": {PICTURE: _CAPTION}}
         return {
+            **kept,
             "capacity": method.config.capacity if method.buffer is not None else 0,
             "synthesized_images": method.rounds * method.config.synthesis_batch,
             "seconds_by_phase": {name: round(value, 3) for name, value in self.clock.seconds().items()},
