@@ -43,8 +43,10 @@ PROGRAMS = [Program((_SLOPE, _PAINT))]
 for _op, _values in _UNDER_TEST.items():
     _step = Instruction(_op, _values)
     _body = (_SLOPE, _PAINT, _step) if _op == "shade" else (_SLOPE, _step, _SLOPE, _PAINT)
-    if OPERATIONS[_op][-1] == "times" or _op == "curve":
+    if OPERATIONS[_op][-1] == "times":
         _body = (_SLOPE, _step, _PAINT)
+    if _op == "curve":  # with cells to tell apart
+        _body = (_SLOPE, Instruction("worley", _UNDER_TEST["worley"]), _step, _PAINT)
     PROGRAMS.append(Program((_SLOPE, _GROUND, *_body)))
 PROGRAMS += [
     Program((_SLOPE, Instruction("curve", (kind, 2.3, 0.2, 0.9, 0.4, 0.0)), _PAINT)) for kind in (0, 2, 3, 4)
