@@ -20,11 +20,13 @@ from kdfast.errors import ConfigError, MissingExtraError
 SUITES = (
     "losses",
     "denoise",
+    "feature",
     "images",
     "replay",
     "data",
     "synth",
     "distill",
+    "kdiffusion",
     "ssdkd",
 )
 FORMAT = 1
