@@ -60,7 +60,7 @@ def test_it_is_no_worse_than_plain_kd() -> None:
                 if name == "KD"
                 else DiffKD(student, teacher, config=DiffKDConfig(latent_channels=32))
             )
-            train(method, method.parameters(), method.step, data, 3)
+            train(method, method.parameters(), method.step, data, 6)
             reached[name].append(accuracy(student, test))
         print(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.4f}" for name, values in reached.items()))
     means = {name: sum(values) / 3 for name, values in reached.items()}

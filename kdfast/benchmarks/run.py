@@ -16,7 +16,7 @@ from kdfast.benchmarks import environment, timing
 from kdfast.benchmarks.case import Absent, Case, Provider, Settings, Work
 from kdfast.errors import ConfigError
 
-SUITES = ("losses", "denoise", "images", "replay", "synth", "ssdkd", "data")
+SUITES = ("losses", "denoise", "images", "replay", "synth", "ssdkd", "diffkd", "data")
 FORMAT = 1
 #: Why a provider has no times: it cannot run here, it raised, its result was not right.
 OUT = ("absent", "failed", "wrong")
