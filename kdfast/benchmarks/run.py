@@ -25,6 +25,7 @@ SUITES = (
     "replay",
     "data",
     "synth",
+    "diffkd",
     "distill",
     "kdiffusion",
     "ssdkd",
