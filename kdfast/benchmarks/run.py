@@ -27,6 +27,7 @@ SUITES = (
     "synth",
     "diffkd",
     "distill",
+    "diffkd",
     "kdiffusion",
     "ssdkd",
 )
