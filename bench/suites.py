@@ -42,4 +42,4 @@ def measure(benchmark: Any, case: Case, provider: Provider, device: str) -> None
         if device == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(step, rounds=5 if case.suite == "data" else 50, warmup_rounds=2)
+    benchmark.pedantic(step, rounds=5 if case.suite in ("data", "synth") else 50, warmup_rounds=2)

@@ -38,6 +38,9 @@ def cases(settings: Settings) -> Iterator[Case]:
         inputs = _Inputs(shape, dtype, settings.device)
         yield _step_case(inputs, settings)
         yield _scheduler_case(inputs, settings)
+    # One image's latents, where a scheduler's own way is most of what it takes.
+    for name in ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"):
+        yield _overhead_case(name, settings.pick((1, 4, 8, 8), small, small), settings)
 
 
 def eager_step(
@@ -175,3 +178,42 @@ def _scheduler_case(inputs: _Inputs, settings: Settings) -> Case:
         Provider("kdfast", ours, inputs.moves(5) if fused else None),
     )
     return _case("DDIM scheduler with guidance", inputs, settings, providers)
+
+
+def _overhead_case(name: str, shape: tuple[int, ...], settings: Settings) -> Case:
+    """A whole sampling run without its network: what a scheduler adds to one."""
+    steps = settings.pick(4, STEPS, STEPS)
+    generator = torch.Generator(settings.device).manual_seed(0)
+    noise, output = (torch.randn(shape, generator=generator, device=settings.device) for _ in range(2))
+
+    def sampling(library: Any, start: torch.Tensor, predicted: torch.Tensor) -> Work:
+        scheduler = getattr(library, name)()
+
+        def work(turn: int) -> torch.Tensor:
+            scheduler.set_timesteps(steps, device=start.device)
+            sample = start
+            for timestep in scheduler.timesteps:
+                scheduler.scale_model_input(sample, timestep)
+                sample = scheduler.step(predicted, timestep, sample).prev_sample
+            return sample
+
+        return work
+
+    def ours() -> Work:
+        peer("diffusers")
+        import kdfast.diffusion
+
+        return sampling(kdfast.diffusion, noise, output)
+
+    def check(provider: str, result: torch.Tensor) -> None:
+        want = sampling(peer("diffusers"), noise.double(), output.double())(0)
+        error = float((result.double() - want).abs().max() / want.abs().max())
+        assert error < 1e-4, f"off by {error:.2e} of the largest value; limit 1e-4"
+
+    providers = (
+        # set_timesteps copies from the host: neither run can be captured as a whole.
+        Provider("diffusers", lambda: sampling(peer("diffusers"), noise, output), graph=False),
+        Provider("kdfast", ours, graph=False),
+    )
+    params = {"scheduler": name.removesuffix("Scheduler"), "shape": "x".join(map(str, shape)), "steps": steps}
+    return Case("denoise", "sampling without the network", params, 1, providers, check, steps, "steps")

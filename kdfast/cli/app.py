@@ -250,7 +250,7 @@ def bench(
     ] = None,
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="losses, denoise, replay or data; may be repeated.", show_default="all"),
+        typer.Option(help="One suite, such as losses or data; may be repeated.", show_default="all"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller cases.")] = False,
@@ -274,7 +274,8 @@ def bench(
     if out is None or compare is not None:
         raise ConfigError("bench: give either --out DIR, to measure, or --compare BEFORE AFTER")
     settings = benchmarks.make_settings(device, quick=quick)
-    result = benchmarks.run(suite or benchmarks.SUITES, settings, say=(lambda line: None) if quiet else say)
+    show = (lambda line: None) if quiet else say
+    result = benchmarks.run(suite or benchmarks.SUITES, settings, say=show, out=out)
     for path in benchmarks.write(result, out):
         say(f"wrote {path}")
     if not benchmarks.succeeded(result):
@@ -305,8 +306,10 @@ def _show(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result))
         return
-    width = max((len(name) for name in result), default=0)
-    for name, value in result.items():
+    # What is nested is for programs: --json and metrics.json have it.
+    lines = {name: value for name, value in result.items() if not isinstance(value, Mapping)}
+    width = max((len(name) for name in lines), default=0)
+    for name, value in lines.items():
         typer.echo(f"{name:<{width}}  {_number(value)}")
 
 
@@ -315,10 +318,14 @@ def _number(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(_number(entry) for entry in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_number(entry)}" for key, entry in value.items())
     return str(value)
 
 
 # Commands with a file of their own; they use what stands above.
+from kdfast.cli.data_report import data_report  # noqa: E402
 from kdfast.cli.select import select  # noqa: E402
 
 app.command()(select)
+app.command()(data_report)

@@ -62,8 +62,7 @@ class ShardWriter:
             are numbered from there, so that sets written side by side can be joined.
 
     Raises:
-        ShardError: ``directory`` holds another set, or one that is not being resumed, or another writer is at
-            work.
+        ShardError: ``directory`` cannot be written, holds another set, or is not being resumed or left to us.
         MissingExtraError: The codec is not installed.
     """
 
@@ -257,8 +256,7 @@ class ShardWriter:
             class_counts={str(label): counts[label] for label in sorted(counts)},
         )
         if self._short is not None:
-            # Out of the manifest before its file is replaced: a crash in between costs this shard, not the
-            # set.
+            # Out of the manifest before its file is replaced: a crash between costs this shard, not the set.
             self._short = None
             self._write_manifest()
         with _reported(self.directory / info.file):

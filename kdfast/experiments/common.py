@@ -28,6 +28,18 @@ from kdfast.training.trainer import Trainer
 Positive = Annotated[float, at.Gt(0)]
 NotNegative = Annotated[float, at.Ge(0)]
 Count = Annotated[int, at.Ge(1)]
+AugmentName = Literal[
+    "crop",
+    "resized_crop",
+    "flip",
+    "rand_augment",
+    "color_jitter",
+    "erase",
+    "scale_crop",
+    "standard",
+    "high",
+    "extreme",
+]
 
 Labelled = LabelledImages | SegmentationFolder
 
@@ -55,8 +67,9 @@ class TrainingRecipe:
         warmup_epochs: Linear warm-up.
         min_lr: Where ``cosine`` ends.
         augment: Any of ``crop`` (4 pixels of padding), ``resized_crop`` (8 to 100 % of the area), ``flip``,
-            ``rand_augment`` (two operations at 9 of 30), ``color_jitter`` (0.4), ``erase`` (a quarter of the images); for
-            segmentation ``scale_crop`` (0.5 to 2 times) and ``flip``.
+            ``rand_augment`` (two operations at 9 of 30), ``color_jitter`` (0.4), ``erase`` (a quarter of them),
+            or a regime of :mod:`kdfast.data.regimes`, ``standard``, ``high``, ``extreme``; for segmentation
+            ``scale_crop`` (0.5 to 2 times) and ``flip``.
         accumulate: Batches that share an optimiser step.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         clip_grad_norm: Upper bound of the gradient's norm.
@@ -87,9 +100,7 @@ class TrainingRecipe:
     decay_epochs: Positive = 1.0
     warmup_epochs: NotNegative = 0.0
     min_lr: NotNegative = 0.0
-    augment: tuple[
-        Literal["crop", "resized_crop", "flip", "rand_augment", "color_jitter", "erase", "scale_crop"], ...
-    ] = ()
+    augment: tuple[AugmentName, ...] = ()
     accumulate: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     clip_grad_norm: Positive | None = None

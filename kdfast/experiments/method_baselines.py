@@ -25,7 +25,7 @@ class BaselineMethod:
     NEEDS_DATA: bool = True
 
     @property
-    def CONFIG(self) -> type:  # noqa: N802 - as in the modules of other methods
+    def CONFIG(self) -> type:
         """Its recipe keys."""
         return self.METHOD.CONFIG
 

@@ -23,6 +23,7 @@ from kdfast.errors import DataError
 from kdfast.training.model_io import ModelConfig, load_model, load_model_config
 
 Advance = Callable[[int], None]
+Each = Callable[[torch.Tensor], None]
 
 
 class Teacher:
@@ -116,7 +117,9 @@ def open_images(
     if is_shard_folder(data) or (folder.is_dir() and any(folder.glob("*.tar"))):
         records = ShardRecords(data, image_size=image_size, device=device, loader=loader, on_error=on_error)
         if is_shard_folder(data):
-            records.classes = tuple(map(str, read_manifest(data).metadata.get("classes", ())))
+            names = read_manifest(data).metadata.get("classes")
+            # Whoever wrote the set may have meant something else by the word.
+            records.classes = tuple(map(str, names)) if isinstance(names, list) else ()
         return records
     return LabelledRecords(
         load_dataset(data, split, image_size=image_size, label_column=label_column), device
@@ -131,9 +134,10 @@ def view(
     *,
     batch_size: int = 256,
     features: bool = False,
+    each: Each = lambda images: None,
     advance: Advance = lambda count: None,
 ) -> View:
-    """Show the teacher images, all or these.
+    """Show the teacher images, all or these; ``each`` sees every batch too.
 
     Raises:
         DataError: None of them can be decoded.
@@ -143,6 +147,7 @@ def view(
     for rows, batch in images.batches(chosen, batch_size):
         if not len(rows):
             continue
+        each(batch)
         pooled, logits = teacher.look(batch)
         top = logits.float().softmax(1).topk(min(2, logits.shape[1]))
         values, classes = top.values, top.indices

@@ -6,7 +6,7 @@ Every function takes tensors in any layout and returns float32 (float64 for floa
 from __future__ import annotations
 
 from kdfast.functional.denoise import denoise_step
-from kdfast.functional.feature import noise_mix, reparam_middle_loss
+from kdfast.functional.feature import add_noise_embed, noise_mix, noise_mse, reparam_middle_loss
 from kdfast.functional.feature_statistics import BNStatistics, bn_statistics_loss
 from kdfast.functional.fused_linear import fused_linear_kd_loss
 from kdfast.functional.images import crop_flip_normalize, draw_crop_flip
@@ -19,6 +19,7 @@ from kdfast.functional.shaders import render_shaders
 __all__ = [
     "BNStatistics",
     "KDStatistics",
+    "add_noise_embed",
     "bn_ddim_step",
     "bn_mse",
     "bn_relu",
@@ -34,6 +35,7 @@ __all__ = [
     "kd_kl_div",
     "kd_statistics",
     "noise_mix",
+    "noise_mse",
     "render_leaves",
     "render_shaders",
     "reparam_middle_loss",

@@ -1,4 +1,4 @@
-"""Feature distillation: the middle loss over re-parameterised branches, and the mix of a feature with noise."""
+"""Feature distillation: the middle loss over re-parameterised branches, features mixed with noise, errors in it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import feature as ops
+from kdfast.ops import feature_noise as noise_ops
 from kdfast.profiling import annotate
 
-__all__ = ["noise_mix", "reparam_middle_loss"]
+__all__ = ["add_noise_embed", "noise_mix", "noise_mse", "reparam_middle_loss"]
 
 
 @annotate("reparam_middle_loss")
@@ -130,6 +131,105 @@ def noise_mix(x: Tensor, gamma: Tensor, *, seed: int | Tensor) -> Tensor:
     if gamma.device != x.device:
         raise ValueError(f"gamma: is on {gamma.device}; x is on {x.device}, and they must match")
     return ops.noise_mix(x, gamma.reshape(-1), _seed(seed, x))
+
+
+@annotate("noise_mse")
+def noise_mse(prediction: Tensor, *, seed: int | Tensor) -> Tensor:
+    r"""The simple diffusion loss: mean squared error of predicted noise, the noise drawn again rather than kept.
+
+    .. math:: L = \mathrm{mean}\big((\hat\varepsilon - \varepsilon)^2\big)
+
+    (DDPM, Ho et al. 2020, Eq. 14; DiffKD, Huang et al. 2023.) With the seed and the shape of :func:`add_noise_embed`
+    or :func:`noise_mix`, ε is the noise that they added, for any layout. The gradient is made in the forward launch.
+
+    Args:
+        prediction: ε̂ ``[B, …]``, any strides; float32, bfloat16, float16 or float64.
+        seed: An int from 0 to 2⁶³ − 1, or an int64 tensor of one element on its device, so that a captured graph
+            sees its current value.
+
+    Returns:
+        The loss, a 0-d float32 tensor (float64 for float64).
+
+    Raises:
+        TypeError: A prediction that is not floating-point, a seed that is no integer.
+        ValueError: A prediction without elements, a seed out of what is said above.
+    """
+    _floating("prediction", prediction)
+    if prediction.numel() == 0:
+        raise ValueError(
+            f"prediction: got shape {tuple(prediction.shape)}; the mean of no elements is not defined"
+        )
+    return noise_ops.noise_mse(prediction, _seed(seed, prediction))
+
+
+@annotate("add_noise_embed")
+def add_noise_embed(
+    latent: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    embedding: Tensor | None = None,
+    *,
+    seed: int | Tensor,
+) -> Tensor:
+    r"""Noise a latent to its timestep, and add the time embedding, in one pass.
+
+    .. math:: x_t = \sqrt{\bar\alpha_t}\,x + \sqrt{1 - \bar\alpha_t}\,\varepsilon + E[t]
+
+    (DDPM, Ho et al. 2020, Eq. 4, with DiffKD's learned embedding of the timestep.) ε are Philox normals keyed by
+    (seed, element), never stored: :func:`noise_mse` draws the same.
+
+    Args:
+        latent: ``[B, C, …]`` or ``[B, C]``; float32, bfloat16, float16 or float64. Gets no gradient. Contiguous and
+            channels_last are read as they lie, other layouts are copied first.
+        timesteps: int64 ``[B]`` on its device, 0 to T − 1. On a GPU the values are not checked (that would wait for
+            the device): a timestep outside makes its sample NaN.
+        alphas_cumprod: ᾱ ``[T]``, float32 or float64: in half precision the first is 1, and training gives NaN.
+        embedding: E ``[rows, C]`` with at least T rows of use, as ``nn.Embedding.weight``; None adds none. Gets a
+            gradient, summed in float32 in the batch's order: the same bits each time.
+        seed: An int from 0 to 2⁶³ − 1, or an int64 tensor of one element on its device.
+
+    Returns:
+        x_t (plus E[t]), of the latent's shape and dtype.
+
+    Raises:
+        TypeError: Tensors of another kind than said above.
+        ValueError: Shapes, devices or values that do not fit; a latent that requires grad.
+    """
+    _floating("latent", latent)
+    if latent.dim() < 2:
+        raise ValueError(f"latent: got shape {tuple(latent.shape)}; [B, C, …] is needed")
+    if latent.requires_grad:
+        raise ValueError("latent: requires grad; kdfast gives it no gradient, pass latent.detach()")
+    if not isinstance(alphas_cumprod, Tensor) or alphas_cumprod.dtype not in (torch.float32, torch.float64):
+        kind = getattr(alphas_cumprod, "dtype", type(alphas_cumprod).__name__)
+        raise TypeError(f"alphas_cumprod: got {kind}; a float32 or float64 tensor is needed")
+    if alphas_cumprod.dim() != 1 or alphas_cumprod.numel() == 0 or alphas_cumprod.requires_grad:
+        raise ValueError(
+            f"alphas_cumprod: got shape {tuple(alphas_cumprod.shape)}, requires_grad={alphas_cumprod.requires_grad}; "
+            "[T] without gradient is needed"
+        )
+    if not isinstance(timesteps, Tensor) or timesteps.dtype != torch.int64:
+        kind = getattr(timesteps, "dtype", type(timesteps).__name__)
+        raise TypeError(f"timesteps: got {kind}; an int64 tensor is needed")
+    if timesteps.shape != latent.shape[:1]:
+        raise ValueError(f"timesteps: got shape {tuple(timesteps.shape)}; [{latent.shape[0]}] is needed")
+    given = {"timesteps": timesteps, "alphas_cumprod": alphas_cumprod}
+    limit = alphas_cumprod.shape[0]
+    if embedding is not None:
+        _floating("embedding", embedding)
+        if embedding.dim() != 2 or embedding.shape[1] != latent.shape[1]:
+            raise ValueError(
+                f"embedding: got shape {tuple(embedding.shape)}; [rows, {latent.shape[1]}] is needed"
+            )
+        given["embedding"], limit = embedding, min(limit, embedding.shape[0])
+    for name, value in given.items():
+        if value.device != latent.device:
+            raise ValueError(f"{name}: is on {value.device}; latent is on {latent.device}")
+    if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (timesteps < 0) | (timesteps >= limit)
+        if bool(wrong.any()):
+            raise ValueError(f"timesteps: got {int(timesteps[wrong][0])}; accepted: 0 to {limit - 1}")
+    return noise_ops.add_noise_embed(latent, timesteps, alphas_cumprod, embedding, _seed(seed, latent))
 
 
 def _floating(name: str, value: Tensor) -> None:

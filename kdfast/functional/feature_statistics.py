@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import feature_statistics as ops
+from kdfast.profiling import annotate
 
 __all__ = ["BNStatistics", "bn_statistics_loss"]
 
@@ -26,6 +27,7 @@ class BNStatistics(NamedTuple):
     var: Tensor
 
 
+@annotate("bn_statistics_loss")
 def bn_statistics_loss(
     x: Tensor,
     running_mean: Tensor,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import images as ops
+from kdfast.profiling import annotate
 
 __all__ = ["crop_flip_normalize", "draw_crop_flip"]
 
@@ -20,6 +21,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _affine: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
 
+@annotate("crop_flip_normalize")
 def crop_flip_normalize(
     images: Tensor,
     offsets: Tensor,
@@ -76,6 +78,7 @@ def crop_flip_normalize(
     return ops.crop_flip(images, offsets, flips, gain, bias, ops.Crop(padding, height, width, dtype, last))
 
 
+@annotate("draw_crop_flip")
 def draw_crop_flip(
     images: Tensor,
     *,

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import leaves as ops
+from kdfast.profiling import annotate
 
 __all__ = ["render_leaves"]
 
 
+@annotate("render_leaves")
 def render_leaves(index: Tensor, shape: tuple[int, int], *, seed: int = 0, limit: int = 5000) -> Tensor:
     """Dead leaves: shapes fall on an image, each hiding what it covers, until no pixel is bare.
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import norm as ops
+from kdfast.profiling import annotate
 from kdfast.reference.norm import BatchNorm
 
 __all__ = ["bn_ddim_step", "bn_mse", "bn_relu"]
 
 
+@annotate("bn_relu")
 def bn_relu(
     x: Tensor,
     running_mean: Tensor | None = None,
@@ -65,6 +67,7 @@ def bn_relu(
     return ops.bn_act(x, residual, norm, relu=bool(relu))
 
 
+@annotate("bn_ddim_step")
 def bn_ddim_step(
     sample: Tensor,
     x: Tensor,
@@ -120,6 +123,7 @@ def bn_ddim_step(
     return ops.bn_act(x, sample, norm, relu=False, scale=float(c2), carry=float(c1))
 
 
+@annotate("bn_mse")
 def bn_mse(
     x: Tensor,
     target: Tensor,

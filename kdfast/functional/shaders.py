@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import shaders as ops
+from kdfast.profiling import annotate
 from kdfast.reference.shaders import SLOTS
 
 __all__ = ["render_shaders"]
@@ -14,6 +15,7 @@ __all__ = ["render_shaders"]
 MAX_ANTIALIAS = 8
 
 
+@annotate("render_shaders")
 def render_shaders(
     codes: Tensor,
     values: Tensor,

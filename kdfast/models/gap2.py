@@ -52,9 +52,7 @@ class Gap2(ConvNet):
     def forward_head(self, features: Tensor, *, pre_logits: bool = False) -> Tensor:
         """Pool a feature map and classify it; ``pre_logits`` stops at the two pooled features ``[B, 2]``."""
         pooled: Tensor = self.avgpool(features).flatten(1)
-        return pooled if pre_logits else self.classify(pooled)
-
-    def classify(self, points: Tensor) -> Tensor:
-        """Logits ``[B, num_classes]`` of points ``[B, 2]`` in the plane of the features."""
-        logits: Tensor = self.fc(self.hidden(points))
+        if pre_logits:
+            return pooled
+        logits: Tensor = self.fc(self.hidden(pooled))
         return logits

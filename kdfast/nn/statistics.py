@@ -161,7 +161,7 @@ class BNStatisticsLoss:
     def _begin(self, *_: Any) -> None:
         self._terms, self._seen = [], []
 
-    def _collect(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+    def _collect(self, layer: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
         (x,) = inputs
         mean, var = layer.running_mean, layer.running_var
         if x.dim() < 2 or x.shape[1:2] != mean.shape or x.numel() == 0:

@@ -54,8 +54,9 @@ def _forward(x: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """Loss and ``[4, C]`` of a dense x, by the kernel."""
     from kdfast.kernels import feature_statistics as kernels
 
-    mean, var, *average, share = (None if t is None else t.contiguous() for t in target[:5])
-    return kernels.bn_statistics(x, mean, var, *average, share, squared=target.squared)  # type: ignore[arg-type]
+    tensors = (None if tensor is None else tensor.contiguous() for tensor in target[:5])
+    found = kernels.bn_statistics(x, *tensors, squared=target.squared)
+    return cast("tuple[Tensor, Tensor]", found)
 
 
 def _backward(x: Tensor, stats: Tensor, upstream: Tensor, through: Tensor | None) -> Tensor:
@@ -144,9 +145,10 @@ def _coefficients(x: Tensor, mean: Tensor, var: Tensor, target: Target) -> tuple
     """a and b of kernels/feature_statistics.py, where the kernel did not run."""
     k = 0.0 if target.share is None else target.share.to(mean.dtype)
     gaps = [target.running_mean.to(mean.dtype) - mean, target.running_var.to(mean.dtype) - var]
-    for at, average in enumerate((target.average_mean, target.average_var)):
-        if average is not None:
-            gaps[at] = torch.lerp(gaps[at], target[at].to(mean.dtype) - average.to(mean.dtype), k)
+    if target.average_mean is not None and target.average_var is not None:
+        running, average = target[:2], (target.average_mean, target.average_var)
+        for at in range(2):
+            gaps[at] = torch.lerp(gaps[at], running[at].to(mean.dtype) - average[at].to(mean.dtype), k)
     if target.squared:
         gaps = [2 * gap for gap in gaps]
     else:

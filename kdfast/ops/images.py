@@ -48,25 +48,24 @@ def _empty(x: Tensor, crop: Crop) -> Tensor:
 
 
 def _run(x: Tensor, offsets: Tensor, flips: Tensor, gain: Tensor, bias: Tensor | None, crop: Crop) -> Tensor:
-    out = _empty(x, crop)
     if crop.dtype != torch.float64 and resolve(x) == "triton":
         from kdfast.kernels import images as kernels
 
+        out = _empty(x, crop)
         kernels.crop_flip(x, out, offsets, flips, gain, bias, crop.padding, transposed=crop.transposed)
         return out
-    return out.copy_(
-        reference.crop_flip(
-            x,
-            offsets,
-            flips,
-            gain,
-            bias,
-            crop.padding,
-            (crop.height, crop.width),
-            transposed=crop.transposed,
-            dtype=crop.dtype,
-        )
+    out = reference.crop_flip(
+        x,
+        offsets,
+        flips,
+        gain,
+        bias,
+        crop.padding,
+        (crop.height, crop.width),
+        transposed=crop.transposed,
+        dtype=crop.dtype,
     )
+    return out.contiguous(memory_format=torch.channels_last) if crop.channels_last else out
 
 
 def _gradient_of(x: Tensor, crop: Crop) -> Crop:

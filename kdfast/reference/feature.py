@@ -1,4 +1,4 @@
-"""Branch recursion and γ-mix in plain PyTorch: the oracle of the tests and the path for CPU and float64."""
+"""Branch recursion, γ-mix and noising in plain PyTorch: the oracle of the tests and the path for CPU and float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from kdfast.reference.losses import compute_dtype
 from kdfast.reference.philox_normal import normal
 
-__all__ = ["noise_mix", "reparam_middle"]
+__all__ = ["add_noise_embed", "noise_error", "noise_mix", "noise_mse", "reparam_middle"]
 
 
 def reparam_middle(
@@ -47,3 +47,28 @@ def noise_mix(x: Tensor, gamma: Tensor, seed: int | Tensor) -> Tensor:
     noise = normal(int(seed), 0, tuple(x.shape), x.device).to(dtype)
     factor = gamma.to(dtype).view(-1, *[1] * (x.dim() - 1))
     return (factor * x.to(dtype) + (1 - factor) * noise).to(x.dtype)
+
+
+def noise_error(prediction: Tensor, seed: int | Tensor) -> Tensor:
+    """``ε̂ − ε`` in float32 (float64)."""
+    dtype = compute_dtype(prediction)
+    noise = normal(int(seed), 0, tuple(prediction.shape), prediction.device).to(dtype)
+    return prediction.to(dtype) - noise
+
+
+def noise_mse(prediction: Tensor, seed: int | Tensor) -> Tensor:
+    """``mean((ε̂ − ε)²)`` in float32 (float64)."""
+    return noise_error(prediction, seed).square().mean()
+
+
+def add_noise_embed(
+    x: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, embedding: Tensor | None, seed: int | Tensor
+) -> Tensor:
+    """``√ᾱ_t·x + √(1 − ᾱ_t)·ε + E[t]`` of x ``[B, C, …]``; in x's dtype."""
+    dtype = compute_dtype(x)
+    noise = normal(int(seed), 0, tuple(x.shape), x.device).to(dtype)
+    bar = alphas_cumprod.to(dtype)[timesteps].view(-1, *[1] * (x.dim() - 1))
+    out = bar.sqrt() * x.to(dtype) + (1 - bar).sqrt() * noise
+    if embedding is not None:
+        out = out + embedding[timesteps].to(dtype).view(*x.shape[:2], *[1] * (x.dim() - 2))
+    return out.to(x.dtype)

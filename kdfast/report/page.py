@@ -12,7 +12,7 @@ from typing import Any
 
 import kdfast
 from kdfast.errors import DataError, require
-from kdfast.report import inversion, plots
+from kdfast.report import denoising, inversion, plots, reverse
 from kdfast.report.runs import METRICS, Run, read_run
 from kdfast.report.studies import studies
 
@@ -44,10 +44,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, and figures side by side."""
+    """A heading, and figures: side by side, or each as wide as the page."""
 
     title: str
     figures: tuple[Figure, ...]
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,16 @@ class Card:
     value: str
     label: str
     main: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One judgement: ``grade`` is ``good``, ``fair``, ``poor`` or ``note``; ``why`` says where its bounds come from."""
+
+    grade: str
+    title: str
+    text: str
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ class Page:
     name: str
     lead: str = ""
     cards: tuple[Card, ...] = ()
+    findings: tuple[Finding, ...] = ()
     sections: tuple[Section, ...] = ()
     tables: tuple[Table, ...] = field(default=())
 
@@ -100,20 +112,31 @@ def write_report(
     """
     if not paths:
         raise DataError("report: got no runs, accepted: at least one run's directory")
-    jinja2 = require("jinja2", extra="report", feature="the report page")
     runs = [read_run(os.fspath(path)) for path in paths]
     pages = [_demo_page(run) if _is_demo(run) else _run_page(run) for run in runs]
     if len(runs) > 1:
         pages.insert(0, _comparison(runs))
     target = Path(output) if output is not None else runs[0].path / "report.html"
+    return render_pages(
+        pages, target, title=title or _title(runs), sources=[f"{run.name}/{METRICS}" for run in runs]
+    )
+
+
+def render_pages(pages: Sequence[Page], target: Path, *, title: str, sources: Sequence[str]) -> Path:
+    """Write pages as one file, and their plots as SVG files into ``plots/`` beside it.
+
+    Args:
+        pages: One below the other.
+        target: The file.
+        title: Heading.
+        sources: What the page was made from, for its last line.
+    """
+    jinja2 = require("jinja2", extra="report", feature="the report page")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True
     )
     html = environment.get_template("report.html.j2").render(
-        title=title or _title(runs),
-        pages=pages,
-        sources=[f"{run.name}/{METRICS}" for run in runs],
-        version=kdfast.__version__,
+        title=title, pages=pages, sources=sources, version=kdfast.__version__
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     _save_plots(target.parent / "plots", pages)
@@ -155,7 +178,7 @@ def _demo_page(run: Run) -> Page:
         sections.append(Section("What they saw", pictures))
     if learning := _demo_curves(run):
         sections.append(Section("How they learned", learning))
-    return Page(run.name, lead, cards, tuple(sections), tuple(_tables(run, skip=_DEMO_KEYS)))
+    return Page(run.name, lead, cards, sections=tuple(sections), tables=tuple(_tables(run, skip=_DEMO_KEYS)))
 
 
 def _demo_curves(run: Run) -> tuple[Figure, ...]:
@@ -181,9 +204,13 @@ def _run_page(run: Run) -> Page:
     sections += _inversion_sections({run.name: run})
     for title, traces in inversion.trace_figures(run).items():
         sections.append(Section(title, tuple(_figures(traces))))
+    if parts := reverse.part_figures(run) or denoising.part_figures(run):
+        sections.append(Section("Loss", tuple(_figures(parts))))
     if pictures := _pictures(run):
         sections.append(Section("Samples", pictures))
-    return Page(run.name, "", cards, tuple(sections), tuple(_tables(run, skip=inversion.DRAWN)))
+    return Page(
+        run.name, cards=cards, sections=tuple(sections), tables=tuple(_tables(run, skip=inversion.DRAWN))
+    )
 
 
 def _inversion_sections(runs: Mapping[str, Run]) -> list[Section]:
@@ -191,6 +218,8 @@ def _inversion_sections(runs: Mapping[str, Run]) -> list[Section]:
     drawn = {
         "What the buffer holds": inversion.buffer_figures(runs),
         "Scale": inversion.scale_figures(runs),
+        "Parameters": reverse.parameter_figure(runs),
+        "Evaluations": denoising.evaluation_figure(runs),
         "Classes": inversion.class_accuracy_figure(runs),
         "Time": inversion.phase_figure(runs),
     }

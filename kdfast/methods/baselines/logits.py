@@ -54,9 +54,9 @@ class DKDConfig(BaselineConfig):
 
 
 class DKD(Baseline[DKDConfig]):
-    """α·TCKD + β·NCKD (Zhao et al. 2022, "Decoupled knowledge distillation", Eq. 7), without their warm-up of 20 epochs.
+    """α·TCKD + β·NCKD (Zhao et al. 2022, "Decoupled knowledge distillation", Eq. 7).
 
-    Needs labels, and one of them an image: mixing is refused.
+    Their warm-up of 20 epochs is not here. Needs labels, and one of them an image: mixing is refused.
     """
 
     CONFIG = DKDConfig

@@ -138,7 +138,7 @@ class Denoising(nn.Module):
         return fused.bn_step(self.denoiser(seen), self.denoiser.norm, z, c1, c2)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _without_statistics(self.denoiser)
+        return nullcontext(), _on_copies(self.denoiser)
 
     def project(self, z: Tensor) -> Tensor:
         """What is compared with the teacher's latent."""
@@ -167,13 +167,15 @@ def _seed(like: Tensor) -> Tensor:
 
 
 @contextmanager
-def _without_statistics(module: nn.Module) -> Iterator[None]:
-    """Let a second pass over the same batch leave the running statistics alone."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+def _on_copies(module: nn.Module) -> Iterator[None]:
+    """Let a second pass over the same batch count up copies of the running statistics."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        for name, value in norm._buffers.items():
+            norm._buffers[name] = None if value is None else value.clone()
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, kept):
+            norm._buffers.update(buffers)

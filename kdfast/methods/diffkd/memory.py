@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["activation_memory", "saved_bytes"]
 
 
-class saved_bytes(saved_tensors_hooks):  # noqa: N801 - a context manager, like what it is made of
+class saved_bytes(saved_tensors_hooks):
     """Count the bytes that autograd keeps for backward inside a ``with`` block, each storage once.
 
     Args:

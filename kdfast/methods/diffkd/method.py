@@ -276,10 +276,10 @@ class DiffKD(nn.Module):
             sum(p._version for p in self.student.parameters()),
             sum(p._version for p in self.own_parameters()),
         )
-        if self.training and self._versions is not None and now[0] != self._versions[0]:
-            if now[1] == self._versions[1]:
-                _warn("an optimizer moved the student, but none of the method's parameters")
-                now = (-1, -1)
+        before = self._versions
+        if self.training and before is not None and now[0] != before[0] and now[1] == before[1]:
+            _warn("an optimizer moved the student, but none of the method's parameters")
+            now = (-1, -1)
         self._versions = now
 
     def _forget(self) -> None:

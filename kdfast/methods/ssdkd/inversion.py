@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from kdfast.errors import ConfigError
 from kdfast.functional import kd_kl_div
 from kdfast.methods.ssdkd.capture import CapturedStep, capturable
 from kdfast.methods.ssdkd.config import SSDKDConfig
 from kdfast.methods.ssdkd.generator import Generator, Pixels
-from kdfast.methods.ssdkd.statistics import BNStatistics
 from kdfast.methods.ssdkd.views import Views
+from kdfast.nn import BNStatisticsLoss
 from kdfast.replay import modulation
 
 __all__ = ["Inversion"]
@@ -57,11 +58,7 @@ class Inversion:
     ) -> None:
         self.config, self.views, self.rng, self.device = config, views, rng, device
         self.teacher = teacher
-        self.statistics = BNStatistics(
-            teacher, squared=config.bn_norm == "squared", momentum=config.bn_momentum
-        )
-        if config.bn and not self.statistics.layers:
-            raise ConfigError("bn: the teacher has no batch norm with running statistics, accepted: 0")
+        self.statistics = _statistics(teacher, config) if config.bn else None
         batch = config.synthesis_batch
         pixels, persistent = config.generator == "pixels", config.generator == "persistent"
         latent = (batch, *image_shape) if pixels else (batch, config.latent)
@@ -71,7 +68,7 @@ class Inversion:
         self.origin: Generator | None = None
         if config.generator == "meta":
             self.origin = self._make_generator(image_shape)
-        self._parameters = list(self.model.parameters())
+        self._parameters: list[Tensor] = list(self.model.parameters())
         groups: list[dict[str, Any]] = []
         if self._parameters:
             groups.append({"params": self._parameters, "lr": config.lr_g})
@@ -91,6 +88,7 @@ class Inversion:
         self._counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
         self._sums = torch.zeros(len(TERMS), device=device)
         self._features: Tensor | None = None
+        self._handle: RemovableHandle | None = None
         self._steps: dict[Any, CapturedStep] = {}
         self.rounds = 0
 
@@ -124,12 +122,7 @@ class Inversion:
         student.eval()
         self._watch(True)
         try:
-            key = (
-                id(student),
-                adversarial,
-                self.statistics.averaging,
-                torch.is_autocast_enabled(self.device.type),
-            )
+            key = (id(student), adversarial, torch.is_autocast_enabled(self.device.type))
             if key not in self._steps:
                 self._steps[key] = CapturedStep(
                     lambda: self._step(student, adversarial),
@@ -179,10 +172,11 @@ class Inversion:
     @torch.no_grad()
     def _end(self) -> None:
         self.rounds += 1
-        self.statistics.update_average()
+        if self.statistics is not None:
+            self.statistics.update_average()
         if self.origin is None:
             return
-        origin = list(self.origin.parameters())
+        origin: list[Tensor] = list(self.origin.parameters())
         if self.config.meta == "reptile":
             difference = torch._foreach_sub(origin, self._parameters)
             torch._foreach_add_(self._origin_gradients, difference, alpha=REPTILE_RATE)
@@ -222,10 +216,9 @@ class Inversion:
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         config = self.config
         views = self.views(images)
-        self.statistics.clear()
         logits = self.teacher(views).float()
         zero = logits.new_zeros(())
-        bn = self.statistics.loss() if config.bn else zero
+        bn = zero if self.statistics is None else self.statistics.loss()
         task, phi = self._task(logits) if config.oh else (zero, zero)
         disagreement = self._disagreement(student(views).float(), logits) if adversarial else zero
         loss = config.bn * bn + config.oh * task - config.adv * disagreement
@@ -276,13 +269,14 @@ class Inversion:
 
     def _watch(self, on: bool) -> None:
         """Hooks are there during a round and gone for distillation."""
-        if self.config.bn:
-            (self.statistics.on if on else self.statistics.off)()
+        if self.statistics is not None:
+            (self.statistics.attach if on else self.statistics.detach)()
         if not self.config.act:
             return
         if not on:
-            self._handle.remove()
-            self._features = None
+            if self._handle is not None:
+                self._handle.remove()
+            self._handle = self._features = None
             return
         find = getattr(self.teacher, "get_classifier", None)
         if find is None:
@@ -296,7 +290,9 @@ class Inversion:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next round starts from; copies."""
-        state: dict[str, Any] = {"rounds": self.rounds, "statistics": self.statistics.state_dict()}
+        state: dict[str, Any] = {"rounds": self.rounds}
+        if self.statistics is not None:
+            state["statistics"] = self.statistics.state_dict()
         if self.origin is not None:
             state |= {
                 "generator": self.origin.state_dict(),
@@ -309,7 +305,8 @@ class Inversion:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put it back."""
         self.rounds = int(state["rounds"])
-        self.statistics.load_state_dict(state["statistics"])
+        if self.statistics is not None:
+            self.statistics.load_state_dict(state["statistics"])
         self._steps.clear()  # graphs hold the addresses of what an optimiser's loading replaces
         if self.origin is not None:
             self.origin.load_state_dict(state["generator"])
@@ -327,6 +324,13 @@ def total_variation(images: Tensor) -> Tensor:
     rising = images[..., 1:, :-1] - images[..., :-1, 1:]
     norms = [torch.linalg.vector_norm(part) for part in (right, below, falling, rising)]
     return torch.stack(norms).sum()
+
+
+def _statistics(teacher: nn.Module, config: SSDKDConfig) -> BNStatisticsLoss:
+    try:
+        return BNStatisticsLoss(teacher, squared=config.bn_norm == "squared", momentum=config.bn_momentum)
+    except ValueError as error:
+        raise ConfigError(f"bn: got {config.bn}, accepted: 0 for this teacher ({error})") from error
 
 
 def _adam(parameters: Any, rate: float, capture: bool) -> torch.optim.Adam:
