@@ -137,7 +137,10 @@ def test_a_frame_that_shows_nothing_is_taken_at_another_time(tmp_path: Path) -> 
     "files, match",
     [
         ({}, r"holds no shaders \(.frag"),
-        ({"a.frag": BROKEN, "b.frag": FLAT}, "none of 2 shaders can be used: a.frag:3: .*; b.frag: shows nothing"),
+        (
+            {"a.frag": BROKEN, "b.frag": FLAT},
+            "none of 2 shaders can be used: a.frag:3: .*; b.frag: shows nothing",
+        ),
     ],
 )
 def test_folders_without_a_usable_shader(tmp_path: Path, files: dict[str, str], match: str) -> None:
@@ -164,7 +167,9 @@ def test_sizes_that_make_no_sense(tmp_path: Path) -> None:
                 call()
 
 
-def test_without_egl_the_message_says_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_egl_the_message_says_what_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moderngl = pytest.importorskip("moderngl")
 
     def refuse(**options: Any) -> None:
@@ -177,7 +182,9 @@ def test_without_egl_the_message_says_what_installs_it(tmp_path: Path, monkeypat
 
 
 def test_translation_keeps_the_lines() -> None:
-    text = "#version 300 es\n/* a\nb */ precision highp float;\nvoid main() { gl_FragColor = vec4(1.0); } // end"
+    text = (
+        "#version 300 es\n/* a\nb */ precision highp float;\nvoid main() { gl_FragColor = vec4(1.0); } // end"
+    )
     lines = translate(text).split("#line 1\n")[1].splitlines()
     assert [i for i, line in enumerate(lines, 1) if "void main" in line] == [4]
     assert "precision" not in "".join(lines)

@@ -48,7 +48,9 @@ def test_saved_programs_come_back_and_draw_the_same(programs: list[Program], tmp
     path = surrogate.save_programs(programs, tmp_path / "programs.json")
     back = surrogate.load_programs(path)
     assert back == programs
-    before, after = (surrogate.shaders(8, SIZE, programs=lot, antialias=1) for lot in (programs[:8], back[:8]))
+    before, after = (
+        surrogate.shaders(8, SIZE, programs=lot, antialias=1) for lot in (programs[:8], back[:8])
+    )
     assert torch.equal(before, after)
     assert json.loads(path.read_text())["format"] == "kdfast-shaders"
 
@@ -66,7 +68,9 @@ def test_any_instruction_survives_json(op: str, data: st.DataObject) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from(sorted(OPERATIONS)), st.sampled_from([-4096.0, -0.0, 1e-30, 0.3, 4096.0]), st.booleans())
+@given(
+    st.sampled_from(sorted(OPERATIONS)), st.sampled_from([-4096.0, -0.0, 1e-30, 0.3, 4096.0]), st.booleans()
+)
 def test_no_numbers_overflow(op: str, extreme: float, many: bool) -> None:
     """The furthest that a program may go is still finite, between 0 and 1."""
     from kdfast.data.surrogate.programs import RANGED
@@ -202,7 +206,9 @@ def teacher() -> torch.nn.Module:
     for _ in range(5):
         for rows in torch.randperm(len(train.labels)).split(64):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(train.images[rows].float() / 255), train.labels[rows]).backward()
+            nn.functional.cross_entropy(
+                model(train.images[rows].float() / 255), train.labels[rows]
+            ).backward()
             optimizer.step()
     found = model.eval()(test.images.float() / 255).argmax(1)
     assert (found == test.labels).float().mean() > 0.93
@@ -281,7 +287,10 @@ def test_four_thousand_programs_are_distinct(teacher: torch.nn.Module) -> None:
         ("rates: swirl got 1 numbers", lambda: Instruction("swirl", (1.0,) * 4, (1.0,))),
         ("values: swirl got turns=nan", lambda: Instruction("swirl", (float("nan"), 1, 1, 1))),
         ("values: swirl got narrow=-1", lambda: Instruction("swirl", (1, -1, 1, 1))),
-        ("rates: swirl got narrow=1.0; narrow cannot move", lambda: Instruction("swirl", (1,) * 4, (0, 1.0, 0, 0))),
+        (
+            "rates: swirl got narrow=1.0; narrow cannot move",
+            lambda: Instruction("swirl", (1,) * 4, (0, 1.0, 0, 0)),
+        ),
         ("values: fold got rounds=17", lambda: Instruction("fold", (17, *(0,) * 7))),
         ("values: swirl got turns=5000", lambda: Instruction("swirl", (5000, 1, 1, 1))),
         ("instructions: got 0", lambda: Program(())),
@@ -311,7 +320,10 @@ def test_refusals(match: str, call: Any) -> None:
         ('{"format": "kdfast-shaders", "version": 9}', "has version 9; this kdfast reads version 1"),
         ('{"format": "kdfast-shaders", "version": 1, "programs": []}', "holds no programs"),
         ('{"format": "kdfast-shaders", "version": 1, "programs": [7]}', "program 0: a program is an object"),
-        ('{"format": "kdfast-shaders", "version": 1, "programs": [[{"op": "spin", "values": {}}]]}', "op: got 'spin'"),
+        (
+            '{"format": "kdfast-shaders", "version": 1, "programs": [[{"op": "spin", "values": {}}]]}',
+            "op: got 'spin'",
+        ),
         (
             '{"format": "kdfast-shaders", "version": 1, "programs": [[{"op": "swirl", "values": {"turns": 1}}]]}',
             "program 0: values: swirl got turns; it takes turns, narrow",

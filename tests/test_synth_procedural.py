@@ -39,7 +39,11 @@ def rank(number: int, world: int) -> Any:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".tar", ".idx", ".json", ".png")}
+    return {
+        p.name: p.read_bytes()
+        for p in sorted(folder.iterdir())
+        if p.suffix in (".tar", ".idx", ".json", ".png")
+    }
 
 
 def quiet(done: int, total: int) -> None:
@@ -59,7 +63,11 @@ def test_shaders_with_their_programs_and_a_sheet(tmp_path: Path) -> None:
     facts = {"generator": "shaders", "seed": 2, "image_size": 8, "programs": 5, "antialias": 2}
     assert facts.items() <= manifest.metadata.items()
     sheet = np.asarray(Image.open(tmp_path / "samples.png"))
-    assert sheet.shape == (2 * 12 * 9 - 12, 12 * 12 * 9 - 12, 4)  # 12 a row, each pixel a square of 12, gaps of one
+    assert sheet.shape == (
+        2 * 12 * 9 - 12,
+        12 * 12 * 9 - 12,
+        4,
+    )  # 12 a row, each pixel a square of 12, gaps of one
     corner = images_of(tmp_path)[0, :, 0, 0].tolist()
     assert sheet[5, 5].tolist() == [*corner, 255]
 
@@ -112,9 +120,7 @@ def test_ranks_write_the_set_that_one_process_writes(tmp_path: Path, source: str
 
 
 @pytest.mark.parametrize("source", ["shaders", "leaves"])
-def test_a_stopped_run_resumes_to_the_same_set(
-    tmp_path: Path, source: str
-) -> None:
+def test_a_stopped_run_resumes_to_the_same_set(tmp_path: Path, source: str) -> None:
     class Stop(Exception):
         pass
 
@@ -174,7 +180,10 @@ def test_without_matplotlib_it_is_said_first(tmp_path: Path, monkeypatch: pytest
 def test_refusals(tmp_path: Path) -> None:
     for values, match in (
         ({"source": "glsl"}, "folder: missing; source=glsl needs"),
-        ({"source": "leaves", "folder": "x"}, "folder: got x, but source=leaves reads none; accepted with glsl"),
+        (
+            {"source": "leaves", "folder": "x"},
+            "folder: got x, but source=leaves reads none; accepted with glsl",
+        ),
         ({"source": "leaves", "programs_file": "x"}, "programs_file: got x, .*; accepted with shaders"),
     ):
         with pytest.raises(ConfigError, match=match):

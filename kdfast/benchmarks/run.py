@@ -23,6 +23,7 @@ SUITES = (
     "images",
     "replay",
     "data",
+    "surrogate",
     "synth",
     "distill",
     "ssdkd",
