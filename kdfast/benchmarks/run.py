@@ -24,6 +24,7 @@ SUITES = (
     "images",
     "replay",
     "data",
+    "surrogate",
     "synth",
     "diffkd",
     "distill",
