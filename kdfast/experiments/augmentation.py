@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kdfast.data.augment import padded_crop, random_flip
 from kdfast.data.randaugment import grey, rand_augment
-from kdfast.data.regimes import random_erase
+from kdfast.data.regimes import REGIMES, random_erase
 from kdfast.data.segmentation import IGNORE
 from kdfast.errors import ConfigError
 
@@ -21,8 +21,8 @@ class Augmentation:
     """Apply the named augmentations in order; images ``[B, C, H, W]`` in [0, 1].
 
     Attributes:
-        names: ``crop``, ``resized_crop``, ``flip``, ``rand_augment``, ``color_jitter``, ``erase``; ``scale_crop`` for
-            images with masks.
+        names: ``crop``, ``resized_crop``, ``flip``, ``rand_augment``, ``color_jitter``, ``erase``, or one of the
+            regimes ``standard``, ``high``, ``extreme``; ``scale_crop`` for images with masks.
         image_size: Side of what ``resized_crop`` returns.
     """
 
@@ -48,10 +48,12 @@ class Augmentation:
                 images = color_jitter(images, generator)
             elif name == "erase":
                 images = random_erase(images, generator, p=0.25)
+            elif name in REGIMES:
+                images = REGIMES[name](images, generator)
             else:
                 raise ConfigError(
                     f"augment: got {name!r}, accepted for classification: crop, resized_crop, flip, rand_augment, "
-                    "color_jitter, erase"
+                    "color_jitter, erase, standard, high, extreme"
                 )
         return images
 

@@ -28,7 +28,18 @@ from kdfast.training.trainer import Trainer
 Positive = Annotated[float, at.Gt(0)]
 NotNegative = Annotated[float, at.Ge(0)]
 Count = Annotated[int, at.Ge(1)]
-AugmentName = Literal["crop", "resized_crop", "flip", "rand_augment", "color_jitter", "erase", "scale_crop"]
+AugmentName = Literal[
+    "crop",
+    "resized_crop",
+    "flip",
+    "rand_augment",
+    "color_jitter",
+    "erase",
+    "scale_crop",
+    "standard",
+    "high",
+    "extreme",
+]
 
 Labelled = LabelledImages | SegmentationFolder
 
@@ -56,8 +67,9 @@ class TrainingRecipe:
         warmup_epochs: Linear warm-up.
         min_lr: Where ``cosine`` ends.
         augment: Any of ``crop`` (4 pixels of padding), ``resized_crop`` (8 to 100 % of the area), ``flip``,
-            ``rand_augment`` (two operations at 9 of 30), ``color_jitter`` (0.4), ``erase`` (a quarter of them); for
-            segmentation ``scale_crop`` (0.5 to 2 times) and ``flip``.
+            ``rand_augment`` (two operations at 9 of 30), ``color_jitter`` (0.4), ``erase`` (a quarter of them),
+            or a regime of :mod:`kdfast.data.regimes`, ``standard``, ``high``, ``extreme``; for segmentation
+            ``scale_crop`` (0.5 to 2 times) and ``flip``.
         accumulate: Batches that share an optimiser step.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         clip_grad_norm: Upper bound of the gradient's norm.

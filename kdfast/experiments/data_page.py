@@ -247,8 +247,8 @@ def _boundary(seen: Seen, teacher: Teacher, names: Sequence[str]) -> Figure:
         before, after = (teacher(part[shown]).argmax(1).tolist() for part in (pairs.pre, pairs.post))
     rows = [_bytes(start[shown]), _bytes(pairs.pre[shown]), _bytes(pairs.post[shown]), _bytes(moved)]
     return Figure(
-        caption="Images, the pair that the attack found from each (either side of the boundary to the runner-up, within "
-        "ε = 8/255), and the change to the second of them, grey for none. Above: the classes on the two sides.",
+        caption="Images, the pair that the attack found from each (either side of the boundary to the runner-up, "
+        "within ε = 8/255), and the change to the second of them, grey for none. Above: the classes on the two sides.",
         svg=data_plots.sheet(
             rows,
             columns=[f"{_short(names, a)} → {_short(names, b)}" for a, b in zip(before, after)],

@@ -39,8 +39,12 @@ PAPER_POINTS: Mapping[str, list[tuple[float, float]]] = {
 EVEN, UNEVEN = 0.85, 0.67  # relative entropy: at least EVEN is good, below UNEVEN poor
 COPIES_FAIR, COPIES_POOR = 0.01, 0.2  # share of images that are copies of others
 THIN = 20  # distinct images that a predicted class should have at least
-NARROW = 2.0  # effective directions below which a set is one clump to the teacher
+NARROW = 0.05  # of the directions beyond the first: a set that spreads over less is one clump to the teacher
 NEAR = 0.25  # share of images from which a boundary can be reached
+
+
+def _narrow(m: Mapping[str, Any]) -> bool:
+    return bool(m["effective_directions"] < min(2.0, 1 + NARROW * (m["feature_dimensions"] - 1)))
 
 
 def evenness(entropy: float) -> str:
@@ -68,7 +72,7 @@ def verdict(m: Mapping[str, Any]) -> tuple[str, str, str]:
     """Grade, headline and advice."""
     seen, classes = m["classes_predicted"], m["classes"]
     now, after = evenness(m["relative_entropy_raw"]), evenness(m["relative_entropy_supported"])
-    narrow = m["effective_directions"] < NARROW
+    narrow = _narrow(m)
     if seen == 1:
         return (
             "poor",
@@ -155,7 +159,7 @@ def _selection(m: Mapping[str, Any]) -> Finding:
     reached, thin = m["relative_entropy_balanced"], m["thin_classes"]
     supported = m["relative_entropy_supported"]
     text = f"kdfast select would bring the relative entropy to {reached:.3f}."
-    if m["relative_entropy_raw"] > reached - 0.01:
+    if m["relative_entropy_raw"] > reached - 0.03:
         text = f"kdfast select has nothing to add: the relative entropy could be {reached:.3f}."
     if thin:
         text += (
@@ -207,7 +211,7 @@ def _variety(m: Mapping[str, Any]) -> Finding:
         "directions"
     )
     text += f"; images of one class lie {spread:.2f} times as far apart as the classes do." if spread else "."
-    grade = "poor" if directions < NARROW and m["feature_dimensions"] > 2 else "note"
+    grade = "poor" if _narrow(m) else "note"
     why = (
         "Directions: effective rank of the features' covariance. They tell a clump from a cloud; they do "
         "not rank sets, "
@@ -222,5 +226,8 @@ def _copies(m: Mapping[str, Any]) -> Finding:
     text = f"{100 * share:.1f} % of the images repeat another one" + (
         f", the most frequent {m['largest_duplicate_group']} times." if share else "."
     )
-    why = f"Fair from {100 * COPIES_FAIR:.0f} %, poor from {100 * COPIES_POOR:.0f} %: a copy costs a step and teaches little."
+    why = (
+        f"Fair from {100 * COPIES_FAIR:.0f} %, poor from {100 * COPIES_POOR:.0f} %: a copy costs a step and "
+        "teaches little."
+    )
     return Finding(grade, "Copies", text, why)

@@ -159,7 +159,7 @@ def class_rows(images: Tensor, labels: Tensor) -> Tensor:
     Returns:
         uint8 ``[rows · columns, C, H, W]``.
     """
-    classes = labels.unique()
+    classes: Tensor = torch.unique(labels)  # type: ignore[no-untyped-call]
     picked = classes[torch.linspace(0, len(classes) - 1, min(_ROWS, len(classes))).round().long()]
     sheet = images.new_zeros(len(picked), _COLUMNS, *images.shape[1:])
     for row, label in zip(sheet, picked):

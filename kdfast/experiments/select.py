@@ -40,10 +40,10 @@ class SelectConfig:
         data: A directory of shards, or real labelled images: ``digits``, a folder, ``hf:NAME``.
         teacher: Directory of a trained network; its predictions decide.
         out: Directory of the new shards.
-        budget: Images to pick; of a smaller set, as many as it has.
+        budget: Images to pick; of fewer shards' images, as many as there are. Fewer real images stay as they are, as in
+            the paper.
         shared: Class names or numbers that data and teacher share, one a line in this file: makes two subsets,
-            ``in-domain`` of these classes and ``out-of-domain`` of the others. One that is within the budget stays
-            whole, a larger one is selected from. For data with true labels.
+            ``in-domain`` of these classes and ``out-of-domain`` of the others. For data with true labels.
         long_tail: Instead of equal shares, ones that fall off exponentially; largest over smallest, e.g. 100.
         index_only: Write no shards but ``indices.txt``, the picked images' numbers, one a line.
         regime: Augmentation for the entropies that are reported beside the selection's.
@@ -226,8 +226,8 @@ def _select(work: _Work, name: str, rows: Rows) -> dict[str, Any]:
             f"budget: got {config.budget}, accepted for {what}: at least {np.count_nonzero(raw)}, one image for each "
             "class that the teacher predicts"
         )
-    if name and len(index) <= config.budget and config.long_tail is None:
-        picked = np.arange(len(index))  # the paper leaves real sets of up to 50K as they are
+    if isinstance(work.images, LabelledRecords) and len(index) <= config.budget and not config.long_tail:
+        picked = np.arange(len(index))  # as the paper leaves real sets of up to 50K
     elif config.long_tail is None:
         picked = select_balanced(predicted, budget, teacher.num_classes, seed=config.seed).numpy()
     else:

@@ -44,6 +44,7 @@ class TeachConfig(TrainingRecipe):
         task: ``classification``, or ``segmentation``, for which data are images beside PNG masks.
         num_classes: How many classes the data must have; by default any number.
         label_column: For ``hf:`` sets with several class columns, which one to use.
+        pretrained: For ``timm:`` networks: begin with timm's weights, and replace the classifier.
     """
 
     data: str
@@ -53,6 +54,7 @@ class TeachConfig(TrainingRecipe):
     test_data: str | None = None
     num_classes: Count | None = None
     label_column: str | None = None
+    pretrained: bool = False
 
 
 def run(
@@ -87,7 +89,8 @@ def run(
     rank = (accelerator.process_index, accelerator.num_processes)
     test = held_out(config.test_data or config.data, described, config.label_column, task=config.task)
     seed_everything(config.seed)
-    network = build_network(described)
+    weights = {"pretrained": True} if config.pretrained else {}
+    network = build_network(replace(described, options={**described.options, **weights}))
     batches = ImageBatches(
         dataset,
         config.batch_size,

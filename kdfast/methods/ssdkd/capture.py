@@ -53,7 +53,8 @@ class CapturedStep:
 
     def __init__(self, body: Callable[[], None], rng: torch.Generator, *, capture: bool) -> None:
         self._body, self._rng, self._capture = body, rng, capture
-        self._calls, self._graph = 0, None
+        self._calls = 0
+        self._graph: _Graph | None = None
 
     def __call__(self) -> None:
         """Do the work once."""
@@ -86,7 +87,8 @@ class CapturedLoss:
     ) -> None:
         self._body, self._rng, self._capture = body, rng, capture
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self._calls, self._graph = 0, None
+        self._calls = 0
+        self._graph: _Graph | None = None
 
     def __call__(self) -> Tensor:
         """The loss of the next batch."""
