@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,21 +91,21 @@ class Inputs:
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(self.device)
 
 
-class Runner:
+class Runner(NamedTuple):
     """A provider's two phases."""
 
-    def __init__(self, synthesize: Callable[[], Tensor], distil: Callable[[], Any]) -> None:
-        self.synthesize, self.distil = synthesize, distil
+    synthesize: Callable[[], Tensor]
+    distil: Callable[[], float]
 
 
 def eager(kind: type[EagerSSDKD], inputs: Inputs) -> Runner:
     """One of the eager versions, its buffer full."""
     teacher, student = inputs.networks()
     method = kind(
-        teacher,
-        student,
-        _optimizer(student),
-        inputs.config,
+        teacher=teacher,
+        student=student,
+        optimizer=_optimizer(student),
+        config=inputs.config,
         images=inputs.rows(),
         mean=MEAN,
         std=STD,
@@ -137,7 +137,7 @@ def ours(inputs: Inputs) -> Runner:
         for _ in range(method.steps):
             loss = method.step()
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             total += loss.detach()
         return float(total) / method.steps
