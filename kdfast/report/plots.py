@@ -163,8 +163,8 @@ def columns(
         axes.grid(axis="x", visible=False)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        if len(series) > 1:
-            axes.legend()
+        if len(series) > 1:  # above: columns leave no corner free
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
         return to_svg(drawing)
 
 
