@@ -80,7 +80,7 @@ def curves(
         if log_x:
             axes.set_xscale("log")
             ticks = sorted({value for x, _ in series.values() for value in x})
-            axes.set_xticks(ticks, labels=[f"{value:,g}" for value in ticks])
+            axes.set_xticks(ticks, labels=[f"{value:,.10g}" for value in ticks])
             axes.xaxis.minorticks_off()
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
