@@ -20,12 +20,16 @@ from kdfast.errors import ConfigError, MissingExtraError
 SUITES = (
     "losses",
     "denoise",
+    "feature",
     "images",
     "replay",
     "data",
     "surrogate",
     "synth",
+    "diffkd",
     "distill",
+    "diffkd",
+    "kdiffusion",
     "ssdkd",
 )
 FORMAT = 1
