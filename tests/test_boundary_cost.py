@@ -19,12 +19,22 @@ STEPS = 10
 def test_pairs_cost_at_most_a_tenth_more_than_their_teacher_passes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """CPU time, fastest of five, in turns: 12 forward and backward passes with the walk around them, and alone."""
+    """CPU time, fastest of five, in turns: forward and backward passes with the walk around them, and as many alone."""
     model = create_model("resnet8", 10).eval().requires_grad_(False)
-    images, targets = torch.rand(64, 3, 16, 16), torch.randint(0, 10, (64,))
+    images = torch.rand(64, 3, 16, 16)
+    targets = model(images).topk(2).indices[:, 1]  # within reach
+
+    count = [0]
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        count[0] += 1
+        return model(x)
+
+    decision_boundary_pairs(counted, images, targets, steps=STEPS)
+    assert STEPS + 1 <= count[0] <= STEPS + 2  # one for the pairs' own classes, if there are pairs
 
     def passes() -> None:
-        for _ in range(STEPS + 2):
+        for _ in range(count[0]):
             leaf = images.detach().requires_grad_()
             torch.autograd.grad(F.cross_entropy(model(leaf), targets, reduction="sum"), leaf)
 
@@ -41,6 +51,6 @@ def test_pairs_cost_at_most_a_tenth_more_than_their_teacher_passes(
     alone, around = (min(column) for column in zip(*taken))
     with capsys.disabled():
         print(
-            f"\nboundary pairs: {around / alone:.3f} x their {STEPS + 2} teacher passes ({1000 * alone:.0f} ms)"
+            f"\nboundary pairs: {around / alone:.3f} x their {count[0]} teacher passes ({1000 * alone:.0f} ms)"
         )
     assert around <= 1.1 * alone

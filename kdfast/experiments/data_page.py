@@ -121,6 +121,7 @@ def _pictures(seen: View, images: ImageRecords, names: Sequence[str]) -> Figure:
         unsure = order[len(sure) :][-_UNSURE:]
         wanted.append([*sure, *[None] * (_SURE - len(sure)), *[None] * (_UNSURE - len(unsure)), *unsure])
     found = _load(images, seen, [row for column in wanted for row in column if row is not None])
+    tiles: dict[int | None, Images | None] = {None: None, **found}
     grid = [
         [None if column[y] is None else found[column[y]] for column in wanted] for y in range(_SURE + _UNSURE)
     ]
