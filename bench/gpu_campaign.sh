@@ -12,7 +12,8 @@
 #   build      the C++ extension, with the compiler and torch's own copy of pybind11
 #   doctor     what is installed, which backend runs each op, a self-test on the GPU
 #   tests      the tests marked `gpu`
-#   losses denoise replay data    the benchmark suites, each into OUT/SUITE/results.{json,md}
+#   losses denoise replay data    the kernels' benchmark suites, each into OUT/SUITE/results.{json,md}
+#   methods    every other suite, together into OUT/methods/
 #   sanitizer  compute-sanitizer memcheck over one small call of each family
 #   ncu        Nsight Compute on the main kernels
 set -uo pipefail
@@ -25,7 +26,8 @@ if [[ -z $OUT || $OUT == -* || (-n $DRY && $DRY != --dry-run) ]]; then
   exit 2
 fi
 PYTHON=${PYTHON:-python3}
-ALL="build doctor tests losses denoise replay data sanitizer ncu"
+KERNELS="losses denoise replay data"
+ALL="build doctor tests $KERNELS methods sanitizer ncu"
 PARTS=${PARTS:-$ALL}
 for part in $PARTS; do
   if [[ " $ALL " != *" $part "* ]]; then
@@ -37,7 +39,7 @@ mkdir -p "$OUT" || exit 2
 OUT=$(cd "$OUT" && pwd)
 
 # Seconds of each part; together 530.
-declare -A LIMIT=([build]=70 [doctor]=15 [tests]=120 [losses]=110 [denoise]=45 [replay]=45 [data]=45 [sanitizer]=40 [ncu]=40)
+declare -A LIMIT=([build]=60 [doctor]=15 [tests]=110 [losses]=85 [denoise]=40 [replay]=35 [data]=35 [methods]=90 [sanitizer]=30 [ncu]=30)
 
 STAGE=$(mktemp -d)
 trap 'rm -rf "$STAGE"' EXIT
@@ -106,6 +108,14 @@ part_losses() { suite losses; }
 part_denoise() { suite denoise; }
 part_replay() { suite replay; }
 part_data() { suite data; }
+# Whatever has no part of its own; written after each suite, so that a limit costs the last ones only.
+part_methods() {
+  local name chosen=()
+  for name in $("$PYTHON" -m kdfast.benchmarks --list); do
+    [[ " $KERNELS " == *" $name "* ]] || chosen+=(--suite "$name")
+  done
+  "$PYTHON" -m kdfast.benchmarks "${chosen[@]}" "${BENCH[@]}" --out "$OUT/methods"
+}
 
 smoke() { "$PYTHON" "$STAGE/bench/kernel_smoke.py" --device "$([[ $DRY ]] && echo cpu || echo cuda)" "$@"; }
 
@@ -139,9 +149,10 @@ fi
 [[ $DRY ]] && echo "dry run on a CPU: nothing that is timed here means anything"
 
 # Parts run in a shell of their own, so that `timeout` can end all of one, its children included.
-export -f part_build part_doctor part_tests part_losses part_denoise part_replay part_data part_sanitizer part_ncu
+export -f part_build part_doctor part_tests part_losses part_denoise part_replay part_data part_methods
+export -f part_sanitizer part_ncu
 export -f absent suite smoke find_tool
-export STAGE OUT DRY PYTHON
+export STAGE OUT DRY PYTHON KERNELS
 SUMMARY="$OUT/summary.txt"
 : > "$SUMMARY"
 failures=0

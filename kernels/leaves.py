@@ -92,6 +92,7 @@ def _side(to, kind, x, y, next_x, next_y, mask):
 
 @triton.jit
 def leaves_draw_kernel(index, radii, law, out, seed, limit, height, width, shorter, BLOCK: tl.constexpr):
+    """One leaf a lane: its shape, place and colour from three Philox blocks."""
     blocks = tl.cdiv(limit, BLOCK)
     image = tl.program_id(0) // blocks
     leaf = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -164,6 +165,7 @@ def _tile(height, width, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def leaves_stop_kernel(table, stop, height, width, limit, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """How many leaves fall until this tile, and so at last the image, has no bare pixel."""
     image, top, left, row, column, exists = _tile(height, width, HEIGHT, WIDTH)
     x, y = column.to(tl.float32) + 0.5, row.to(tl.float32) + 0.5
     left_edge, top_edge = left.to(tl.float32), top.to(tl.float32)
@@ -181,6 +183,7 @@ def leaves_stop_kernel(table, stop, height, width, limit, HEIGHT: tl.constexpr, 
 
 @triton.jit
 def leaves_colour_kernel(table, stop, out, height, width, limit, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The colour of each pixel: of the last leaf on it among those that fell."""
     image, top, left, row, column, exists = _tile(height, width, HEIGHT, WIDTH)
     x, y = column.to(tl.float32) + 0.5, row.to(tl.float32) + 0.5
     left_edge, top_edge = left.to(tl.float32), top.to(tl.float32)

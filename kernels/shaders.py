@@ -67,6 +67,7 @@ def shaders_kernel(
     FLOAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A block of pixels of one image: its program run at each sample, the colours averaged."""
     blocks = tl.cdiv(pixels, BLOCK)
     image = tl.program_id(0) // blocks
     offset = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kdfast.benchmarks import SUITES
 from kdfast.cli.app import app
 from tests.conftest import INTERPRETING
 
@@ -91,8 +93,12 @@ def test_the_campaign_rehearses_on_a_cpu(tmp_path: Path) -> None:
 def test_the_whole_campaign_rehearses_on_a_cpu(tmp_path: Path) -> None:
     outcome = campaign(tmp_path / "out", "--dry-run")
     assert outcome.returncode == 0, outcome.stdout[-4000:]
-    for suite in ("losses", "denoise", "replay", "data"):
-        assert json.loads((tmp_path / "out" / suite / "results.json").read_text())["cases"]
+    seen = set()
+    for part in ("losses", "denoise", "replay", "data", "methods"):
+        rows = json.loads((tmp_path / "out" / part / "results.json").read_text())["cases"]
+        assert rows
+        seen |= {row["suite"] for row in rows}
+    assert seen == set(SUITES)
     assert (tmp_path / "out" / "tests.xml").exists()
 
 
@@ -109,6 +115,8 @@ def test_the_campaign_fits_its_time() -> None:
     script = CAMPAIGN.read_text()
     (limits,) = [line for line in script.splitlines() if line.startswith("declare -A LIMIT=")]
     seconds = [int(word.partition("]=")[2].rstrip(")")) for word in limits.partition("(")[2].split()]
-    parts = next(line for line in script.splitlines() if line.startswith("ALL=")).split('"')[1].split()
+    named = dict(re.findall(r'^(KERNELS|ALL)="(.*)"$', script, re.MULTILINE))
+    parts = named["ALL"].replace("$KERNELS", named["KERNELS"]).split()
     assert len(seconds) == len(parts)
+    assert set(named["KERNELS"].split()) <= set(SUITES)
     assert sum(seconds) <= 9 * 60

@@ -21,6 +21,8 @@ from tests.conftest import INTERPRETING
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="nothing here launches a kernel")
 TRIAL = Settings("cpu", samples=3, sample_seconds=1e-4)
+#: Suites that compile more than make test has time for.
+WITHOUT_COMPILE = ("losses", "feature", "kdiffusion")
 
 
 def case(*providers: Provider, turns: int = 2) -> Case:
@@ -118,12 +120,47 @@ def test_table_computes_from_samples_and_never_against_the_missing() -> None:
             {"name": "kdfast", "config": "", "seconds": {"wall": [0.5, 0.5, 0.5]}},
         ],
     }
+    compiled = {
+        "name": "eager compiled",
+        "config": "",
+        "against": "kdfast compiled",
+        "seconds": {"wall": [1.0]},
+    }
+    row["providers"].append(compiled)
     text = "\n".join(case_table(row, copy=2.6e9))
+    # There is no kdfast compiled to compare it with.
+    assert next(line for line in text.splitlines() if line.startswith("| eager compiled")).count("×") == 0
     assert "| eager | 2 s | ± 100.0 % | 50 rows/s | 26N | 1.3 | 50 % | 4.00× |" in text
     assert "gone did not take part: no GPU" in text
     # `slow` was timed another way than kdfast: a row, and no ratio.
     assert next(line for line in text.splitlines() if line.startswith("| slow")).count("×") == 0
     assert text.count("×") == 1
+
+
+def test_a_provider_is_compared_with_the_one_configured_like_it() -> None:
+    timed = {"kdfast": 1.0, "kdfast compiled": 0.5, "eager": 2.0, "eager compiled": 0.75}
+    providers: list[dict[str, Any]] = [
+        {"name": name, "config": "", "seconds": {"wall": [seconds]}} for name, seconds in timed.items()
+    ]
+    providers[3]["against"] = "kdfast compiled"
+    row = {"suite": "s", "case": "c", "params": {}, "items": 1, "unit": "rows", "providers": providers}
+    lines = {line.split(" | ")[0][2:]: line for line in case_table(row, copy=1.0)}
+    assert "| 2.00× |" in lines["eager"]
+    assert "| 1.50× |" in lines["eager compiled"]
+
+
+def test_a_time_limit_costs_the_last_suite_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdfast.benchmarks import replay
+
+    def stopped(settings: Settings) -> Any:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(replay, "cases", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(["data", "replay"], make_settings("cpu", quick=True, tiny=True), say=len, out=tmp_path)
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert {row["suite"] for row in kept["cases"]} == {"data"}
 
 
 def test_spread_is_half_the_interquartile_distance() -> None:
@@ -206,7 +243,7 @@ def test_an_absent_peer_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         peer("broken_peer")
 
 
-@pytest.mark.parametrize("suite", ["denoise", "replay", "data", "synth"])
+@pytest.mark.parametrize("suite", [name for name in SUITES if name not in WITHOUT_COMPILE])
 def test_suites_run_and_agree_on_the_cpu(suite: str, tmp_path: Path) -> None:
     """Every provider of a suite that is installed is right; a trial of the smallest sizes."""
     lines: list[str] = []
@@ -224,13 +261,13 @@ def test_suites_run_and_agree_on_the_cpu(suite: str, tmp_path: Path) -> None:
     assert "CUDA device" not in text
 
 
-def test_losses_agree_with_float64_on_the_cpu() -> None:
+@pytest.mark.parametrize("suite", WITHOUT_COMPILE)
+def test_what_is_compiled_too_agrees_with_the_eager_form_on_the_cpu(suite: str) -> None:
     """torch.compile left out: it takes longer than all the others."""
     from dataclasses import replace
+    from importlib import import_module
 
-    from kdfast.benchmarks import losses
-
-    for row in losses.cases(make_settings("cpu", quick=True, tiny=True)):
+    for row in import_module(f"kdfast.benchmarks.{suite}").cases(make_settings("cpu", quick=True, tiny=True)):
         kept = tuple(provider for provider in row.providers if provider.name != "torch.compile")
         measured = measure(replace(row, providers=kept), TRIAL)
         assert {p["name"] for p in measured["providers"] if "seconds" in p} == {"eager", "kdfast"}

@@ -19,11 +19,17 @@ def main() -> int:
     parser.add_argument(
         "--tiny", action="store_true", help="smallest sizes: a trial whose times mean nothing"
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory for results.json and results.md")
+    parser.add_argument("--list", action="store_true", help="print the suites' names, and measure nothing")
+    parser.add_argument("--out", type=Path, help="directory for results.json, results.md and plots")
     given = parser.parse_args()
+    if given.list:
+        print(*SUITES)
+        return 0
+    if given.out is None:
+        parser.error("--out is needed")
     settings = make_settings(given.device, quick=given.quick, tiny=given.tiny)
     try:
-        result = run(given.suite or SUITES, settings)
+        result = run(given.suite or SUITES, settings, out=given.out)
     except KDFastError as error:
         print(f"kdfast.benchmarks: {error}", file=sys.stderr)
         return 2

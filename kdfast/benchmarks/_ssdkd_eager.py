@@ -93,7 +93,9 @@ class EagerSSDKD:
         self.config, self.batch_size = config, batch_size
         self.device, self.shape = images.device, tuple(images.shape[1:])
         self.mean, self.std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (mean, std))
-        self.hooks = [_Hook(m, config.bn_momentum) for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.hooks = [
+            _Hook(m, config.bn_momentum) for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)
+        ]
         self.generator = Generator(
             config.latent,
             self.shape,
@@ -325,6 +327,8 @@ class FilesSSDKD(EagerSSDKD):
             self.probability().tolist(), steps * self.batch_size, replacement=True
         )
         files = _Files(Path(self._folder.name), len(self.delta))
-        loader = torch.utils.data.DataLoader(files, self.batch_size, sampler=sampler, num_workers=self.workers)
+        loader = torch.utils.data.DataLoader(
+            files, self.batch_size, sampler=sampler, num_workers=self.workers
+        )
         for images, slots in loader:
             yield images.to(self.device), slots.to(self.device)

@@ -39,6 +39,7 @@ class Provider:
         traffic: Bytes it moves, None where nobody counted.
         graph: Whether one call may be captured in a CUDA graph.
         config: How it was configured, where that matters for fairness (threads, options).
+        against: Which of kdfast's own providers it is compared with: the one that is configured like it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Provider:
     traffic: Traffic | None = None
     graph: bool = True
     config: str = ""
+    against: str = "kdfast"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ two), 48 for what describes it. Other buffers were not counted.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -209,7 +210,7 @@ def _torchrl(inputs: _Inputs) -> Buffer:
             alpha=ALPHA, beta=BETA, eps=EPS, storage=storage, batch_size=inputs.batch
         )
     except RuntimeError as error:  # its compiled part is built for one release of torch
-        raise Absent(f"torchrl's C++ extension does not load beside this torch: {error}") from error
+        raise Absent(f"torchrl's C++ extension does not load beside this torch: {_why(error)}") from error
     index = buffer.extend(inputs.on_device("rows"))
     buffer.update_priority(index, inputs.on_device("priority"))
 
@@ -219,3 +220,12 @@ def _torchrl(inputs: _Inputs) -> Buffer:
         return rows, described["index"], weight
 
     return Buffer(sample, buffer.update_priority, buffer.extend)
+
+
+def _why(error: Exception) -> str:
+    """What the linker said; torchrl's own error only points to a warning."""
+    try:
+        importlib.import_module("torchrl._torchrl")
+    except ImportError as cause:
+        return str(cause).rpartition("/")[2][:120]
+    return str(error)

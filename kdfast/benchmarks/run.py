@@ -14,22 +14,40 @@ import torch
 
 from kdfast.benchmarks import environment, timing
 from kdfast.benchmarks.case import Absent, Case, Provider, Settings, Work
-from kdfast.errors import ConfigError
+from kdfast.errors import ConfigError, MissingExtraError
 
-SUITES = ("losses", "denoise", "images", "replay", "synth", "ssdkd", "data")
+#: In the order in which they run; each is a module beside this one, with `cases(settings)`.
+SUITES = (
+    "losses",
+    "denoise",
+    "feature",
+    "images",
+    "replay",
+    "data",
+    "surrogate",
+    "synth",
+    "diffkd",
+    "distill",
+    "diffkd",
+    "kdiffusion",
+    "ssdkd",
+)
 FORMAT = 1
 #: Why a provider has no times: it cannot run here, it raised, its result was not right.
 OUT = ("absent", "failed", "wrong")
 Say = Callable[[str], None]
 
 
-def run(suites: Sequence[str], settings: Settings, *, say: Say = print) -> dict[str, Any]:
+def run(
+    suites: Sequence[str], settings: Settings, *, say: Say = print, out: Path | None = None
+) -> dict[str, Any]:
     """Run suites and return what :func:`kdfast.benchmarks.table.markdown` and ``compare`` read.
 
     Args:
         suites: Of :data:`SUITES`.
         settings: Device, size and patience.
         say: Called with a line for each finished case.
+        out: Where to :func:`write` after each suite: what a time limit ends loses no more than one.
 
     Returns:
         JSON-able: environment, copy bandwidth, and a row for each case with raw samples of each provider.
@@ -61,6 +79,8 @@ def run(suites: Sequence[str], settings: Settings, *, say: Say = print) -> dict[
         }
         for suite in suites:
             _run_suite(suite, settings, result, say)
+            if out is not None:
+                write(result, out, plots=False)
     finally:
         torch.set_num_threads(threads)
     return result
@@ -99,6 +119,8 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
     described: list[dict[str, Any]] = []
     for provider in case.providers:
         entry: dict[str, Any] = {"name": provider.name, "config": provider.config}
+        if provider.against != "kdfast":
+            entry["against"] = provider.against
         if provider.traffic is not None:
             entry |= {"formula": provider.traffic.formula, "bytes": provider.traffic.num_bytes}
         described.append(entry)
@@ -144,12 +166,19 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['key']}: {', '.join(parts)}"
 
 
-def write(result: dict[str, Any], out: Path) -> list[Path]:
-    """Write results.json and results.md into ``out``."""
+def write(result: dict[str, Any], out: Path, *, plots: bool = True) -> list[Path]:
+    """Write results.json and results.md into ``out``, and figures where matplotlib is installed."""
     from kdfast.benchmarks.table import markdown
 
     out.mkdir(parents=True, exist_ok=True)
     files = [out / "results.json", out / "results.md"]
     files[0].write_text(json.dumps(result, indent=1) + "\n")
     files[1].write_text(markdown(result))
+    if plots:
+        from kdfast.benchmarks.plots import draw
+
+        try:
+            files += draw(result, out)
+        except MissingExtraError as error:
+            files[1].write_text(f"{files[1].read_text()}\nNo figures: {error}\n")
     return files

@@ -38,8 +38,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         f"A copy in memory moves {copy / 1e9:.1f} GB/s here (read and written); *of copy* is relative to that.",
         "Times are medians; the spread is half the distance between the quartiles, relative to the median.",
-        "*kdfast is* compares kdfast with that provider, on samples of one kind: 2.00× is twice as fast, 0.50× is "
-        "half as fast.",
+        "*kdfast is* compares kdfast, configured alike, with that provider, on samples of one kind: 2.00× is twice as "
+        "fast, 0.50× is half as fast.",
     ]
     for suite in dict.fromkeys(row["suite"] for row in result["cases"]):
         lines += ["", f"## {suite}"]
@@ -59,9 +59,12 @@ def case_table(row: Mapping[str, Any], copy: float) -> list[str]:
     kinds = [kind for kind in KINDS if any(kind in provider["seconds"] for provider in timed)]
     for kind in kinds:
         taking_part = [provider for provider in timed if kind in provider["seconds"]]
-        ours = next((provider for provider in taking_part if provider["name"] == "kdfast"), None)
+        by_name = {provider["name"]: provider for provider in taking_part}
         lines += [f"{_KIND_NAMES[kind].capitalize()}:", "", _cells(_HEAD), _cells(["---"] * len(_HEAD))]
-        lines += [_cells(_figures(provider, kind, row, copy, ours)) for provider in taking_part]
+        lines += [
+            _cells(_figures(provider, kind, row, copy, by_name.get(provider.get("against", "kdfast"))))
+            for provider in taking_part
+        ]
         lines.append("")
     for provider in row["providers"]:
         if "absent" in provider:

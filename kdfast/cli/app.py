@@ -168,10 +168,15 @@ def evaluate(
 @guarded
 def synth(
     out: Out,
-    source: Annotated[str | None, typer.Option(help="What makes the images: diffusion or noise.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="What makes the images: diffusion, shaders, leaves, glsl or noise.")
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(help="For diffusion: folder with a model as diffusers saves it.", metavar="DIR"),
+    ] = None,
+    folder: Annotated[
+        str | None, typer.Option(help="For glsl: folder with fragment shaders.", metavar="DIR")
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="How many.", show_default=False)] = None,
     recipe: Annotated[
@@ -186,7 +191,7 @@ def synth(
     from kdfast.experiments import synth as work
     from kdfast.experiments.recipe import build_config, check_keys
 
-    options = {"source": source, "weights": weights, "images": images, "out": str(out)}
+    options = {"source": source, "weights": weights, "folder": folder, "images": images, "out": str(out)}
     values = _values(recipe, overrides, **options, resume=resume, progress=not quiet)
     check_keys(values, work.SynthConfig, source=str(recipe or "synth"))
     _show(work.run(build_config(work.SynthConfig, values, source=str(recipe or "synth"))), as_json)
@@ -245,7 +250,7 @@ def bench(
     ] = None,
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="losses, denoise, replay, data or synth; may be repeated.", show_default="all"),
+        typer.Option(help="One suite, such as losses or data; may be repeated.", show_default="all"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller cases.")] = False,
@@ -269,7 +274,8 @@ def bench(
     if out is None or compare is not None:
         raise ConfigError("bench: give either --out DIR, to measure, or --compare BEFORE AFTER")
     settings = benchmarks.make_settings(device, quick=quick)
-    result = benchmarks.run(suite or benchmarks.SUITES, settings, say=(lambda line: None) if quiet else say)
+    show = (lambda line: None) if quiet else say
+    result = benchmarks.run(suite or benchmarks.SUITES, settings, say=show, out=out)
     for path in benchmarks.write(result, out):
         say(f"wrote {path}")
     if not benchmarks.succeeded(result):
@@ -312,6 +318,8 @@ def _number(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(_number(entry) for entry in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_number(entry)}" for key, entry in value.items())
     return str(value)
 
 

@@ -118,7 +118,7 @@ def _device(pipe: Any) -> torch.device:
 def _accelerated(kind: type) -> type:
     """A subclass under the parent's own name, which saved pipelines and messages go by."""
     call = _calls()[kind]
-    original = kind.__call__  # type: ignore[operator]
+    original = kind.__call__
     signature = inspect.signature(original)
 
     @functools.wraps(original)

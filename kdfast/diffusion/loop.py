@@ -27,6 +27,9 @@ Mode = Literal["auto", "graph", "compile", "eager"]
 #: Called with the model input, a timestep for each of its rows, and the conditions; returns the raw output.
 Denoiser = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 
+#: torch's CUDA classes have no types.
+cuda: Any = torch.cuda
+
 # A captured graph must not be the first to run anything: kernels are compiled and workspaces made before.
 _WARM_UP = 3
 
@@ -199,7 +202,7 @@ def resolve_mode(mode: Mode, device: torch.device) -> Mode:
 
 def record(step: StaticStep) -> Any:
     """Capture ``step`` as a CUDA graph, after running it a few times on a stream of its own."""
-    side = torch.cuda.Stream()
+    side = cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(_WARM_UP):

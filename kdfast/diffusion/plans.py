@@ -27,7 +27,7 @@ from kdfast.diffusion.schedulers_lcm import LCMScheduler
 from kdfast.errors import ConfigError
 from kdfast.ops.denoise import COLUMNS
 
-SCHEDULERS: dict[str, type] = {
+SCHEDULERS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
         DDIMScheduler,

@@ -112,7 +112,7 @@ def _is_pipeline(root: Path) -> bool:
         kind = json.loads((root / INDEX).read_text()).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"weights {root / INDEX}: cannot be read: {error}") from error
-    return kind != "DiTPipeline"
+    return bool(kind != "DiTPipeline")
 
 
 def _pipeline(root: Path, config: SynthConfig, device: torch.device) -> tuple[Any, Any, None]:

@@ -32,6 +32,7 @@ METHODS = (
     "dmkd",
     "fitnet",
     "kd",
+    "kdiffusion",
     "rkd",
     "ssdkd",
     "surrogate",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import annotated_types as at
-import torch
 
-from kdfast.data import ShardWriter
-from kdfast.data.surrogate import noise
-from kdfast.data.surrogate.uniform import uniform_noise
 from kdfast.diffusion.notes import SCORES, noted
 from kdfast.errors import ConfigError
-from kdfast.experiments.common import METRICS, Count
+from kdfast.experiments import synth_procedural
+from kdfast.experiments.common import METRICS, Count, Positive
 from kdfast.experiments.generator import load_generator, load_scorer
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
@@ -30,7 +26,8 @@ class SynthConfig:
 
     Attributes:
         out: Directory of the shards.
-        source: ``diffusion``, or ``noise``.
+        source: ``diffusion``; ``shaders``, random procedural programs; ``leaves``, shapes hiding each other; ``glsl``,
+            fragment shaders of your own; or ``noise``.
         images: Size of the set.
         weights: For ``diffusion``: a local folder as diffusers saves a pipeline (for DiT ``transformer/``,
             ``scheduler/`` and, for latent models, ``vae/``, safetensors inside), a transformer's folder, or its
@@ -47,8 +44,15 @@ class SynthConfig:
         paper_rng: All classes share their noise, as in DM-KD's published code.
         classes: Which classes to make; by default all.
         noise: For ``noise``: ``uniform`` over all colours, or ``gaussian`` around mid-grey.
-        image_size: For ``noise``: side of the images.
-        num_classes: For ``noise``: labels go round this many classes.
+        programs: For ``shaders``: how many random programs; more images are the same programs at other times.
+        programs_file: For ``shaders``: programs saved earlier (``programs.json`` of a set), instead of random ones.
+        antialias: For ``shaders``: samples a pixel and side.
+        leaves: For ``leaves``: most leaves an image.
+        folder: For ``glsl``: a folder of fragment shaders, in Shadertoy's, TwiGL's or GLSL Sandbox's conventions.
+        seconds: For ``glsl``: frames are taken at times from 0 to here.
+        image_size: For all but ``diffusion``: side of the images.
+        num_classes: For all but ``diffusion``: labels, which mean nothing, go round this many classes.
+        sheet: For all but ``diffusion``: write ``samples.png`` with the first images beside the set.
         seed: Same seed, same images.
         batch_size: Images sampled at a time.
         samples_per_shard: Images a shard.
@@ -64,7 +68,7 @@ class SynthConfig:
     """
 
     out: str
-    source: Literal["diffusion", "noise"] = "diffusion"
+    source: Literal["diffusion", "shaders", "leaves", "glsl", "noise"] = "diffusion"
     images: Count = 2000
     weights: str | None = None
     random_weights: bool = False
@@ -78,8 +82,15 @@ class SynthConfig:
     paper_rng: bool = False
     classes: tuple[int, ...] | None = None
     noise: Literal["uniform", "gaussian"] = "uniform"
+    programs: Count = 4096
+    programs_file: str | None = None
+    antialias: Annotated[int, at.Ge(1), at.Le(8)] = 2
+    leaves: Count = 5000
+    folder: str | None = None
+    seconds: Positive = 10.0
     image_size: Count = 32
     num_classes: Count = 10
+    sheet: bool = True
     seed: Annotated[int, at.Ge(0)] = 0
     batch_size: Count = 64
     samples_per_shard: Count = 1000
@@ -95,14 +106,15 @@ class SynthConfig:
     def __post_init__(self) -> None:
         if self.source == "diffusion" and self.weights is None:
             raise ConfigError("weights: missing; source=diffusion needs a folder with a diffusion model")
+        synth_procedural.check(self)
 
 
 def run(config: SynthConfig) -> dict[str, Any]:
     """Make the set, or this process's share of it.
 
     Returns:
-        What ``metrics.json`` holds: ``images``, ``refused`` (non-finite latents, drawn again), ``seconds`` of
-        this call, ``images_per_second`` without the time that loading the model took, ``score`` where there is a
+        What ``metrics.json`` holds: ``images``, ``refused`` (non-finite latents, drawn again; GLSL files left
+        out, which ``left_out`` lists with the driver's words), ``seconds`` of this call, ``images_per_second`` without the time that loading the model took, ``score`` where there is a
         scorer, and ``settings`` that a report can plot against.
 
     Raises:
@@ -117,8 +129,12 @@ def run(config: SynthConfig) -> dict[str, Any]:
     started = time.monotonic()
     with Progress(enabled=config.progress and accelerator.is_main_process) as progress:
         bar = _Bar(progress)
-        make = _write_diffusion if config.source == "diffusion" else _write_noise
-        written, refused, complete = make(config, accelerator, bar)
+        faults: list[str] = []
+        if config.source == "diffusion":
+            written, refused, complete = _write_diffusion(config, accelerator, bar)
+        else:
+            written, faults, complete = synth_procedural.write(config, accelerator, bar)
+            refused = len(faults)
     seconds = time.monotonic() - started
     metrics = {
         "source": config.source,
@@ -127,6 +143,7 @@ def run(config: SynthConfig) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "images_per_second": round(written / max(bar.seconds, 1e-9), 2),
         **_sampled(config, folder),
+        **({"left_out": faults} if faults else {}),
     }
     if complete and (written or not (folder / METRICS).exists()):
         files.write_json(folder / METRICS, metrics)
@@ -181,42 +198,3 @@ def _write_diffusion(
         on_progress=bar,
     )
     return result.written, result.refused, result.complete
-
-
-def _write_noise(
-    config: SynthConfig, accelerator: Any, bar: Callable[[int, int], None]
-) -> tuple[int, int, bool]:
-    if not accelerator.is_main_process:
-        return 0, 0, False
-    facts = {
-        "generator": "noise",
-        "noise": config.noise,
-        "seed": config.seed,
-        "image_size": config.image_size,
-    }
-    written = 0
-    with ShardWriter(
-        config.out,
-        samples_per_shard=config.samples_per_shard,
-        image_format=config.image_format,
-        quality=config.quality,
-        num_classes=config.num_classes,
-        resume=config.resume,
-        metadata=json.loads(json.dumps(facts)),
-    ) as writer:
-        bar(writer.num_samples, config.images)
-        for start in range(writer.num_samples, config.images, config.batch_size):
-            count = min(config.batch_size, config.images - start)
-            writer.write(
-                _noise(config, count, start), torch.arange(start, start + count) % config.num_classes
-            )
-            written += count
-            bar(start + count, config.images)
-    return written, 0, True
-
-
-def _noise(config: SynthConfig, count: int, start: int) -> torch.Tensor:
-    shape = (config.image_size, config.image_size)
-    if config.noise == "uniform":
-        return uniform_noise(count, shape, seed=config.seed, start=start)
-    return noise(count, shape, mean=(0.5,) * 3, std=(0.25,) * 3, seed=config.seed, start=start)

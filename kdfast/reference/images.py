@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = ["crop_flip"]
 
@@ -39,8 +40,9 @@ def crop_flip(
             torch.where(turned, size[1] - 1 - columns, columns) + right[:, None],
         )
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    at = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
-    flat = x.reshape(batch, channels, height * width)
-    picked = flat.gather(2, at.flatten(1)[:, None].expand(-1, channels, -1)).view(batch, channels, *size)
-    value = torch.where(inside[:, None], picked.to(compute), 0.0) * gain.to(compute).view(-1, 1, 1)
-    return (value if bias is None else value + bias.to(compute).view(-1, 1, 1)).to(dtype)
+    # A zero behind each channel's pixels is what lies outside.
+    at = torch.where(inside, rows[:, :, None] * width + columns[:, None, :], height * width)
+    pixels = F.pad(x.reshape(batch, channels, height * width), (0, 1))
+    picked = pixels.gather(2, at.flatten(1)[:, None].expand(-1, channels, -1)).view(batch, channels, *size)
+    value = picked.to(compute) * gain.to(compute).view(-1, 1, 1)
+    return (value if bias is None else value.add_(bias.to(compute).view(-1, 1, 1))).to(dtype)

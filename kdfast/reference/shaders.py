@@ -75,9 +75,11 @@ class State:
     b: Tensor
 
     def put(self, x: Tensor, y: Tensor) -> None:
+        """Move every pixel's position, within bounds."""
         self.x, self.y = limit(x), limit(y)
 
     def combine(self, new: Tensor, keep: Tensor, add: Tensor, times: Tensor) -> None:
+        """Join a new field to the one there is."""
         self.v = limit(keep * self.v + add * new + times * (self.v * new))
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast.report.plots import PALETTE, _figure, _svg
+from kdfast.report.plots import PALETTE, to_svg
+from kdfast.report.plots import figure as new_figure
 
 # Enough for ten classes to be told apart on white and on near-black; more classes share colours.
 CLASS_COLORS = (*PALETTE, "#8c6bb1", "#7f7f7f", "#b15928", "#17becf")
@@ -40,7 +41,7 @@ def sheet(
                 canvas[top : top + height, left : left + width, :3] = image.transpose(1, 2, 0)
                 canvas[top : top + height, left : left + width, 3] = 255
     ratio = canvas.shape[0] / canvas.shape[1]
-    with _figure(9.2, 9.2 * ratio * (0.93 if names else 1) + (0.3 if columns else 0.1)) as (figure, axes):
+    with new_figure(9.2, 9.2 * ratio * (0.93 if names else 1) + (0.3 if columns else 0.1)) as (figure, axes):
         axes.imshow(canvas, interpolation="none", aspect="equal")
         centres = [(width + gap) * x + width / 2 for x in range(wide)]
         axes.xaxis.tick_top()
@@ -52,14 +53,14 @@ def sheet(
         axes.grid(visible=False)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def shares(counts: Mapping[str, float], *, xlabel: str) -> str:
     """How many images fall to each class, with a line where all would be alike; sorted where there are many."""
     values = np.array(list(counts.values()), float)
     values = values / values.sum()
-    with _figure(9.2, 2.6) as (figure, axes):
+    with new_figure(9.2, 2.6) as (figure, axes):
         if len(values) <= 40:
             axes.bar(range(len(values)), values, 0.8, color=PALETTE[0])
             labels = [name if len(name) <= 12 else f"{name[:11]}…" for name in counts]
@@ -85,7 +86,7 @@ def shares(counts: Mapping[str, float], *, xlabel: str) -> str:
         axes.grid(axis="x", visible=False)
         axes.set_xlabel(xlabel)
         axes.set_ylabel("share of the images")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def histogram(
@@ -93,7 +94,7 @@ def histogram(
 ) -> str:
     """Shares in twenty bins from 0 to 1; ``mark`` is a place on the axis with a note at it."""
     counts, edges = np.histogram(values, bins=20, range=(0, 1))
-    with _figure(5.2, 2.9) as (figure, axes):
+    with new_figure(5.2, 2.9) as (figure, axes):
         axes.bar(edges[:-1], counts / max(counts.sum(), 1), 0.046, align="edge", color=PALETTE[0])
         if mark is not None:
             axes.axvline(mark, color=PALETTE[5], linewidth=1.4, linestyle=(0, (4, 3)))
@@ -106,7 +107,7 @@ def histogram(
         axes.grid(axis="x", visible=False)
         axes.set_xlabel(xlabel)
         axes.set_ylabel("share of the images")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def among(
@@ -118,7 +119,7 @@ def among(
 ) -> str:
     """Known points by group, and lines where the own values stand among them."""
     shapes = ("o", "s", "^", "D", "v", "P")
-    with _figure(9.2, 3.6) as (figure, axes):
+    with new_figure(9.2, 3.6) as (figure, axes):
         for number, (name, group) in enumerate(points.items()):
             x, y = zip(*group)
             axes.scatter(
@@ -144,7 +145,7 @@ def among(
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         figure.legend(loc="outside right center")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def plane(
@@ -172,7 +173,7 @@ def plane(
         The SVG element.
     """
     color = np.array([list(bytes.fromhex(value[1:])) for value in CLASS_COLORS], np.uint8)
-    with _figure(*((9.2, 4.6) if wide else (5.2, 4.6))) as (figure, axes):
+    with new_figure(*((9.2, 4.6) if wide else (5.2, 4.6))) as (figure, axes):
         if regions is not None:
             grid, (left, right, bottom, top) = regions
             tint = np.dstack([color[grid % len(color)], np.full(grid.shape, 64, np.uint8)])
@@ -204,4 +205,4 @@ def plane(
                 *axes.get_legend_handles_labels(), loc="outside lower center", ncols=10, markerscale=2,
                 handletextpad=0, columnspacing=0.8,
             )  # fmt: skip
-        return _svg(figure)
+        return to_svg(figure)

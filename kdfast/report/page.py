@@ -12,7 +12,7 @@ from typing import Any
 
 import kdfast
 from kdfast.errors import DataError, require
-from kdfast.report import inversion, plots
+from kdfast.report import denoising, inversion, plots, reverse
 from kdfast.report.runs import METRICS, Run, read_run
 from kdfast.report.studies import studies
 
@@ -204,6 +204,8 @@ def _run_page(run: Run) -> Page:
     sections += _inversion_sections({run.name: run})
     for title, traces in inversion.trace_figures(run).items():
         sections.append(Section(title, tuple(_figures(traces))))
+    if parts := reverse.part_figures(run) or denoising.part_figures(run):
+        sections.append(Section("Loss", tuple(_figures(parts))))
     if pictures := _pictures(run):
         sections.append(Section("Samples", pictures))
     return Page(
@@ -216,6 +218,8 @@ def _inversion_sections(runs: Mapping[str, Run]) -> list[Section]:
     drawn = {
         "What the buffer holds": inversion.buffer_figures(runs),
         "Scale": inversion.scale_figures(runs),
+        "Parameters": reverse.parameter_figure(runs),
+        "Evaluations": denoising.evaluation_figure(runs),
         "Classes": inversion.class_accuracy_figure(runs),
         "Time": inversion.phase_figure(runs),
     }
@@ -317,5 +321,5 @@ def _number(key: str, value: Any) -> str:
     if isinstance(value, float) and "accuracy" in key:
         return _percent(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return ", ".join(_number(key, entry) for entry in value) if isinstance(value, list) else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

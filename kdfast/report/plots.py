@@ -64,7 +64,7 @@ def curves(
     Returns:
         The SVG element.
     """
-    with _figure(5.2, 3.3) as (figure, axes):
+    with figure(5.2, 3.3) as (drawing, axes):
         for color, (name, (x, y)) in zip(
             itertools.islice(itertools.cycle(PALETTE), first_color, None), series.items()
         ):
@@ -80,13 +80,13 @@ def curves(
         if log_x:
             axes.set_xscale("log")
             ticks = sorted({value for x, _ in series.values() for value in x})
-            axes.set_xticks(ticks, labels=[f"{value:,g}" for value in ticks])
+            axes.set_xticks(ticks, labels=[f"{value:,.10g}" for value in ticks])
             axes.xaxis.minorticks_off()
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if len(series) > 1:
             axes.legend()
-        return _svg(figure)
+        return to_svg(drawing)
 
 
 def bars(values: Mapping[str, float], *, xlabel: str, unit: str = "%") -> str:
@@ -100,7 +100,7 @@ def bars(values: Mapping[str, float], *, xlabel: str, unit: str = "%") -> str:
     Returns:
         The SVG element.
     """
-    with _figure(9.2, 0.5 * len(values) + 0.8) as (figure, axes):
+    with figure(9.2, 0.5 * len(values) + 0.8) as (drawing, axes):
         names = list(values)[::-1]
         drawn = axes.barh(names, [values[n] for n in names], color=PALETTE[0], height=0.62)
         for name, bar in zip(names, drawn):
@@ -115,7 +115,7 @@ def bars(values: Mapping[str, float], *, xlabel: str, unit: str = "%") -> str:
         axes.set_xlabel(xlabel)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        return _svg(figure)
+        return to_svg(drawing)
 
 
 def columns(
@@ -142,7 +142,7 @@ def columns(
     """
     count = len(next(iter(series.values())))
     labels = labels or [str(number) for number in range(count)]
-    with _figure(9.2 if wide else 5.2, 3.3) as (figure, axes):
+    with figure(9.2 if wide else 5.2, 3.3) as (drawing, axes):
         for number, (name, values) in enumerate(series.items()):
             color = PALETTE[number % len(PALETTE)]
             if len(series) > 1 and count * len(series) > 60:
@@ -163,32 +163,48 @@ def columns(
         axes.grid(axis="x", visible=False)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        if len(series) > 1:
-            axes.legend()
-        return _svg(figure)
+        if len(series) > 1:  # above: columns leave no corner free
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
+        return to_svg(drawing)
 
 
 def save_svg(path: Path, svg: str) -> Path:
     """Write a figure as a file of its own, whose ink follows the viewer's colour scheme."""
-    light, dark = "svg{color:#222;background:#fff}", "svg{color:#ddd;background:#16181d}"
+    light, dark = (
+        "svg{color:#222;background:#fff;font-family:sans-serif}",
+        "svg{color:#ddd;background:#16181d}",
+    )
     style = f"<style>{light}@media(prefers-color-scheme:dark){{{dark}}}</style>"
     path.write_text(re.sub(r"(<svg[^>]*>)", rf"\1{style}", svg, count=1), encoding="utf-8")
     return path
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Any, Any]]:
-    """A matplotlib figure without pyplot: no global state, no display, nothing to close."""
+def figure(width: float, height: float, *, panels: int = 0) -> Iterator[tuple[Any, Any]]:
+    """A matplotlib figure in the house style, and its axes; a list of them for ``panels``, two in a row.
+
+    Without pyplot: no global state, no display, nothing to close.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     matplotlib = require("matplotlib", extra="report", feature="plots")
     figures = require("matplotlib.figure", extra="report", feature="plots")
     with matplotlib.rc_context(_STYLE):
-        figure = figures.Figure(figsize=(width, height))
-        yield figure, figure.subplots()
+        drawing = figures.Figure(figsize=(width, height))
+        if not panels:
+            yield drawing, drawing.subplots()
+            return
+        every = drawing.subplots(-(-panels // 2), 2, squeeze=False).flatten()
+        for unused in every[panels:]:
+            unused.set_axis_off()
+        yield drawing, list(every[:panels])
 
 
-def _svg(figure: Any) -> str:
+def to_svg(drawing: Any) -> str:
+    """The SVG element, whose ink is the page's."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     head, body = text[text.index("<svg") :].split(">", 1)
     # The width comes from the page's column, the font from its style.

@@ -111,7 +111,12 @@ def translate(source: str) -> str:
     for name, kind in uniforms.items():
         if name in names and name not in declared and not (name in _SHORT and name in made and not body):
             head.append(f"uniform {kind} {name};")
-    head += [text for name, text in _LIBRARY.items() if name in names and not re.search(rf"\b{name}\s*\([^)]*\)\s*{{|#define\s+{name}\b|\bfloat\s+{name}\b", code)]
+    head += [
+        text
+        for name, text in _LIBRARY.items()
+        if name in names
+        and not re.search(rf"\b{name}\s*\([^)]*\)\s*{{|#define\s+{name}\b|\bfloat\s+{name}\b", code)
+    ]
     if "FC" in names:
         head.append("#define FC gl_FragCoord")
     if "surfacePosition" in names:
@@ -191,7 +196,9 @@ class GLSLFolder:
             raise ValueError(f"n, start: got {n}, {start}; must be at least 0")
         if min(shape) < 1:
             raise ValueError(f"shape: got {shape}; must be positive")
-        frames = [self._frame(i % len(self.files), i // len(self.files), shape) for i in range(start, start + n)]
+        frames = [
+            self._frame(i % len(self.files), i // len(self.files), shape) for i in range(start, start + n)
+        ]
         return torch.stack(frames) if frames else torch.empty(0, 3, *shape, dtype=torch.uint8)
 
     def facts(self) -> dict[str, Any]:
@@ -232,7 +239,9 @@ class GLSLFolder:
                 self.files.append(name)
                 self._digests.append(hashlib.sha256(text.encode()).hexdigest())
                 return
-        self.faults.append(GLSLFault(name, 0, f"shows nothing at {_RETRIES + 1} times from 0 to {self._seconds:g} s"))
+        self.faults.append(
+            GLSLFault(name, 0, f"shows nothing at {_RETRIES + 1} times from 0 to {self._seconds:g} s")
+        )
 
     def _moments(self, frame: int) -> Sequence[float]:
         return [((frame + 0.37 * k) * _GOLDEN % 1.0) * self._seconds for k in range(_RETRIES + 1)]

@@ -299,21 +299,23 @@ def _curve(d: _Draw) -> Instruction:
 def _palette(d: _Draw) -> dict[str, float]:
     """Base, swing and phase of each channel: a wheel of hues, two tones, or one tone from dark to light."""
     style, names = d.rng.uniform(), ("r", "g", "b")
-    if style < 0.45:  # hues apart by about a third of a turn
+    if style < 0.4:  # hues apart by about a third of a turn
         base = [d.between(0.4, 0.62) for _ in names]
         swing = [d.between(0.28, 0.5) for _ in names]
         start, spread = d.between(0.0, 1.0), d.between(0.12, 0.34) * d.sign()
         phase = [start + spread * k + d.between(-0.05, 0.05) for k in range(3)]
-    elif style < 0.8:  # from one colour to another
+    elif style < 0.75:  # from one colour to another
         ends = [(d.between(0.0, 1.0), d.between(0.0, 1.0)) for _ in names]
         base = [0.5 * (a + b) for a, b in ends]
         swing = [0.5 * (a - b) for a, b in ends]
         start = d.between(0.0, 1.0)
         phase = [start + d.between(-0.06, 0.06) for _ in names]
-    else:  # shades of one colour
+    elif style < 0.9:  # shades of one colour
         tint = [d.between(0.35, 1.0) for _ in names]
         base, swing = [0.5 * t for t in tint], [0.48 * t for t in tint]
         phase = [d.between(0.0, 1.0)] * 3
+    else:  # ink: from black to white, or nearly
+        base, swing, phase = [0.5] * 3, [d.between(0.4, 0.5)] * 3, [d.between(0.0, 1.0)] * 3
     found = {}
     for what, numbers in (("base", base), ("swing", swing), ("phase", phase)):
         found |= {f"{what}_{name}": number for name, number in zip(names, numbers)}
@@ -382,6 +384,17 @@ def _pick(
     return weighted[int(d.rng.choice(len(weighted), p=weights / weights.sum()))][0]
 
 
+def _plain(d: _Draw) -> list[Instruction]:
+    """A ground with hardly anything on it, so that what comes over it stands alone: dark, light or tinted."""
+    level = d.of(0.0, 0.0, 0.05, 0.95, 0.5) + d.between(-0.05, 0.05)
+    tint = [level + d.between(-0.12, 0.12) for _ in range(3)]
+    names = OPERATIONS["paint"]
+    values = dict.fromkeys(names, 0.0) | {"slope": d.between(0.05, 0.2), "cover": 1.0, "opacity": 1.0}
+    for channel, base in zip(("r", "g", "b"), tint):
+        values |= {f"base_{channel}": base, f"swing_{channel}": d.between(0.0, 0.12)}
+    return [_view(d), _gradient(d, True), _make("paint", values)]
+
+
 def _layer(d: _Draw, background: bool) -> list[Instruction]:
     bends = int(d.rng.choice(4, p=[0.15, 0.35, 0.32, 0.18]))
     fields = int(d.rng.choice([1, 2, 3], p=[0.5, 0.38, 0.12]))
@@ -420,8 +433,9 @@ def repaint(paint: Instruction, rng: Rng) -> Instruction:
 def draw_program(rng: Rng) -> Program:
     """One program from the grammar, by the draws of ``rng`` alone."""
     d = _Draw(rng)
-    found = draw_background(rng)
-    for _ in range(int(rng.choice(4, p=[0.15, 0.4, 0.3, 0.15]))):
+    alone = d.chance(0.3)
+    found = _plain(d) if alone else draw_background(rng)
+    for _ in range(int(rng.choice(4, p=[0.0, 0.6, 0.28, 0.12] if alone else [0.15, 0.4, 0.3, 0.15]))):
         found += draw_layer(rng)
     if d.chance(0.5):
         found.append(_shade(d))

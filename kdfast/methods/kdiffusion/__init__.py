@@ -14,7 +14,8 @@ published no code and their appendix is missing: what they leave open is a field
 from __future__ import annotations
 
 from kdfast.methods.kdiffusion.branches import Branches, convert, merge
-from kdfast.methods.kdiffusion.method import Kdiffusion, KdiffusionConfig, Stage
+from kdfast.methods.kdiffusion.config import KdiffusionConfig, Stage
+from kdfast.methods.kdiffusion.method import Kdiffusion
 from kdfast.methods.kdiffusion.schedule import linear_alpha_hat, reverse_coefficients, reverse_variances
 
 __all__ = [

@@ -137,13 +137,31 @@ class Branches(nn.Module):
         return layer  # type: ignore[no-any-return]
 
 
-class _Absorbed(nn.Identity):
-    """Stands where a batch norm was that the branches took over, and remembers what it looked like."""
+class _Absorbed(nn.Sequential):
+    """Stands where a batch norm was that the branches took over, and remembers what it looked like.
+
+    Does what a norm of timm's does besides, in the same module: dropout and activation.
+    """
 
     def __init__(self, norm: nn.Module, op: str) -> None:
-        super().__init__()
+        super().__init__(*_behind(norm))
         self.op = op
         self.kept = (copy.deepcopy(norm),)  # in a tuple: no part of the state dict
+
+
+def _behind(norm: Any) -> list[nn.Module]:
+    """What timm's ``BatchNormAct2d`` runs after the normalisation; nothing for a plain batch norm."""
+    return [norm.drop, norm.act] if hasattr(norm, "drop") and hasattr(norm, "act") else []
+
+
+def _bare(norm: Any) -> Any:
+    """The normalisation alone: the very module, or a plain one that holds a ``BatchNormAct2d``'s values."""
+    if norm is None or not _behind(norm):
+        return norm
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    plain.load_state_dict(norm.state_dict())
+    held = norm.running_mean  # without one the branches refuse the norm
+    return plain if held is None else plain.to(held.device, held.dtype)
 
 
 def convert(model: nn.Module, op: str, norm: str | None = None, *, m: int = 10) -> Branches:
@@ -165,7 +183,7 @@ def convert(model: nn.Module, op: str, norm: str | None = None, *, m: int = 10) 
     with FeatureTaps(model, [op] if norm is None else [op, norm]):  # refuses unknown names
         pass
     old_norm = None if norm is None else model.get_submodule(norm)
-    branches = Branches(model.get_submodule(op), old_norm, m).train(model.training)
+    branches = Branches(model.get_submodule(op), _bare(old_norm), m).train(model.training)
     model.set_submodule(op, branches)
     if norm is not None and old_norm is not None:
         model.set_submodule(norm, _Absorbed(old_norm, op))

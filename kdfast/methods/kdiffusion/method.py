@@ -2,103 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdfast.errors import ConfigError, KDFastError
+from kdfast.errors import KDFastError
 from kdfast.functional import reparam_middle_loss
-from kdfast.methods.kdiffusion.branches import Branches, convert
+from kdfast.methods.kdiffusion.branches import Branches, convert, merge
+from kdfast.methods.kdiffusion.config import KdiffusionConfig, Stage
 from kdfast.methods.kdiffusion.schedule import linear_alpha_hat, reverse_coefficients, reverse_variances
 from kdfast.models import FeatureTaps
 
-__all__ = ["Kdiffusion", "KdiffusionConfig", "Stage"]
-
-Trajectory = Literal["chain", "sampled"]
-Estimate = Literal["mean", "last"]
-Objective = Literal["diffusion", "average"]
-Layout = Literal["channels_first", "channels_last"]
-
-
-@dataclass(frozen=True)
-class KdiffusionConfig:
-    """Everything that the paper sets, or leaves open.
-
-    Attributes:
-        branches: m, the student's features a stage.
-        alpha: α, weight of the middle losses' sum over stages.
-        beta: β, weight of the target-guided loss of the last stage; 0 leaves it out.
-        objective: ``"diffusion"``, or ``"average"``: α·MSE(x0, mean S), the paper's baseline.
-        trajectory: ``"chain"``: X_k = T_k, so that S = x0 costs exactly nothing. ``"sampled"``: X_k is drawn around
-            T_k, anew each iteration.
-        sigma: σ, the noise of a sampled trajectory.
-        shuffle: A random π a stage an iteration; else branch k always takes step k.
-        estimate: x̂0 of the guided loss: the ``"mean"`` of the branches, or the ``"last"`` P_m.
-        carry_gradient: Whether gradients flow through P_{k−1}.
-        bridge: Map each branch to the teacher's channels by a 1×1 convolution and batch norm that all branches of a
-            stage share, and that the exported student has not. Without, both must have the same channels.
-        teacher_layout: ``"channels_last"`` for taps that are ``[B, H, W, C]`` or ``[B, N, C]`` (Swin, ViT).
-        steps: n of the linear schedule.
-        beta_start: Its first β_t.
-        beta_end: Its last β_t.
-    """
-
-    branches: int = 10
-    alpha: float = 1.0
-    beta: float = 1.0
-    objective: Objective = "diffusion"
-    trajectory: Trajectory = "chain"
-    sigma: float = 1.0
-    shuffle: bool = True
-    estimate: Estimate = "mean"
-    carry_gradient: bool = True
-    bridge: bool = True
-    teacher_layout: Layout = "channels_first"
-    steps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-
-    def __post_init__(self) -> None:
-        choices = {
-            "objective": Objective,
-            "trajectory": Trajectory,
-            "estimate": Estimate,
-            "teacher_layout": Layout,
-        }
-        for name, kind in choices.items():
-            if getattr(self, name) not in get_args(kind):
-                raise ConfigError(
-                    f"{name}: got {getattr(self, name)!r}, accepted: {', '.join(get_args(kind))}"
-                )
-        for name in ("alpha", "beta", "sigma"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name}: got {value}, accepted: a finite number of at least 0")
-        try:
-            reverse_coefficients(linear_alpha_hat(self.steps, self.beta_start, self.beta_end), self.branches)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(str(error).replace("m: got", "branches: got", 1)) from None
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One student layer that learns from one teacher layer.
-
-    Attributes:
-        op: The student's convolution or linear layer, by name.
-        teacher: The teacher's layer whose output is x0, by name.
-        norm: The student's batch norm right after ``op``, or None.
-    """
-
-    op: str
-    teacher: str
-    norm: str | None = None
+__all__ = ["Kdiffusion"]
 
 
 class Kdiffusion(nn.Module):
@@ -141,16 +63,19 @@ class Kdiffusion(nn.Module):
         self.config = config = config or KdiffusionConfig()
         if not stages:
             raise ValueError("stages: got none; at least one is needed")
-        teacher.eval().requires_grad_(False)
         self._teacher = (teacher,)  # in a tuple: neither a submodule nor in the state dict
-        self._taps = FeatureTaps(teacher, [stage.teacher for stage in stages], detach=True)
         self.student = student
         self.stages = tuple(stages)
-        self._classifier = (self._guide(teacher, classifier),)
-        self._branches: tuple[Branches, ...] = tuple(
-            convert(student, stage.op, stage.norm, m=config.branches) for stage in stages
-        )
-        self.bridges = nn.ModuleList(self._make_bridges(images))
+        with _undone_on_failure(student, teacher, self.stages) as made:
+            teacher.eval().requires_grad_(False)
+            self._taps = made.enter_context(
+                FeatureTaps(teacher, [stage.teacher for stage in stages], detach=True)
+            )
+            self._classifier = (self._guide(teacher, classifier),)
+            self._branches: tuple[Branches, ...] = tuple(
+                convert(student, stage.op, stage.norm, m=config.branches) for stage in stages
+            )
+            self.bridges = nn.ModuleList(self._make_bridges(images))
         schedule = linear_alpha_hat(config.steps, config.beta_start, config.beta_end)
         u, v = reverse_coefficients(schedule, config.branches)
         w = config.sigma * reverse_variances(schedule, config.branches).sqrt()
@@ -267,7 +192,7 @@ class Kdiffusion(nn.Module):
         if target is not None:
             task = F.cross_entropy(student_out.float(), target)
         middle, guided = torch.zeros_like(task), torch.zeros_like(task)
-        for at in range(len(self.stages)):
+        for at in range(len(self.stages) if self._compares else 0):
             branches, x0 = self._features(at)
             last = at == len(self.stages) - 1 and self._classifier[0] is not None
             if config.objective == "average":
@@ -322,10 +247,49 @@ class Kdiffusion(nn.Module):
             batch: Images on the networks' device, and int64 labels ``[B]``.
         """
         images, labels = batch
-        with torch.no_grad():
-            self.teacher(images)
+        if self._compares:
+            with torch.no_grad():
+                self.teacher(images)
         loss: Tensor = self(self.student(images), labels)
         return loss
+
+    @property
+    def _compares(self) -> bool:
+        """Whether the teacher counts at all: with α = β = 0 it does not, and need not run (Table 5)."""
+        return self.config.alpha > 0 or self.config.beta > 0
+
+    def export(self) -> nn.Module:
+        """The plain student in evaluation mode: a merged copy, with the state dict's names it had at first.
+
+        What is being trained stays as it is.
+        """
+        held = copy.deepcopy(self.student)
+        return merge(held).eval()
+
+    @property
+    def extra_parameters(self) -> int:
+        """Parameters that training has beyond the plain student's: of further branches, and of bridges (Fig. 3)."""
+        own = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return own - sum(p.numel() for p in self.export().parameters())
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Features of each stage in evaluation mode, for a look at them.
+
+        Args:
+            images: On the networks' device.
+
+        Returns:
+            By the student layer's name: the bridged branches ``[m, B, C, …]`` and the teacher's ``[B, C, …]``.
+        """
+        training = self.training
+        self.eval()
+        self.teacher(images)
+        self.student(images)
+        found = {stage.op: self._features(at) for at, stage in enumerate(self.stages)}
+        self._forget()
+        self.train(training)
+        return found
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> list[str]:
         """Names of trainable parameters that the optimizer does not have; warns if there are any."""
@@ -348,6 +312,29 @@ class Kdiffusion(nn.Module):
         self._taps.clear()
         for branches in self._branches:
             branches.stacked = None
+
+
+@contextmanager
+def _undone_on_failure(
+    student: nn.Module, teacher: nn.Module, stages: Sequence[Stage]
+) -> Iterator[ExitStack]:
+    """Let a failure within the block leave both networks as they were, and close what was entered."""
+    modes = {module: module.training for network in (student, teacher) for module in network.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
+    names = {name for stage in stages for name in (stage.op, stage.norm) if name is not None}
+    layers = {name: module for name, module in student.named_modules() if name in names}
+    with ExitStack() as stack:
+        try:
+            yield stack
+        except BaseException:
+            for name, layer in layers.items():
+                student.set_submodule(name, layer)
+            for module, training in modes.items():
+                module.training = training
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+            raise
+        stack.pop_all()  # all went well: what was entered stays
 
 
 class _Bridge(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from kdfast.errors import ConfigError
 from kdfast.functional import kd_kl_div
@@ -67,7 +68,7 @@ class Inversion:
         self.origin: Generator | None = None
         if config.generator == "meta":
             self.origin = self._make_generator(image_shape)
-        self._parameters = list(self.model.parameters())
+        self._parameters: list[Tensor] = list(self.model.parameters())
         groups: list[dict[str, Any]] = []
         if self._parameters:
             groups.append({"params": self._parameters, "lr": config.lr_g})
@@ -87,6 +88,7 @@ class Inversion:
         self._counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
         self._sums = torch.zeros(len(TERMS), device=device)
         self._features: Tensor | None = None
+        self._handle: RemovableHandle | None = None
         self._steps: dict[Any, CapturedStep] = {}
         self.rounds = 0
 
@@ -174,7 +176,7 @@ class Inversion:
             self.statistics.update_average()
         if self.origin is None:
             return
-        origin = list(self.origin.parameters())
+        origin: list[Tensor] = list(self.origin.parameters())
         if self.config.meta == "reptile":
             difference = torch._foreach_sub(origin, self._parameters)
             torch._foreach_add_(self._origin_gradients, difference, alpha=REPTILE_RATE)
@@ -272,8 +274,9 @@ class Inversion:
         if not self.config.act:
             return
         if not on:
-            self._handle.remove()
-            self._features = None
+            if self._handle is not None:
+                self._handle.remove()
+            self._handle = self._features = None
             return
         find = getattr(self.teacher, "get_classifier", None)
         if find is None:
