@@ -129,3 +129,11 @@ def test_soft_targets_beat_the_teachers_class(bench: Bench, even: torch.Tensor, 
     smoothed = bench.student(even, targets="label_smoothing")
     print(f"\nsoft {balanced:.1f} %, one-hot {one_hot:.1f} %, smoothed {smoothed:.1f} %")
     assert balanced > max(one_hot, smoothed)
+
+
+def test_the_attack_helps_an_unbalanced_set(bench: Bench, pool: tuple[torch.Tensor, torch.Tensor]) -> None:
+    raw = pool[0][:BUDGET]
+    attack: dict[str, Any] = {"attack_steps": 8, "epsilon": 0.1, "alpha": 0.01, "include_original": True}
+    without, with_pairs = bench.student(raw, steps=250), bench.student(raw, steps=250, attack=True, **attack)
+    print(f"\nraw shaders: {without:.1f} %, with the attack {with_pairs:.1f} %")
+    assert with_pairs >= without + 10
