@@ -121,8 +121,10 @@ def _pictures(seen: View, images: ImageRecords, names: Sequence[str]) -> Figure:
         unsure = order[len(sure) :][-_UNSURE:]
         wanted.append([*sure, *[None] * (_SURE - len(sure)), *[None] * (_UNSURE - len(unsure)), *unsure])
     found = _load(images, seen, [row for column in wanted for row in column if row is not None])
-    tiles: dict[int | None, Images | None] = {None: None, **found}
-    grid = [[tiles[column[y]] for column in wanted] for y in range(_SURE + _UNSURE)]
+    grid = [
+        [None if (row := column[y]) is None else found[row] for column in wanted]
+        for y in range(_SURE + _UNSURE)
+    ]
     headings = [f"{_short(names, label)}\n{counts[label]:,}" for label in classes]
     more = np.count_nonzero(counts) - len(classes)
     return Figure(
@@ -232,6 +234,7 @@ def _regions(network: Teacher, extent: tuple[float, float, float, float]) -> NDA
     down, across = torch.meshgrid(y, x, indexing="ij")
     points = torch.stack([across, down], -1).view(-1, 2, 1, 1).to(network.device)
     # The head pools first; a map of one pixel is its own mean.
+    head: Any = network.network
     head: Any = network.network
     classes: NDArray[np.int64] = head.forward_head(points).argmax(1).view(_GRID, _GRID).cpu().numpy()
     return classes
