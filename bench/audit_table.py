@@ -25,12 +25,14 @@ from kdfast.kernels import (
     feature_noise,
     feature_statistics,
     images,
+    leaves,
     losses,
     losses_dist,
     losses_more,
     losses_topk,
     norm,
     replay,
+    shaders,
 )
 from kdfast.reference.norm import BatchNorm
 from kdfast.reference.replay import Meta, SumLayout
@@ -292,6 +294,20 @@ def _statistics(
     return call
 
 
+def _shaders(antialias: int) -> Callable[[], object]:
+    def call() -> object:
+        codes, numbers = meta(4096, 32, dtype=torch.int32), meta(4096, 32, 16)
+        which, time = meta(256, dtype=torch.int64), meta(256)
+        return shaders.render(codes, numbers, numbers, which, time, 224, 224, antialias, torch.uint8)
+
+    return call
+
+
+def _leaves() -> object:
+    index, radii = meta(256, dtype=torch.int64), meta(200)
+    return leaves.render(index, radii, radii, 1 << 40, 224, 224, 5000)
+
+
 bf16, fp32 = torch.bfloat16, torch.float32
 _REPLAY = _Buffer()
 #: A thousand rows and more, so that sizes specialise as they do in training.
@@ -375,6 +391,10 @@ VARIANTS = (
     Variant("images: crop and flip uint8 to bf16 NHWC", _crop_flip(torch.uint8, bf16, nhwc=True), 3, 1, 16),
     Variant("images: crop and flip fp32", _crop_flip(fp32, fp32), 8, 4, 16),
     Variant("images: gradient of crop and flip fp32", _crop_flip(fp32, fp32, gradient=True), 8, 4, 16),
+    Variant("leaves: 224x224", _leaves, fast=True),
+    Variant("shaders: 224x224", _shaders(1), 3, 4, 4, fast=True),
+    # Blackwell's compiler keeps 128 registers and spills 18 times among 5600 instructions, most of rare operations.
+    Variant("shaders: 224x224, four samples a pixel", _shaders(2), 3, 4, 4, spills=18),
     Variant("replay: sample 256 of 1M", _REPLAY.sample),
     Variant("replay: update 256 of 1M", _REPLAY.update, fast=True),
     Variant("replay: add 256 to 1M", _REPLAY.add),

@@ -9,7 +9,18 @@ import argparse
 
 import torch
 
-from kdfast.functional import denoise_step, dkd_loss, jsd_loss, kd_kl_div
+from kdfast.functional import (
+    add_noise_embed,
+    bn_mse,
+    bn_relu,
+    denoise_step,
+    dkd_loss,
+    jsd_loss,
+    kd_kl_div,
+    noise_mix,
+    noise_mse,
+    reparam_middle_loss,
+)
 
 
 def losses(device: str, large: bool) -> None:
@@ -41,6 +52,33 @@ def denoise(device: str, large: bool) -> None:
     denoise_step(sample, output, table, 0, guidance_scale=4.0, seed=1, clip=1.0)
 
 
+def feature(device: str, large: bool) -> None:
+    """The branch recursion, the γ-mix, noising and its error, forward and backward."""
+    shape = (128, 256, 8, 8) if large else (3, 4, 7, 7)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    gamma = torch.rand(shape[0], device=device, requires_grad=True)
+    noise_mse(noise_mix(x, gamma, seed=1), seed=1).backward()
+    embedding = torch.randn(10, shape[1], device=device, requires_grad=True)
+    timesteps = torch.arange(shape[0], device=device) % 10
+    table = torch.linspace(0.99, 0.1, 10, device=device)
+    add_noise_embed(x.detach(), timesteps, table, embedding, seed=1).sum().backward()
+    branches = torch.randn((4, *shape), device=device, requires_grad=True)
+    weights, order = torch.rand(2, 4, device=device), torch.arange(4, device=device)
+    loss, mean = reparam_middle_loss(branches, x.detach(), *weights, order)
+    (loss + mean.square().mean()).backward()
+
+
+def norm(device: str, large: bool) -> None:
+    """Batch norm with ReLU and residual, and with the squared error, in both layouts."""
+    shape = (256, 1024, 7, 7) if large else (3, 24, 7, 7)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(shape, device=device).contiguous(memory_format=layout).requires_grad_()
+        weight = torch.ones(shape[1], device=device, requires_grad=True)
+        running = [torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)]
+        y = bn_relu(x, *running, weight, training=True, residual=x.detach())
+        bn_mse(y, x.detach(), *running, weight, training=True).backward()
+
+
 def replay(device: str, large: bool) -> str | None:
     """Insert, draw, re-score; a reason if the C++ extension is not there."""
     from kdfast.errors import MissingExtraError
@@ -65,7 +103,7 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="sizes that fill a GPU")
     given = parser.parse_args()
     large = given.large and given.device == "cuda"
-    for family in (losses, denoise, replay):
+    for family in (losses, denoise, feature, norm, replay):
         missing = family(given.device, large)
         print(f"{family.__name__}: {missing or 'ran'}")
     if given.device == "cuda":

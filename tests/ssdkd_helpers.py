@@ -58,7 +58,9 @@ def trained(seed: int, *, pixels: bool = False, scale: float = 4.0) -> Net:
     return net
 
 
-def method(*, pixels: bool = False, batch_size: int = 8, seed: int = 0, **values: Any) -> SSDKD:
+def method(
+    *, pixels: bool = False, batch_size: int = 8, seed: int = 0, device: str = "cpu", **values: Any
+) -> SSDKD:
     """A method of tiny settings with a student."""
     teacher, student = trained(1, pixels=pixels), trained(1, pixels=pixels)
     with torch.no_grad():  # a student that agrees with its teacher here and there
@@ -66,8 +68,8 @@ def method(*, pixels: bool = False, batch_size: int = 8, seed: int = 0, **values
             parameter.add_(0.2 * torch.randn_like(parameter))
     config = SSDKDConfig(**{**TINY, **values})
     return SSDKD(
-        teacher,
-        student,
+        teacher.to(device),
+        student.to(device),
         config,
         image_shape=SHAPE,
         mean=MEAN,

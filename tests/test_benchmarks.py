@@ -21,6 +21,8 @@ from tests.conftest import INTERPRETING
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="nothing here launches a kernel")
 TRIAL = Settings("cpu", samples=3, sample_seconds=1e-4)
+#: Suites that compile more than make test has time for.
+WITHOUT_COMPILE = ("losses", "feature", "kdiffusion")
 
 
 def case(*providers: Provider, turns: int = 2) -> Case:
@@ -241,7 +243,7 @@ def test_an_absent_peer_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         peer("broken_peer")
 
 
-@pytest.mark.parametrize("suite", [name for name in SUITES if name != "losses"])
+@pytest.mark.parametrize("suite", [name for name in SUITES if name not in WITHOUT_COMPILE])
 def test_suites_run_and_agree_on_the_cpu(suite: str, tmp_path: Path) -> None:
     """Every provider of a suite that is installed is right; a trial of the smallest sizes."""
     lines: list[str] = []
@@ -259,13 +261,13 @@ def test_suites_run_and_agree_on_the_cpu(suite: str, tmp_path: Path) -> None:
     assert "CUDA device" not in text
 
 
-def test_losses_agree_with_float64_on_the_cpu() -> None:
+@pytest.mark.parametrize("suite", WITHOUT_COMPILE)
+def test_what_is_compiled_too_agrees_with_the_eager_form_on_the_cpu(suite: str) -> None:
     """torch.compile left out: it takes longer than all the others."""
     from dataclasses import replace
+    from importlib import import_module
 
-    from kdfast.benchmarks import losses
-
-    for row in losses.cases(make_settings("cpu", quick=True, tiny=True)):
+    for row in import_module(f"kdfast.benchmarks.{suite}").cases(make_settings("cpu", quick=True, tiny=True)):
         kept = tuple(provider for provider in row.providers if provider.name != "torch.compile")
         measured = measure(replace(row, providers=kept), TRIAL)
         assert {p["name"] for p in measured["providers"] if "seconds" in p} == {"eager", "kdfast"}
@@ -287,6 +289,12 @@ def test_a_wrong_loss_is_caught() -> None:
 
     measured = measure(replace(row, providers=(replace(right, build=off),)), TRIAL)
     assert "the gradient is off by 1.00e-02" in entry(measured, "kdfast")["wrong"]
+
+
+def test_every_suite_is_named_once_and_documented() -> None:
+    assert len(set(SUITES)) == len(SUITES)
+    page = (Path(__file__).parents[1] / "docs" / "pages" / "benchmarks.md").read_text()
+    assert [name for name in SUITES if f"`{name}`" not in page] == []
 
 
 def test_every_suite_has_a_pytest_file() -> None:

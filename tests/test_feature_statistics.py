@@ -107,7 +107,7 @@ def test_both_layouts_of_many_programs_agree(target: Target, dtype: torch.dtype,
     grads = torch.autograd.grad(got.loss, x)[0], torch.autograd.grad(want[0], wide)[0]
     assert grads[0].is_contiguous(memory_format=layout)
     rtol = 1e-2 if dtype == torch.bfloat16 else 2e-5
-    assert_verbose_allclose(grads[0], grads[1], rtol=rtol, atol=1e-3 * rtol * float(grads[1].abs().max()))
+    assert_verbose_allclose(grads[0], grads[1], rtol=rtol, atol=0.1 * rtol * float(grads[1].abs().max()))
 
 
 def test_statistics_are_those_of_a_training_batch_norm(target: Target) -> None:
@@ -187,6 +187,17 @@ def test_compiled_is_eager(target: Target) -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     got, want = (torch.autograd.grad(f(x), x) for f in (compiled, call))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_torch_func_sees_the_same_gradient(target: Target) -> None:
+    made = drawn(target, 4, 3, 5, 5)
+
+    def call(x: Tensor) -> Tensor:
+        return bn_statistics_loss(x, made["mean"], made["var"]).loss
+
+    got = torch.func.grad(call)(made["x"])
+    x = made["x"].requires_grad_()
+    torch.testing.assert_close(got, torch.autograd.grad(call(x), x)[0], rtol=1e-5, atol=1e-7)
 
 
 # --- a whole network -----------------------------------------------------------------------------------------

@@ -258,6 +258,17 @@ def test_compiled_is_eager(target: Target) -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_torch_func_sees_the_same_gradient(target: Target) -> None:
+    images, offsets, flips = drawn(target, 2, 3, 6, 6)
+
+    def call(x: Tensor) -> Tensor:
+        return crop_flip_normalize(x, offsets, flips, MEAN, STD).square().sum()
+
+    got = torch.func.grad(call)(images)
+    want = torch.autograd.grad(call(images.requires_grad_()), images)[0]
+    torch.testing.assert_close(got, want)
+
+
 def test_numbers_first_seen_in_inference_mode_still_train(target: Target) -> None:
     images, offsets, flips = drawn(target, 2, 3, 5, 5)
     with torch.inference_mode():

@@ -136,7 +136,9 @@ def test_the_six_shapes_are_met_equally_often() -> None:
     sides, count = shapes_of()
     four = sides[count == 4]
     lengths = four.abs()
-    rectangular = ((lengths[:, 0] - lengths[:, 2]).abs() < 1e-4) & ((lengths[:, 1] - lengths[:, 3]).abs() < 1e-4)
+    rectangular = ((lengths[:, 0] - lengths[:, 2]).abs() < 1e-4) & (
+        (lengths[:, 1] - lengths[:, 3]).abs() < 1e-4
+    )
     square = rectangular & ((lengths[:, 0] - lengths[:, 1]).abs() < 1e-4)
     upright = square & ((four[:, 0].real.abs() < 1e-4) | (four[:, 0].imag.abs() < 1e-4))
     found = {
@@ -158,7 +160,9 @@ def test_colours_and_centres_are_uniform() -> None:
     for values, top in ((table[:, 0], 80), (table[:, 1], 50), (colour >> 16, 256), (colour >> 8 & 255, 256)):
         share = torch.bincount((values.double() * 10 / top).long(), minlength=10).double()
         assert float(((share - 1000) ** 2 / 1000).sum()) < 9 + 5 * 18**0.5
-    assert float(torch.corrcoef(torch.stack([table[:, 0], table[:, 1], table[:, 2]]))[0, 1:].abs().max()) < 0.05
+    assert (
+        float(torch.corrcoef(torch.stack([table[:, 0], table[:, 1], table[:, 2]]))[0, 1:].abs().max()) < 0.05
+    )
 
 
 def test_an_image_depends_on_its_number_alone() -> None:

@@ -310,29 +310,6 @@ def test_importance_weights_count_in_the_loss_only_when_asked() -> None:
     torch.testing.assert_close(weighted(student, teacher, weight), (rows * weight).mean())
 
 
-def test_repeated_rescoring_settles_where_the_theory_says() -> None:
-    """With δ = w·KL and frozen KL, all rows re-scored: P ∝ KL^(α/(1+αβ))."""
-    from kdfast.replay import PrioritizedReplayBuffer
-
-    alpha, beta, n = 0.6, 0.4, 64
-    kl = torch.linspace(0.1, 3.0, n)
-    buffer = PrioritizedReplayBuffer(n, (1,), alpha=alpha, beta=beta, eps=0.0)
-    buffer.extend(torch.zeros(n, 1, dtype=torch.uint8), priorities=kl)
-    delta = kl
-    for _ in range(60):
-        mass = delta.double() ** alpha
-        weight = (n * mass / mass.sum()) ** -beta
-        delta = (weight * kl).float()
-        buffer.update_priority(torch.arange(n), delta)
-    drawn = buffer.sample(4096)
-    got = torch.zeros(n, dtype=torch.float64)
-    got[drawn.index] = drawn.probability.double()
-    want = kl.double() ** (alpha / (1 + alpha * beta))
-    present = got > 0
-    torch.testing.assert_close(got[present], (want / want.sum())[present], rtol=1e-3, atol=1e-6)
-    assert present.all()
-
-
 @pytest.mark.parametrize(
     "removed",
     [

@@ -58,6 +58,37 @@ def test_a_captured_run_is_the_eager_one(calling: type[CallingGraph]) -> None:
     assert calling.made == 2
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_an_update_is_a_step_its_gradients_and_the_optimisers(
+    calling: type[CallingGraph], monkeypatch: pytest.MonkeyPatch, captured: bool
+) -> None:
+    monkeypatch.setattr(method_module, "optimizer_capturable", lambda optimizer: captured)
+    one, other = method(cuda_graphs=captured), method(cuda_graphs=False)
+    optimizers = [torch.optim.SGD(made.student.parameters(), lr=0.05, momentum=0.9) for made in (one, other)]
+    for made in (one, other):
+        made.synthesize()
+        made.synthesize()
+    for _ in range(6):
+        got = one.update(optimizers[0]).clone()
+        loss = other.step()
+        loss.backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        assert torch.equal(got, loss.detach())
+    for ours, theirs in zip(one.student.parameters(), other.student.parameters()):
+        assert torch.equal(ours, theirs)
+    assert calling.made == 2 * int(captured)  # inversion has its own
+
+
+def test_which_optimisers_are_captured() -> None:
+    weights = [nn.Parameter(torch.ones(2))]
+    rate = torch.tensor(0.1)
+    assert capture.optimizer_capturable(torch.optim.SGD(weights, lr=rate, fused=True))
+    assert not capture.optimizer_capturable(torch.optim.SGD(weights, lr=0.1, fused=True))
+    assert not capture.optimizer_capturable(torch.optim.SGD(weights, lr=0.1))
+    assert not capture.optimizer_capturable(torch.optim.AdamW(weights, lr=0.1))
+
+
 def test_gradients_that_are_ready_are_scaled_and_not_overwritten(calling: type[CallingGraph]) -> None:
     layer = nn.Linear(2, 1, bias=False)
     idle = nn.Parameter(torch.ones(1))
@@ -68,11 +99,11 @@ def test_gradients_that_are_ready_are_scaled_and_not_overwritten(calling: type[C
     for _ in range(3):
         loss()
     first = loss()
-    kept = float(first)
+    kept = float(first.detach())
     (3 * first).backward()
     assert torch.equal(layer.weight.grad, torch.tensor([[21.0, 24]]))
     second = loss()
-    assert float(first) == kept != float(second)
+    assert float(first.detach()) == kept != float(second.detach())
     assert idle.grad is None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.errors import ConfigError, DataError
+from kdfast.errors import ConfigError, DataError, KDFastError
 from kdfast.experiments import distill
 from kdfast.experiments.method_ssdkd import PICTURE, PhaseClock, class_rows
 from kdfast.experiments.recipe import load_recipe
@@ -234,6 +234,9 @@ def test_the_report_draws_what_the_run_left(finished: Path, tmp_path: Path, teac
     both = write_report([finished, other], tmp_path / "two.html").read_text()
     for title in ("Accuracy by data scale", "Time by data scale", "Categories", "Accuracy by class"):
         assert f">{title}<" in both, title
+    # Two of one size do not differ in size alone: no line, and no failure.
+    same = write_report([finished, other, finished], tmp_path / "three.html").read_text()
+    assert "Accuracy by data scale" not in same
 
 
 def test_a_stopped_run_goes_on_exactly(tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,6 +335,14 @@ def test_seconds_add_up_over_phases_and_restarts(monkeypatch: pytest.MonkeyPatch
     clock.start()
     clock.stop("distillation", factor=2.0)
     assert clock.seconds() == {"inversion": 3.0, "distillation": 6.0}
+
+
+def test_diverged_inversion_stops_the_run_before_a_checkpoint(tmp_path: Path, teacher: str) -> None:
+    with pytest.raises(
+        KDFastError, match=r"inversion's loss became (nan|inf) by round \d+; a lower lr_g or lr_z may help"
+    ):
+        go(tmp_path / "run", teacher, lr_g=1e30, lr_z=1e30, bn=1e38)
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
 def test_a_run_of_bf16_inverts_under_autocast(tmp_path: Path, teacher: str) -> None:

@@ -54,6 +54,18 @@ def test_accuracy_over_guidance_and_steps_is_table_six(tmp_path: Path) -> None:
     assert grid.rows == (("1", "53.50", "56.00"), ("2", "54.50", "57.00 ± 1.00"))
 
 
+def test_each_choice_of_the_rest_has_a_table_of_its_own(tmp_path: Path) -> None:
+    folders = [
+        student(tmp_path / f"{teacher}-{s}-{t}", 0.5, guidance_scale=s, steps=t, teacher=teacher)
+        for teacher in ("weak", "strong")
+        for s in (1.0, 2.0)
+        for t in (25, 50)
+    ]
+    extra = student(tmp_path / "extra", 0.5, images=9)  # must not keep the others from their tables
+    _, grids = titles([*folders, extra])
+    assert [grid.title.partition(", ")[2] for grid in grids] == ["teacher weak", "teacher strong"]
+
+
 @pytest.mark.parametrize(
     ("key", "values", "title"),
     [

@@ -81,17 +81,19 @@ def resident() -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_memory_stays_flat_over_ten_thousand_images(tmp_path: Path) -> None:
-    made, seen = synthesizer(), {}
+    made = synthesizer()
+    seen: list[tuple[int, int]] = []
 
     def watch(done: int, total: int) -> None:
-        if done % 1000 == 0:
-            gc.collect()
-            seen[done] = resident()
+        gc.collect()
+        seen.append((done, resident()))
 
     made.write(tmp_path, 10_000, batch_size=250, samples_per_shard=1000, on_progress=watch)
     assert read_manifest(tmp_path).num_samples == 10_000
-    # A set of this size is 20 MB as raw pixels; allocators need some room to settle in.
-    assert seen[10_000] - seen[2_000] < 8 << 20, seen
+    settled = next(size for done, size in seen if done >= 2000)
+    print(f"{settled >> 20} MiB after 2,000 images, {seen[-1][1] >> 20} MiB after 10,000")
+    # A set of this size is 2 MB as raw pixels, its latents 2.5 MB; allocators need some room to settle in.
+    assert seen[-1][1] - settled < 8 << 20, seen
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,11 @@ Traffic in moves of one sample (S bytes, read or written once), guidance scale a
     eager       22S   u + g·(c − u): 8; x₀ = (x − σ·ε)/α: 7; α'·x₀ + σ'·ε: 7
     compiled    4S    reads x and both halves, writes y
     kdfast      4S    the same; the scheduler also stores the predicted x₀: 5S
+
+The tail of DiTPipeline's loop, whose model returns a variance that is cut off and whose sample has both halves:
+
+    diffusers   52S   slices, guides, joins, joins the variance on again, cuts it off, steps both halves
+    kdfast      6S    reads x twice (once a half) and four of eight channels of both halves, writes both halves
 """
 
 from __future__ import annotations
@@ -38,6 +43,9 @@ def cases(settings: Settings) -> Iterator[Case]:
         inputs = _Inputs(shape, dtype, settings.device)
         yield _step_case(inputs, settings)
         yield _scheduler_case(inputs, settings)
+    tails = [small, latents, *([(256, 4, 32, 32)] if settings.device == "cuda" else [])]
+    for shape in [(1, 4, 8, 8)] if settings.tiny else tails:
+        yield _tail_case(shape, settings)
     # One image's latents, where a scheduler's own way is most of what it takes.
     for name in ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"):
         yield _overhead_case(name, settings.pick((1, 4, 8, 8), small, small), settings)
@@ -217,3 +225,68 @@ def _overhead_case(name: str, shape: tuple[int, ...], settings: Settings) -> Cas
     )
     params = {"scheduler": name.removesuffix("Scheduler"), "shape": "x".join(map(str, shape)), "steps": steps}
     return Case("denoise", "sampling without the network", params, 1, providers, check, steps, "steps")
+
+
+def _tail_case(shape: tuple[int, ...], settings: Settings) -> Case:
+    """What comes after the model in DiTPipeline: 8 channels of which 4 are stepped, both halves of a doubled sample."""
+    device, dtype = settings.device, torch.float32
+    size = int(torch.Size(shape).numel()) * dtype.itemsize
+    turns = turns_for(6 * size, device)
+    batch, channels, *rest = shape
+    generator = torch.Generator(device).manual_seed(0)
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def inputs() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if not pairs:
+            for _ in range(turns):
+                half = torch.randn(shape, generator=generator, device=device)
+                doubled = (2 * batch, 2 * channels, *rest)
+                output = torch.randn(doubled, generator=generator, device=device)
+                pairs.append((torch.cat([half, half]), output))
+        return pairs
+
+    def scheduler(kind: Any) -> Any:
+        made = kind(clip_sample=False)
+        made.set_timesteps(STEPS, device=device)
+        return made
+
+    def plain(stepper: Any, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        eps, variance = output[:, :channels], output[:, channels:]
+        cond, uncond = torch.split(eps, len(eps) // 2, dim=0)
+        half = uncond + GUIDANCE * (cond - uncond)
+        joined = torch.cat([torch.cat([half, half], dim=0), variance], dim=1)
+        made: torch.Tensor = stepper.step(joined[:, :channels], 500, sample).prev_sample
+        return made
+
+    def theirs() -> Work:
+        stepper = scheduler(peer("diffusers").DDIMScheduler)
+        return lambda turn: plain(stepper, *inputs()[turn % turns])
+
+    def ours() -> Work:
+        peer("diffusers")
+        from kdfast.diffusion import DDIMScheduler
+
+        stepper = scheduler(DDIMScheduler)
+        stepper.keep_pred_original = False
+
+        def step(turn: int) -> Any:
+            sample, output = inputs()[turn % turns]
+            return stepper.step_cfg(output, 500, sample, GUIDANCE).prev_sample
+
+        return step
+
+    def check(provider: str, made: torch.Tensor) -> None:
+        sample, output = inputs()[0]
+        want = plain(scheduler(peer("diffusers").DDIMScheduler), sample.double(), output.double())
+        error = float((made.double() - want).abs().max() / want.abs().max())
+        assert error < 1e-5, f"off by {error:.2e} of the largest value; limit 1e-5"
+
+    fused = device == "cuda" and triton_available()
+    providers = (
+        Provider("diffusers", theirs, Traffic("52S", 52 * size)),
+        Provider("kdfast", ours, Traffic("6S", 6 * size) if fused else None),
+    )
+    params = {"shape": f"{2 * batch}x{2 * channels}x{'x'.join(map(str, rest))}", "dtype": "float32"}
+    return Case(
+        "denoise", "DiT tail", params, turns, providers, check, batch, "samples", working_set=6 * size
+    )

@@ -20,11 +20,15 @@ from kdfast.errors import ConfigError, MissingExtraError
 SUITES = (
     "losses",
     "denoise",
+    "feature",
     "images",
     "replay",
     "data",
+    "surrogate",
     "synth",
     "distill",
+    "diffkd",
+    "kdiffusion",
     "ssdkd",
 )
 FORMAT = 1

@@ -52,7 +52,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     else:
         size = settings.pick(
             Size("small", 8, 32, 8, 2, 4, 8),
-            Size("small", 16, 128, 32, 5, 8, 32),
+            Size("small", 16, 64, 16, 5, 8, 32),
             Size("paper", 32, 512, 64, 5, 64, 256),
         )
     inputs = Inputs(size, settings.device)

@@ -22,6 +22,7 @@ NEEDS_DATA = False
 
 PICTURE = "samples-buffer.png"
 _COLUMNS, _ROWS = 12, 10
+_CAPTION = "What the buffer holds at the end: a class a row, the images of highest priority first."
 
 
 def build(setting: Setting) -> Plan:
@@ -57,7 +58,10 @@ def build(setting: Setting) -> Plan:
         loss = method.step(model)
         return loss, method.parts
 
-    return Plan(setting.student, step, batches, facts=batches.facts, leave=batches.leave)
+    def facts() -> dict[str, Any]:
+        return {"networks": f"{Path(config.teacher).name} → {config.student}", **batches.facts()}
+
+    return Plan(setting.student, step, batches, facts=facts, leave=batches.leave)
 
 
 class Rounds:
@@ -110,7 +114,12 @@ class Rounds:
         return torch.autocast(device, torch.bfloat16) if self._bf16 else nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in which epoch, and all that the method holds."""
+        """Where in which epoch, and all that the method holds.
+
+        Raises:
+            KDFastError: Inversion has diverged: better no checkpoint than one of that.
+        """
+        self.method.check()
         return {
             "epoch": self._epoch,
             "batch": self._batch,
@@ -127,7 +136,10 @@ class Rounds:
     def facts(self) -> dict[str, Any]:
         """What the buffer holds at the end, and where the time went."""
         method = self.method
+        method.check()
+        kept = {} if method.buffer is None else {"captions": {PICTURE: _CAPTION}}
         return {
+            **kept,
             "capacity": method.config.capacity if method.buffer is not None else 0,
             "synthesized_images": method.rounds * method.config.synthesis_batch,
             "seconds_by_phase": {name: round(value, 3) for name, value in self.clock.seconds().items()},
@@ -159,7 +171,7 @@ def class_rows(images: Tensor, labels: Tensor) -> Tensor:
     Returns:
         uint8 ``[rows · columns, C, H, W]``.
     """
-    classes: Tensor = torch.unique(labels)  # type: ignore[no-untyped-call]
+    classes: Tensor = torch.unique(labels)
     picked = classes[torch.linspace(0, len(classes) - 1, min(_ROWS, len(classes))).round().long()]
     sheet = images.new_zeros(len(picked), _COLUMNS, *images.shape[1:])
     for row, label in zip(sheet, picked):

@@ -1,7 +1,7 @@
 """The batch-norm statistics op: registration, gradient, choice of backend.
 
-Eager calls on the Triton backend take an ``autograd.Function``; torch.compile sees the registered op, whose
-backward is an op too. With create_graph=True the gradient comes from the reference, differentiable again.
+Eager calls take an ``autograd.Function`` on either backend; torch.compile sees the registered op, whose backward is an
+op too. With create_graph=True the gradient comes from the reference, differentiable again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backend import resolve
-from kdfast.ops._gradients import differentiable_gradients
+from kdfast.ops._gradients import differentiable_gradients, is_plain
 from kdfast.reference import feature_statistics as reference
 from kdfast.reference.losses import compute_dtype
 
@@ -51,7 +51,9 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _forward(x: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """Loss and ``[4, C]`` of a dense x, by the kernel."""
+    """Loss and ``[4, C]`` (mean, var, the gradient's coefficients) of a dense x."""
+    if resolve(x) == "reference":
+        return reference.bn_statistics_closed(x, *target[:5], squared=target.squared)
     from kdfast.kernels import feature_statistics as kernels
 
     tensors = (None if tensor is None else tensor.contiguous() for tensor in target[:5])
@@ -60,6 +62,8 @@ def _forward(x: Tensor, target: Target) -> tuple[Tensor, Tensor]:
 
 
 def _backward(x: Tensor, stats: Tensor, upstream: Tensor, through: Tensor | None) -> Tensor:
+    if resolve(x) == "reference":
+        return reference.bn_statistics_gradient(x, stats, upstream, through)
     from kdfast.kernels import feature_statistics as kernels
 
     grad = torch.empty_like(x)
@@ -111,7 +115,7 @@ def _statistics(x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, Tens
     if torch.compiler.is_compiling():
         loss, stats = torch.ops.kdfast.bn_statistics(x, *target)
         return loss, stats[0].detach(), stats[1].detach(), x
-    if resolve(x) == "reference":
+    if not is_plain(x, x):
         loss, mean, var = reference.bn_statistics(x, *target[:5], squared=target.squared)
         return loss, mean.detach(), var.detach(), x
     if torch.is_grad_enabled() and x.requires_grad:
@@ -134,28 +138,7 @@ def _op(
     share: Tensor | None,
     squared: bool,
 ) -> tuple[Tensor, Tensor]:
-    target = Target(running_mean, running_var, average_mean, average_var, share, squared)
-    if resolve(x) == "triton":
-        return _forward(_dense(x), target)
-    loss, mean, var = reference.bn_statistics(x, *target[:5], squared=squared)
-    return loss, torch.stack([mean, var, *_coefficients(x, mean, var, target)])
-
-
-def _coefficients(x: Tensor, mean: Tensor, var: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """a and b of kernels/feature_statistics.py, where the kernel did not run."""
-    k = 0.0 if target.share is None else target.share.to(mean.dtype)
-    gaps = [target.running_mean.to(mean.dtype) - mean, target.running_var.to(mean.dtype) - var]
-    if target.average_mean is not None and target.average_var is not None:
-        running, average = target[:2], (target.average_mean, target.average_var)
-        for at in range(2):
-            gaps[at] = torch.lerp(gaps[at], running[at].to(mean.dtype) - average[at].to(mean.dtype), k)
-    if target.squared:
-        gaps = [2 * gap for gap in gaps]
-    else:
-        norms = [torch.linalg.vector_norm(gap) for gap in gaps]
-        gaps = [torch.where(norm > 0, gap / norm, 0.0) for gap, norm in zip(gaps, norms, strict=True)]
-    count = x.numel() // x.shape[1]
-    return (k - 1) * gaps[0] / count, 2 * (k - 1) * gaps[1] / count
+    return _forward(_dense(x), Target(running_mean, running_var, average_mean, average_var, share, squared))
 
 
 @_op.register_fake
@@ -166,11 +149,7 @@ def _(x: Tensor, running_mean: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("kdfast::bn_statistics_backward", mutates_args=())
 def _backward_op(upstream: Tensor, x: Tensor, stats: Tensor) -> Tensor:
-    if resolve(x) == "triton":
-        return torch.empty_like(x).copy_(_backward(_dense(x), stats, upstream, None))
-    shape = (1, -1, *[1] * (x.dim() - 2))
-    mean, _, a, b = (row.view(shape) for row in stats)
-    return torch.empty_like(x).copy_(upstream * (a + b * (x.to(stats.dtype) - mean)))
+    return torch.empty_like(x).copy_(_backward(_dense(x), stats, upstream, None))
 
 
 @_backward_op.register_fake

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backend import resolve
+from kdfast.ops._gradients import is_plain
 from kdfast.reference import images as reference
 
 __all__ = ["Crop", "crop_flip"]
@@ -54,6 +55,12 @@ def _run(x: Tensor, offsets: Tensor, flips: Tensor, gain: Tensor, bias: Tensor |
         out = _empty(x, crop)
         kernels.crop_flip(x, out, offsets, flips, gain, bias, crop.padding, transposed=crop.transposed)
         return out
+    return _reference(x, offsets, flips, gain, bias, crop)
+
+
+def _reference(
+    x: Tensor, offsets: Tensor, flips: Tensor, gain: Tensor, bias: Tensor | None, crop: Crop
+) -> Tensor:
     out = reference.crop_flip(
         x,
         offsets,
@@ -103,6 +110,8 @@ def crop_flip(
     """
     if torch.compiler.is_compiling():
         return cast(Tensor, torch.ops.kdfast.crop_flip(x, offsets, flips, gain, bias, *crop))
+    if not is_plain(x, x):
+        return _reference(x, offsets, flips, gain, bias, crop)
     if torch.is_grad_enabled() and x.requires_grad:
         return cast(Tensor, _CropFlip.apply(x, offsets, flips, gain, bias, crop))  # type: ignore[no-untyped-call]
     return _run(x, offsets, flips, gain, bias, crop)

@@ -118,22 +118,33 @@ def class_accuracy_figure(runs: Mapping[str, Run]) -> list[Drawing]:
 
 
 def scale_figures(runs: Mapping[str, Run]) -> list[Drawing]:
-    """Accuracy and time over the buffer's size (SSD-KD, Fig. 4), for runs that differ in it."""
-    sizes = (
-        sorted((int(run.metrics["capacity"]), run) for run in runs.values() if run.metrics.get("capacity"))
-        if len({run.metrics.get("capacity") for run in runs.values()} - {None, 0}) > 1
-        else []
-    )
+    """Accuracy and time over the buffer's size (SSD-KD, Fig. 4), a line for each pair of networks.
+
+    A pair whose runs do not differ in size alone, as far as sizes tell, has no line.
+    """
+    pairs: dict[str, list[tuple[int, Run]]] = {}
+    for run in runs.values():
+        if run.metrics.get("capacity"):
+            pair = str(run.metrics.get("networks", "runs"))
+            pairs.setdefault(pair, []).append((int(run.metrics["capacity"]), run))
+    pairs = {
+        pair: sorted(found, key=lambda entry: entry[0])
+        for pair, found in pairs.items()
+        if len(found) > 1 and len({size for size, _ in found}) == len(found)
+    }
     made = []
     for key, title, ylabel in (
         ("accuracy", "Accuracy by data scale", "top-1 accuracy"),
         ("seconds", "Time by data scale", "seconds"),
     ):
-        points = [(size, float(run.metrics[key])) for size, run in sizes if key in run.metrics]
-        if len(points) > 1:
-            curve = ([x for x, _ in points], [y for _, y in points])
+        lines = {
+            pair: ([size for size, _ in found], [float(run.metrics[key]) for _, run in found])
+            for pair, found in pairs.items()
+            if all(key in run.metrics for _, run in found)
+        }
+        if lines:
             svg = plots.curves(
-                {ylabel: curve},
+                lines,
                 xlabel="images in the buffer",
                 ylabel=ylabel,
                 percent=key == "accuracy",

@@ -321,5 +321,5 @@ def _number(key: str, value: Any) -> str:
     if isinstance(value, float) and "accuracy" in key:
         return _percent(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return ", ".join(_number(key, entry) for entry in value) if isinstance(value, list) else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

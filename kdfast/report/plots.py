@@ -80,7 +80,7 @@ def curves(
         if log_x:
             axes.set_xscale("log")
             ticks = sorted({value for x, _ in series.values() for value in x})
-            axes.set_xticks(ticks, labels=[f"{value:,g}" for value in ticks])
+            axes.set_xticks(ticks, labels=[f"{value:,.10g}" for value in ticks])
             axes.xaxis.minorticks_off()
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
@@ -163,8 +163,8 @@ def columns(
         axes.grid(axis="x", visible=False)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        if len(series) > 1:
-            axes.legend()
+        if len(series) > 1:  # above: columns leave no corner free
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
         return to_svg(drawing)
 
 

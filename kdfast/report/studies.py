@@ -22,6 +22,7 @@ _OVER = {
     "temperature": "temperature τ",
 }
 _LOG = ("images", "temperature")
+_ROWS, _COLUMNS = "guidance_scale", "steps"
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ def studies(runs: Sequence[Run]) -> tuple[list[Plot], list[Grid]]:
     for measure, chosen in _measures(runs):
         points = [point for run in chosen if (point := _point(run, measure))]
         found[0].extend(plot for over in _OVER if (plot := _plot(points, measure, over)))
-        if grid := _grid(points, measure):
-            found[1].append(grid)
+        found[1].extend(_grids(points, measure))
     return found
 
 
@@ -157,20 +157,30 @@ def _names(groups: Sequence[tuple[tuple[str, str], ...]]) -> list[str]:
     ]
 
 
-def _grid(points: Sequence[Point], measure: Measure) -> Grid | None:
-    """Guidance down, steps across, where both vary and all else is the same."""
-    rows, columns = "guidance_scale", "steps"
-    usable = [point for point in points if rows in point.settings and columns in point.settings]
-    alike = {
-        tuple(sorted((k, str(v)) for k, v in p.settings.items() if k not in (rows, columns))) for p in usable
+def _grids(points: Sequence[Point], measure: Measure) -> list[Grid]:
+    """Guidance down, steps across: a table for each choice of the other settings with which both vary."""
+    groups: dict[tuple[tuple[str, str], ...], list[Point]] = {}
+    for point in points:
+        if all(isinstance(point.settings.get(key), (int, float)) for key in (_ROWS, _COLUMNS)):
+            rest = tuple(sorted((k, str(v)) for k, v in point.settings.items() if k not in (_ROWS, _COLUMNS)))
+            groups.setdefault(rest, []).append(point)
+    varied = {
+        rest: group
+        for rest, group in groups.items()
+        if all(len({point.settings[key] for point in group}) > 1 for key in (_ROWS, _COLUMNS))
     }
-    scales = sorted({point.settings[rows] for point in usable})
-    steps = sorted({point.settings[columns] for point in usable})
-    if len(alike) != 1 or len(scales) < 2 or len(steps) < 2:
-        return None
-    cells = {(point.settings[rows], point.settings[columns]): point for point in usable}
+    titles = [f"{measure.title} by guidance s and steps T"] * len(varied)
+    if len(varied) > 1:
+        titles = [f"{title}, {name}" for title, name in zip(titles, _names(list(varied)))]
+    return [_grid(title, group, measure) for title, group in zip(titles, varied.values())]
+
+
+def _grid(title: str, points: Sequence[Point], measure: Measure) -> Grid:
+    scales = sorted({point.settings[_ROWS] for point in points})
+    steps = sorted({point.settings[_COLUMNS] for point in points})
+    cells = {(point.settings[_ROWS], point.settings[_COLUMNS]): point for point in points}
     return Grid(
-        f"{measure.title} by guidance s and steps T",
+        title,
         ("s", *(f"T = {step:g}" for step in steps)),
         tuple(
             (f"{scale:g}", *(_cell(cells.get((scale, step)), measure) for step in steps)) for scale in scales

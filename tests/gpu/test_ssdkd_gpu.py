@@ -52,6 +52,22 @@ def test_captured_steps_are_the_eager_ones(values: dict[str, Any]) -> None:
     assert all(loss._graph is not None for loss in captured._losses.values())
 
 
+def test_a_whole_update_is_one_graph() -> None:
+    captured, eager = make(), make(cuda_graphs=False)
+    losses = []
+    for made in (captured, eager):
+        rate = torch.tensor(0.05, device="cuda")
+        optimizer = torch.optim.SGD(made.student.parameters(), lr=rate, momentum=0.9, fused=True)
+        made.synthesize()
+        made.synthesize()
+        losses.append([])
+        for number in range(10):
+            optimizer.param_groups[0]["lr"].fill_(0.05 / (1 + number))
+            losses[-1].append(made.update(optimizer).clone())
+    torch.testing.assert_close(torch.stack(losses[0]), torch.stack(losses[1]), rtol=1e-3, atol=1e-4)
+    assert next(iter(captured._updates.values()))._graph is not None
+
+
 def test_replays_draw_anew() -> None:
     made = make()
     go(made, 3)

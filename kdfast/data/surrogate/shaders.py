@@ -54,7 +54,9 @@ def usable(images: torch.Tensor) -> torch.Tensor:
         colour = (r << 10 | g << 5 | b).flatten(1)
         # One histogram for the batch: each image has its own 32768 bins.
         offset = torch.arange(len(part), device=images.device)[:, None] << 15
-        counts = torch.bincount((colour + offset).flatten(), minlength=len(part) << 15).view(len(part), -1)
+        counts = torch.bincount((colour + offset).flatten(), minlength=len(part) << 15).view(
+            len(part), 1 << 15
+        )
         mode = counts.argmax(1)
         far = torch.zeros_like(colour, dtype=torch.bool)
         for channel, shift in ((r, 10), (g, 5), (b, 0)):

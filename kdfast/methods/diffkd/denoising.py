@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kdfast.functional import noise_mix
+from kdfast.functional import add_noise_embed, noise_mix, noise_mse
 from kdfast.methods.diffkd import fused
 from kdfast.methods.diffkd.blocks import Autoencoder, FeatureDenoiser, LogitDenoiser, NoiseAdapter
 from kdfast.methods.diffkd.config import DiffKDConfig, Distance
@@ -153,11 +153,11 @@ class Denoising(nn.Module):
         """L_diff of Eq. 4 for a detached latent: one t ~ U{0 … T − 1} a sample."""
         seed = _seed(latent)
         times = torch.randint(len(self.schedule), (latent.shape[0],), device=latent.device)
-        noisy = fused.add_noise_embed(latent, times, self.schedule.bars, self.denoiser.embedding.weight, seed)
+        noisy = add_noise_embed(latent, times, self.schedule.bars, self.denoiser.embedding.weight, seed=seed)
         # A pass of its own: batch norm's statistics of teacher and student stay apart.
         pred = self.denoiser(noisy)
-        return fused.noise_mse(
-            pred if self.denoiser.norm is None else fused.bn(pred, self.denoiser.norm), seed
+        return noise_mse(
+            pred if self.denoiser.norm is None else fused.bn(pred, self.denoiser.norm), seed=seed
         )
 
 

@@ -1,55 +1,52 @@
-"""The fused pieces that the method is made of, taking the modules whose names its state dict has."""
+"""The fused pieces that the method is made of, taking the modules whose names its state dict has.
+
+Everything else of the method (noising, γ-mix, ε-MSE) is :mod:`kdfast.functional`'s as it is.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from typing import Any
 
-__all__ = ["add_noise_embed", "bn", "bn_mse", "bn_relu", "bn_step", "noise_mse"]
+from torch import Tensor, nn
+
+from kdfast.functional import bn_ddim_step
+from kdfast.functional import bn_mse as _bn_mse
+from kdfast.functional import bn_relu as _bn_relu
+
+__all__ = ["bn", "bn_mse", "bn_relu", "bn_step"]
 
 
 def bn(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None) -> Tensor:
     """Batch norm, plus ``residual``."""
-    out: Tensor = norm(x)
-    return out if residual is None else out + residual
+    return _bn_relu(x, **_arguments(norm), residual=residual, relu=False)
 
 
 def bn_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """Batch norm and ReLU."""
-    return F.relu(norm(x))
+    return _bn_relu(x, **_arguments(norm))
 
 
 def bn_step(pred: Tensor, norm: nn.BatchNorm2d | None, z: Tensor, c1: float, c2: float) -> Tensor:
     """c1·z + c2·ε̂, with ε̂ = norm(pred)."""
-    return c1 * z + c2 * (pred if norm is None else norm(pred))
+    if norm is None:
+        return c1 * z + c2 * pred
+    return bn_ddim_step(z, pred, **_arguments(norm), c1=c1, c2=c2)
 
 
 def bn_mse(x: Tensor, norm: nn.BatchNorm2d, target: Tensor) -> Tensor:
-    """mean((norm(x) − target)²), at least float32."""
-    return F.mse_loss(_wide(norm(x)), _wide(target))
+    """mean((norm(x) − target)²)."""
+    return _bn_mse(x, target, **_arguments(norm))
 
 
-def add_noise_embed(z: Tensor, times: Tensor, bars: Tensor, embedding: Tensor, seed: Tensor) -> Tensor:
-    """√ᾱ_t·z + √(1 − ᾱ_t)·ε + E[t]."""
-    shape = (-1, 1, 1, 1)
-    bar = bars[times].view(shape)
-    noisy = bar.sqrt() * z + (1 - bar).sqrt() * _noise(z, seed)
-    return (noisy + embedding[times].view(*embedding[times].shape, 1, 1)).to(z.dtype)
-
-
-def noise_mse(pred: Tensor, seed: Tensor) -> Tensor:
-    """mean((pred − ε)²) with the ε that ``seed`` stands for."""
-    return F.mse_loss(_wide(pred), _wide(_noise(pred, seed)))
-
-
-def _noise(like: Tensor, seed: Tensor) -> Tensor:
-    from kdfast.functional import noise_mix
-
-    # γ = 0 leaves noise alone.
-    zero = torch.zeros(like.shape[0], device=like.device)
-    return noise_mix(torch.zeros_like(like).float(), zero, seed=seed)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _arguments(norm: nn.BatchNorm2d) -> dict[str, Any]:
+    """A batch norm's state, as the functions take it."""
+    return {
+        "running_mean": norm.running_mean,
+        "running_var": norm.running_var,
+        "weight": norm.weight,
+        "bias": norm.bias,
+        "training": norm.training,
+        "momentum": norm.momentum,
+        "eps": norm.eps,
+        "num_batches_tracked": norm.num_batches_tracked,
+    }

@@ -160,7 +160,8 @@ def _bare(norm: Any) -> Any:
         return norm
     plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     plain.load_state_dict(norm.state_dict())
-    return plain.to(next(norm.buffers()).device)
+    held = norm.running_mean  # without one the branches refuse the norm
+    return plain if held is None else plain.to(held.device, held.dtype)
 
 
 def convert(model: nn.Module, op: str, norm: str | None = None, *, m: int = 10) -> Branches:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CapturedLoss", "CapturedStep", "capturable"]
+__all__ = ["CapturedLoss", "CapturedStep", "capturable", "optimizer_capturable"]
 
 # Calls that run eagerly before a graph is captured: libraries choose algorithms and allocate workspaces, optimisers
 # make their state. They are real work, not rehearsals: nothing has to be undone.
@@ -20,6 +20,14 @@ def capturable(device: torch.device, *, wanted: bool = True) -> bool:
     if not wanted or device.type != "cuda":
         return False
     return not (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16)
+
+
+def optimizer_capturable(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser's step can be captured, and a rate that changes be seen by the replays."""
+    return all(
+        group.get("capturable", False) or (group.get("fused", False) and isinstance(group["lr"], Tensor))
+        for group in optimizer.param_groups
+    )
 
 
 class _Graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdfast.errors import CheckpointError
+from kdfast.errors import CheckpointError, KDFastError
 from kdfast.functional import kd_kl_div, kd_statistics
-from kdfast.methods.ssdkd.capture import CapturedLoss, capturable
+from kdfast.methods.ssdkd.capture import CapturedLoss, CapturedStep, capturable, optimizer_capturable
 from kdfast.methods.ssdkd.config import SSDKDConfig
 from kdfast.methods.ssdkd.contents import Contents
 from kdfast.methods.ssdkd.inversion import Inversion
@@ -110,6 +111,8 @@ class SSDKD:
         self.contents = Contents(config.capacity if config.replay else 0, self.num_classes, self.device)
         self.parts: dict[str, Tensor] = {}
         self._losses: dict[Any, CapturedLoss] = {}
+        self._updates: dict[Any, CapturedStep] = {}
+        self._loss = torch.zeros((), device=self.device)
 
     @property
     def rounds(self) -> int:
@@ -164,6 +167,18 @@ class SSDKD:
         index = self.buffer.extend(images, labels, _per_image(scores.kl))
         self.contents.insert(index, predicted, scores.teacher_prob)
 
+    def check(self) -> None:
+        """Look whether inversion still works. This waits for the device: for now and then, not for every step.
+
+        Raises:
+            KDFastError: The last round's loss was not finite; its images are not worth learning from.
+        """
+        loss = self.parts.get("inversion_loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            raise KDFastError(
+                f"inversion's loss became {float(loss)} by round {self.rounds}; a lower lr_g or lr_z may help"
+            )
+
     # --- distillation ---------------------------------------------------------------------------------------
 
     def __call__(self, student_out: Tensor, teacher_out: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -202,20 +217,55 @@ class SSDKD:
         Raises:
             ValueError: There is no student, or nothing has been synthesised yet.
         """
-        student = self._student(student)
-        if not self.rounds:
-            raise ValueError("step: nothing to learn from; call synthesize() first")
-        autocast = torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type)
-        key = (id(student), student.training, torch.is_grad_enabled(), *autocast)
+        student = self._ready_student(student)
+        key = self._key(student)
         if key not in self._losses:
-            capture = capturable(self.device, wanted=self.config.cuda_graphs) and torch.is_grad_enabled()
             self._losses[key] = CapturedLoss(
                 lambda: self._distil(student),
                 list(student.parameters()),
                 self._rng,
-                capture=capture and not isinstance(student, DistributedDataParallel),
+                capture=self._captures(student),
             )
         return self._losses[key]()
+
+    def update(self, optimizer: torch.optim.Optimizer, student: nn.Module | None = None) -> Tensor:
+        """:meth:`step`, its gradients and the optimiser's step.
+
+        On CUDA with an optimiser whose step can be captured too (``capturable=True``, or ``SGD(…, fused=True)`` with
+        its rate as a tensor on the device) the whole of it is one graph.
+
+        Args:
+            optimizer: Over the student's parameters; it finds their gradients in ``.grad``, and they stay there.
+            student: Instead of the one that the method was made with.
+
+        Returns:
+            The loss, 0-d and detached; overwritten by the next call.
+
+        Raises:
+            ValueError: As :meth:`step`.
+        """
+        student = self._ready_student(student)
+        key = (id(optimizer), *self._key(student))
+        if key not in self._updates:
+            capture = self._captures(student) and optimizer_capturable(optimizer)
+            self._updates[key] = CapturedStep(
+                lambda: self._update(student, optimizer), self._rng, capture=capture
+            )
+        self._updates[key]()
+        return self._loss
+
+    def _update(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        loss = self._distil(student)
+        if isinstance(student, DistributedDataParallel):  # whose hooks only backward() calls
+            optimizer.zero_grad()
+            loss.backward()
+        else:
+            parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
+        optimizer.step()
+        self._loss.copy_(loss.detach())
 
     def _distil(self, student: nn.Module) -> Tensor:
         if self.buffer is None:
@@ -268,12 +318,29 @@ class SSDKD:
         self.contents.load_state_dict(state["contents"])
         self._rng.set_state(state["rng"].cpu())
         self._losses.clear()
+        self._updates.clear()
 
     def _student(self, student: nn.Module | None) -> nn.Module:
         student = student or self.student
         if student is None:
             raise ValueError("student: got None, accepted: a network, here or when the method is made")
         return student
+
+    def _ready_student(self, student: nn.Module | None) -> nn.Module:
+        student = self._student(student)
+        if not self.rounds:
+            raise ValueError("step: nothing to learn from; call synthesize() first")
+        return student
+
+    def _key(self, student: nn.Module) -> tuple[Any, ...]:
+        """What a graph of this student's step has built in."""
+        device = self.device.type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        return (id(student), student.training, torch.is_grad_enabled(), *autocast)
+
+    def _captures(self, student: nn.Module) -> bool:
+        wanted = self.config.cuda_graphs and torch.is_grad_enabled()
+        return capturable(self.device, wanted=wanted) and not isinstance(student, DistributedDataParallel)
 
 
 def _bare(student: nn.Module) -> nn.Module:

@@ -1,14 +1,4 @@
-"""kdfast's losses in the shapes that other libraries call: one changed line, and nothing of theirs is imported.
-
-=====================================  ==========================================================
-instead of                              use
-=====================================  ==========================================================
-``torch.nn.KLDivLoss`` in KD code       :class:`KLDivLoss`, on the same (log-)probabilities
-``GKDTrainer.generalized_jsd_loss``     :func:`generalized_jsd_loss`, the same arguments and value
-``Trainer.compute_loss`` (🤗)           :class:`TrainerLoss`, the same arguments
-a teacher in a ``LightningModule``      :class:`Distiller`, a module that holds both networks
-=====================================  ==========================================================
-"""
+"""kdfast's losses in the shapes that other libraries call."""
 
 from __future__ import annotations
 
