@@ -1,6 +1,6 @@
 """What the compiler makes of every family's kernels, for every GPU audited: a table, and what must hold of it.
 
-    python -m bench.audit_table [--capability 90] [--out FILE]
+    python -m bench.audit_table [--target sm_90] [--out FILE]
 
 No GPU takes part: launchers run on meta tensors and their launches are compiled (bench/static_audit.py). Instruction
 counts are of straight-line code: they compare variants of one kernel; loops and rare branches count once.
@@ -9,6 +9,7 @@ counts are of straight-line code: they compare variants of one kernel; loops and
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,25 +18,29 @@ from pathlib import Path
 import torch
 import triton
 
-from bench.static_audit import CAPABILITIES, KernelReport, audit, meta
+from bench.audit_feature import batch_norm, noised
+from bench.static_audit import TARGETS, KernelReport, audit, meta
 from kdfast.kernels import (
     denoise,
     feature,
-    feature_noise,
     feature_statistics,
     images,
+    leaves,
     losses,
     losses_dist,
     losses_more,
     losses_topk,
-    norm,
     replay,
+    shaders,
 )
-from kdfast.reference.norm import BatchNorm
 from kdfast.reference.replay import Meta, SumLayout
 
-#: Registers of one multiprocessor, and threads and programs that it holds, on all GPUs audited.
+#: Registers of one multiprocessor, and threads and programs that it holds, on all of NVIDIA's GPUs audited.
 REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
+#: Bytes of shared memory that its programs divide among them; each takes 1 KiB more than it asks for.
+SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+#: gfx942, a compute unit: waves and vector registers (a lane's) of each of its four SIMDs, local memory.
+SIMDS, WAVES, VGPRS, LDS = 4, 8, 512, 64 << 10
 
 
 @dataclass(frozen=True)
@@ -216,20 +221,6 @@ def _noise_mix(dtype: torch.dtype) -> Callable[[], object]:
     return call
 
 
-def _noised(dtype: torch.dtype, *, channels_last: bool = False) -> Callable[[], object]:
-    """DiffKD's latents: noising, the error in ε, the embedding's gradient."""
-
-    def call() -> object:
-        x = _latents(dtype, channels_last)
-        found, timesteps, rows = feature_noise.layout(x), meta(256, dtype=torch.int64), meta(1280, 1024)
-        assert found is not None
-        feature_noise.add_noise_embed(x, found, timesteps, meta(1000), rows, x, 5)
-        feature_noise.noise_mse(x, 5, loss=meta(1), grad=x)
-        return feature_noise.embedding_gradient(x, found, timesteps, rows)
-
-    return call
-
-
 def _crop_flip(
     source: torch.dtype, dtype: torch.dtype, *, nhwc: bool = False, gradient: bool = False
 ) -> Callable[[], object]:
@@ -240,34 +231,6 @@ def _crop_flip(
         bias = None if gradient else meta(3)
         y = y.to(memory_format=layout)
         return images.crop_flip(x, y, offsets, flips, meta(3), bias, 4, transposed=gradient)
-
-    return call
-
-
-def _latents(dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
-    x = meta(256, 1024, 7, 7, dtype=dtype)
-    return x.to(memory_format=torch.channels_last) if channels_last else x
-
-
-def _norm(what: str, dtype: torch.dtype, *, channels_last: bool = False) -> Callable[[], object]:
-    """Training on DiffKD's latents: ``act`` with a residual forward and backward, or the squared error."""
-
-    def call() -> None:
-        x = _latents(dtype, channels_last)
-        found, c = norm.matrix(x), [meta(1024) for _ in range(8)]
-        assert found is not None
-        batch_norm = BatchNorm(*c[:4], meta(1, dtype=torch.int64), True, 0.1, 1e-5)
-        centre, sums = (c[4], c[5]), meta(2048)
-        if what == "act":
-            kind = {"relu": True, "scale": 1.0, "carry": 1.0}
-            grads = {"grad_x": x, "grad_residual": x, "grad_weight": c[6], "grad_bias": c[7]}
-            norm.statistics(x, found, batch_norm, mean=c[4], rstd=c[5])
-            norm.act(x, x, x, found, batch_norm, centre, **kind)
-            norm.act_backward(x, x, x, found, batch_norm, centre, **grads, **kind)
-        else:
-            grads = {"grad_x": x, "grad_weight": c[6], "grad_bias": c[7]}
-            norm.statistics(x, found, batch_norm, mean=c[4], rstd=c[5], target=x, sums=sums)
-            norm.mse(x, x, found, batch_norm, centre, sums=sums, loss=meta(1), **grads)
 
     return call
 
@@ -285,6 +248,16 @@ def _statistics(
         return feature_statistics.bn_statistics(x, channels, channels, *average, squared=False)
 
     return call
+
+
+def _shaders(antialias: int) -> Callable[[], object]:
+    codes, numbers, time = meta(4096, 32, dtype=torch.int32), meta(4096, 32, 16), meta(256)
+    which = meta(256, dtype=torch.int64)
+    return lambda: shaders.render(codes, numbers, numbers, which, time, 224, 224, antialias, torch.uint8)
+
+
+def _leaves() -> object:
+    return leaves.render(meta(256, dtype=torch.int64), *meta(2, 200), 1 << 40, 224, 224, 5000)
 
 
 bf16, fp32 = torch.bfloat16, torch.float32
@@ -323,14 +296,29 @@ VARIANTS = (
     Variant("feature: noise_mix bf16", _noise_mix(bf16), 4, 16, 16, fast=True),
     Variant("feature: noise_mix fp32", _noise_mix(fp32), 8, 16, 16),
     # The embedding's gradient reads 49 values a channel, whose rows begin anywhere.
-    Variant("feature: noising, error in ε, embedding gradient bf16", _noised(bf16)),
-    Variant("feature: the same, channels_last", _noised(bf16, channels_last=True)),
+    Variant("feature: noising, error in ε, embedding gradient bf16", noised(bf16)),
+    Variant(
+        "feature: noising, error in ε, embedding gradient bf16, channels_last",
+        noised(bf16, channels_last=True),
+    ),
     # Statistics store one float a channel, or two neighbours'.
-    Variant("norm: BN + ReLU + residual bf16", _norm("act", bf16), None, 16, 4, fast=True),
-    Variant("norm: the same, channels_last", _norm("act", bf16, channels_last=True), None, 16, 4),
-    Variant("norm: the same, fp32", _norm("act", fp32), None, 16, 4),
-    Variant("norm: BN + squared error bf16", _norm("mse", bf16), None, 16, 4),
-    Variant("norm: the same, channels_last", _norm("mse", bf16, channels_last=True), None, 16, 4),
+    Variant("norm: BN + ReLU + residual bf16", batch_norm("act", bf16), None, 16, 4, fast=True),
+    Variant(
+        "norm: BN + ReLU + residual bf16, channels_last",
+        batch_norm("act", bf16, channels_last=True),
+        None,
+        16,
+        4,
+    ),
+    Variant("norm: BN + ReLU + residual fp32", batch_norm("act", fp32), None, 16, 4),
+    Variant("norm: BN + squared error bf16", batch_norm("mse", bf16), None, 16, 4),
+    Variant(
+        "norm: BN + squared error bf16, channels_last",
+        batch_norm("mse", bf16, channels_last=True),
+        None,
+        16,
+        4,
+    ),
     Variant("feature: BN statistics 512x4x4 fp32", _statistics((256, 512, 4, 4), fp32), 4, 16),
     Variant(
         "feature: BN statistics 512x4x4 fp32, gradient",
@@ -370,6 +358,9 @@ VARIANTS = (
     Variant("images: crop and flip uint8 to bf16 NHWC", _crop_flip(torch.uint8, bf16, nhwc=True), 3, 1, 16),
     Variant("images: crop and flip fp32", _crop_flip(fp32, fp32), 8, 4, 16),
     Variant("images: gradient of crop and flip fp32", _crop_flip(fp32, fp32, gradient=True), 8, 4, 16),
+    Variant("leaves: 224x224", _leaves, fast=True),
+    Variant("shaders: 224x224", _shaders(1), 3, 4, 4, fast=True),
+    Variant("shaders: 224x224, 4 samples", _shaders(2), 3, 4, 4, spills=18),  # sm_100; of 5600 instructions
     Variant("replay: sample 256 of 1M", _REPLAY.sample),
     Variant("replay: update 256 of 1M", _REPLAY.update, fast=True),
     Variant("replay: add 256 to 1M", _REPLAY.add),
@@ -378,32 +369,48 @@ VARIANTS = (
 
 
 def occupancy(report: KernelReport) -> float:
-    """Share of a multiprocessor's threads that registers leave room for: an upper bound."""
+    """Share of a multiprocessor's threads that registers and shared memory leave room for: an upper bound."""
+    if isinstance(report.capability, str):
+        waves = min(WAVES, VGPRS // max(8, -(-report.registers // 8) * 8)) * SIMDS
+        programs = min(waves // report.num_warps, LDS // report.shared if report.shared else waves)
+        return programs * report.num_warps / (WAVES * SIMDS)
     threads = 32 * report.num_warps
     # Registers are handed out to a warp in units of 256.
     per_warp = -(-report.registers * 32 // 256) * 256
-    resident = min(PROGRAMS, THREADS // threads, REGISTERS // (per_warp * report.num_warps))
+    resident = min(
+        PROGRAMS,
+        THREADS // threads,
+        REGISTERS // (per_warp * report.num_warps),
+        SHARED[report.capability] // (report.shared + 1024),
+    )
     return resident * threads / THREADS
 
 
+def per_element(variant: Variant, report: KernelReport) -> float | None:
+    """Lane instructions an element, straight-line; None where the bytes of an element have no formula either."""
+    if variant.moves is None or not report.elements:
+        return None
+    return report.instructions_per_element(report.elements / math.prod(report.grid))
+
+
 def faults(variant: Variant, report: KernelReport) -> list[str]:
-    """What does not hold of a compiled variant."""
+    """What does not hold of a compiled variant; widths are demanded where a warp is what they were laid out for."""
     found = []
     if report.spills > variant.spills:
         found.append(f"{report.spills} spill instructions; {variant.spills} are accepted")
-    if report.widest_load < variant.load:
-        found.append(f"loads are {report.widest_load} bytes wide; {variant.load} are wanted")
-    if report.widest_store < variant.store:
-        found.append(f"stores are {report.widest_store} bytes wide; {variant.store} are wanted")
-    return [f"{variant.name}, {report.name}, sm_{report.capability}: {fault}" for fault in found]
+    if isinstance(report.capability, int):
+        if report.widest_load < variant.load:
+            found.append(f"loads are {report.widest_load} bytes wide; {variant.load} are wanted")
+        if report.widest_store < variant.store:
+            found.append(f"stores are {report.widest_store} bytes wide; {variant.store} are wanted")
+    return [f"{variant.name}, {report.name}, {report.target}: {fault}" for fault in found]
 
 
-def table(rows: list[tuple[Variant, KernelReport]]) -> str:
-    """As markdown."""
-    head = (
+HEAD = (
+    *(
         "Variant",
         "Kernel",
-        "sm",
+        "Target",
         "Warps",
         "Registers",
         "Shared",
@@ -411,21 +418,21 @@ def table(rows: list[tuple[Variant, KernelReport]]) -> str:
         "Load",
         "Store",
         "Instructions",
-    )
-    head += ("Bytes an element", "Occupancy ≤")
+    ),
+    *("an element", "Bytes an element", "Occupancy ≤"),
+)
+
+
+def table(rows: list[tuple[Variant, KernelReport]]) -> str:
+    """As markdown."""
     lines = [f"Compiled by Triton {triton.__version__}; nothing was run.", ""]
-    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines += [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
     for variant, report in rows:
+        each = per_element(variant, report)
         cells = (
-            *(
-                variant.name,
-                report.name,
-                report.capability,
-                report.num_warps,
-                report.registers,
-                report.shared,
-            ),
+            *(variant.name, report.name, report.target, report.num_warps, report.registers, report.shared),
             *(report.spills, f"{report.widest_load} B", f"{report.widest_store} B", report.instructions),
+            "" if each is None else f"{each:.3g}",
             "" if variant.moves is None else f"{variant.moves:g}",
             f"{100 * occupancy(report):.0f} %",
         )
@@ -433,17 +440,23 @@ def table(rows: list[tuple[Variant, KernelReport]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def target(text: str) -> int | str:
+    """``90`` and ``sm_90`` alike."""
+    number = text.removeprefix("sm_")
+    return int(number) if number.isdecimal() else text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.audit_table", description=__doc__)
-    parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
+    parser.add_argument("--target", type=target, action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--only", default="", help="variants whose name contains this")
     parser.add_argument("--out", type=Path, help="file for the table; default: standard output")
     given = parser.parse_args()
     rows = []
     for variant in VARIANTS:
         if given.only in variant.name:
-            for capability in given.capability or CAPABILITIES:
-                rows += [(variant, report) for report in audit(variant.call, capability)]
+            for name in given.target or TARGETS:
+                rows += [(variant, report) for report in audit(variant.call, name)]
     text = table(rows)
     if given.out:
         given.out.write_text(text)

@@ -27,8 +27,9 @@ from triton.runtime import driver
 
 from kdfast.kernels import launch as launching
 
-#: The GPUs audited: A100, H100/H200, B200.
+#: The GPUs audited: A100, H100/H200, B200 by compute capability; MI300X by architecture.
 CAPABILITIES = (80, 90, 100)
+TARGETS: tuple[int | str, ...] = (*CAPABILITIES, "gfx942")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -50,10 +51,10 @@ class _Driver:
 
 @dataclass
 class KernelReport:
-    """What one compiled kernel looks like."""
+    """What one compiled kernel looks like; ``elements`` are those of the first tensor it was launched with."""
 
     name: str
-    capability: int
+    capability: int | str
     grid: tuple[int, ...]
     num_warps: int
     registers: int
@@ -63,6 +64,17 @@ class KernelReport:
     instructions: int
     loads: Counter[str] = field(default_factory=Counter)
     stores: Counter[str] = field(default_factory=Counter)
+    elements: int = 0
+
+    @property
+    def target(self) -> str:
+        """As compilers call it."""
+        return f"sm_{self.capability}" if isinstance(self.capability, int) else self.capability
+
+    @property
+    def lanes(self) -> int:
+        """Of a warp: 64 on AMD's GPUs."""
+        return 32 if isinstance(self.capability, int) else 64
 
     @property
     def widest_load(self) -> int:
@@ -76,10 +88,13 @@ class KernelReport:
 
     def instructions_per_element(self, elements_per_program: float) -> float:
         """Lane instructions for each useful element, of straight-line code."""
-        return self.instructions * 32 * self.num_warps / elements_per_program
+        return self.instructions * self.lanes * self.num_warps / elements_per_program
 
 
 def _width(op: str) -> int:
+    if op.startswith(AMD_MEMORY):
+        words = re.search(r"dword(?:x(\d))?$", op)
+        return 4 * int(words[1] or 1) if words else 2 if "short" in op else 1
     if ".128" in op:
         return 16
     if ".64" in op:
@@ -91,6 +106,40 @@ def _width(op: str) -> int:
 
 def _tool(name: str, *args: str) -> str:
     return subprocess.run([str(TOOLS / name), *args], check=True, capture_output=True, text=True).stdout
+
+
+#: How instructions begin that reach memory off the chip, on AMD's GPUs.
+AMD_MEMORY = ("global_", "buffer_", "flat_")
+
+
+def amd_report_of(compiled: Any, name: str, architecture: str, grid: tuple[int, ...]) -> KernelReport:
+    """Read a compiled kernel's assembly, which says of AMD's GPUs what a disassembler would.
+
+    ``spills`` are vector registers that went to memory; scalar ones go to lanes of vector registers.
+    """
+    text = compiled.asm["amdgcn"]
+
+    def figure(key: str) -> int:
+        found = re.search(rf"\.{key}:\s*(\d+)", text)
+        if found is None:
+            raise ValueError(f"{name}: the assembly says nothing of {key}")
+        return int(found[1])
+
+    ops = re.findall(r"^\s+((?:v|s|ds|scratch|global|buffer|flat)_\w+)", text, re.M)
+    memory = [op for op in ops if op.startswith(AMD_MEMORY)]
+    return KernelReport(
+        name=name,
+        capability=architecture,
+        grid=grid,
+        num_warps=compiled.metadata.num_warps,
+        registers=figure("vgpr_count"),
+        stack=figure("private_segment_fixed_size"),
+        shared=compiled.metadata.shared,
+        spills=figure("vgpr_spill_count"),
+        instructions=sum(op not in ("s_nop", "s_code_end") for op in ops),
+        loads=Counter(op for op in memory if "_load_" in op),
+        stores=Counter(op for op in memory if "_store_" in op),
+    )
 
 
 def report_of(compiled: Any, name: str, capability: int, grid: tuple[int, ...]) -> KernelReport:
@@ -118,8 +167,8 @@ def report_of(compiled: Any, name: str, capability: int, grid: tuple[int, ...]) 
 
 
 @contextlib.contextmanager
-def compiling_for(capability: int, **overrides: Any) -> Iterator[list[KernelReport]]:
-    """Within the block, launches compile for ``sm_{capability}`` and append their reports to the list.
+def compiling_for(capability: int | str, **overrides: Any) -> Iterator[list[KernelReport]]:
+    """Within the block, launches compile for one of :data:`TARGETS` and append their reports to the list.
 
     ``overrides`` replace keyword arguments of the launch: a constexpr that leaves a rare branch out, to count
     the instructions of the common one.
@@ -130,14 +179,21 @@ def compiling_for(capability: int, **overrides: Any) -> Iterator[list[KernelRepo
 
     def compile_instead(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
         compiled = kernel.warmup(*args, grid=grid, **{**kwargs, **overrides})
-        reports.append(report_of(compiled, kernel.__name__, capability, grid))
+        if isinstance(capability, int):
+            report = report_of(compiled, kernel.__name__, capability, grid)
+        else:
+            report = amd_report_of(compiled, kernel.__name__, capability, grid)
+        operand = next((value for value in args if isinstance(value, torch.Tensor)), None)
+        report.elements = 0 if operand is None else operand.numel()
+        reports.append(report)
 
     original = launching.launch
     # Families import `launch` by name: replace it wherever it went.
     kernels = [module for name, module in sys.modules.items() if name.startswith("kdfast.kernels")]
     holders: list[Any] = [module for module in kernels if getattr(module, "launch", None) is original]
     active = driver._active
-    driver.set_active(_Driver(GPUTarget("cuda", capability, 32)))
+    target = ("cuda", capability, 32) if isinstance(capability, int) else ("hip", capability, 64)
+    driver.set_active(_Driver(GPUTarget(*target)))
     for module in holders:
         module.launch = compile_instead
     try:
@@ -148,7 +204,7 @@ def compiling_for(capability: int, **overrides: Any) -> Iterator[list[KernelRepo
         driver._active = active
 
 
-def audit(call: Callable[[], object], capability: int, **overrides: Any) -> list[KernelReport]:
+def audit(call: Callable[[], object], capability: int | str, **overrides: Any) -> list[KernelReport]:
     """Compile what ``call`` (a launcher on meta tensors) would launch."""
     with compiling_for(capability, **overrides) as reports:
         call()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,8 +14,8 @@ if INTERPRETING:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 pytest.importorskip("triton")
 
-from bench.audit_table import VARIANTS, Variant, faults, occupancy, table
-from bench.static_audit import CAPABILITIES, KernelReport, audit
+from bench.audit_table import VARIANTS, Variant, faults, occupancy, per_element, table, target
+from bench.static_audit import TARGETS, KernelReport, amd_report_of, audit
 
 REPORT = KernelReport(
     name="kernel",
@@ -31,21 +32,22 @@ REPORT = KernelReport(
 )
 
 
-def check(variant: Variant, capability: int) -> None:
+def check(variant: Variant, capability: int | str) -> None:
     reports = audit(variant.call, capability)
     assert reports, "nothing was launched"
     assert [fault for report in reports for fault in faults(variant, report)] == []
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.fast], ids=lambda v: v.name)
-def test_a_kernel_of_each_family_compiles_well_for_hopper(variant: Variant) -> None:
-    check(variant, 90)
+@pytest.mark.parametrize("target", [90, "gfx942"])
+def test_a_kernel_of_each_family_compiles_well(variant: Variant, target: int | str) -> None:
+    check(variant, target)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
-def test_every_kernel_compiles_well_everywhere(variant: Variant, capability: int) -> None:
+def test_every_kernel_compiles_well_everywhere(variant: Variant, capability: int | str) -> None:
     check(variant, capability)
 
 
@@ -78,7 +80,55 @@ def test_occupancy_is_what_registers_leave() -> None:
     assert occupancy(replace(REPORT, registers=32)) == 1.0
     assert occupancy(replace(REPORT, registers=16, num_warps=1)) == 0.5
 
+    # 100 KiB and 1 of shared memory: two programs of 128 threads in 228 KiB, one in 164.
+    assert occupancy(replace(REPORT, shared=100 << 10)) == 2 * 128 / 2048
+    assert occupancy(replace(REPORT, shared=100 << 10, capability=80)) == 128 / 2048
+
+
+def test_occupancy_on_amd() -> None:
+    """gfx942: 512 registers a lane and 8 waves a SIMD, four SIMDs, 64 KiB."""
+    amd = replace(REPORT, capability="gfx942")
+    assert occupancy(amd) == 4 / 8  # 104 registers: four waves a SIMD
+    assert occupancy(replace(amd, registers=64)) == 1.0
+    assert occupancy(replace(amd, registers=64, shared=32 << 10)) == 2 * 4 / 32
+
+
+def test_instructions_are_counted_for_each_element() -> None:
+    """500 instructions of four warps in one program, over 6400 elements: on AMD a warp has twice the lanes."""
+    variant = Variant("losses: x", lambda: None, moves=6)
+    counted = replace(REPORT, elements=6400)
+    assert per_element(variant, counted) == 500 * 32 * 4 / 6400
+    assert per_element(variant, replace(counted, capability="gfx942")) == 500 * 64 * 4 / 6400
+    assert per_element(variant, replace(counted, grid=(2, 2))) == 4 * 500 * 32 * 4 / 6400
+    assert per_element(replace(variant, moves=None), counted) is None
+
+
+def test_amd_assembly_is_read() -> None:
+    text = """
+    .vgpr_count: 40
+    .vgpr_spill_count: 2
+    .private_segment_fixed_size: 8
+\tv_add_f32_e32 v0, v1, v2
+\tbuffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen
+\tglobal_load_ushort v0, v[1:2], off
+\tbuffer_store_dword v0, v1, s[0:3], 0 offen
+\ts_nop 0
+\tscratch_store_dword off, v0, s0
+"""
+    metadata = SimpleNamespace(num_warps=4, shared=0)
+    report = amd_report_of(SimpleNamespace(asm={"amdgcn": text}, metadata=metadata), "k", "gfx942", (1,))
+    assert (report.registers, report.spills, report.stack, report.instructions) == (40, 2, 8, 5)
+    assert (report.widest_load, report.widest_store) == (16, 4)
+    assert faults(Variant("losses: x", lambda: None, load=16, store=16), report) == [
+        "losses: x, k, gfx942: 2 spill instructions; 0 are accepted"
+    ]
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("90", 90), ("sm_100", 100), ("gfx942", "gfx942")])
+def test_targets_are_named_either_way(text: str, wanted: int | str) -> None:
+    assert target(text) == wanted
+
 
 def test_the_table_has_a_row_for_each_report() -> None:
-    text = table([(Variant("losses: x", lambda: None, moves=6), REPORT)])
-    assert "| losses: x | kernel | 90 | 4 | 100 | 16 | 0 | 8 B | 2 B | 500 | 6 | 25 % |" in text
+    text = table([(Variant("losses: x", lambda: None, moves=6), replace(REPORT, elements=6400))])
+    assert "| losses: x | kernel | sm_90 | 4 | 100 | 16 | 0 | 8 B | 2 B | 500 | 10 | 6 | 25 % |" in text

@@ -49,12 +49,14 @@ def usable(images: torch.Tensor) -> torch.Tensor:
         images = (images.nan_to_num(0.0).clamp(0, 1) * 255).to(torch.uint8)
     pixels = images.shape[2] * images.shape[3]
     found = [finite.new_empty(0)]
-    for part in images.split(_BATCH):
+    for part in torch.split(images, _BATCH):
         r, g, b = (part[:, k].long() >> 3 for k in range(3))
         colour = (r << 10 | g << 5 | b).flatten(1)
         # One histogram for the batch: each image has its own 32768 bins.
         offset = torch.arange(len(part), device=images.device)[:, None] << 15
-        counts = torch.bincount((colour + offset).flatten(), minlength=len(part) << 15).view(len(part), -1)
+        counts = torch.bincount((colour + offset).flatten(), minlength=len(part) << 15).view(
+            len(part), 1 << 15
+        )
         mode = counts.argmax(1)
         far = torch.zeros_like(colour, dtype=torch.bool)
         for channel, shift in ((r, 10), (g, 5), (b, 0)):
