@@ -449,12 +449,15 @@ def target(text: str) -> int | str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.audit_table", description=__doc__)
     parser.add_argument("--target", type=target, action="append", choices=TARGETS, help="default: all")
+    parser.add_argument(
+        "--fast", action="store_true", help="one variant of each family, as in the documentation"
+    )
     parser.add_argument("--only", default="", help="variants whose name contains this")
     parser.add_argument("--out", type=Path, help="file for the table; default: standard output")
     given = parser.parse_args()
     rows = []
     for variant in VARIANTS:
-        if given.only in variant.name:
+        if given.only in variant.name and (variant.fast or not given.fast):
             for name in given.target or TARGETS:
                 rows += [(variant, report) for report in audit(variant.call, name)]
     text = table(rows)
