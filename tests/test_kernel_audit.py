@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 
 import triton
 
-from bench.audit_table import VARIANTS, Variant, faults, occupancy, per_element, table, target
+from bench.audit_rows import Variant, faults, occupancy, per_element, table
+from bench.audit_table import VARIANTS, target
 from bench.static_audit import TARGETS, KernelReport, amd_report_of, audit
 
 REPORT = KernelReport(
