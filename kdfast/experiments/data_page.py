@@ -122,7 +122,8 @@ def _pictures(seen: View, images: ImageRecords, names: Sequence[str]) -> Figure:
         wanted.append([*sure, *[None] * (_SURE - len(sure)), *[None] * (_UNSURE - len(unsure)), *unsure])
     found = _load(images, seen, [row for column in wanted for row in column if row is not None])
     grid = [
-        [None if column[y] is None else found[column[y]] for column in wanted] for y in range(_SURE + _UNSURE)
+        [None if (row := column[y]) is None else found[row] for column in wanted]
+        for y in range(_SURE + _UNSURE)
     ]
     headings = [f"{_short(names, label)}\n{counts[label]:,}" for label in classes]
     more = np.count_nonzero(counts) - len(classes)
@@ -210,8 +211,8 @@ def _plane(
     points = seen.features[rows]
     low, high = np.quantile(points, [0.005, 0.995], axis=0)
     room = 0.12 * np.maximum(high - low, 1e-6)
-    left, bottom, right, top = *(low - room), *(high + room)
-    regions = _regions(network, (float(left), float(right), float(bottom), float(top)))
+    (left, bottom), (right, top) = (low - room).tolist(), (high + room).tolist()
+    extent = (left, right, bottom, top)
     return Figure(
         title,
         f"Its two pooled features with its decision boundaries; {what}.",
@@ -221,7 +222,7 @@ def _plane(
             names=names,
             xlabel="first feature",
             ylabel="second feature",
-            regions=(regions, (float(left), float(right), float(bottom), float(top))),
+            regions=(_regions(network, extent), extent),
         ),
     )
 
@@ -233,9 +234,8 @@ def _regions(network: Teacher, extent: tuple[float, float, float, float]) -> NDA
     down, across = torch.meshgrid(y, x, indexing="ij")
     points = torch.stack([across, down], -1).view(-1, 2, 1, 1).to(network.device)
     # The head pools first; a map of one pixel is its own mean.
-    classes: NDArray[np.int64] = (
-        network.network.forward_head(points).argmax(1).view(_GRID, _GRID).cpu().numpy()
-    )
+    head: Any = network.network
+    classes: NDArray[np.int64] = head.forward_head(points).argmax(1).view(_GRID, _GRID).cpu().numpy()
     return classes
 
 

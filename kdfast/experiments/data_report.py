@@ -6,8 +6,9 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import annotated_types as at
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from kdfast.data.records import LabelledRecords, ShardRecords
 from kdfast.data.selection import relative_entropy
 from kdfast.errors import ConfigError
 from kdfast.experiments import data_page, data_verdict
-from kdfast.experiments.common import METRICS, Count, NotNegative
+from kdfast.experiments.common import METRICS, Count
 from kdfast.experiments.teacher_view import Teacher, View, augmented_entropy, open_images, view
 from kdfast.report.page import render_pages
 from kdfast.training import files
@@ -64,7 +65,7 @@ class DataReportConfig:
     test_data: str | None = None
     split: Literal["train", "test", "all"] = "train"
     label_column: str | None = None
-    seed: NotNegative = 0
+    seed: Annotated[int, at.Ge(0)] = 0
     batch_size: Count = 256
     device: Literal["auto", "cpu", "cuda"] = "auto"
     loader: Literal["dali", "torch"] = "dali"

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,9 +64,10 @@ class Teacher:
         if not hasattr(self.network, "forward_head"):
             logits = self(images)
             return logits, logits
-        features = self.network.forward_features((images - self._mean) / self._std)
-        pooled: torch.Tensor = self.network.forward_head(features, pre_logits=True)
-        return pooled.flatten(1), self.network.forward_head(features)
+        network: Any = self.network
+        features = network.forward_features((images - self._mean) / self._std)
+        pooled: torch.Tensor = network.forward_head(features, pre_logits=True)
+        return pooled.flatten(1), network.forward_head(features)
 
     def fingerprint(self) -> str:
         """Of its weights, to tell whether results belong to it."""
@@ -160,7 +161,7 @@ def view(
     if not parts:
         raise DataError("none of the images can be decoded")
     index, first, second, confidence, margin, pooled_all = (np.concatenate(column) for column in zip(*parts))
-    return View(index, first, second, confidence, margin, pooled_all)  # type: ignore[arg-type]
+    return View(index, first, second, confidence, margin, pooled_all)
 
 
 @torch.no_grad()
