@@ -9,20 +9,19 @@ counts are of straight-line code: they compare variants of one kernel; loops and
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import triton
 
-from bench.static_audit import TARGETS, KernelReport, audit, meta
+from bench.audit_feature import batch_norm, noised
+from bench.audit_rows import Variant, faults, table
+from bench.static_audit import TARGETS, audit, meta
 from kdfast.kernels import (
     denoise,
     feature,
-    feature_noise,
     feature_statistics,
     images,
     leaves,
@@ -30,42 +29,10 @@ from kdfast.kernels import (
     losses_dist,
     losses_more,
     losses_topk,
-    norm,
     replay,
     shaders,
 )
-from kdfast.reference.norm import BatchNorm
 from kdfast.reference.replay import Meta, SumLayout
-
-#: Registers of one multiprocessor, and threads and programs that it holds, on all of NVIDIA's GPUs audited.
-REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
-#: Bytes of shared memory that its programs divide among them; each takes 1 KiB more than it asks for.
-SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
-#: gfx942, a compute unit: waves and vector registers (a lane's) of each of its four SIMDs, local memory.
-SIMDS, WAVES, VGPRS, LDS = 4, 8, 512, 64 << 10
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A launch to compile, and what is known of its memory traffic.
-
-    Attributes:
-        name: ``family: what``.
-        call: Runs the launcher on meta tensors.
-        moves: Bytes an element, by the formula of the kernel file; None where there is none for an element.
-        load, store: Bytes of the widest access that must be there; 0 for no demand.
-        spills: Spill instructions that are known and accepted.
-        fast: Whether the variant is part of the quick test.
-    """
-
-    name: str
-    call: Callable[[], object]
-    moves: float | None = None
-    load: int = 0
-    store: int = 0
-    spills: int = 0
-    fast: bool = False
-
 
 #: Temperature and divisor; no weights, no mask.
 SCALE = losses.Scale(4.0, 8.0, None, None)
@@ -223,20 +190,6 @@ def _noise_mix(dtype: torch.dtype) -> Callable[[], object]:
     return call
 
 
-def _noised(dtype: torch.dtype, *, channels_last: bool = False) -> Callable[[], object]:
-    """DiffKD's latents: noising, the error in ε, the embedding's gradient."""
-
-    def call() -> object:
-        x = _latents(dtype, channels_last)
-        found, timesteps, rows = feature_noise.layout(x), meta(256, dtype=torch.int64), meta(1280, 1024)
-        assert found is not None
-        feature_noise.add_noise_embed(x, found, timesteps, meta(1000), rows, x, 5)
-        feature_noise.noise_mse(x, 5, loss=meta(1), grad=x)
-        return feature_noise.embedding_gradient(x, found, timesteps, rows)
-
-    return call
-
-
 def _crop_flip(
     source: torch.dtype, dtype: torch.dtype, *, nhwc: bool = False, gradient: bool = False
 ) -> Callable[[], object]:
@@ -247,34 +200,6 @@ def _crop_flip(
         bias = None if gradient else meta(3)
         y = y.to(memory_format=layout)
         return images.crop_flip(x, y, offsets, flips, meta(3), bias, 4, transposed=gradient)
-
-    return call
-
-
-def _latents(dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
-    x = meta(256, 1024, 7, 7, dtype=dtype)
-    return x.to(memory_format=torch.channels_last) if channels_last else x
-
-
-def _norm(what: str, dtype: torch.dtype, *, channels_last: bool = False) -> Callable[[], object]:
-    """Training on DiffKD's latents: ``act`` with a residual forward and backward, or the squared error."""
-
-    def call() -> None:
-        x = _latents(dtype, channels_last)
-        found, c = norm.matrix(x), [meta(1024) for _ in range(8)]
-        assert found is not None
-        batch_norm = BatchNorm(*c[:4], meta(1, dtype=torch.int64), True, 0.1, 1e-5)
-        centre, sums = (c[4], c[5]), meta(2048)
-        if what == "act":
-            kind = {"relu": True, "scale": 1.0, "carry": 1.0}
-            grads = {"grad_x": x, "grad_residual": x, "grad_weight": c[6], "grad_bias": c[7]}
-            norm.statistics(x, found, batch_norm, mean=c[4], rstd=c[5])
-            norm.act(x, x, x, found, batch_norm, centre, **kind)
-            norm.act_backward(x, x, x, found, batch_norm, centre, **grads, **kind)
-        else:
-            grads = {"grad_x": x, "grad_weight": c[6], "grad_bias": c[7]}
-            norm.statistics(x, found, batch_norm, mean=c[4], rstd=c[5], target=x, sums=sums)
-            norm.mse(x, x, found, batch_norm, centre, sums=sums, loss=meta(1), **grads)
 
     return call
 
@@ -295,17 +220,13 @@ def _statistics(
 
 
 def _shaders(antialias: int) -> Callable[[], object]:
-    def call() -> object:
-        codes, numbers = meta(4096, 32, dtype=torch.int32), meta(4096, 32, 16)
-        which, time = meta(256, dtype=torch.int64), meta(256)
-        return shaders.render(codes, numbers, numbers, which, time, 224, 224, antialias, torch.uint8)
-
-    return call
+    codes, numbers, time = meta(4096, 32, dtype=torch.int32), meta(4096, 32, 16), meta(256)
+    which = meta(256, dtype=torch.int64)
+    return lambda: shaders.render(codes, numbers, numbers, which, time, 224, 224, antialias, torch.uint8)
 
 
 def _leaves() -> object:
-    index, radii = meta(256, dtype=torch.int64), meta(200)
-    return leaves.render(index, radii, radii, 1 << 40, 224, 224, 5000)
+    return leaves.render(meta(256, dtype=torch.int64), *meta(2, 200), 1 << 40, 224, 224, 5000)
 
 
 bf16, fp32 = torch.bfloat16, torch.float32
@@ -344,14 +265,29 @@ VARIANTS = (
     Variant("feature: noise_mix bf16", _noise_mix(bf16), 4, 16, 16, fast=True),
     Variant("feature: noise_mix fp32", _noise_mix(fp32), 8, 16, 16),
     # The embedding's gradient reads 49 values a channel, whose rows begin anywhere.
-    Variant("feature: noising, error in ε, embedding gradient bf16", _noised(bf16)),
-    Variant("feature: the same, channels_last", _noised(bf16, channels_last=True)),
+    Variant("feature: noising, error in ε, embedding gradient bf16", noised(bf16)),
+    Variant(
+        "feature: noising, error in ε, embedding gradient bf16, channels_last",
+        noised(bf16, channels_last=True),
+    ),
     # Statistics store one float a channel, or two neighbours'.
-    Variant("norm: BN + ReLU + residual bf16", _norm("act", bf16), None, 16, 4, fast=True),
-    Variant("norm: the same, channels_last", _norm("act", bf16, channels_last=True), None, 16, 4),
-    Variant("norm: the same, fp32", _norm("act", fp32), None, 16, 4),
-    Variant("norm: BN + squared error bf16", _norm("mse", bf16), None, 16, 4),
-    Variant("norm: the same, channels_last", _norm("mse", bf16, channels_last=True), None, 16, 4),
+    Variant("norm: BN + ReLU + residual bf16", batch_norm("act", bf16), None, 16, 4, fast=True),
+    Variant(
+        "norm: BN + ReLU + residual bf16, channels_last",
+        batch_norm("act", bf16, channels_last=True),
+        None,
+        16,
+        4,
+    ),
+    Variant("norm: BN + ReLU + residual fp32", batch_norm("act", fp32), None, 16, 4),
+    Variant("norm: BN + squared error bf16", batch_norm("mse", bf16), None, 16, 4),
+    Variant(
+        "norm: BN + squared error bf16, channels_last",
+        batch_norm("mse", bf16, channels_last=True),
+        None,
+        16,
+        4,
+    ),
     Variant("feature: BN statistics 512x4x4 fp32", _statistics((256, 512, 4, 4), fp32), 4, 16),
     Variant(
         "feature: BN statistics 512x4x4 fp32, gradient",
@@ -393,85 +329,12 @@ VARIANTS = (
     Variant("images: gradient of crop and flip fp32", _crop_flip(fp32, fp32, gradient=True), 8, 4, 16),
     Variant("leaves: 224x224", _leaves, fast=True),
     Variant("shaders: 224x224", _shaders(1), 3, 4, 4, fast=True),
-    # Blackwell's compiler keeps 128 registers and spills 18 times among 5600 instructions, most of rare operations.
-    Variant("shaders: 224x224, four samples a pixel", _shaders(2), 3, 4, 4, spills=18),
+    Variant("shaders: 224x224, 4 samples", _shaders(2), 3, 4, 4, spills=18),  # sm_100; of 5600 instructions
     Variant("replay: sample 256 of 1M", _REPLAY.sample),
     Variant("replay: update 256 of 1M", _REPLAY.update, fast=True),
     Variant("replay: add 256 to 1M", _REPLAY.add),
     Variant("replay: rebuild 1M", _REPLAY.rebuild),
 )
-
-
-def occupancy(report: KernelReport) -> float:
-    """Share of a multiprocessor's threads that registers and shared memory leave room for: an upper bound."""
-    if isinstance(report.capability, str):
-        waves = min(WAVES, VGPRS // max(8, -(-report.registers // 8) * 8)) * SIMDS
-        programs = min(waves // report.num_warps, LDS // report.shared if report.shared else waves)
-        return programs * report.num_warps / (WAVES * SIMDS)
-    threads = 32 * report.num_warps
-    # Registers are handed out to a warp in units of 256.
-    per_warp = -(-report.registers * 32 // 256) * 256
-    resident = min(
-        PROGRAMS,
-        THREADS // threads,
-        REGISTERS // (per_warp * report.num_warps),
-        SHARED[report.capability] // (report.shared + 1024),
-    )
-    return resident * threads / THREADS
-
-
-def per_element(variant: Variant, report: KernelReport) -> float | None:
-    """Lane instructions an element, straight-line; None where the bytes of an element have no formula either."""
-    if variant.moves is None or not report.elements:
-        return None
-    return report.instructions_per_element(report.elements / math.prod(report.grid))
-
-
-def faults(variant: Variant, report: KernelReport) -> list[str]:
-    """What does not hold of a compiled variant; widths are demanded where a warp is what they were laid out for."""
-    found = []
-    if report.spills > variant.spills:
-        found.append(f"{report.spills} spill instructions; {variant.spills} are accepted")
-    if isinstance(report.capability, int):
-        if report.widest_load < variant.load:
-            found.append(f"loads are {report.widest_load} bytes wide; {variant.load} are wanted")
-        if report.widest_store < variant.store:
-            found.append(f"stores are {report.widest_store} bytes wide; {variant.store} are wanted")
-    return [f"{variant.name}, {report.name}, {report.target}: {fault}" for fault in found]
-
-
-HEAD = (
-    *(
-        "Variant",
-        "Kernel",
-        "Target",
-        "Warps",
-        "Registers",
-        "Shared",
-        "Spills",
-        "Load",
-        "Store",
-        "Instructions",
-    ),
-    *("an element", "Bytes an element", "Occupancy ≤"),
-)
-
-
-def table(rows: list[tuple[Variant, KernelReport]]) -> str:
-    """As markdown."""
-    lines = [f"Compiled by Triton {triton.__version__}; nothing was run.", ""]
-    lines += [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
-    for variant, report in rows:
-        each = per_element(variant, report)
-        cells = (
-            *(variant.name, report.name, report.target, report.num_warps, report.registers, report.shared),
-            *(report.spills, f"{report.widest_load} B", f"{report.widest_store} B", report.instructions),
-            "" if each is None else f"{each:.3g}",
-            "" if variant.moves is None else f"{variant.moves:g}",
-            f"{100 * occupancy(report):.0f} %",
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
 
 
 def target(text: str) -> int | str:
@@ -483,12 +346,15 @@ def target(text: str) -> int | str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.audit_table", description=__doc__)
     parser.add_argument("--target", type=target, action="append", choices=TARGETS, help="default: all")
+    parser.add_argument(
+        "--fast", action="store_true", help="one variant of each family, as in the documentation"
+    )
     parser.add_argument("--only", default="", help="variants whose name contains this")
     parser.add_argument("--out", type=Path, help="file for the table; default: standard output")
     given = parser.parse_args()
     rows = []
     for variant in VARIANTS:
-        if given.only in variant.name:
+        if given.only in variant.name and (variant.fast or not given.fast):
             for name in given.target or TARGETS:
                 rows += [(variant, report) for report in audit(variant.call, name)]
     text = table(rows)

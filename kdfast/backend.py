@@ -15,12 +15,14 @@ from kdfast.errors import BackendError, ConfigError
 Backend = Literal["auto", "triton", "reference"]
 Resolved = Literal["triton", "reference"]
 
+#: Asked for at every call of an op: looking the literal's arguments up each time would show.
+_NAMES = get_args(Backend)
 _choice: Backend | None = None
 
 
 def _checked(name: str, source: str) -> Backend:
-    if name not in get_args(Backend):
-        raise ConfigError(f"{source}: unknown backend {name!r}; accepted: {', '.join(get_args(Backend))}")
+    if name not in _NAMES:
+        raise ConfigError(f"{source}: unknown backend {name!r}; accepted: {', '.join(_NAMES)}")
     return cast(Backend, name)
 
 

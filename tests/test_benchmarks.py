@@ -291,6 +291,12 @@ def test_a_wrong_loss_is_caught() -> None:
     assert "the gradient is off by 1.00e-02" in entry(measured, "kdfast")["wrong"]
 
 
+def test_every_suite_is_named_once_and_documented() -> None:
+    assert len(set(SUITES)) == len(SUITES)
+    page = (Path(__file__).parents[1] / "docs" / "pages" / "benchmarks.md").read_text()
+    assert [name for name in SUITES if f"`{name}`" not in page] == []
+
+
 def test_every_suite_has_a_pytest_file() -> None:
     bench = Path(__file__).parents[1] / "bench"
     assert {path.stem.removeprefix("test_") for path in bench.glob("test_*.py")} >= set(SUITES)

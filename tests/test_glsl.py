@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,17 @@ def test_a_frame_that_shows_nothing_is_taken_at_another_time(tmp_path: Path) -> 
 
     with GLSLFolder(folder_of(tmp_path, files)) as folder:
         assert bool(usable(folder.images(6, (16, 16))).all())
+
+
+@needs_egl
+def test_what_is_imported_after_a_context_still_works() -> None:
+    """Mesa's LLVM and Triton's share names: loaded in the wrong order they end the process."""
+    code = (
+        "from kdfast.data.surrogate import glsl; context = glsl.open_context(); import triton, torch._dynamo; "
+        "context.release(); print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr[-500:]
 
 
 @needs_egl

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,10 @@ if INTERPRETING:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 pytest.importorskip("triton")
 
-from bench.audit_table import VARIANTS, Variant, faults, occupancy, per_element, table, target
+import triton
+
+from bench.audit_rows import Variant, faults, occupancy, per_element, table
+from bench.audit_table import VARIANTS, target
 from bench.static_audit import TARGETS, KernelReport, amd_report_of, audit
 
 REPORT = KernelReport(
@@ -32,9 +36,16 @@ REPORT = KernelReport(
 )
 
 
+PAGE = Path(__file__).parents[1] / "docs" / "pages" / "kernels" / "audit.md"
+
+
 def check(variant: Variant, capability: int | str) -> None:
     reports = audit(variant.call, capability)
     assert reports, "nothing was launched"
+    if variant.fast:
+        page = PAGE.read_text()
+        rows = [f"| {variant.name} | {report.name} | {report.target} |" for report in reports]
+        assert [row for row in rows if row not in page] == [], "python -m bench.audit_table --fast"
     assert [fault for report in reports for fault in faults(variant, report)] == []
 
 
@@ -51,9 +62,17 @@ def test_every_kernel_compiles_well_everywhere(variant: Variant, capability: int
     check(variant, capability)
 
 
-def test_every_family_with_kernels_is_audited() -> None:
-    from pathlib import Path
+@pytest.mark.slow
+def test_the_page_shows_what_the_compiler_says() -> None:
+    page = PAGE.read_text()
+    if f"Triton {triton.__version__};" not in page:
+        pytest.skip("the page was made with another release of Triton")
+    fast = [variant for variant in VARIANTS if variant.fast]
+    found = [(v, report) for v in fast for name in TARGETS for report in audit(v.call, name)]
+    assert page.endswith(table(found)), "python -m bench.audit_table --fast"
 
+
+def test_every_family_with_kernels_is_audited() -> None:
     kernels = Path(__file__).parents[1] / "kernels"
     shared = {"", "launch", "philox"}
     families = {path.stem.split("_")[0] for path in kernels.glob("*.py")} - shared

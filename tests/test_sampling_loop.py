@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kdfast
 from kdfast.diffusion import (
     DDIMScheduler,
     DDPMScheduler,
@@ -23,6 +24,7 @@ from kdfast.diffusion.loop import SamplingLoop, StaticStep, class_denoiser, reso
 from kdfast.diffusion.plans import fused_scheduler, sampler_plan
 from kdfast.diffusion.sampling import sample_latents
 from kdfast.errors import ConfigError
+from tests.conftest import Target
 from tests.diffusion_helpers import tiny_dit
 
 SAMPLERS = {
@@ -127,6 +129,38 @@ def test_noise_on_the_device_belongs_to_the_seed_and_not_to_the_place(name: str)
     torch.testing.assert_close(turned.flip(0), both, rtol=1e-4, atol=1e-4)
     other = loop.run(noise, labels(None), seeds=seeds + 1)
     assert not torch.allclose(other, both, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["ddim noisy", "ddpm learned", "dpm 3", "dpm sde", "euler", "lcm"])
+def test_the_kernels_walk_the_references_path(name: str, target: Target) -> None:
+    """Buffers, guidance, history, a seed for each row and the next model input, as a GPU would run them."""
+
+    def denoiser(x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        output = torch.cos(x.float() * 3 + conditions["shift"][:, None, None, None])
+        return torch.cat([output, 0.1 * output], 1)  # further channels: a variance
+
+    shape = (2, 2, 3, 4)
+    scheduler = SAMPLERS[name]()
+    scheduler.set_timesteps(4)
+    plan = sampler_plan(scheduler, target.device, eta=eta_of(name))
+    assert plan is not None
+    shift = {"shift": torch.arange(4.0, device=target.device)}
+    device = torch.device(target.device)
+    noise, seeds = torch.randn(shape, device=device), torch.tensor([3, 2**40], device=device)
+    made = []
+    for backend in (target.backend, "reference"):
+        with kdfast.use_backend(backend):
+            step = StaticStep(
+                denoiser,
+                plan,
+                shape,
+                device=device,
+                dtype=torch.float32,
+                conditions=shift,
+                guidance_scale=2.0,
+            )
+            made.append(SamplingLoop(step, "eager").run(noise, shift, seeds=seeds))
+    torch.testing.assert_close(made[0], made[1], rtol=1e-4, atol=1e-4 * float(made[1].abs().max()))
 
 
 def test_a_loop_can_be_run_again_and_its_result_is_kept() -> None:

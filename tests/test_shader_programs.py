@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def teacher() -> torch.nn.Module:
     train, test = (load_dataset("digits", split, image_size=16) for split in ("train", "test"))
     torch.manual_seed(0)
     widths, layers = (3, 12, 24, 32), []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * widths[-1], 10))
     optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)

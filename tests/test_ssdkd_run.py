@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,8 @@ def test_the_report_draws_what_the_run_left(finished: Path, tmp_path: Path, teac
     for title in ("Accuracy by data scale", "Time by data scale", "Categories", "Accuracy by class"):
         assert f">{title}<" in both, title
     # Two of one size do not differ in size alone: no line, and no failure.
-    same = write_report([finished, other, finished], tmp_path / "three.html").read_text()
+    again = shutil.copytree(finished, tmp_path / "again")
+    same = write_report([finished, other, again], tmp_path / "three.html").read_text()
     assert "Accuracy by data scale" not in same
 
 

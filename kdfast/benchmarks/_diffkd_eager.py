@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from kdfast.benchmarks.case import peer
-from kdfast.methods.diffkd.blocks import Bottleneck, FeatureDenoiser
+from kdfast.methods.diffkd.blocks import Bottleneck, FeatureDenoiser, LogitDenoiser
 from kdfast.methods.diffkd.denoising import Denoising
 
 
@@ -53,11 +53,12 @@ def terms(module: Denoising, ddim: Any, student: Tensor, teacher: Tensor) -> Ten
     return torch.stack([diffusion, reconstruction.float(), kd])
 
 
-def _denoise(denoiser: nn.Module, z: Tensor, times: Tensor) -> Tensor:
+def _denoise(denoiser: FeatureDenoiser | LogitDenoiser, z: Tensor, times: Tensor) -> Tensor:
     x = z + denoiser.embedding(times)[:, :, None, None].to(z.dtype)
     if isinstance(denoiser, FeatureDenoiser):
         x = denoiser.out(_bottleneck(denoiser.block2, _bottleneck(denoiser.block1, x)))
-        return x if denoiser.norm is None else denoiser.norm(x)
+        normed: Tensor = x if denoiser.norm is None else denoiser.norm(x)
+        return normed
     hidden = denoiser.bn2(denoiser.fc2(F.relu(denoiser.bn1(denoiser.fc1(x)))))
     out: Tensor = denoiser.out(F.relu(denoiser.bn3(denoiser.fc3(hidden))))
     return out
@@ -78,4 +79,5 @@ def _gamma(module: Denoising, x: Tensor) -> Tensor:
         seen = _bottleneck(adapter.block, x)
     else:
         seen = adapter.bn2(adapter.fc2(F.relu(adapter.bn1(adapter.fc1(x)))))
-    return adapter.out(seen.mean((2, 3))).float().softmax(1)[:, 0].to(x.dtype)
+    gamma: Tensor = adapter.out(seen.mean((2, 3))).float().softmax(1)[:, 0].to(x.dtype)
+    return gamma

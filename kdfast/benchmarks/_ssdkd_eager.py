@@ -109,7 +109,9 @@ class EagerSSDKD:
         self.delta = torch.ones(capacity, device=self.device)
         self.head = 0
         with torch.no_grad():
-            predicted = [self.teacher(self.normalised(part)).argmax(1) for part in images.split(batch_size)]
+            predicted = [
+                self.teacher(self.normalised(part)).argmax(1) for part in torch.split(images, batch_size)
+            ]
         self.predicted = torch.cat(predicted)
         self.num_classes = self.teacher(self.normalised(images[:1])).shape[1]
 
@@ -151,7 +153,8 @@ class EagerSSDKD:
         learned = self.student(views)
         mask = (learned.argmax(1) == predicted).float()
         divergence = F.kl_div(learned.log_softmax(1), logits.softmax(1), reduction="none").sum(1)
-        return config.bn * statistics + config.oh * task - config.adv * (mask * divergence).mean()
+        loss: Tensor = config.bn * statistics + config.oh * task - config.adv * (mask * divergence).mean()
+        return loss
 
     def synthesize(self) -> Tensor:
         """A round: T_g steps, the best images into the buffer."""
@@ -161,7 +164,7 @@ class EagerSSDKD:
         z = torch.randn(config.synthesis_batch, config.latent, device=self.device, requires_grad=True)
         targets = torch.randint(0, self.num_classes, (config.synthesis_batch,), device=self.device)
         clone = copy.deepcopy(self.generator)
-        groups = [{"params": clone.parameters()}, {"params": [z], "lr": config.lr_z}]
+        groups: list[dict[str, Any]] = [{"params": clone.parameters()}, {"params": [z], "lr": config.lr_z}]
         optimizer = torch.optim.Adam(groups, lr=config.lr_g, betas=(0.5, 0.999))
         self.meta_optimizer.zero_grad()
         best, best_loss = z.detach(), float("inf")
@@ -171,7 +174,7 @@ class EagerSSDKD:
             if loss.item() < best_loss:
                 best, best_loss = images.detach(), loss.item()
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             for own, its in zip(self.generator.parameters(), clone.parameters(), strict=True):
                 assert its.grad is not None
                 own.grad = its.grad.clone() if own.grad is None else own.grad + its.grad
@@ -220,7 +223,7 @@ class EagerSSDKD:
             learned = self.student(views)
             loss = self.loss(learned, taught)
             self.optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             self.optimizer.step()
             with torch.no_grad():
                 divergence = F.kl_div(learned.log_softmax(1), taught.softmax(1), reduction="none").sum(1)
@@ -234,8 +237,9 @@ class EagerSSDKD:
 class MemorySSDKD(EagerSSDKD):
     """Rows in a uint8 tensor; no file, no DataLoader."""
 
-    def __init__(self, *args: Any, images: Tensor, **kwargs: Any) -> None:
-        super().__init__(*args, images=images, **kwargs)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        images: Tensor = options["images"]
         self.rows = images.clone()
         self.teacher.requires_grad_(False)
 
@@ -294,9 +298,10 @@ class FilesSSDKD(EagerSSDKD):
     #: Processes that read; Fast-Datafree's four would be more than a small machine has cores.
     workers = 2
 
-    def __init__(self, *args: Any, images: Tensor, **kwargs: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         peer("PIL.Image")
-        super().__init__(*args, images=images, **kwargs)
+        super().__init__(**options)
+        images: Tensor = options["images"]
         self.teacher.requires_grad_(True)
         self._folder = tempfile.TemporaryDirectory(prefix="kdfast-bench-")
         self.store(images, torch.arange(len(images)))
@@ -319,6 +324,11 @@ class FilesSSDKD(EagerSSDKD):
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
         for row, slot in zip(pixels, slots.tolist(), strict=True):
             Image.fromarray(row).save(Path(self._folder.name) / f"{slot}.png")
+
+    def rows_of(self, slots: Iterable[int]) -> Tensor:
+        """Read back."""
+        files = _Files(Path(self._folder.name), len(self.delta))
+        return torch.stack([files[slot][0] for slot in slots])
 
     def batches(self) -> Iterable[tuple[Tensor, Tensor]]:
         """By the priorities at the epoch's beginning: workers fetch ahead."""

@@ -16,6 +16,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from kdfast.benchmarks.case import Absent, Case, Provider, Settings, Work, compi
 from kdfast.methods.diffkd import Denoising, DiffKDConfig
 from kdfast.methods.diffkd.memory import saved_bytes
 from kdfast.models import create_model
+from kdfast.models.layers import ConvNet
 
 #: A pair's terms (diffusion, autoencoder, distance, stacked) of its two features.
 Terms = Callable[[Denoising, Tensor, Tensor], Tensor]
@@ -130,7 +132,7 @@ def _build(names: tuple[str, ...], inputs: _Inputs, terms: Callable[[], Terms]) 
                 leaf.grad = None
             with inputs.autocast():
                 found = torch.stack([call(modules[name], *features[name]) for name in names])
-            found.sum().backward()
+            found.sum().backward()  # type: ignore[no-untyped-call]
             return found.detach()
 
         return work
@@ -191,17 +193,17 @@ def _step_case(inputs: _Inputs) -> Case:
     names = (
         ("resnet34", "resnet18") if inputs.device == "cuda" and size.image > 32 else ("resnet14", "resnet8")
     )
-    stem = {"stem": "imagenet"} if size.image > 32 else {}
+    stem: dict[str, Any] = {"stem": "imagenet"} if size.image > 32 else {}
 
-    def prepare() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    def prepare() -> tuple[ConvNet, ConvNet, Tensor, Tensor]:
         torch.manual_seed(0)
-        teacher, student = (create_model(name, size.classes, **stem).to(inputs.device) for name in names)
+        made = (create_model(name, size.classes, **stem).to(inputs.device) for name in names)
+        teacher, student = (cast(ConvNet, network) for network in made)
         images = torch.randn(size.batch, 3, size.image, size.image, device=inputs.device)
         if inputs.device == "cuda":
-            teacher, student, images = (
-                thing.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-                for thing in (teacher, student, images)
-            )
+            for network in (teacher, student):
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            images = images.to(memory_format=torch.channels_last)
         labels = torch.randint(size.classes, (size.batch,), device=inputs.device)
         return teacher.eval().requires_grad_(False), student.train(), images, labels
 
@@ -244,10 +246,10 @@ def _step_case(inputs: _Inputs) -> Case:
                         pairs = {"feature": (feature, seen), "logits": (_map(logits), _map(guide))}
                         loss = task
                         for name, (a, b) in pairs.items():
-                            module = modules[name]
+                            module = cast(Denoising, modules[name])
                             part = _ours(module, a, b) if ddim is None else eager.terms(module, ddim, a, b)
                             loss = loss + part.sum()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 return task.detach()
 

@@ -129,12 +129,12 @@ class _Networks:
     def pair(self) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(0)
         options: dict[str, Any] = {"stem": "imagenet"} if self.size.side > 64 else {}
-        made = [
-            create_model(name, self.size.classes, **options).to(
-                self.settings.device, memory_format=torch.channels_last
-            )
+        made: list[Any] = [
+            create_model(name, self.size.classes, **options).to(self.settings.device)
             for name in (self.size.teacher, self.size.student)
         ]
+        for network in made:
+            network.to(memory_format=torch.channels_last)
         return made[0].eval().requires_grad_(False), made[1].train()
 
     @functools.cached_property

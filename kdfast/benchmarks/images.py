@@ -66,7 +66,8 @@ def eager_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Te
     """DeepInversion's hook."""
     mean = x.mean([0, 2, 3])
     var = x.permute(1, 0, 2, 3).contiguous().view(x.shape[1], -1).var(1, unbiased=False)
-    return torch.norm(running_var - var, 2) + torch.norm(running_mean - mean, 2)
+    loss: Tensor = torch.norm(running_var - var, 2) + torch.norm(running_mean - mean, 2)
+    return loss
 
 
 class _Crops:

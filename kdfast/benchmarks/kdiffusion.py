@@ -102,10 +102,10 @@ def _case(teacher: str, student: str, batch: int, side: int, branches: int, sett
     def prepared() -> dict[str, Any]:
         if not made:
             torch.manual_seed(0)
-            networks = [create_model(name, 100).to(settings.device) for name in (student, teacher)]
+            learner, master = (create_model(name, 100).to(settings.device) for name in (student, teacher))
             images = torch.randn(batch, 3, side, side, device=settings.device)
             config = KdiffusionConfig(branches=branches, shuffle=False)
-            ours = Kdiffusion(*networks, [Stage(layer, tap, norm)], images, config)
+            ours = Kdiffusion(learner, master, [Stage(layer, tap, norm)], images, config)
             made["ours"], made["eager"] = ours, EagerKdiffusion(ours, layer, norm, tap).train()
             made["batch"] = (images, torch.randint(100, (batch,), device=settings.device))
         return made

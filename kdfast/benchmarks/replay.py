@@ -3,6 +3,10 @@
 All buffers hold the same rows with the same priorities at α = 0.6, β = 0.4. Weights are normalised differently
 (cpprb and torchrl by their largest), so the check compares them relative to each other: w_i ∝ p_i^−β.
 
+Rows are images, and scalars: what is left when there is nothing to copy. "memcpy of the rows" is no buffer: it copies
+as many random rows in C (``numpy.take`` into memory that is there) and does nothing else, which is what a draw on a
+CPU cannot beat. The tree alone is timed by itself, where its C++ is what a GPU buffer does not use.
+
 Traffic of kdfast's draw on a GPU, a drawn row of R bytes: 2R for the row, 4.6 KB of descent at three levels (2.3 at
 two), 48 for what describes it. Other buffers were not counted.
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +26,7 @@ from kdfast.benchmarks.case import Absent, Case, Provider, Settings, Traffic, Wo
 from kdfast.replay import PrioritizedReplayBuffer
 
 ALPHA, BETA, EPS = 0.6, 0.4, 1e-6
-ROW = (3, 32, 32)
+IMAGE, SCALAR = (3, 32, 32), ()
 
 
 class Buffer(NamedTuple):
@@ -41,15 +46,15 @@ class Buffer(NamedTuple):
 class _Inputs:
     """What every buffer is filled with, and what it is updated with."""
 
-    def __init__(self, capacity: int, batch: int, settings: Settings) -> None:
-        self.capacity, self.batch, self.device = capacity, batch, settings.device
+    def __init__(self, capacity: int, batch: int, row: tuple[int, ...], settings: Settings) -> None:
+        self.capacity, self.batch, self.row, self.device = capacity, batch, row, settings.device
         self.turns = 8
 
     @cached_property
     def rows(self) -> torch.Tensor:
-        """uint8 ``[capacity, 3, 32, 32]``, on the CPU."""
+        """uint8 ``[capacity, *row]``, on the CPU."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, 256, (self.capacity, *ROW), generator=generator, dtype=torch.uint8)
+        return torch.randint(0, 256, (self.capacity, *self.row), generator=generator, dtype=torch.uint8)
 
     @cached_property
     def priority(self) -> torch.Tensor:
@@ -70,9 +75,18 @@ def cases(settings: Settings) -> Iterator[Case]:
     """All rows of the suite for this device and size of run."""
     sizes = settings.pick([(512, 16)], [(50_000, 256)], [(50_000, 256), (500_000, 1024)])
     for capacity, batch in sizes:
-        inputs = _Inputs(capacity, batch, settings)
+        inputs = _Inputs(capacity, batch, IMAGE, settings)
         for name in ("sample", "update", "sample and update", "extend"):
             yield _case(name, inputs, settings)
+        inputs = _Inputs(capacity, batch, SCALAR, settings)
+        for name in ("sample", "update", "sample and update"):
+            yield _case(name, inputs, settings)
+    if settings.device == "cpu":
+        for capacity in settings.pick(
+            [512], [5000, 50_000, 1_000_000], [5000, 50_000, 1_000_000, 10_000_000]
+        ):
+            for name in ("tree alone, sample", "tree alone, update"):
+                yield _tree_case(name, capacity, 256)
 
 
 def _case(name: str, inputs: _Inputs, settings: Settings) -> Case:
@@ -84,11 +98,11 @@ def _case(name: str, inputs: _Inputs, settings: Settings) -> Case:
             _check(inputs, *result)
 
     on_gpu = settings.device == "cuda"
-    row_bytes = int(np.prod(ROW))
+    row_bytes = int(np.prod(inputs.row))
     levels = 2 if inputs.capacity <= 1 << 16 else 3
     descent = 256 * (8 * (levels - 1) + 4)
     drawn = Traffic("2R + descent + 48", inputs.batch * (2 * row_bytes + descent + 48))
-    providers = (
+    providers: tuple[Provider, ...] = (
         Provider("torch.multinomial", built(_multinomial), graph=name == "sample"),
         Provider(
             "cpprb", built(_cpprb), graph=False, config="on the CPU, rows copied over" if on_gpu else ""
@@ -96,7 +110,10 @@ def _case(name: str, inputs: _Inputs, settings: Settings) -> Case:
         Provider("torchrl", built(_torchrl), graph=False),
         Provider("kdfast", built(_ours), drawn if on_gpu and name == "sample" else None),
     )
-    params = {"capacity": inputs.capacity, "batch": inputs.batch, "row": "3x32x32 uint8"}
+    if name == "sample and update" and not on_gpu:
+        providers = (Provider("memcpy of the rows", lambda: _memcpy(inputs)), *providers)
+    row = "x".join(map(str, inputs.row)) + " uint8" if inputs.row else "scalar"
+    params = {"capacity": inputs.capacity, "batch": inputs.batch, "row": row}
     return Case("replay", name, params, inputs.turns, providers, check, inputs.batch, "rows")
 
 
@@ -135,7 +152,7 @@ def _slots(index: Any) -> torch.Tensor:
 def _check(inputs: _Inputs, rows: Any, index: Any, weight: Any) -> None:
     index = _slots(index).cpu().long().flatten()
     weight = torch.as_tensor(weight).cpu().double().flatten()
-    rows = torch.as_tensor(rows).cpu().reshape(inputs.batch, *ROW)
+    rows = torch.as_tensor(rows).cpu().reshape(inputs.batch, *inputs.row)
     assert len(index) == inputs.batch, f"drew {len(index)} rows, not {inputs.batch}"
     assert torch.equal(rows, inputs.rows[index]), "rows are not those of their slots"
     want = (inputs.priority[index].double() + EPS) ** (-ALPHA * BETA)
@@ -144,7 +161,7 @@ def _check(inputs: _Inputs, rows: Any, index: Any, weight: Any) -> None:
 
 def _ours(inputs: _Inputs) -> Buffer:
     buffer = PrioritizedReplayBuffer(
-        inputs.capacity, ROW, alpha=ALPHA, beta=BETA, eps=EPS, device=inputs.device, seed=0
+        inputs.capacity, inputs.row, alpha=ALPHA, beta=BETA, eps=EPS, device=inputs.device, seed=0
     )
     buffer.extend(inputs.on_device("rows"), priorities=inputs.on_device("priority"))
 
@@ -153,6 +170,63 @@ def _ours(inputs: _Inputs) -> Buffer:
         return batch.samples, batch.index, batch.weight
 
     return Buffer(sample, buffer.update_priority, buffer.extend)
+
+
+def _memcpy(inputs: _Inputs) -> Work:
+    """The copies of a draw alone, of other random rows each call; the rest of what the check wants stands ready."""
+    generator = torch.Generator().manual_seed(2)
+    rows, drawn, calls = inputs.rows.numpy(), [], count()
+    for _ in range(64):  # as many as no cache holds the rows of
+        index = torch.randint(0, inputs.capacity, (inputs.batch,), generator=generator)
+        drawn.append((index.numpy(), (inputs.priority[index].double() + EPS) ** (-ALPHA * BETA)))
+    out = np.empty((inputs.batch, *inputs.row), dtype=np.uint8)
+
+    def copy(turn: int) -> tuple[Any, Any, Any]:
+        index, weight = drawn[next(calls) % len(drawn)]
+        rows.take(index, 0, out=out, mode="clip")  # other modes copy once more
+        return out, index, weight
+
+    return copy
+
+
+def _tree_case(name: str, capacity: int, batch: int) -> Case:
+    """The priority tree without rows, weights or random torch tensors round it."""
+    generator = np.random.default_rng(3)
+    quantum = generator.integers(1, 1 << 22, capacity, dtype=np.uint32)
+    slots = [generator.integers(0, capacity, batch) for _ in range(8)]
+
+    def ours() -> Work:
+        from kdfast._C import PriorityTree
+
+        tree = PriorityTree(capacity)
+        tree.set(np.arange(capacity), quantum)
+        if name.endswith("sample"):
+            return lambda turn: tree.sample(batch, 0, turn)
+        return lambda turn: tree.set(slots[turn % 8], quantum[slots[turn % 8]])
+
+    def numpy() -> Work:
+        mass = quantum.astype(np.float64)
+        if name.endswith("sample"):
+
+            def draw(turn: int) -> Any:
+                upto = np.cumsum(mass)
+                return np.searchsorted(upto, generator.random(batch) * upto[-1], side="right")
+
+            return draw
+
+        def update(turn: int) -> None:
+            mass[slots[turn % 8]] = quantum[slots[turn % 8]]
+
+        return update
+
+    def check(provider: str, result: Any) -> None:
+        if name.endswith("sample"):
+            assert len(result) == batch
+            assert 0 <= int(result.min()) <= int(result.max()) < capacity
+
+    providers = (Provider("numpy cumsum, searchsorted", numpy), Provider("kdfast", ours))
+    params = {"capacity": capacity, "batch": batch}
+    return Case("replay", name, params, 8, providers, check, batch, "rows")
 
 
 def _multinomial(inputs: _Inputs) -> Buffer:
@@ -183,7 +257,7 @@ def _multinomial(inputs: _Inputs) -> Buffer:
 
 def _cpprb(inputs: _Inputs) -> Buffer:
     library = peer("cpprb")
-    environment = {"image": {"shape": ROW, "dtype": np.uint8}}
+    environment = {"image": {"shape": inputs.row or 1, "dtype": np.uint8}}
     buffer = library.PrioritizedReplayBuffer(inputs.capacity, environment, alpha=ALPHA, eps=EPS)
     buffer.add(image=inputs.rows.numpy(), priorities=inputs.priority.numpy())
     on_gpu = inputs.device == "cuda"

@@ -26,7 +26,6 @@ SUITES = (
     "data",
     "surrogate",
     "synth",
-    "diffkd",
     "distill",
     "diffkd",
     "kdiffusion",

@@ -36,7 +36,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def _shaders(side: int, batch: int, antialias: int, settings: Settings) -> Case:
-    def inputs() -> tuple[Tensor, ...]:
+    def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         lot = table(random_programs(batch, seed=SEED), settings.device)
         which = torch.arange(batch, device=settings.device)
         time = (which * 0.618 % 1).float()
@@ -79,7 +79,8 @@ def _shaders(side: int, batch: int, antialias: int, settings: Settings) -> Case:
 
     def check(provider: str, result: Any) -> None:
         with use_backend("reference"):
-            want = render_shaders(*(x.cpu() for x in inputs()), (side, side), antialias=antialias)
+            codes, values, rates, which, time = (x.cpu() for x in inputs())
+            want = render_shaders(codes, values, rates, which, time, (side, side), antialias=antialias)
         assert torch.equal(result.cpu(), want), "the pictures differ"
 
     written = Traffic("3 bytes a pixel", float(3 * batch * side * side))

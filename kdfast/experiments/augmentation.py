@@ -85,7 +85,8 @@ def color_jitter(images: torch.Tensor, generator: torch.Generator, *, strength: 
     middle = grey(images).mean((1, 2, 3), keepdim=True)
     images = (middle + contrast * (images - middle)).clamp(0, 1)
     plain = grey(images)
-    return (plain + saturation * (images - plain)).clamp(0, 1)
+    coloured: torch.Tensor = (plain + saturation * (images - plain)).clamp(0, 1)
+    return coloured
 
 
 def scale_crop(

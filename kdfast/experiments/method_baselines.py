@@ -41,7 +41,11 @@ class BaselineMethod:
             model = self.METHOD(setting.student, setting.teacher, setting.method, images=images)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        return Plan(model, lambda wrapped, batch: wrapped(*batch), student=lambda trained: trained.student)
+        return Plan(
+            model,
+            lambda wrapped, batch: wrapped(*batch),
+            student=lambda trained: trained.get_submodule("student"),
+        )
 
 
 BASELINES = {

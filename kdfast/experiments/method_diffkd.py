@@ -54,7 +54,7 @@ def build(setting: Setting) -> Plan:
     return Plan(
         model,
         lambda wrapped, batch: wrapped(*batch),
-        student=lambda trained: trained.student,
+        student=lambda trained: trained.get_submodule("student"),
         facts=facts,
         leave=leave,
     )

@@ -66,6 +66,12 @@ class _Step(nn.Module):
         return self.method.step((images, labels)), self.method.parts
 
 
+def _exported(trained: nn.Module) -> nn.Module:
+    method: Any = trained.method
+    exported: nn.Module = method.export()
+    return exported
+
+
 def build(setting: Setting) -> Plan:
     """The student with its branches and bridges, under one step.
 
@@ -98,7 +104,7 @@ def build(setting: Setting) -> Plan:
     return Plan(
         _Step(method),
         lambda wrapped, batch: wrapped(*batch),
-        student=lambda trained: trained.method.export(),
+        student=_exported,
         facts=facts,
         leave=leave,
     )

@@ -113,9 +113,10 @@ def run(config: SynthConfig) -> dict[str, Any]:
     """Make the set, or this process's share of it.
 
     Returns:
-        What ``metrics.json`` holds: ``images``, ``refused`` (non-finite latents, drawn again; GLSL files left
-        out, which ``left_out`` lists with the driver's words), ``seconds`` of this call, ``images_per_second`` without the time that loading the model took, ``score`` where there is a
-        scorer, and ``settings`` that a report can plot against.
+        What ``metrics.json`` holds: ``images``, ``refused`` (non-finite latents, drawn again; GLSL files left out,
+        which ``left_out`` lists with the driver's words), ``seconds`` of this call, ``images_per_second`` without the
+        time that loading the model took, ``score`` where there is a scorer, and ``settings`` that a report can plot
+        against.
 
     Raises:
         ConfigError: A value makes no sense for this model.

@@ -40,7 +40,8 @@ def as_map(x: Tensor, layout: Layout, layer: str) -> Tensor:
                 f"pairs: {layer!r} gave shape {tuple(x.shape)}; tokens [B, N, C] must form a square, after one class "
                 "token at most"
             )
-        return x[:, extra:].unflatten(1, (side, side)).movedim(-1, 1)
+        batch, _, channels = x.shape
+        return x[:, extra:].reshape(batch, side, side, channels).movedim(-1, 1)
     if x.dim() != 4:
         raise ValueError(
             f"pairs: {layer!r} gave shape {tuple(x.shape)}; accepted: [B, C], [B, N, C], [B, C, H, W], [B, H, W, C]"

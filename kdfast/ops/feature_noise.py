@@ -193,7 +193,7 @@ def _noise_backward_op(upstream: Tensor, timesteps: Tensor, embedding: Tensor) -
         found = _embedding_gradient(upstream, timesteps, embedding)
     else:
         dtype = compute_dtype(upstream)
-        rows = upstream.to(dtype).flatten(1).unflatten(1, (upstream.shape[1], -1)).sum(2)
+        rows = upstream.to(dtype).reshape(*upstream.shape[:2], -1).sum(2)
         found = torch.zeros_like(embedding, dtype=dtype).index_add(0, timesteps, rows)
     return torch.empty_like(embedding).copy_(found)
 

@@ -26,7 +26,8 @@ def _render_op(index: Tensor, seed: int, height: int, width: int, limit: int) ->
         return reference.render(seed, index, height, width, limit)
     from kdfast.kernels import leaves as kernels
 
-    return kernels.render(index, *_law(index.device), seed, height, width, limit)
+    images: Tensor = kernels.render(index, *_law(index.device), seed, height, width, limit)
+    return images
 
 
 @_render_op.register_fake

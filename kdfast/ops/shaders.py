@@ -28,7 +28,8 @@ def _render_op(
         return reference.render(codes, values, rates, program, time, height, width, antialias, dtype)
     from kdfast.kernels import shaders as kernels
 
-    return kernels.render(codes, values, rates, program, time, height, width, antialias, dtype)
+    images: Tensor = kernels.render(codes, values, rates, program, time, height, width, antialias, dtype)
+    return images
 
 
 @_render_op.register_fake

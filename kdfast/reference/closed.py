@@ -57,10 +57,10 @@ def closed_form(
     # One number is looked at, not a mask made: nearly always no row is small.
     if count and not float(loss.min()) >= below:  # NaN, too: 0·inf, where a class is absent
         chosen = (~(loss >= below)).nonzero().squeeze(-1)
-        wide = [x[chosen].double() for x in (s, t)]
-        into_again = [None if grad is None else torch.empty_like(wide[0]) for grad in grads]
-        loss[chosen] = careful(*wide, chosen, *into_again).to(dtype)
-        for grad, again in zip(grads, into_again, strict=True):
+        wide_s, wide_t = s[chosen].double(), t[chosen].double()
+        again_s, again_t = (None if grad is None else torch.empty_like(wide_s) for grad in grads)
+        loss[chosen] = careful(wide_s, wide_t, chosen, again_s, again_t).to(dtype)
+        for grad, again in zip(grads, (again_s, again_t), strict=True):
             if grad is not None and again is not None:
                 grad[chosen] = again.to(dtype)
     if flat:

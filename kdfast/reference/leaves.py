@@ -135,7 +135,7 @@ def render(seed: int, index: Tensor, height: int, width: int, limit: int) -> Ten
     """uint8 ``[B, 3, H, W]``: images ``index`` of at most ``limit`` leaves each; bare pixels stay black."""
     make = search if height * width <= _SMALL else paint
     images = []
-    for group in index.cpu().split(_GROUP):
+    for group in torch.split(index.cpu(), _GROUP):
         stock = _Stock(seed, group, height, width, limit)
         images += [make(functools.partial(stock.leaves, i), height, width) for i in range(len(group))]
     if not images:
@@ -182,7 +182,7 @@ def paint(leaves: Leaves, height: int, width: int) -> Tensor:
             box = slice(y0, y1 + 1), slice(x0, x1 + 1)
             hit = _on(leaf, x[None, box[1]], y[box[0], None])
             colour[box][hit] = leaf[15]
-            left -= np.count_nonzero(hit & bare[box])
+            left -= int(np.count_nonzero(hit & bare[box]))
             bare[box] &= ~hit
             if not left:
                 break

@@ -106,3 +106,16 @@ def value_noise(x: Tensor, y: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         bottom = c + (d - c) * u
         found.append(top + (bottom - top) * v)
     return found[0], found[1]
+
+
+def pixel_grid(height: int, width: int, antialias: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """x and y of each sample ``[antialias², H·W]``: the shorter side spans [−1, 1], y points up."""
+    scale = torch.tensor(2.0 / (min(height, width) * antialias), dtype=torch.float32, device=device)
+    row = torch.arange(height * antialias, dtype=torch.float32, device=device)
+    column = torch.arange(width * antialias, dtype=torch.float32, device=device)
+    y = (0.5 * (height * antialias) - (row + 0.5)) * scale
+    x = ((column + 0.5) - 0.5 * (width * antialias)) * scale
+    ys = y.view(height, antialias, 1, 1).expand(-1, -1, width, antialias)
+    xs = x.view(1, 1, width, antialias).expand(height, antialias, -1, -1)
+    order = (1, 3, 0, 2)
+    return (xs.permute(order).reshape(antialias**2, -1), ys.permute(order).reshape(antialias**2, -1))

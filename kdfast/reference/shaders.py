@@ -19,6 +19,7 @@ from kdfast.reference.procedural import (
     length,
     limit,
     log2,
+    pixel_grid,
     root,
     rotate,
     turns_of,
@@ -339,19 +340,6 @@ def _count(repeats: Tensor) -> int:
     return int(repeats.max().ceil())
 
 
-def pixel_grid(height: int, width: int, antialias: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """x and y of each sample ``[antialias², H·W]``: the shorter side spans [−1, 1], y points up."""
-    scale = torch.tensor(2.0 / (min(height, width) * antialias), dtype=torch.float32, device=device)
-    row = torch.arange(height * antialias, dtype=torch.float32, device=device)
-    column = torch.arange(width * antialias, dtype=torch.float32, device=device)
-    y = (0.5 * (height * antialias) - (row + 0.5)) * scale
-    x = ((column + 0.5) - 0.5 * (width * antialias)) * scale
-    ys = y.view(height, antialias, 1, 1).expand(-1, -1, width, antialias)
-    xs = x.view(1, 1, width, antialias).expand(height, antialias, -1, -1)
-    order = (1, 3, 0, 2)
-    return (xs.permute(order).reshape(antialias**2, -1), ys.permute(order).reshape(antialias**2, -1))
-
-
 def render(
     codes: Tensor,
     values: Tensor,
@@ -376,7 +364,7 @@ def render(
 
 def _chunks(program: Tensor, time: Tensor, samples: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     size = max(1, _CHUNK // samples)
-    return program.split(size), time.split(size)
+    return torch.split(program, size), torch.split(time, size)
 
 
 def _render(codes: Tensor, numbers: Tensor, xs: Tensor, ys: Tensor) -> Tensor:

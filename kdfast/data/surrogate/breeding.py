@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from kdfast.data.surrogate.grammar import Rng, draw_background, draw_bend, draw_layer, repaint
+from kdfast.data.surrogate.grammar import draw_background, draw_bend, draw_layer, repaint
+from kdfast.data.surrogate.instructions import Rng
 from kdfast.data.surrogate.programs import (
     MAX_INSTRUCTIONS,
     MAX_NUMBER,

@@ -13,6 +13,7 @@ Textures (``iChannel0`` to ``3``, ``backbuffer``/``b``) read as black.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdfast.backend import triton_available
 from kdfast.data.surrogate.shaders import usable
 from kdfast.errors import BackendError, DataError, require
 
@@ -293,6 +295,9 @@ def open_context() -> Any:
         BackendError: EGL is missing, or refuses.
     """
     moderngl = require("moderngl", extra="shaders", feature="rendering GLSL")
+    if triton_available():
+        # Triton and Mesa each bring an LLVM: loaded after Mesa's, Triton's ends the process.
+        importlib.import_module("triton")
     try:
         return moderngl.create_context(standalone=True, backend="egl", require=330)
     except Exception as error:  # the loader raises whatever it likes

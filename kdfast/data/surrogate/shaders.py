@@ -49,7 +49,7 @@ def usable(images: torch.Tensor) -> torch.Tensor:
         images = (images.nan_to_num(0.0).clamp(0, 1) * 255).to(torch.uint8)
     pixels = images.shape[2] * images.shape[3]
     found = [finite.new_empty(0)]
-    for part in images.split(_BATCH):
+    for part in torch.split(images, _BATCH):
         r, g, b = (part[:, k].long() >> 3 for k in range(3))
         colour = (r << 10 | g << 5 | b).flatten(1)
         # One histogram for the batch: each image has its own 32768 bins.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kdfast.errors import KDFastError
 from kdfast.methods.diffkd.config import DiffKDConfig, Pair
-from kdfast.methods.diffkd.denoising import Denoising
+from kdfast.methods.diffkd.denoising import Denoising, Terms
 from kdfast.models import FeatureTaps
 from kdfast.models.maps import Shared, as_map, fit, frozen, last_feature, probe_images
 from kdfast.training.mixing import mix_batch, task_loss
@@ -78,6 +78,9 @@ class DiffKD(nn.Module):
         self.denoising = nn.ModuleDict(self._build(images))
         self.parts: dict[str, Tensor] = {}
         self._versions: tuple[int, int] | None = None
+
+    def _module(self, name: str) -> Denoising:
+        return cast(Denoising, self.denoising[name])
 
     @property
     def teacher(self) -> nn.Module:
@@ -153,12 +156,13 @@ class DiffKD(nn.Module):
         self.parts = {}
         try:
             for name, pair in zip(self.names, self.pairs):
-                terms = self.denoising[name](*self._maps(pair))
+                module = self._module(name)
+                terms: Terms = module(*self._maps(pair))
                 weight = config.feature_weight if pair.kind == "feature" else config.logits_weight
                 loss = config.diffusion_weight * terms.diffusion + pair.weight * weight * terms.kd
                 self.parts[f"kd_{name}"] = terms.kd.detach()
                 self.parts[f"diffusion_{name}"] = terms.diffusion.detach()
-                if self.denoising[name].autoencoder is not None:
+                if module.autoencoder is not None:
                     loss = loss + config.autoencoder_weight * terms.autoencoder
                     self.parts[f"autoencoder_{name}"] = terms.autoencoder.detach()
                 if config.adapter:
@@ -253,7 +257,7 @@ class DiffKD(nn.Module):
             found = {}
             for name, pair in zip(self.names, self.pairs):
                 student, teacher = self._maps(pair)
-                module = self.denoising[name]
+                module = self._module(name)
                 start, _ = module.start(student)
                 found[name] = {
                     "student": module.trans(student),

@@ -71,7 +71,7 @@ class Schedule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Schedule:
         # `.half()` and `.bfloat16()` reach every buffer; this one is made anew, where it was sent to.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         dtype = torch.float64 if self.bars.dtype == torch.float64 else torch.float32
         self.bars = self._exact.to(self.bars.device, dtype)
         return self

@@ -258,7 +258,7 @@ class SSDKD:
         loss = self._distil(student)
         if isinstance(student, DistributedDataParallel):  # whose hooks only backward() calls
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
         else:
             parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
