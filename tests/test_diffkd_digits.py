@@ -40,8 +40,12 @@ def accuracy(network: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_it_is_no_worse_than_plain_kd() -> None:
-    """Three seeds. Two standard errors of 360 test images at 95 % are 2.3 points, so 3 is what is asserted."""
+    """Three seeds. Two standard errors of 360 test images at 95 % are 2.3 points, so 3 is what is asserted.
+
+    Once on a CPU: 98.6, 98.6, 98.9 % for DiffKD, 100.0, 98.1, 98.9 % for KD.
+    """
     data, test = digits("train"), digits("test")
     torch.manual_seed(0)
     teacher = create_model("resnet14", 10)

@@ -102,7 +102,7 @@ def _case(name: str, inputs: _Inputs, settings: Settings) -> Case:
     levels = 2 if inputs.capacity <= 1 << 16 else 3
     descent = 256 * (8 * (levels - 1) + 4)
     drawn = Traffic("2R + descent + 48", inputs.batch * (2 * row_bytes + descent + 48))
-    providers = (
+    providers: tuple[Provider, ...] = (
         Provider("torch.multinomial", built(_multinomial), graph=name == "sample"),
         Provider(
             "cpprb", built(_cpprb), graph=False, config="on the CPU, rows copied over" if on_gpu else ""

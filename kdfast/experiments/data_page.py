@@ -235,7 +235,6 @@ def _regions(network: Teacher, extent: tuple[float, float, float, float]) -> NDA
     points = torch.stack([across, down], -1).view(-1, 2, 1, 1).to(network.device)
     # The head pools first; a map of one pixel is its own mean.
     head: Any = network.network
-    head: Any = network.network
     classes: NDArray[np.int64] = head.forward_head(points).argmax(1).view(_GRID, _GRID).cpu().numpy()
     return classes
 

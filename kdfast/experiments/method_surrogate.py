@@ -9,6 +9,7 @@ from kdfast.methods.surrogate import SurrogateKD, SurrogateKDConfig
 
 CONFIG = SurrogateKDConfig
 METHOD = SurrogateKD
+NEEDS_DATA = True
 
 
 def build(setting: Setting) -> Plan:
