@@ -68,11 +68,9 @@ def test_any_instruction_survives_json(op: str, data: st.DataObject) -> None:
     assert image.shape == (1, 3, 4, 4)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.sampled_from(sorted(OPERATIONS)), st.sampled_from([-4096.0, -0.0, 1e-30, 0.3, 4096.0]), st.booleans()
-)
-def test_no_numbers_overflow(op: str, extreme: float, many: bool) -> None:
+@pytest.mark.parametrize("extreme", [-4096.0, -0.0, 1e-30, 0.3, 4096.0])
+@pytest.mark.parametrize("op", sorted(OPERATIONS))
+def test_no_numbers_overflow(op: str, extreme: float) -> None:
     """The furthest that a program may go is still finite, between 0 and 1."""
     from kdfast.data.surrogate.programs import RANGED
     from kdfast.functional import render_shaders
@@ -80,10 +78,10 @@ def test_no_numbers_overflow(op: str, extreme: float, many: bool) -> None:
     values = [min(max(extreme, low), high) for low, high in _bounds(RANGED, op)]
     step = Instruction(op, tuple(values))
     paint = PROGRAMS[0].instructions
-    program = Program((paint[0], *((step,) * (20 if many else 1)), *paint))
-    lot = table([program])
-    zero, none = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
-    image = render_shaders(lot.codes, lot.values, lot.rates, none, zero, (5, 5), dtype=torch.float32)
+    lot = table([Program((paint[0], *((step,) * times), *paint)) for times in (1, 20)])
+    image = render_shaders(
+        lot.codes, lot.values, lot.rates, torch.arange(2), torch.zeros(2), (5, 5), dtype=torch.float32
+    )
     assert bool(image.isfinite().all())
     assert 0 <= float(image.min()) <= float(image.max()) <= 1
 

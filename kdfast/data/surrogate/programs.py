@@ -52,12 +52,14 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     ),
     "shade": ("light", "slope", "vignette"),
 }
-#: Numbers that count rounds or that something is divided by, and what they may be.
+#: Numbers that count rounds, that something is divided by, or that are raised to a power, and what they may be.
 _RANGES = {
     "rounds": (0, 16),
     "octaves": (0, 8),
     "count": (0, 16),
     "sectors": (1, 64),
+    "decay": (-4, 4),
+    "growth": (-4, 4),
     "shrink": (0.25, 4),
     "narrow": (0, MAX_NUMBER),
 }
