@@ -65,12 +65,16 @@ def test_a_figure_changed_by_hand_is_noticed() -> None:
 
 
 def test_tables_compute_ratios_and_leave_out_the_missing() -> None:
-    text = readme_table.tables({"here": RESULT})
+    small = {**RESULT, "cases": RESULT["cases"][:1]}
+    text = readme_table.tables({"here": small}, ["losses: kl"])
     assert "| losses: kl (8x10, batch 2) | 1e+03 ms | **2.00×** |  |  |" in text
+    text = readme_table.tables({"here": RESULT}, ["losses: none", "losses: kl"])
+    assert "8x10" not in text  # one row a name, at the largest size
     assert "| losses: kl (16x10, batch 2) | 2e+03 ms | 0.50× |  | **2.00×** Lib |" in text
     assert "gone" not in text
     assert "load 0.5 on 4 CPUs" in text
-    lost = readme_table.slower({"here": RESULT})
+    floor = row("kl", 4, provider("memcpy", 0.1, against=""), provider("kdfast", 1.0))
+    lost = readme_table.slower({"here": {**RESULT, "cases": [*RESULT["cases"], floor]}})
     assert lost.splitlines()[2:] == ["| losses: kl (16x10, batch 2) | eager | 0.50× | A machine |"]
 
 

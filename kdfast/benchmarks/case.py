@@ -39,7 +39,8 @@ class Provider:
         traffic: Bytes it moves, None where nobody counted.
         graph: Whether one call may be captured in a CUDA graph.
         config: How it was configured, where that matters for fairness (threads, options).
-        against: Which of kdfast's own providers it is compared with: the one that is configured like it.
+        against: Which of kdfast's own providers it is compared with: the one that is configured like it. Empty for a
+            floor or a context, which does less than kdfast does and is no rival.
     """
 
     name: str

@@ -263,7 +263,10 @@ def _step_case(inputs: _Inputs) -> Case:
         assert error < 5e-2, f"the task loss is off by {error:.1e}"
 
     params = {**inputs.params(), "networks": "→".join(names), "image": size.image}
-    providers = tuple(Provider(kind, builder(kind), graph=False) for kind in ("plain KD", "eager", "kdfast"))
+    providers = tuple(
+        Provider(kind, builder(kind), graph=False, against="" if kind == "plain KD" else "kdfast")
+        for kind in ("plain KD", "eager", "kdfast")
+    )
     return Case("diffkd", "training step", params, 1, providers, check, size.batch, "images")
 
 

@@ -111,7 +111,7 @@ def _case(name: str, inputs: _Inputs, settings: Settings) -> Case:
         Provider("kdfast", built(_ours), drawn if on_gpu and name == "sample" else None),
     )
     if name == "sample and update" and not on_gpu:
-        providers = (Provider("memcpy of the rows", lambda: _memcpy(inputs)), *providers)
+        providers = (Provider("memcpy of the rows", lambda: _memcpy(inputs), against=""), *providers)
     row = "x".join(map(str, inputs.row)) + " uint8" if inputs.row else "scalar"
     params = {"capacity": inputs.capacity, "batch": inputs.batch, "row": row}
     return Case("replay", name, params, inputs.turns, providers, check, inputs.batch, "rows")
