@@ -14,6 +14,7 @@ from kdfast.data.manifest import read_manifest, sync_directory
 from kdfast.diffusion.notes import REFUSED, SCORES
 from kdfast.errors import ShardError
 
+_LOCK = ".merge"
 _PARTS = "parts"
 
 
@@ -60,8 +61,9 @@ def joined(root: Path, images: int, *, resume: bool) -> bool:
             f"{root}: already holds a complete set of {present.num_samples} images, {images} were asked for; choose "
             "another directory, resume with the same size, or let a single process extend it"
         )
-    if present.complete:  # a crash may have come before the parts were removed
+    if present.complete:  # a crash may have come before the parts and the lock were removed
         shutil.rmtree(root / _PARTS, ignore_errors=True)
+        (root / _LOCK).unlink(missing_ok=True)
     return present.complete
 
 
@@ -77,11 +79,11 @@ def merge_parts(root: Path, images: int, samples_per_shard: int, world_size: int
     ranges = {shard_range(images, samples_per_shard, rank, world_size) for rank in range(world_size)}
     parts = [part_directory(root, start, stop) for start, stop in sorted(ranges) if stop > start]
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".merge", "w") as lock:
+    with open(root / _LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         whole = _merge(root, parts)
     if whole:
-        (root / ".merge").unlink(missing_ok=True)
+        (root / _LOCK).unlink(missing_ok=True)
     return whole
 
 
