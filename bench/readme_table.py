@@ -26,8 +26,8 @@ RESULTS = ROOT / "bench" / "results"
 #: Below this kdfast is called slower, above its inverse faster; between them, equal.
 EVEN = 0.95
 BASES = ("eager", "torch.compile")
-#: What the README shows, by how a case's title begins, at the largest size measured, so that it stays a page; what kdfast loses is listed whatever it
-#: is, and everything else stands in the results.
+#: What the README shows, by how a case's title begins, at the largest size measured, so that it stays a page; what
+#: kdfast loses is listed whatever it is, and everything else stands in the results.
 HEADLINES = (
     "losses: kd_kl_div",
     "losses: jsd_loss",
