@@ -17,7 +17,8 @@ from kdfast.errors import ConfigError, DataError
 from kdfast.experiments import distill, teach
 from kdfast.experiments.augmentation import Augmentation, scale_crop
 from kdfast.experiments.recipe import build_config
-from kdfast.experiments.teach import TeachConfig, label_loss
+from kdfast.experiments.teach import TeachConfig
+from kdfast.training.mixing import task_loss
 
 
 def write_pairs(folder: Path, count: int, *, size: int = 24, seed: int = 0) -> None:
@@ -126,13 +127,13 @@ def test_flip_moves_image_and_mask_together_and_the_rest_is_refused() -> None:
         Augmentation(("scale_crop",), 16)(images, torch.Generator())
 
 
-def test_label_loss_resizes_logits_and_ignores_255() -> None:
+def test_task_loss_resizes_logits_and_ignores_255() -> None:
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     masks = torch.randint(3, (2, 8, 8))
     masks[:, :4] = IGNORE
     resized = torch.nn.functional.interpolate(logits, (8, 8), mode="bilinear", align_corners=False)
     want = torch.nn.functional.cross_entropy(resized[:, :, 4:], masks[:, 4:])
-    torch.testing.assert_close(label_loss(logits, masks), want)
+    torch.testing.assert_close(task_loss(logits, masks), want)
 
 
 def test_teach_and_eval_measure_miou(tmp_path: Path, folder: Path) -> None:

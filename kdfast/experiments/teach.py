@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kdfast.data.datasets import load_dataset
-from kdfast.data.segmentation import IGNORE, open_segmentation
+from kdfast.data.segmentation import open_segmentation
 from kdfast.errors import ConfigError
 from kdfast.experiments.common import (
     Count,
@@ -25,6 +25,7 @@ from kdfast.experiments.common import (
 )
 from kdfast.experiments.image_batches import ImageBatches
 from kdfast.training.accelerator import make_accelerator
+from kdfast.training.mixing import task_loss
 from kdfast.training.model_io import ModelConfig
 from kdfast.training.rng import seed_everything
 from kdfast.training.trainer import Trainer
@@ -109,7 +110,7 @@ def run(
     folder = None if dry_run else open_run(out, config, resume=resume, main=accelerator.is_main_process)
     trainer = Trainer(
         network,
-        lambda model, batch: label_loss(model(batch[0]), batch[1]),
+        lambda model, batch: task_loss(model(batch[0]), batch[1]),
         config.trainer_config(progress=progress),
         out=folder,
         evaluate=evaluate,
@@ -119,15 +120,6 @@ def run(
     if folder is None:
         return {"loss": trainer.dry_run(batches)}
     return close_run(folder, trainer, trainer.fit(batches, resume=resume), described, seed=config.seed)
-
-
-def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy with classes ``[B]``, or with masks ``[B, H, W]``, to whose size the logits are resized."""
-    if labels.dim() == 1:
-        return nn.functional.cross_entropy(logits.float(), labels)
-    size = labels.shape[-2:]
-    resized = nn.functional.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
-    return nn.functional.cross_entropy(resized, labels, ignore_index=IGNORE)
 
 
 def build_network(config: ModelConfig) -> nn.Module:
