@@ -107,7 +107,12 @@ def _skipped(path: Path) -> bool:
 
 sources = sorted(str(path) for path in CSRC.glob("*.cpp"))
 setup(
-    packages=[*find_packages(include=["kdfast", "kdfast.*"]), "kdfast.kernels", "kdfast.recipes"],
+    packages=[
+        *find_packages(include=["kdfast", "kdfast.*"]),
+        "kdfast.kernels",
+        *(f"kdfast.kernels.{family}" for family in find_packages("kernels")),
+        "kdfast.recipes",
+    ],
     package_dir={"kdfast.kernels": "kernels", "kdfast.recipes": "recipes"},
     include_package_data=False,
     package_data={

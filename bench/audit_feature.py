@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 
 from bench.static_audit import meta
-from kdfast.kernels import feature_noise, norm
-from kdfast.reference.norm import BatchNorm
+from kdfast.kernels.feature import noise as feature_noise
+from kdfast.kernels.norm import launch as norm
+from kdfast.kernels.norm import matrix
+from kdfast.reference.norm.fused import BatchNorm
 
 
 def noised(dtype: torch.dtype, *, channels_last: bool = False) -> Callable[[], object]:
@@ -35,7 +37,7 @@ def batch_norm(what: str, dtype: torch.dtype, *, channels_last: bool = False) ->
 
     def call() -> None:
         x = _latents(dtype, channels_last)
-        found, c = norm.matrix(x), [meta(1024) for _ in range(8)]
+        found, c = matrix(x), [meta(1024) for _ in range(8)]
         assert found is not None
         held = BatchNorm(*c[:4], meta(1, dtype=torch.int64), True, 0.1, 1e-5)
         centre, sums = (c[4], c[5]), meta(2048)

@@ -19,23 +19,11 @@ import torch
 from bench.audit_feature import batch_norm, noised
 from bench.audit_rows import Variant, faults, table
 from bench.static_audit import TARGETS, audit, meta
-from kdfast.kernels import (
-    denoise,
-    feature,
-    feature_statistics,
-    images,
-    leaves,
-    losses,
-    losses_dist,
-    losses_more,
-    losses_topk,
-    replay,
-    shaders,
-)
+from kdfast.kernels import denoise, dist, feature, images, kl, norm, pair, procedural, replay, topk
 from kdfast.reference.replay import Meta, SumLayout
 
 #: Temperature and divisor; no weights, no mask.
-SCALE = losses.Scale(4.0, 8.0, None, None)
+SCALE = kl.Scale(4.0, 8.0, None, None)
 
 
 def _kl(
@@ -43,7 +31,7 @@ def _kl(
 ) -> Callable[[], object]:
     def call() -> object:
         student, teacher = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
-        return losses.kd_kl(
+        return kl.kd_kl(
             student,
             teacher,
             dim % len(shape),
@@ -60,8 +48,8 @@ def _kl(
 def _pair(kind: int, shape: tuple[int, int], dtype: torch.dtype) -> Callable[[], object]:
     def call() -> object:
         student, teacher = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
-        target = meta(shape[0], dtype=torch.int64) if kind == losses_more.DKD else None
-        return losses_more.pair_loss(
+        target = meta(shape[0], dtype=torch.int64) if kind == pair.DKD else None
+        return pair.pair_loss(
             kind,
             student,
             teacher,
@@ -158,7 +146,7 @@ class _Buffer:
 def _topk(num_classes: int, dtype: torch.dtype) -> Callable[[], object]:
     def call() -> object:
         student, index = meta(4096, num_classes, dtype=dtype), meta(4096, 50, dtype=torch.int64)
-        return losses_topk.topk(
+        return topk.topk(
             student,
             index,
             meta(4096, 50),
@@ -175,7 +163,7 @@ def _topk(num_classes: int, dtype: torch.dtype) -> Callable[[], object]:
 def _dist(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[], object]:
     def call() -> object:
         student, teacher = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
-        return losses_dist.dist(
+        return dist.dist(
             student, teacher, 1.0, 1.0, SCALE, grad_student=torch.empty_like(student), grad_teacher=None
         )
 
@@ -212,9 +200,9 @@ def _statistics(
         x, channels = meta(*shape, dtype=dtype).to(memory_format=layout), meta(shape[1])
         if gradient:
             stats, upstream = meta(4, shape[1]), meta(1)
-            return feature_statistics.bn_statistics_backward(x, stats, upstream, x, torch.empty_like(x))
+            return norm.statistics_loss.bn_statistics_backward(x, stats, upstream, x, torch.empty_like(x))
         average = (channels, channels, meta(1))
-        return feature_statistics.bn_statistics(x, channels, channels, *average, squared=False)
+        return norm.statistics_loss.bn_statistics(x, channels, channels, *average, squared=False)
 
     return call
 
@@ -222,30 +210,32 @@ def _statistics(
 def _shaders(antialias: int) -> Callable[[], object]:
     codes, numbers, time = meta(4096, 32, dtype=torch.int32), meta(4096, 32, 16), meta(256)
     which = meta(256, dtype=torch.int64)
-    return lambda: shaders.render(codes, numbers, numbers, which, time, 224, 224, antialias, torch.uint8)
+    return lambda: procedural.shaders.render(
+        codes, numbers, numbers, which, time, 224, 224, antialias, torch.uint8
+    )
 
 
 def _leaves() -> object:
-    return leaves.render(meta(256, dtype=torch.int64), *meta(2, 200), 1 << 40, 224, 224, 5000)
+    return procedural.leaves.render(meta(256, dtype=torch.int64), *meta(2, 200), 1 << 40, 224, 224, 5000)
 
 
 bf16, fp32 = torch.bfloat16, torch.float32
 _REPLAY = _Buffer()
 #: A thousand rows and more, so that sizes specialise as they do in training.
 VARIANTS = (
-    Variant("losses: KL 1000 bf16", _kl((4096, 1000), bf16), 6, 16, 16, fast=True),
-    Variant("losses: KL 1000 bf16, both gradients", _kl((4096, 1000), bf16, both=True), 8, 16, 16),
-    Variant("losses: KL 1000 fp32", _kl((4096, 1000), fp32), 12, 16, 16),
-    Variant("losses: KL 100 fp32", _kl((4096, 100), fp32), 12, 16, 16),
-    Variant("losses: KL 10 fp32", _kl((4096, 10), fp32), 12, 8, 8),
-    Variant("losses: KL 8192 bf16", _kl((4096, 8192), bf16), 6, 16, 16),
-    Variant("losses: KL 16384 bf16", _kl((4096, 16384), bf16), 6, 16, 16),
-    Variant("losses: KL 32000 bf16", _kl((4096, 32000), bf16), None, 16, 16),
-    Variant("losses: KL 19 classes of 256x512 bf16", _kl((8, 19, 256, 512), bf16, 1), 6, 4, 4),
-    Variant("losses: KL 150 classes of 128x128 fp32", _kl((4, 150, 128, 128), fp32, 1), 12, 4, 4),
-    Variant("losses: JSD 1000 bf16", _pair(losses_more.JSD, (4096, 1000), bf16), 6, 16, 16),
-    Variant("losses: DKD 1000 bf16", _pair(losses_more.DKD, (4096, 1000), bf16), 6, 16, 16),
-    Variant("losses: DKD 100 fp32", _pair(losses_more.DKD, (4096, 100), fp32), 12, 16, 16),
+    Variant("kl: KL 1000 bf16", _kl((4096, 1000), bf16), 6, 16, 16, fast=True),
+    Variant("kl: KL 1000 bf16, both gradients", _kl((4096, 1000), bf16, both=True), 8, 16, 16),
+    Variant("kl: KL 1000 fp32", _kl((4096, 1000), fp32), 12, 16, 16),
+    Variant("kl: KL 100 fp32", _kl((4096, 100), fp32), 12, 16, 16),
+    Variant("kl: KL 10 fp32", _kl((4096, 10), fp32), 12, 8, 8),
+    Variant("kl: KL 8192 bf16", _kl((4096, 8192), bf16), 6, 16, 16),
+    Variant("kl: KL 16384 bf16", _kl((4096, 16384), bf16), 6, 16, 16),
+    Variant("kl: KL 32000 bf16", _kl((4096, 32000), bf16), None, 16, 16),
+    Variant("kl: KL 19 classes of 256x512 bf16", _kl((8, 19, 256, 512), bf16, 1), 6, 4, 4),
+    Variant("kl: KL 150 classes of 128x128 fp32", _kl((4, 150, 128, 128), fp32, 1), 12, 4, 4),
+    Variant("pair: JSD 1000 bf16", _pair(pair.JSD, (4096, 1000), bf16), 6, 16, 16, fast=True),
+    Variant("pair: DKD 1000 bf16", _pair(pair.DKD, (4096, 1000), bf16), 6, 16, 16),
+    Variant("pair: DKD 100 fp32", _pair(pair.DKD, (4096, 100), fp32), 12, 16, 16),
     Variant("denoise: step bf16", _step(bf16, guided=False), 6, 16, 16),
     Variant("denoise: guided step bf16", _step(bf16, guided=True), 8, 16, 16, fast=True),
     Variant("denoise: guided step fp32", _step(fp32, guided=True), 16, 16, 16),
@@ -259,9 +249,9 @@ VARIANTS = (
     Variant(
         "denoise: guided step fp32, noise in the kernel", _step(fp32, guided=True, noise=True), 16, 16, 16
     ),
-    Variant("losses: top-50 of 32000 bf16", _topk(32000, bf16), None, 16, 16),
+    Variant("topk: 50 of 32000 bf16", _topk(32000, bf16), None, 16, 16, fast=True),
     # Its row statistics are stored as single floats: no width to demand of all of its launches.
-    Variant("losses: DIST 256x1000 bf16", _dist((256, 1000), bf16)),
+    Variant("dist: 256x1000 bf16", _dist((256, 1000), bf16), fast=True),
     Variant("feature: noise_mix bf16", _noise_mix(bf16), 4, 16, 16, fast=True),
     Variant("feature: noise_mix fp32", _noise_mix(fp32), 8, 16, 16),
     # The embedding's gradient reads 49 values a channel, whose rows begin anywhere.
@@ -288,35 +278,33 @@ VARIANTS = (
         16,
         4,
     ),
-    Variant("feature: BN statistics 512x4x4 fp32", _statistics((256, 512, 4, 4), fp32), 4, 16),
+    Variant("norm: BN statistics 512x4x4 fp32", _statistics((256, 512, 4, 4), fp32), 4, 16),
     Variant(
-        "feature: BN statistics 512x4x4 fp32, gradient",
+        "norm: BN statistics 512x4x4 fp32, gradient",
         _statistics((256, 512, 4, 4), fp32, gradient=True),
         12,
         16,
         16,
     ),
-    Variant("feature: BN statistics 64x32x32 bf16", _statistics((256, 64, 32, 32), bf16), 2, 16),
+    Variant("norm: BN statistics 64x32x32 bf16", _statistics((256, 64, 32, 32), bf16), 2, 16),
     Variant(
-        "feature: BN statistics 64x32x32 bf16, gradient",
+        "norm: BN statistics 64x32x32 bf16, gradient",
         _statistics((256, 64, 32, 32), bf16, gradient=True),
         6,
         16,
         16,
     ),
-    Variant("feature: BN statistics 2048x7x7 bf16", _statistics((256, 2048, 7, 7), bf16), 2, 16),
+    Variant("norm: BN statistics 2048x7x7 bf16", _statistics((256, 2048, 7, 7), bf16), 2, 16),
     Variant(
-        "feature: BN statistics 2048x7x7 bf16, gradient",
+        "norm: BN statistics 2048x7x7 bf16, gradient",
         _statistics((256, 2048, 7, 7), bf16, gradient=True),
         6,
         16,
         16,
     ),
+    Variant("norm: BN statistics 64x32x32 bf16 NHWC", _statistics((256, 64, 32, 32), bf16, nhwc=True), 2, 16),
     Variant(
-        "feature: BN statistics 64x32x32 bf16 NHWC", _statistics((256, 64, 32, 32), bf16, nhwc=True), 2, 16
-    ),
-    Variant(
-        "feature: BN statistics 64x32x32 bf16 NHWC, gradient",
+        "norm: BN statistics 64x32x32 bf16 NHWC, gradient",
         _statistics((256, 64, 32, 32), bf16, nhwc=True, gradient=True),
         6,
         16,
@@ -327,9 +315,11 @@ VARIANTS = (
     Variant("images: crop and flip uint8 to bf16 NHWC", _crop_flip(torch.uint8, bf16, nhwc=True), 3, 1, 16),
     Variant("images: crop and flip fp32", _crop_flip(fp32, fp32), 8, 4, 16),
     Variant("images: gradient of crop and flip fp32", _crop_flip(fp32, fp32, gradient=True), 8, 4, 16),
-    Variant("leaves: 224x224", _leaves, fast=True),
-    Variant("shaders: 224x224", _shaders(1), 3, 4, 4, fast=True),
-    Variant("shaders: 224x224, 4 samples", _shaders(2), 3, 4, 4, spills=18),  # sm_100; of 5600 instructions
+    Variant("procedural: leaves 224x224", _leaves, fast=True),
+    Variant("procedural: shaders 224x224", _shaders(1), 3, 4, 4, fast=True),
+    Variant(
+        "procedural: shaders 224x224, 4 samples", _shaders(2), 3, 4, 4, spills=18
+    ),  # sm_100; of 5600 instructions
     Variant("replay: sample 256 of 1M", _REPLAY.sample),
     Variant("replay: update 256 of 1M", _REPLAY.update, fast=True),
     Variant("replay: add 256 to 1M", _REPLAY.add),

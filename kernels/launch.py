@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 #: Launches by kernel name since the process began (or since :func:`count_launches` was entered).
 launch_counts: Counter[str] = Counter()
@@ -39,12 +38,6 @@ def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
-
-
-def triton_version() -> tuple[int, int]:
-    """Triton's (major, minor): tile orders and cluster launches depend on it."""
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
 
 
 class RowLayout(NamedTuple):

@@ -37,7 +37,7 @@ from kdfast.functional import (
     noise_mse,
     reparam_middle_loss,
 )
-from kdfast.reference.philox_normal import normal
+from kdfast.reference.philox import normal
 
 SEED = 7
 BRANCHES = 10

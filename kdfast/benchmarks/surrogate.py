@@ -18,7 +18,7 @@ from kdfast.benchmarks.case import Case, Provider, Settings, Traffic, Work, peer
 from kdfast.data.surrogate import random_programs
 from kdfast.data.surrogate.programs import table
 from kdfast.functional import render_leaves, render_shaders
-from kdfast.reference import leaves as leaf_reference
+from kdfast.reference.procedural import leaves as leaf_reference
 
 SEED = 0
 

@@ -1,6 +1,6 @@
 """A sampler as a table: what a loop over static buffers needs to know of a scheduler, read once and kept on the device.
 
-Every scheduler here is one row of coefficients a step (see kernels/denoise.py). Gathered in the order of the steps,
+Every scheduler here is one row of coefficients a step (see kernels/denoise/). Gathered in the order of the steps,
 with the timesteps beside them, they are all that a captured loop reads: no scheduler object, nothing on the host.
 """
 
@@ -25,7 +25,7 @@ from kdfast.diffusion.schedulers_euler import (
 )
 from kdfast.diffusion.schedulers_lcm import LCMScheduler
 from kdfast.errors import ConfigError
-from kdfast.ops.denoise import COLUMNS
+from kdfast.ops.denoise.eager import COLUMNS
 
 SCHEDULERS: dict[str, Any] = {
     kind.__name__: kind

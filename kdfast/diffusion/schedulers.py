@@ -20,7 +20,7 @@ from kdfast.diffusion.schedulers_common import (
     unguided,
 )
 from kdfast.functional.denoise import Order, guidance
-from kdfast.ops import denoise as ops
+from kdfast.ops.denoise import eager as ops
 from kdfast.profiling import annotate
 
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")

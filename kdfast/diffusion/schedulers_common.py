@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdfast.errors import require
 from kdfast.functional.denoise import Order, guidance
-from kdfast.ops.denoise import COLUMNS, Guidance, guided_output
+from kdfast.ops.denoise.eager import COLUMNS, Guidance, guided_output
 from kdfast.profiling import annotate
 
 diffusers = require("diffusers", extra="diffusion", feature="kdfast.diffusion")

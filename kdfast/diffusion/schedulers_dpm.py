@@ -29,7 +29,7 @@ from kdfast.diffusion.schedulers_common import (
     unguided,
 )
 from kdfast.errors import ConfigError
-from kdfast.ops import denoise as ops
+from kdfast.ops.denoise import eager as ops
 from kdfast.profiling import annotate
 
 

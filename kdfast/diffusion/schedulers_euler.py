@@ -21,7 +21,7 @@ from kdfast.diffusion.schedulers_common import (
     table_cache,
     table_dtype,
 )
-from kdfast.ops import denoise as ops
+from kdfast.ops.denoise import eager as ops
 from kdfast.profiling import annotate
 
 logger = diffusers.utils.logging.get_logger(__name__)

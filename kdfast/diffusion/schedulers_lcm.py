@@ -20,7 +20,7 @@ from kdfast.diffusion.schedulers_common import (
     unguided,
 )
 from kdfast.diffusion.schedulers_ddpm import x0_columns
-from kdfast.ops import denoise as ops
+from kdfast.ops.denoise import eager as ops
 from kdfast.profiling import annotate
 
 _SIGMA_DATA = 0.5

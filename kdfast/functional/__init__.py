@@ -6,15 +6,15 @@ Every function takes tensors in any layout and returns float32 (float64 for floa
 from __future__ import annotations
 
 from kdfast.functional.denoise import denoise_step
+from kdfast.functional.dist import dist_loss
 from kdfast.functional.feature import add_noise_embed, noise_mix, noise_mse, reparam_middle_loss
-from kdfast.functional.feature_statistics import BNStatistics, bn_statistics_loss
-from kdfast.functional.fused_linear import fused_linear_kd_loss
 from kdfast.functional.images import crop_flip_normalize, draw_crop_flip
-from kdfast.functional.leaves import render_leaves
-from kdfast.functional.losses import KDStatistics, distillation_loss, kd_kl_div, kd_statistics
-from kdfast.functional.losses_more import dist_loss, dkd_loss, jsd_loss, topk_kd_loss
-from kdfast.functional.norm import bn_ddim_step, bn_mse, bn_relu
-from kdfast.functional.shaders import render_shaders
+from kdfast.functional.kl import KDStatistics, distillation_loss, kd_kl_div, kd_statistics
+from kdfast.functional.linear import fused_linear_kd_loss
+from kdfast.functional.norm import BNStatistics, bn_ddim_step, bn_mse, bn_relu, bn_statistics_loss
+from kdfast.functional.pair import dkd_loss, jsd_loss
+from kdfast.functional.procedural import render_leaves, render_shaders
+from kdfast.functional.topk import topk_kd_loss
 
 __all__ = [
     "BNStatistics",

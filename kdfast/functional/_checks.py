@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
+
+from kdfast.functional._reduction import Reduction
 
 
 def check_logits(
@@ -159,3 +162,28 @@ def check_lam(
     if not 0 <= lam <= 1:
         raise ValueError(f"lam: got {lam}; 0 to 1 is needed")
     return float(lam)
+
+
+def check_reduction(reduction: str) -> None:
+    """One of :data:`~kdfast.functional._reduction.Reduction`."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(get_args(Reduction))}")
+
+
+def check_factor(name: str, value: float) -> float:
+    """A finite float that is not negative."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}; a number is needed")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: got {value}; a finite value of at least 0 is needed")
+    return float(value)
+
+
+def check_pair(
+    student: torch.Tensor, teacher: torch.Tensor, dim: int, reduction: Reduction
+) -> tuple[int, torch.Size]:
+    """The class dimension as a non-negative index, and the logits' shape without it."""
+    check_reduction(reduction)
+    check_logits(student, teacher)
+    axis = check_dim(dim, student)
+    return axis, student.shape[:axis] + student.shape[axis + 1 :]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from kdfast.ops import denoise as ops
+from kdfast.ops.denoise import eager as ops
 from kdfast.profiling import annotate
 
 Order = Literal["cond_uncond", "uncond_cond"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast.ops import feature as ops
-from kdfast.ops import feature_noise as noise_ops
+from kdfast.ops.feature import mix as ops
+from kdfast.ops.feature import noise as noise_ops
 from kdfast.profiling import annotate
 
 __all__ = ["add_noise_embed", "noise_mix", "noise_mse", "reparam_middle_loss"]

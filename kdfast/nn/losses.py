@@ -17,8 +17,8 @@ from kdfast.functional import (
     kd_kl_div,
     topk_kd_loss,
 )
-from kdfast.functional.losses import Reduction, reduction_divisor
-from kdfast.functional.losses_more import Tail
+from kdfast.functional._reduction import Reduction, reduction_divisor
+from kdfast.functional.topk import Tail
 
 __all__ = [
     "DISTLoss",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from kdfast.ops import feature_statistics as ops
+from kdfast.ops.norm import statistics_loss as ops
 
 __all__ = ["BNStatisticsLoss"]
 

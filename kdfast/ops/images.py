@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backend import resolve
-from kdfast.ops._gradients import is_plain
+from kdfast.ops.common.gradients import is_plain
 from kdfast.reference import images as reference
 
 __all__ = ["Crop", "crop_flip"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from kdfast.reference.losses import compute_dtype
+from kdfast.reference.common import compute_dtype
 
 #: Below this a row's divergence has lost digits to cancellation in float32 (F.kl_div's has, too).
 CAREFUL_BELOW = 1e-3

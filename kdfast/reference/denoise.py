@@ -1,4 +1,4 @@
-"""One denoising step in plain PyTorch: the CPU path, and the oracle of kernels/denoise.py (see there)."""
+"""One denoising step in plain PyTorch: the CPU path, and the oracle of kernels/denoise/ (see there)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.reference.philox_normal import normal, normal_rows
+from kdfast.reference.philox import normal, normal_rows
 
 #: Columns of a coefficient table.
 COLUMNS = ("px", "po", "a", "b", "d", "d1", "d2", "d3", "c", "s")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast.reference.losses import compute_dtype
-from kdfast.reference.philox_normal import normal
+from kdfast.reference.common import compute_dtype
+from kdfast.reference.philox import normal
 
 __all__ = ["add_noise_embed", "noise_error", "noise_mix", "noise_mse", "reparam_middle"]
 

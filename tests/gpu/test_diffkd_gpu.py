@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from kdfast.methods.diffkd import DiffKD, DiffKDConfig
-from tests.diffkd_helpers import batch, networks
+from tests.support.diffkd import batch, networks
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 from kdfast.diffusion import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, accelerate_pipeline
 from kdfast.diffusion.loop import SamplingLoop, StaticStep, class_denoiser
 from kdfast.diffusion.plans import sampler_plan
-from tests.diffusion_helpers import dit_pipeline, tiny_dit
+from tests.support.diffusion import dit_pipeline, tiny_dit
 
 pytestmark = pytest.mark.gpu
 SHAPE = (2, 4, 8, 8)

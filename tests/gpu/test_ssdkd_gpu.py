@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdfast.methods import SSDKD, SSDKDConfig
-from tests.ssdkd_helpers import MEAN, SHAPE, STD, TINY, trained
+from tests.support.ssdkd import MEAN, SHAPE, STD, TINY, trained
 
 pytestmark = pytest.mark.gpu
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kdfast.ops.leaves import render_leaves
+from kdfast.ops.procedural.leaves import render_leaves
 
 
 def leaves(

@@ -15,7 +15,7 @@ import torch
 
 from kdfast.data.manifest import write_atomic
 from kdfast.errors import DataError
-from kdfast.reference.shaders import SLOTS, Op
+from kdfast.reference.procedural.shaders import SLOTS, Op
 
 FORMAT = "kdfast-shaders"
 VERSION = 1

@@ -10,8 +10,8 @@ import torch
 from kdfast.data.surrogate.breeding import breed
 from kdfast.data.surrogate.grammar import draw_program
 from kdfast.data.surrogate.programs import Program, table
-from kdfast.ops.shaders import render_shaders
-from kdfast.reference import shaders as reference
+from kdfast.ops.procedural.shaders import render_shaders
+from kdfast.reference.procedural import shaders as reference
 
 #: Draws of one program before giving up; about one in twenty is refused.
 _ATTEMPTS = 64

@@ -1,0 +1,66 @@
+"""What the losses' autograd functions share: buffers, second derivatives, and values that may be tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from kdfast.backend import resolve
+
+#: A host float, or a 0-d tensor that is read on the device.
+Value = torch.Tensor | float
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_plain(student: torch.Tensor, teacher: torch.Tensor) -> bool:
+    """Whether tensors are what they seem, with memory of their own, and this call runs once and now.
+
+    Not so while torch.compile traces, inside torch.func's transforms (vmap, grad, jvp), and for tensors of other
+    classes (fake, distributed): all of these want to see operators that they know.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # the only way to tell, and what torch itself asks
+        and type(student) in _PLAIN
+        and type(teacher) in _PLAIN
+    )
+
+
+def takes_reference(student: torch.Tensor, teacher: torch.Tensor) -> bool:
+    """Where no kernel can run: by backend and dtype, and for tensors without memory of their own."""
+    looked_into = not torch.compiler.is_compiling() and not is_plain(student, teacher)
+    return looked_into or resolve(student, teacher) == "reference"
+
+
+def empty_gradients(
+    needs: Sequence[bool], student: torch.Tensor, teacher: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Memory for the gradients that are needed."""
+    return (
+        torch.empty_like(student) if needs[0] else None,
+        torch.empty_like(teacher) if needs[1] else None,
+    )
+
+
+def differentiable_gradients(
+    out: torch.Tensor, inputs: Sequence[torch.Tensor], needs: Sequence[bool], upstream: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Gradients of ``out``, made of differentiable operators, that can be differentiated again.
+
+    For a backward under create_graph=True; None stands where an input needs no gradient.
+    """
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(out, wanted, upstream, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+def split_value(value: Value) -> tuple[float, torch.Tensor | None]:
+    """A 0-d tensor and a float are different arguments to a schema: a value travels as (float, Tensor?)."""
+    return (math.nan, value) if isinstance(value, torch.Tensor) else (value, None)
+
+
+def join_value(value: float, tensor: torch.Tensor | None) -> Value:
+    """What :func:`split_value` parted."""
+    return value if tensor is None else tensor

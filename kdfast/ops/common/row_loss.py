@@ -1,0 +1,250 @@
+"""One way to register a loss of logits: choice of backend, autograd, and the form that torch.compile sees.
+
+A :class:`RowLoss` has a reference and a launcher. Eager calls on the Triton backend take a plain
+``autograd.Function`` with a direct launch, since torch's dispatcher costs tens of microseconds a call: its forward
+writes the gradients for an upstream gradient of 1 beside the loss, while the rows are on the chip; its first
+backward launches at most once and returns at once if the upstream gradient is 1, else it recomputes, and so
+does every later one, into fresh memory, so that what an earlier one returned never changes. With create_graph=True
+the gradients come from the reference, differentiable again. torch.compile sees the registered op, whose backward is
+itself an op and always recomputes, out of place; its outputs are fresh memory, never a view of an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from kdfast.backend import resolve
+from kdfast.ops.common.closed import ClosedRows, Factors, Form, closed_loss, usable
+from kdfast.ops.common.gradients import (
+    Value,
+    differentiable_gradients,
+    empty_gradients,
+    join_value,
+    split_value,
+    takes_reference,
+)
+from kdfast.profiling import annotate
+from kdfast.reference.common import compute_dtype
+
+__all__ = ["Row", "RowLoss", "flatten", "register", "two_options"]
+
+Tensor = torch.Tensor
+
+
+class Row(NamedTuple):
+    """What a row loss is called with beside the two logit tensors.
+
+    Attributes:
+        options: Numbers of the loss (α and β, smoothing).
+        dim: Class dimension, non-negative.
+        temperature: T, a float or a 0-d tensor on the logits' device.
+        weight: One factor a row, or None.
+        mask: bool, one a row, or None.
+        divisor: Of the sum over rows; a float or a 0-d tensor.
+        reduce: Sum the rows.
+        label: Integer argument of the loss (target classes, kept indices), or None.
+        factor: Floating-point argument that goes with it and gets no gradient, or None.
+        second: A second ``label``, or None.
+        second_factor: Its ``factor``, or None.
+    """
+
+    options: tuple[float, ...]
+    dim: int
+    temperature: Value
+    weight: Tensor | None
+    mask: Tensor | None
+    divisor: Value
+    reduce: bool
+    label: Tensor | None = None
+    factor: Tensor | None = None
+    second: Tensor | None = None
+    second_factor: Tensor | None = None
+
+    def contiguous(self) -> Row:
+        """The same with every tensor contiguous, as the kernels want it."""
+        weight, mask = _contiguous(self.weight), _contiguous(self.mask)
+        row = self._replace(weight=weight, mask=mask)
+        if self.label is None:
+            return row
+        return row._replace(
+            label=self.label.contiguous(),
+            factor=_contiguous(self.factor),
+            second=_contiguous(self.second),
+            second_factor=_contiguous(self.second_factor),
+        )
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def two_options(row: Row) -> tuple[float, float]:
+    """A loss's two numbers (α and β, β and γ)."""
+    first, second = row.options
+    return first, second
+
+
+#: The schema of :class:`Row`: a 0-d tensor and a float are different arguments, so each value travels as both.
+_ROW = (
+    "float[] options, SymInt dim, float temperature, Tensor? temperature_tensor, Tensor? weight, Tensor? mask, "
+    "float divisor, Tensor? divisor_tensor, bool reduce, "
+    "Tensor? label, Tensor? factor, Tensor? second, Tensor? second_factor"
+)
+_FORWARD = f"(Tensor student, Tensor teacher, {_ROW}) -> Tensor"
+_BACKWARD = (
+    f"(Tensor upstream, Tensor student, Tensor teacher, {_ROW}, bool need_student, bool need_teacher) "
+    "-> (Tensor, Tensor)"
+)
+
+
+def flatten(row: Row) -> tuple[Any, ...]:
+    """The arguments of a registered op after the two logit tensors."""
+    options, dim, temperature, weight, mask, divisor, *others = row
+    return (list(options), dim, *split_value(temperature), weight, mask, *split_value(divisor), *others)
+
+
+def _row(flat: tuple[Any, ...]) -> Row:
+    options, dim, temperature, t_tensor, weight, mask, divisor, n_tensor, *others = flat
+    t, n = join_value(temperature, t_tensor), join_value(divisor, n_tensor)
+    return Row(tuple(options), dim, t, weight, mask, n, *others)
+
+
+Reference = Callable[[Tensor, Tensor, Row], Tensor]
+Gradients = Callable[[Tensor, Tensor, Tensor, Row], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """One loss: how the reference computes it, how it is launched, and its registered ops.
+
+    Attributes:
+        reference: ``(student, teacher, row) -> rows or their sum``, differentiable.
+        launcher: ``(student, teacher, row, grad_student=, grad_teacher=, upstream=, exit_if_one=, want_loss=)``.
+        op: The registered op, ``kdfast::NAME``.
+        function: The eager path.
+        closed: The reference in fewer passes, as :attr:`kdfast.ops.common.closed.Form.closed`; None where it has none.
+    """
+
+    reference: Reference
+    launcher: Callable[..., Tensor]
+    op: Any
+    function: Any
+    closed: Callable[[Row], ClosedRows | None] | None = None
+
+    def __call__(self, student: Tensor, teacher: Tensor, row: Row) -> Tensor:
+        """The loss; arguments are checked by the caller."""
+        if takes_reference(student, teacher):
+            closed = self.closed(row) if self.closed is not None and usable(student, teacher) else None
+            if closed is None:
+                return self.reference(student, teacher, row)
+            factors = Factors(row.temperature, row.dim, row.weight, row.mask, row.divisor, row.reduce)
+            return closed_loss(
+                student, teacher, Form(closed, lambda s, t: self.reference(s, t, row)), factors
+            )
+        row = row.contiguous()
+        if torch.compiler.is_compiling():
+            out: Tensor = self.op(student, teacher, *flatten(row))
+        elif torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+            out = self.function.apply(student, teacher, self, row)
+        else:
+            out = self.launcher(student, teacher, row)
+        return out
+
+
+def _forward(ctx: Any, student: Tensor, teacher: Tensor, loss: RowLoss, row: Row) -> Tensor:
+    ctx.loss, ctx.row = loss, row
+    ctx.save_for_backward(student, teacher)
+    ctx.grads = empty_gradients(ctx.needs_input_grad, student, teacher) if row.reduce else None
+    grad_student, grad_teacher = ctx.grads or (None, None)
+    return loss.launcher(student, teacher, row, grad_student=grad_student, grad_teacher=grad_teacher)
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    student, teacher = ctx.saved_tensors
+    loss, row = ctx.loss, ctx.row
+    if torch.is_grad_enabled():  # create_graph=True: the reference differentiates to any order
+        needs = ctx.needs_input_grad[:2]
+        out = loss.reference(student, teacher, row)
+        return (*differentiable_gradients(out, (student, teacher), needs, upstream), None, None)
+    first, ctx.grads = ctx.grads, None
+    grads = first or empty_gradients(ctx.needs_input_grad, student, teacher)
+    wanted = {"grad_student": grads[0], "grad_teacher": grads[1], "upstream": upstream.contiguous()}
+    loss.launcher(student, teacher, row, **wanted, exit_if_one=first is not None, want_loss=False)
+    return (*grads, None, None)
+
+
+def register(
+    name: str,
+    reference: Reference,
+    launcher: Callable[..., Tensor],
+    closed: Callable[[Row], ClosedRows | None] | None = None,
+    gradients: Gradients | None = None,
+) -> RowLoss:
+    """Register ``kdfast::name`` and ``kdfast::name_backward``, with fakes and autograd.
+
+    ``gradients`` is the reference's gradient in closed form, ``(upstream, student, teacher, row)``; without it
+    torch.func differentiates the reference.
+    """
+
+    @torch.library.custom_op(f"kdfast::{name}", mutates_args=(), schema=_FORWARD)
+    def op(student: Tensor, teacher: Tensor, *flat: Any) -> Tensor:
+        row = _row(flat)
+        if resolve(student, teacher) == "reference":
+            return reference(student, teacher, row).clone()
+        return launcher(student, teacher, row)
+
+    @op.register_fake
+    def _(student: Tensor, teacher: Tensor, *flat: Any) -> Tensor:
+        row = _row(flat)
+        shape = () if row.reduce else student.shape[: row.dim] + student.shape[row.dim + 1 :]
+        return student.new_empty(shape, dtype=compute_dtype(student, teacher))
+
+    @torch.library.custom_op(f"kdfast::{name}_backward", mutates_args=(), schema=_BACKWARD)
+    def backward_op(upstream: Tensor, student: Tensor, teacher: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+        row = _row(flat[:-2])
+        grads = empty_gradients(flat[-2:], student, teacher)
+        if resolve(student, teacher) == "reference":
+            # torch.func differentiates here, below autograd, where torch.autograd does not record.
+            values = (
+                gradients(upstream, student, teacher, row)
+                if gradients is not None
+                else torch.func.vjp(lambda s, t: reference(s, t, row), student, teacher)[1](upstream)
+            )
+            for grad, value in zip(grads, values, strict=True):
+                if grad is not None:
+                    grad.copy_(value)
+        else:
+            wanted = {"grad_student": grads[0], "grad_teacher": grads[1], "upstream": upstream.contiguous()}
+            launcher(student, teacher, row, **wanted, want_loss=False)
+        first, second = (student.new_empty(0) if grad is None else grad for grad in grads)
+        return first, second
+
+    @backward_op.register_fake
+    def _(upstream: Tensor, student: Tensor, teacher: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+        first, second = empty_gradients(flat[-2:], student, teacher)
+        return (
+            student.new_empty(0) if first is None else first,
+            student.new_empty(0) if second is None else second,
+        )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [y if x is None else x for x, y in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        need = ctx.needs_input_grad[:2]
+        grads = backward_op(upstream, *inputs, *need)
+        return (*(g if n else None for g, n in zip(grads, need, strict=True)), *[None] * (len(inputs) - 2))
+
+    op.register_autograd(backward, setup_context=setup_context)
+    eager = {
+        "forward": staticmethod(_forward),
+        "backward": staticmethod(annotate(f"{name}.backward")(_backward)),
+    }
+    function = type(f"_{name}", (torch.autograd.Function,), eager)
+    return RowLoss(reference, launcher, op, function, closed)

@@ -1,0 +1,216 @@
+"""Noising with the time embedding, and the error in ε: registration, gradients, choice of backend.
+
+Eager calls on the Triton backend take plain ``autograd.Function`` s, torch.compile sees the registered ops. With
+create_graph=True the gradients come from the reference, differentiable again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from kdfast.backend import resolve
+from kdfast.ops.common.gradients import differentiable_gradients
+from kdfast.reference import feature as reference
+from kdfast.reference.common import compute_dtype
+
+__all__ = ["add_noise_embed", "noise_mse"]
+
+
+def noise_mse(prediction: Tensor, seed: int | Tensor) -> Tensor:
+    """``mean((ε̂ − ε)²)``; arguments are checked by the caller."""
+    wants = torch.is_grad_enabled() and prediction.requires_grad
+    if torch.compiler.is_compiling():
+        return cast(Tensor, _mse_op(prediction, *_split(seed), wants)[0])
+    if resolve(prediction) == "reference":
+        return reference.noise_mse(prediction, seed)
+    if wants:
+        return cast(Tensor, _NoiseMSE.apply(prediction, seed))  # type: ignore[no-untyped-call]
+    return _mse(prediction, seed, None)
+
+
+def add_noise_embed(
+    x: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, embedding: Tensor | None, seed: int | Tensor
+) -> Tensor:
+    """``√ᾱ_t·x + √(1 − ᾱ_t)·ε + E[t]``; arguments are checked by the caller."""
+    if torch.compiler.is_compiling():
+        return cast(Tensor, _noise_op(x, timesteps, alphas_cumprod, embedding, *_split(seed)))
+    if resolve(x, embedding) == "reference":
+        return reference.add_noise_embed(x, timesteps, alphas_cumprod, embedding, seed)
+    if torch.is_grad_enabled() and embedding is not None and embedding.requires_grad:
+        out = _AddNoise.apply(x, timesteps, alphas_cumprod, embedding, seed)  # type: ignore[no-untyped-call]
+        return cast(Tensor, out)
+    return _noised(x, timesteps, alphas_cumprod, embedding, seed)
+
+
+def _split(seed: int | Tensor) -> tuple[int, Tensor | None]:
+    return (0, seed) if isinstance(seed, Tensor) else (seed, None)
+
+
+def _mse(prediction: Tensor, seed: int | Tensor, grad: Tensor | None) -> Tensor:
+    from kdfast.kernels.feature import noise as kernels
+
+    loss = prediction.new_empty((), dtype=torch.float32)
+    kernels.noise_mse(prediction, seed, loss=loss, grad=grad)
+    return loss
+
+
+def _noised(
+    x: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, embedding: Tensor | None, seed: int | Tensor
+) -> Tensor:
+    from kdfast.kernels.feature import noise as kernels
+
+    found = kernels.layout(x)
+    if found is None:
+        x = x.contiguous()
+        found = kernels.layout(x)
+    assert found is not None
+    out = torch.empty_like(x)
+    table = alphas_cumprod.to(torch.float32).contiguous()
+    held = None if embedding is None else embedding.contiguous()
+    kernels.add_noise_embed(x, found, timesteps.contiguous(), table, held, out, seed)
+    return out
+
+
+def _embedding_gradient(upstream: Tensor, timesteps: Tensor, embedding: Tensor) -> Tensor:
+    from kdfast.kernels.feature import noise as kernels
+
+    found = kernels.layout(upstream)
+    if found is None:
+        upstream = upstream.contiguous()
+        found = kernels.layout(upstream)
+    assert found is not None
+    grad = torch.zeros_like(embedding, memory_format=torch.contiguous_format)
+    kernels.embedding_gradient(upstream, found, timesteps.contiguous(), grad)
+    return grad
+
+
+class _NoiseMSE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, seed: int | Tensor) -> Tensor:
+        ctx.save_for_backward(prediction)
+        ctx.seed = seed
+        ctx.grad = torch.empty_like(prediction)
+        return _mse(prediction, seed, ctx.grad)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
+        from kdfast.kernels.feature import noise as kernels
+
+        (prediction,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            loss = reference.noise_mse(prediction, ctx.seed)
+            return differentiable_gradients(loss, (prediction,), (True,), upstream)[0], None
+        first, ctx.grad = ctx.grad, None
+        grad = torch.empty_like(prediction) if first is None else first
+        kernels.noise_mse(prediction, ctx.seed, grad=grad, upstream=upstream, exit_if_one=first is not None)
+        return grad, None
+
+
+class _AddNoise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        timesteps: Tensor,
+        alphas_cumprod: Tensor,
+        embedding: Tensor,
+        seed: int | Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(timesteps, embedding)
+        return _noised(x, timesteps, alphas_cumprod, embedding, seed)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        timesteps, embedding = ctx.saved_tensors
+        if torch.is_grad_enabled():  # linear in the upstream gradient: what index_add does, differentiable
+            rows = upstream.to(torch.float32).flatten(2).sum(2) if upstream.dim() > 2 else upstream
+            zeros = torch.zeros_like(embedding, dtype=rows.dtype)
+            grad = zeros.index_add(0, timesteps, rows).to(embedding.dtype)
+            return None, None, None, grad, None
+        return None, None, None, _embedding_gradient(upstream, timesteps, embedding), None
+
+
+# --- the registered form -------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("kdfast::noise_mse", mutates_args=())
+def _mse_op(
+    prediction: Tensor, seed: int, seed_tensor: Tensor | None, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    key = seed if seed_tensor is None else seed_tensor
+    grad = torch.empty_like(prediction) if gradient else prediction.new_empty(0)
+    if resolve(prediction) == "triton":
+        return _mse(prediction, key, grad if gradient else None), grad
+    error = reference.noise_error(prediction, key)
+    if gradient:
+        grad.copy_(error * (2 / error.numel()))
+    return error.square().mean(), grad
+
+
+@_mse_op.register_fake
+def _(prediction: Tensor, seed: int, seed_tensor: Tensor | None, gradient: bool) -> tuple[Tensor, Tensor]:
+    loss = prediction.new_empty((), dtype=compute_dtype(prediction))
+    return loss, torch.empty_like(prediction) if gradient else prediction.new_empty(0)
+
+
+def _mse_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _mse_autograd(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    (grad,) = ctx.saved_tensors
+    return (upstream * grad).to(grad.dtype), None, None, None
+
+
+_mse_op.register_autograd(_mse_autograd, setup_context=_mse_context)
+
+
+@torch.library.custom_op("kdfast::add_noise_embed", mutates_args=())
+def _noise_op(
+    x: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    embedding: Tensor | None,
+    seed: int,
+    seed_tensor: Tensor | None,
+) -> Tensor:
+    key = seed if seed_tensor is None else seed_tensor
+    return torch.empty_like(x).copy_(add_noise_embed(x, timesteps, alphas_cumprod, embedding, key))
+
+
+@_noise_op.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("kdfast::add_noise_embed_backward", mutates_args=())
+def _noise_backward_op(upstream: Tensor, timesteps: Tensor, embedding: Tensor) -> Tensor:
+    if resolve(upstream, embedding) == "triton":
+        found = _embedding_gradient(upstream, timesteps, embedding)
+    else:
+        dtype = compute_dtype(upstream)
+        rows = upstream.to(dtype).reshape(*upstream.shape[:2], -1).sum(2)
+        found = torch.zeros_like(embedding, dtype=dtype).index_add(0, timesteps, rows)
+    return torch.empty_like(embedding).copy_(found)
+
+
+@_noise_backward_op.register_fake
+def _(upstream: Tensor, timesteps: Tensor, embedding: Tensor) -> Tensor:
+    return torch.empty_like(embedding)
+
+
+def _noise_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1], inputs[3])
+
+
+def _noise_autograd(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    timesteps, embedding = ctx.saved_tensors
+    grad = None if embedding is None else _noise_backward_op(upstream, timesteps, embedding)
+    return None, None, None, grad, None, None
+
+
+_noise_op.register_autograd(_noise_autograd, setup_context=_noise_context)

@@ -1,0 +1,154 @@
+"""Batch norm with what follows it: registration, gradients, choice of backend.
+
+Eager calls on the Triton backend take plain ``autograd.Function`` s, whose kernels update the running statistics as
+well. torch.compile sees the registered ops, which are pure: they return the batch's statistics, and the update stands
+in the traced code. With create_graph=True the gradients come from the reference, differentiable again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from kdfast.backend import resolve
+from kdfast.ops.common.gradients import differentiable_gradients
+from kdfast.ops.norm import registered
+from kdfast.ops.norm.launch import (
+    Act,
+    launch_act,
+    launch_act_backward,
+    launch_mse,
+    launch_mse_backward,
+)
+from kdfast.reference.norm import fused as reference
+from kdfast.reference.norm.fused import BatchNorm
+
+__all__ = ["bn_act", "bn_mse"]
+
+
+def bn_act(
+    x: Tensor,
+    residual: Tensor | None,
+    norm: BatchNorm,
+    *,
+    relu: bool,
+    scale: float = 1.0,
+    carry: float = 1.0,
+) -> Tensor:
+    """``act(scale·BN(x) + carry·residual)``; arguments are checked by the caller.
+
+    Returns:
+        In the residual's dtype (x's without one), laid out as x.
+    """
+    act = Act(relu, scale, carry)
+    if torch.compiler.is_compiling():
+        y, stats = registered.bn_act(x, residual, *_flat(norm), *act)
+        reference.track(norm, stats[0], stats[2])
+        return cast(Tensor, y)
+    if resolve(x, residual, norm.weight) == "reference":
+        y, mean, var = reference.bn_act(x, residual, norm, *act)
+        reference.track(norm, mean, var)
+        return y
+    tensors = (x, residual, norm.weight, norm.bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return cast(Tensor, _Act.apply(*tensors, norm, act))  # type: ignore[no-untyped-call]
+    return launch_act(x, residual, norm, act)[0]
+
+
+def bn_mse(x: Tensor, target: Tensor, norm: BatchNorm) -> Tensor:
+    """``mean((BN(x) − target)²)``; arguments are checked by the caller."""
+    if torch.compiler.is_compiling():
+        gradients = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, norm.weight, norm.bias)
+        )
+        loss, stats, *_ = registered.bn_mse(x, target, *_flat(norm), gradients)
+        reference.track(norm, stats[0], stats[2])
+        return cast(Tensor, loss)
+    if resolve(x, target, norm.weight) == "reference":
+        loss, mean, var = reference.bn_mse(x, target, norm)
+        reference.track(norm, mean, var)
+        return loss
+    tensors = (x, norm.weight, norm.bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return cast(Tensor, _MSE.apply(x, target, norm.weight, norm.bias, norm))  # type: ignore[no-untyped-call]
+    return launch_mse(x, target, norm, (False, False, False)).loss
+
+
+def _flat(norm: BatchNorm) -> tuple[Any, ...]:
+    """As the registered ops take it."""
+    return (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, norm.eps)
+
+
+class _Act(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: BatchNorm,
+        act: Act,
+    ) -> Tensor:
+        y, _, centre = launch_act(x, residual, norm, act)
+        kept = y if act.relu and residual is not None else None
+        ctx.save_for_backward(x, residual if kept is not None else None, weight, bias, kept, *centre)
+        ctx.residual = None if residual is None else residual.dtype
+        ctx.norm, ctx.act = norm, act
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, residual, weight, bias, y, *centre = ctx.saved_tensors
+        norm: BatchNorm = ctx.norm._replace(weight=weight, bias=bias)
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            return (*_act_twice(grad, x, residual, norm, ctx.act, needs, ctx.residual), None, None)
+        grads = launch_act_backward(grad, x, y, norm, tuple(centre), ctx.act, needs, ctx.residual or x.dtype)
+        return (*grads, None, None)
+
+
+def _act_twice(
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    norm: BatchNorm,
+    act: Act,
+    needs: tuple[bool, ...],
+    residual_dtype: torch.dtype | None,
+) -> list[Tensor | None]:
+    """The gradients, differentiable again. Without a ReLU the residual's own value does not matter."""
+    if residual is None and residual_dtype is not None:
+        residual = torch.zeros_like(x, dtype=residual_dtype).requires_grad_(needs[1])
+    out = reference.bn_act(x, residual, norm, *act)[0]
+    inputs = cast("list[Tensor]", [x, residual, norm.weight, norm.bias])
+    return differentiable_gradients(out, inputs, needs, grad)
+
+
+class _MSE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, norm: BatchNorm
+    ) -> Tensor:
+        needs = ctx.needs_input_grad
+        found = launch_mse(x, target, norm, (needs[0], needs[2], needs[3]))
+        # What was copied to another layout is copied again, if it is ever needed again.
+        ctx.save_for_backward(x, target, weight, bias, found.sums, *found.centre)
+        ctx.norm, ctx.grads = norm, found.grads
+        return found.loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, target, weight, bias, sums, *centre = ctx.saved_tensors
+        norm: BatchNorm = ctx.norm._replace(weight=weight, bias=bias)
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
+        if torch.is_grad_enabled():
+            loss = reference.bn_mse(x, target, norm)[0]
+            inputs = cast("list[Tensor]", [x, weight, bias])
+            grads = tuple(differentiable_gradients(loss, inputs, needs, upstream))
+        else:
+            first, ctx.grads = ctx.grads, None
+            grads = launch_mse_backward(upstream, x, target, norm, (centre[0], centre[1]), sums, first, needs)
+        return grads[0], None, grads[1], grads[2], None

@@ -1,0 +1,225 @@
+"""What torch.compile sees of the batch-norm ops: pure functions, the running statistics left to the caller.
+
+An output that is not wanted is an empty tensor, since a schema's results are never None.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from kdfast.backend import resolve
+from kdfast.ops.norm import launch as ops
+from kdfast.reference.common import compute_dtype
+from kdfast.reference.norm import fused as reference
+from kdfast.reference.norm.fused import BatchNorm
+
+__all__ = ["bn_act", "bn_mse"]
+
+
+def _norm(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+) -> BatchNorm:
+    # In training the running statistics take no part here: the caller moves them.
+    held = (None, None) if training else (running_mean, running_var)
+    return BatchNorm(weight, bias, *held, None, training, 0.0, eps)
+
+
+def _stats(x: Tensor, *others: Tensor) -> Tensor:
+    """Memory for μ, r and the unbiased variance."""
+    return x.new_zeros((3, x.shape[1]), dtype=compute_dtype(x, *others))
+
+
+def _fill(stats: Tensor, x: Tensor, norm: BatchNorm, mean: Tensor, var: Tensor) -> None:
+    count = x.numel() // x.shape[1]
+    biased = var * ((count - 1) / count) if norm.training else var
+    stats[0], stats[1], stats[2] = mean, (biased + norm.eps).rsqrt(), var
+
+
+def _put(value: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``value`` as a tensor of ``like``'s layout that shares no memory with an input."""
+    if value is None:
+        return like.new_empty(0)
+    return torch.empty_like(like, dtype=dtype or like.dtype).copy_(value)
+
+
+@torch.library.custom_op("kdfast::bn_act", mutates_args=())
+def bn_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    relu: bool,
+    scale: float,
+    carry: float,
+) -> tuple[Tensor, Tensor]:
+    """y and ``[3, C]``: μ, r and the unbiased variance."""
+    norm = _norm(weight, bias, running_mean, running_var, training, eps)
+    act = ops.Act(relu, scale, carry)
+    stats = _stats(x)
+    if resolve(x, residual, weight) == "reference":
+        y, mean, var = reference.bn_act(x, residual, norm, *act)
+        _fill(stats, x, norm, mean, var)
+    else:
+        y, _, centre = ops.launch_act(x, residual, norm, act, stats[2])
+        if training:
+            stats[0], stats[1] = centre
+        else:
+            _fill(stats, x, norm, *centre)
+    return _put(y, x, x.dtype if residual is None else residual.dtype), stats
+
+
+@bn_act.register_fake
+def _(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype = x.dtype if residual is None else residual.dtype
+    return torch.empty_like(x, dtype=dtype), _stats(x)
+
+
+@torch.library.custom_op("kdfast::bn_act_backward", mutates_args=())
+def bn_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    relu: bool,
+    scale: float,
+    carry: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, residual, weight and bias."""
+    norm = _norm(weight, bias, running_mean, running_var, training, eps)
+    act = ops.Act(relu, scale, carry)
+    found: tuple[Tensor | None, ...]
+    if resolve(x, residual, weight) == "reference":
+        g = grad.to(stats.dtype)
+        g = torch.where(y > 0, g, 0.0) if relu else g
+        grad_x, grad_weight, grad_bias = reference.bn_backward(scale * g, x, norm, stats[0], stats[1])
+        found = (grad_x, None if residual is None else carry * g, grad_weight, grad_bias)
+    else:
+        centre = (stats[0], stats[1]) if training else (running_mean, running_var)
+        needs = (True, residual is not None, weight is not None, bias is not None)
+        found = ops.launch_act_backward(
+            grad,
+            x,
+            y if relu and residual is not None else None,
+            norm,
+            cast("tuple[Tensor, Tensor]", centre),
+            act,
+            needs,
+            x.dtype if residual is None else residual.dtype,
+        )
+    likes = (x, residual, weight, bias)
+    grads = [x.new_empty(0) if like is None else _put(g, like) for g, like in zip(found, likes, strict=True)]
+    return grads[0], grads[1], grads[2], grads[3]
+
+
+@bn_act_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in (x, residual, weight, bias))
+
+
+def _act_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, residual, weight, bias, running_mean, running_var, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    # In training they are about to be changed, and not needed.
+    running = (None, None) if ctx.options[0] else (running_mean, running_var)
+    ctx.save_for_backward(x, residual, *output, weight, bias, *running)
+
+
+def _act_autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    grads = bn_act_backward(grad, *saved, *ctx.options)
+    inputs = (saved[0], saved[1], saved[4], saved[5])
+    found = [None if t is None else g for t, g in zip(inputs, grads, strict=True)]
+    return (*found, *[None] * 7)
+
+
+bn_act.register_autograd(_act_autograd, setup_context=_act_context)
+
+
+@torch.library.custom_op("kdfast::bn_mse", mutates_args=())
+def bn_mse(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the statistics as of :func:`bn_act`, and with ``gradients`` those of x, weight and bias."""
+    norm = _norm(weight, bias, running_mean, running_var, training, eps)
+    stats = _stats(x, target)
+    found: tuple[Tensor | None, ...] = (None, None, None)
+    if resolve(x, target, weight) == "reference":
+        loss, mean, var = reference.bn_mse(x, target, norm)
+        _fill(stats, x, norm, mean, var)
+        if gradients:
+            out = reference.normalise(x, norm)[0].to(stats.dtype)
+            error = (out - target.to(stats.dtype)) * (2 / x.numel())
+            found = reference.bn_backward(error, x, norm, stats[0], stats[1])
+    else:
+        needs = (gradients, gradients and weight is not None, gradients and bias is not None)
+        made = ops.launch_mse(x, target, norm, needs, stats[2])
+        loss, found = made.loss, made.grads
+        if training:
+            stats[0], stats[1] = made.centre
+    grads = [
+        x.new_empty(0) if like is None or not gradients else _put(g, like)
+        for g, like in zip(found, (x, weight, bias), strict=True)
+    ]
+    return loss.clone(), stats, grads[0], grads[1], grads[2]
+
+
+@bn_mse.register_fake
+def _(
+    x: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    dtype = compute_dtype(x, target)
+    grads = [torch.empty_like(t) if t is not None and rest[-1] else x.new_empty(0) for t in (x, weight, bias)]
+    return (x.new_empty((), dtype=dtype), _stats(x, target), *grads)
+
+
+def _mse_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+    ctx.present = [t is not None for t in (inputs[0], inputs[2], inputs[3])]
+
+
+def _mse_autograd(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = [
+        (upstream * g).to(g.dtype) if there else None
+        for g, there in zip(ctx.saved_tensors, ctx.present, strict=True)
+    ]
+    return (grads[0], None, grads[1], grads[2], *[None] * 5)
+
+
+bn_mse.register_autograd(_mse_autograd, setup_context=_mse_context)

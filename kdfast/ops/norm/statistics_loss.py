@@ -1,0 +1,172 @@
+"""The batch-norm statistics op: registration, gradient, choice of backend.
+
+Eager calls take an ``autograd.Function`` on either backend; torch.compile sees the registered op, whose backward is an
+op too. With create_graph=True the gradient comes from the reference, differentiable again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from kdfast.backend import resolve
+from kdfast.ops.common.gradients import differentiable_gradients, is_plain
+from kdfast.reference.common import compute_dtype
+from kdfast.reference.norm import statistics_loss as reference
+
+__all__ = ["Target", "bn_statistics", "bn_statistics_through"]
+
+
+class Target(NamedTuple):
+    """What a batch's statistics are compared with; nothing of it gets a gradient.
+
+    Attributes:
+        running_mean: ``[C]``.
+        running_var: ``[C]``.
+        average_mean: ``[C]`` of earlier batches, or None.
+        average_var: Likewise.
+        share: The share of that average in what is compared, 0-d on the device; None beside None.
+        squared: Squared norms.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    average_mean: Tensor | None
+    average_var: Tensor | None
+    share: Tensor | None
+    squared: bool
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself where its memory is dense with channels second or last, else a copy."""
+    if x.is_contiguous():
+        return x
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return x
+    return x.contiguous()
+
+
+def _forward(x: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """Loss and ``[4, C]`` (mean, var, the gradient's coefficients) of a dense x."""
+    if resolve(x) == "reference":
+        return reference.bn_statistics_closed(x, *target[:5], squared=target.squared)
+    from kdfast.kernels.norm import statistics_loss as kernels
+
+    tensors = (None if tensor is None else tensor.contiguous() for tensor in target[:5])
+    found = kernels.bn_statistics(x, *tensors, squared=target.squared)
+    return cast("tuple[Tensor, Tensor]", found)
+
+
+def _backward(x: Tensor, stats: Tensor, upstream: Tensor, through: Tensor | None) -> Tensor:
+    if resolve(x) == "reference":
+        return reference.bn_statistics_gradient(x, stats, upstream, through)
+    from kdfast.kernels.norm import statistics_loss as kernels
+
+    grad = torch.empty_like(x)
+    if through is not None and (through.stride() != x.stride() or through.dtype != x.dtype):
+        through = torch.empty_like(x).copy_(through)
+    kernels.bn_statistics_backward(x, stats, upstream, through, grad)
+    return grad
+
+
+class _Statistics(torch.autograd.Function):
+    """Loss, mean and var; and x again, for who uses it on: then its gradient passes through this one's backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        dense = _dense(x)
+        loss, stats = _forward(dense, target)
+        ctx.save_for_backward(dense, stats)
+        ctx.target = target
+        mean, var = stats[0].clone(), stats[1].clone()
+        ctx.mark_non_differentiable(mean, var)
+        return loss, mean, var, x.view_as(x)
+
+    @staticmethod
+    def backward(
+        ctx: Any, upstream: Tensor | None, _: Any, __: Any, through: Tensor | None
+    ) -> tuple[Any, None]:
+        if upstream is None:
+            return through, None
+        x, stats = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            loss, *_rest = reference.bn_statistics(x, *ctx.target[:5], squared=ctx.target.squared)
+            (grad,) = differentiable_gradients(loss, (x,), (True,), upstream)
+            return grad if through is None or grad is None else grad + through, None
+        return _backward(x, stats, upstream, through), None
+
+
+def bn_statistics(x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """``(loss, mean, var)`` of ``[N, C, …]`` with elements; mean and var carry no gradient. Checked by the caller."""
+    return _statistics(x, target)[:3]
+
+
+def bn_statistics_through(x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(loss, mean, var, x)``: whatever follows takes this x, so that both gradients of it are one launch's."""
+    return _statistics(x, target)
+
+
+def _statistics(x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        loss, stats = torch.ops.kdfast.bn_statistics(x, *target)
+        return loss, stats[0].detach(), stats[1].detach(), x
+    if not is_plain(x, x):
+        loss, mean, var = reference.bn_statistics(x, *target[:5], squared=target.squared)
+        return loss, mean.detach(), var.detach(), x
+    if torch.is_grad_enabled() and x.requires_grad:
+        return cast("tuple[Tensor, Tensor, Tensor, Tensor]", _Statistics.apply(x, target))  # type: ignore[no-untyped-call]
+    loss, stats = _forward(_dense(x), target)
+    return loss, stats[0], stats[1], x
+
+
+# --- the registered form -------------------------------------------------------------------------------------
+# It returns [4, C] as the kernel does: mean, var, and the gradient's coefficients.
+
+
+@torch.library.custom_op("kdfast::bn_statistics", mutates_args=())
+def _op(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    average_mean: Tensor | None,
+    average_var: Tensor | None,
+    share: Tensor | None,
+    squared: bool,
+) -> tuple[Tensor, Tensor]:
+    return _forward(_dense(x), Target(running_mean, running_var, average_mean, average_var, share, squared))
+
+
+@_op.register_fake
+def _(x: Tensor, running_mean: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(x)
+    return x.new_empty((), dtype=dtype), x.new_empty((4, x.shape[1]), dtype=dtype)
+
+
+@torch.library.custom_op("kdfast::bn_statistics_backward", mutates_args=())
+def _backward_op(upstream: Tensor, x: Tensor, stats: Tensor) -> Tensor:
+    return torch.empty_like(x).copy_(_backward(_dense(x), stats, upstream, None))
+
+
+@_backward_op.register_fake
+def _(upstream: Tensor, x: Tensor, stats: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    x, stats = ctx.saved_tensors
+    grad = None if upstream is None else cast(Tensor, _backward_op(upstream, x, stats))
+    return (grad, *[None] * 6)
+
+
+_op.register_autograd(_autograd, setup_context=_context)

@@ -1,0 +1,72 @@
+"""JSD and decoupled KD as ops; common/row_loss.py says what they share with the other row losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kdfast.ops.common.closed import ClosedRows
+from kdfast.ops.common.row_loss import Row, register, two_options
+from kdfast.reference import pair as reference
+from kdfast.reference.common import finish, without_masked
+from kdfast.reference.pair import LEAST_BETA, dkd_closed, jsd_closed
+
+__all__ = ["dkd", "jsd"]
+
+
+def _launch_pair(kind: str) -> Callable[..., torch.Tensor]:
+    def launcher(
+        student: torch.Tensor, teacher: torch.Tensor, row: Row, *, want_loss: bool = True, **launch: Any
+    ) -> torch.Tensor:
+        from kdfast.kernels import pair as kernels
+        from kdfast.kernels.common.scale import Scale
+
+        alpha, beta = two_options(row)
+        out: torch.Tensor = kernels.pair_loss(
+            getattr(kernels, kind),
+            student,
+            teacher,
+            row.label,
+            alpha,
+            beta,
+            row.dim,
+            Scale(row.temperature, row.divisor, row.weight, row.mask),
+            reduce=row.reduce and want_loss,
+            want_rows=want_loss and not row.reduce,
+            **launch,
+        )
+        return out
+
+    return launcher
+
+
+def _jsd_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
+    student, teacher = without_masked(row.mask, row.dim, student, teacher)
+    rows = reference.jsd_rows(student, teacher, row.options[1], row.temperature, row.dim)
+    return finish(rows, row.temperature, row.weight, row.mask, row.divisor, row.reduce)
+
+
+def _dkd_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
+    assert row.label is not None
+    student, teacher = without_masked(row.mask, row.dim, student, teacher)
+    rows = reference.dkd_rows(student, teacher, row.label, *two_options(row), row.temperature, row.dim)
+    return finish(rows, row.temperature, row.weight, row.mask, row.divisor, row.reduce)
+
+
+def _jsd_closed(row: Row) -> ClosedRows | None:
+    beta = row.options[1]
+    if not LEAST_BETA <= beta <= 1 - LEAST_BETA:
+        return None
+    return lambda s, t, *needs: jsd_closed(s, t, beta, row.temperature, row.dim, *needs)
+
+
+def _dkd_closed(row: Row) -> ClosedRows:
+    target = row.label
+    assert target is not None
+    return lambda s, t, *needs: dkd_closed(s, t, target, *two_options(row), row.temperature, row.dim, *needs)
+
+
+jsd = register("jsd", _jsd_reference, _launch_pair("JSD"), _jsd_closed)
+dkd = register("dkd", _dkd_reference, _launch_pair("DKD"), _dkd_closed)

@@ -1,0 +1,51 @@
+"""The KL to a cached top-k teacher as an op: `teacher` is [..., k], `index` its classes, `extra` its log-sum-exp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kdfast.ops.common.row_loss import Row, register
+from kdfast.reference import topk as reference
+from kdfast.reference.common import finish, without_masked
+
+__all__ = ["topk"]
+
+
+def _launch_topk(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    row: Row,
+    *,
+    want_loss: bool = True,
+    grad_student: torch.Tensor | None = None,
+    grad_teacher: None = None,
+    **launch: Any,
+) -> torch.Tensor:
+    from kdfast.kernels import topk as kernels
+    from kdfast.kernels.common.scale import Scale
+
+    out: torch.Tensor = kernels.topk(
+        student,
+        row.label,
+        teacher.contiguous(),
+        row.factor,
+        Scale(row.temperature, row.divisor, row.weight, row.mask),
+        bucket=bool(row.options[0]),
+        reduce=row.reduce and want_loss,
+        want_rows=want_loss and not row.reduce,
+        grad_student=grad_student,
+        **launch,
+    )
+    return out
+
+
+def _topk_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
+    assert row.label is not None
+    (student,) = without_masked(row.mask, row.dim, student)
+    rows = reference.topk_rows(student, row.label, teacher, row.factor, bool(row.options[0]), row.temperature)
+    return finish(rows, row.temperature, row.weight, row.mask, row.divisor, row.reduce)
+
+
+topk = register("topk_kd", _topk_reference, _launch_topk)

@@ -1,0 +1,1 @@
+"""Images from programs: shaders.py, leaves.py, and the arithmetic that every backend rounds alike."""

@@ -1,0 +1,356 @@
+"""Launch of the denoising step and its gradient; the equation is in the package."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..common.strided import Strides, Walk, contiguous, iteration_order, walk
+from ..launch import device_guard, launch
+from .bodies import denoise_step_backward_kernel, denoise_step_kernel
+
+#: Where a program of few elements is better: below this many, small blocks fill more multiprocessors.
+SMALL = 1 << 18
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one launch looks like: elements a program, and its warps."""
+
+    block: int
+    num_warps: int
+
+
+def step_plan(numel: int) -> StepPlan:
+    """Eight elements a thread; one warp a program while the whole tensor is small."""
+    return StepPlan(1024, 4) if numel >= SMALL else StepPlan(256, 1)
+
+
+class Guidance(NamedTuple):
+    """How a batched model output is read.
+
+    Attributes:
+        scale: g, or None: one output a sample.
+        cond_first: Whether the first half of the batch is the conditional one.
+        channels: Channels (dimension 1) that are guided; the rest is taken from the conditional half, or,
+            when the sample has a row for each half, from its own. None: all.
+    """
+
+    scale: float | None = None
+    cond_first: bool = True
+    channels: int | None = None
+
+
+NO_GUIDANCE = Guidance()
+
+
+class _Frame(NamedTuple):
+    """The common shape of all operands; the halves of a doubled sample are a dimension of their own."""
+
+    shape: tuple[int, ...]
+    output: Strides  # of the model output, 0 along the halves
+    own: Strides  # of the model output, each half its own rows
+    cond: int  # offset of the conditional half
+    uncond: int
+    pinned: int  # the channel dimension, if it has to stay apart
+    doubled: bool
+
+    def spread(self, strides: Strides) -> Strides:
+        """Strides in this frame of a tensor of the sample's shape."""
+        return (strides[0] * self.shape[1], *strides) if self.doubled else strides
+
+
+def _frame(shape: tuple[int, ...], rows: int, strides: Strides, guidance: Guidance) -> _Frame:
+    """The frame of a sample of ``shape`` beside a model output of ``rows`` and ``strides``."""
+    if guidance.scale is None:
+        return _Frame(shape, strides, strides, 0, 0, -1, False)
+    batch = rows // 2
+    doubled = shape[0] == 2 * batch and batch > 0
+    first, second = 0, batch * strides[0]
+    cond, uncond = (first, second) if guidance.cond_first else (second, first)
+    partial = guidance.channels is not None and guidance.channels < shape[1]
+    if not doubled:
+        return _Frame(shape, strides, strides, cond, uncond, 1 if partial else -1, False)
+    frame = (2, batch, *shape[1:])
+    return _Frame(frame, (0, *strides), (second, *strides), cond, uncond, 2 if partial else -1, True)
+
+
+class _Geometry(NamedTuple):
+    """Everything of a launch that follows from shapes and strides."""
+
+    grid: tuple[int]
+    frame: _Frame
+    numel: int
+    inner: int
+    constants: dict[str, Any]  # compile-time constants of the kernel
+
+
+def _launch_constants(plan: Walk) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid, and the compile-time constants that both kernels share."""
+    chosen = step_plan(plan.numel)
+    rows, length = (plan.numel // plan.inner, plan.inner) if plan.rows else (1, plan.numel)
+    constants = {
+        "SIZES": plan.sizes,
+        "NDIM": plan.ndim,
+        "ROWS": plan.rows,
+        "WIDE": plan.wide,
+        "PINNED": plan.pinned,
+        "BLOCK": chosen.block,
+        "num_warps": chosen.num_warps,
+        "enable_fp_fusion": True,
+    }
+    return (rows * -(-length // chosen.block),), constants
+
+
+@functools.lru_cache(maxsize=1024)
+def _geometry(
+    shape: tuple[int, ...],
+    output_rows: int,
+    output_strides: Strides,
+    strides: tuple[Strides | None, ...],
+    guidance: Guidance,
+    seeded: bool,
+    seed_rows: int,
+) -> _Geometry:
+    """Plan the step of a sample of ``shape``; ``strides`` in the order of :data:`_OPERANDS`, Y first.
+
+    Only what is read takes part: each further tensor may keep dimensions from merging.
+    """
+    frame = _frame(shape, output_rows, output_strides, guidance)
+    walked = {
+        name: frame.spread(own) for name, own in zip(_OPERANDS, strides, strict=True) if own is not None
+    }
+    walked["OUT"] = frame.output
+    if frame.doubled:
+        walked["OWN"] = frame.own
+    if seeded:
+        walked["E"] = contiguous(frame.shape)
+    order = iteration_order(frame.shape, walked["Y"])
+    plan = walk(frame.shape, order, tuple(walked.values()), pinned=frame.pinned, aligned=8)
+    grid, constants = _launch_constants(plan)
+    found = dict(zip(walked, plan.strides, strict=True))
+    element = found.get("E")
+    # One seed for the batch, or one for each of its rows, in elements a row.
+    seed_row = plan.numel // seed_rows if seed_rows > 1 else 0
+    constants.update({name: found.get(name) for name in (*_OPERANDS, "OUT", "OWN", "E")})
+    constants.update(
+        GUIDED=guidance.scale is not None,
+        OWN_ROWS=frame.doubled,
+        HAS_SEED=seeded,
+        SEED_ROW=seed_row,
+        # Four neighbours share a Philox counter where a block holds whole groups of them.
+        SEED_RUN=plan.rows
+        and element is not None
+        and element[0] == 1
+        and not any(s % 4 for s in (*element[1:], seed_row)),
+    )
+    return _Geometry(grid, frame, plan.numel, plan.inner, constants)
+
+
+_OPERANDS = ("Y", "X", "H1", "H2", "H3", "Z", "M", "NEXT")
+
+
+def ordered_empty(
+    shape: Sequence[int], order: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """An empty tensor, dense, with its dimensions from the outermost to the innermost as in ``order``."""
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(1, shape[dim])
+    return torch.empty_strided(tuple(shape), strides, dtype=dtype, device=device)
+
+
+def mask_bytes(numel: int) -> int:
+    """Size of a clip mask: one bit an element, in the iteration order of y."""
+    return (numel + 7) // 8
+
+
+def denoise_step(
+    sample: torch.Tensor,
+    model_output: torch.Tensor,
+    table: torch.Tensor,
+    step: int | torch.Tensor,
+    *,
+    dtype: torch.dtype,
+    guidance: tuple[float | None, bool, int | None] = NO_GUIDANCE,
+    history: Sequence[torch.Tensor] = (),
+    noise: torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
+    learned_variance: bool = False,
+    clip: float | None = None,
+    mask: torch.Tensor | None = None,
+    order: Sequence[int] | None = None,
+    want_x0: bool = False,
+    x0_dtype: torch.dtype | None = None,
+    want_mask: bool = False,
+    next_dtype: torch.dtype | None = None,
+    next_copies: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Launch the step kernel once.
+
+    Args:
+        sample: x, any strides.
+        model_output: o: the sample's rows (with ``guidance``: both halves), and at least its channels.
+        table: float32 ``[steps, 10]``, contiguous, on the sample's device.
+        step: Row of the table; an integer tensor of one element is read by the kernel.
+        dtype: Of y.
+        guidance: How both halves combine.
+        history: Up to three tensors h_j of the sample's shape.
+        noise: z, of the sample's shape.
+        seed: Key of in-kernel noise, instead of ``noise``: one, or a tensor with one for each row of the sample.
+        learned_variance: Whether the channels after the sample's hold v.
+        clip: Clamp m to ±clip.
+        mask: Instead of clamping, zero m where this mask (of an earlier step) has no bit.
+        order: Lay y out in this order of dimensions (the mask's), rather than the sample's.
+        want_x0: Store m.
+        x0_dtype: Of m, if not y's.
+        want_mask: Store where the clamp let m through.
+        next_dtype: Store n in this dtype.
+        next_copies: Times that n is repeated along the batch.
+
+    Returns:
+        y, m, mask and n, the latter three None unless asked for.
+    """
+    y = (
+        torch.empty_like(sample, dtype=dtype)
+        if order is None
+        else ordered_empty(sample.shape, order, dtype, sample.device)
+    )
+    m = torch.empty_like(y, dtype=x0_dtype or dtype) if want_x0 else None
+    bits = torch.empty(mask_bytes(y.numel()), dtype=torch.uint8, device=y.device) if want_mask else None
+    following = None
+    if next_dtype is not None:
+        shape = (next_copies * y.shape[0], *y.shape[1:])
+        following = ordered_empty(shape, iteration_order(y.shape, y.stride()), next_dtype, y.device)
+    if y.numel() == 0:
+        return y, m, bits, following
+
+    guide = Guidance(*guidance)
+    hidden = (*history, None, None, None)[:3]
+    operands = (y, sample, *hidden, noise, m, following)
+    geometry = _geometry(
+        tuple(sample.shape),
+        model_output.shape[0] if model_output.dim() else 1,
+        model_output.stride(),
+        tuple(None if tensor is None else tensor.stride() for tensor in operands),
+        # Another scale is the same geometry.
+        guide if guide.scale is None else guide._replace(scale=1.0),
+        seed is not None,
+        seed.numel() if isinstance(seed, torch.Tensor) else 1,
+    )
+    frame = geometry.frame
+    variance_offset = 0
+    if learned_variance:
+        # v is never guided: it comes from the conditional half, or from each half's own rows.
+        variance_offset = (0 if frame.doubled else frame.cond) + sample.shape[1] * model_output.stride(1)
+    with device_guard(sample):
+        launch(
+            denoise_step_kernel,
+            geometry.grid,
+            sample,
+            model_output,
+            *hidden,
+            noise,
+            mask,
+            y,
+            m,
+            following,
+            bits,
+            table,
+            step,
+            0 if seed is None else seed,
+            table.shape[0],
+            geometry.numel,
+            geometry.inner,
+            frame.cond,
+            frame.uncond,
+            variance_offset,
+            0 if following is None else y.shape[0] * following.stride(0),
+            1.0 if guide.scale is None else guide.scale,
+            0.0 if clip is None else clip,
+            guide.channels or 0,
+            STEP_ON_DEVICE=isinstance(step, torch.Tensor),
+            SEED_ON_DEVICE=isinstance(seed, torch.Tensor),
+            CLIP=clip is not None,
+            LEARNED=learned_variance,
+            NEXT_COPIES=next_copies,
+            **geometry.constants,
+        )
+    return y, m, bits, following
+
+
+def denoise_step_backward(
+    grad_y: torch.Tensor,
+    grad_m: torch.Tensor | None,
+    table: torch.Tensor,
+    step: int | torch.Tensor,
+    *,
+    grad_sample: torch.Tensor | None,
+    grad_output: torch.Tensor | None,
+    order: Sequence[int],
+    guidance: tuple[float | None, bool, int | None] = NO_GUIDANCE,
+    mask: torch.Tensor | None = None,
+) -> None:
+    """Launch the backward kernel once, into ``grad_sample`` and ``grad_output`` (either may be None).
+
+    Args:
+        grad_y: Gradient of y, any strides.
+        grad_m: Gradient of m, or None.
+        table: As in :func:`denoise_step`.
+        step: As in :func:`denoise_step`.
+        grad_sample: Written; of the sample's shape.
+        grad_output: Written in the sample's channels; of the model output's shape.
+        order: The iteration order of y, in which the mask is stored.
+        guidance: As in :func:`denoise_step`; the sample must not be doubled.
+        mask: The clip mask that :func:`denoise_step` stored.
+    """
+    if grad_y.numel() == 0:
+        return
+    shape = tuple(grad_y.shape)
+    guide = Guidance(*guidance)
+    frame = None if grad_output is None else _frame(shape, grad_output.shape[0], grad_output.stride(), guide)
+    tensors = [tensor for tensor in (grad_y, grad_m, grad_sample) if tensor is not None]
+    strides = [tensor.stride() for tensor in tensors] + ([] if frame is None else [frame.output])
+    plan = walk(
+        shape,
+        tuple(order),
+        tuple(strides),
+        pinned=-1 if frame is None else frame.pinned,
+        aligned=8,
+    )
+    found = iter(plan.strides)
+    gys, gms, gxs, gos = (
+        next(found) if tensor is not None else None for tensor in (grad_y, grad_m, grad_sample, grad_output)
+    )
+    grid, constants = _launch_constants(plan)
+    with device_guard(grad_y):
+        launch(
+            denoise_step_backward_kernel,
+            grid,
+            grad_y,
+            grad_m,
+            mask,
+            grad_sample,
+            grad_output,
+            table,
+            step,
+            table.shape[0],
+            plan.numel,
+            plan.inner,
+            0 if frame is None else frame.cond,
+            0 if frame is None else frame.uncond,
+            1.0 if guide.scale is None else guide.scale,
+            guide.channels or 0,
+            GY=gys,
+            GM=gms,
+            GX=gxs,
+            GO=gos,
+            STEP_ON_DEVICE=isinstance(step, torch.Tensor),
+            GUIDED=guide.scale is not None,
+            **constants,
+        )

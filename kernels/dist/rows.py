@@ -1,0 +1,281 @@
+"""Bodies of the DIST kernels. Equations, bytes and launch plan stand in losses_dist.py.
+
+What a row needs later is kept as [6, rows]: log2-sum-exp of student and teacher, 1/D, v_s, v_t, ρ.
+What a column needs is kept as [5, V]: mean of q and p, 1/D, v_s, v_t.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common.rows import scalar
+
+
+@triton.jit
+def _finished(upstream_ptr, EARLY_EXIT: tl.constexpr):
+    """Whether the forward launches have written exactly the gradient that is asked for."""
+    done = False
+    if EARLY_EXIT:
+        done = tl.load(upstream_ptr).to(tl.float32) == 1.0
+    return done
+
+
+@triton.jit
+def _correlation(ab, aa, bb):
+    """ρ = ab/(|a||b| + ε), and its derivatives' factors: ∂ρ/∂a = b/D - v_s·a, ∂ρ/∂b = a/D - v_t·b."""
+    a, b = tl.sqrt(aa), tl.sqrt(bb)
+    inv = 1.0 / (a * b + 1e-8)
+    rho = ab * inv
+    v_s = tl.where(aa > 0.0, rho * inv * b / tl.where(aa > 0.0, a, 1.0), 0.0)
+    v_t = tl.where(bb > 0.0, rho * inv * a / tl.where(bb > 0.0, b, 1.0), 0.0)
+    return rho, inv, v_s, v_t
+
+
+@triton.jit
+def _tile(ptr, row_at, classes, stride, live):
+    return tl.load(ptr + row_at[:, None] + classes[None, :] * stride, mask=live, other=float("-inf")).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def _row_starts(rows, inner, outer_stride, inner_stride, UNIT: tl.constexpr):
+    outer = tl.cast(rows // inner, tl.int64) * UNIT
+    return outer * outer_stride + tl.cast(rows % inner, tl.int64) * inner_stride
+
+
+@triton.jit
+def dist_rows_kernel(
+    s_ptr, t_ptr, row_ptr, upstream_ptr, temperature, temperature_ptr, num_rows, inner,
+    s_outer, s_inner, s_class, t_outer, t_inner, t_class,
+    V: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, T_PTR: tl.constexpr,
+    EARLY_EXIT: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exps of some rows, then their correlations: a second read, from the cache."""
+    if _finished(upstream_ptr, EARLY_EXIT):
+        return
+    k = 1.4426950408889634 / scalar(temperature, temperature_ptr, T_PTR)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = rows < num_rows
+    s_at = _row_starts(rows, inner, s_outer, s_inner, UNIT)
+    t_at = _row_starts(rows, inner, t_outer, t_inner, UNIT)
+    # Online log-sum-exp a lane; a peak starts finite, since -inf - -inf would be NaN.
+    s_peak = tl.full([ROWS, BLOCK], -1e38, tl.float32)
+    t_peak = tl.full([ROWS, BLOCK], -1e38, tl.float32)
+    s_acc = tl.zeros([ROWS, BLOCK], tl.float32)
+    t_acc = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        live = valid[:, None] & (classes < V)[None, :]
+        s, t = _tile(s_ptr, s_at, classes, s_class, live), _tile(t_ptr, t_at, classes, t_class, live)
+        s_new, t_new = tl.maximum(s_peak, s), tl.maximum(t_peak, t)
+        s_acc = s_acc * tl.exp2((s_peak - s_new) * k) + tl.exp2((s - s_new) * k)
+        t_acc = t_acc * tl.exp2((t_peak - t_new) * k) + tl.exp2((t - t_new) * k)
+        s_peak, t_peak = s_new, t_new
+    s_top, t_top = tl.max(s_peak, axis=1), tl.max(t_peak, axis=1)
+    s_log = s_top * k + tl.log2(tl.sum(s_acc * tl.exp2((s_peak - s_top[:, None]) * k), axis=1))
+    t_log = t_top * k + tl.log2(tl.sum(t_acc * tl.exp2((t_peak - t_top[:, None]) * k), axis=1))
+
+    ab = tl.zeros([ROWS, BLOCK], tl.float32)
+    aa = tl.zeros([ROWS, BLOCK], tl.float32)
+    bb = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        live = valid[:, None] & (classes < V)[None, :]
+        s, t = _tile(s_ptr, s_at, classes, s_class, live), _tile(t_ptr, t_at, classes, t_class, live)
+        a = tl.where(live, tl.exp2(s * k - s_log[:, None]) - 1.0 / V, 0.0)  # probabilities sum to 1
+        b = tl.where(live, tl.exp2(t * k - t_log[:, None]) - 1.0 / V, 0.0)
+        ab += a * b
+        aa += a * a
+        bb += b * b
+    rho, inv, v_s, v_t = _correlation(tl.sum(ab, axis=1), tl.sum(aa, axis=1), tl.sum(bb, axis=1))
+    tl.store(row_ptr + rows, s_log, mask=valid)
+    tl.store(row_ptr + num_rows + rows, t_log, mask=valid)
+    tl.store(row_ptr + 2 * num_rows + rows, inv, mask=valid)
+    tl.store(row_ptr + 3 * num_rows + rows, v_s, mask=valid)
+    tl.store(row_ptr + 4 * num_rows + rows, v_t, mask=valid)
+    tl.store(row_ptr + 5 * num_rows + rows, rho, mask=valid)
+
+
+@triton.jit
+def _merge(n, mean_a, mean_b, ab, aa, bb, n_, mean_a_, mean_b_, ab_, aa_, bb_):
+    """Counts, means and centred moments of two groups of rows together (Chan et al. 1983): nothing cancels."""
+    total = tl.maximum(n + n_, 1.0)
+    d_a, d_b = mean_a_ - mean_a, mean_b_ - mean_b
+    between = n * n_ / total
+    share = n_ / total
+    return (
+        n + n_, mean_a + d_a * share, mean_b + d_b * share,
+        ab + ab_ + d_a * d_b * between, aa + aa_ + d_a * d_a * between, bb + bb_ + d_b * d_b * between,
+    )  # fmt: skip
+
+
+@triton.jit
+def dist_columns_kernel(
+    s_ptr, t_ptr, row_ptr, part_ptr, upstream_ptr, temperature, temperature_ptr, num_rows, inner, rows_per_split,
+    s_outer, s_inner, s_class, t_outer, t_inner, t_class,
+    V: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, T_PTR: tl.constexpr,
+    EARLY_EXIT: tl.constexpr,
+):  # fmt: skip
+    """Moments of some columns over some of the rows."""
+    if _finished(upstream_ptr, EARLY_EXIT):
+        return
+    k = 1.4426950408889634 / scalar(temperature, temperature_ptr, T_PTR)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    classes = columns.to(tl.int64)
+    first = tl.program_id(1) * rows_per_split
+    last = tl.minimum(first + rows_per_split, num_rows)
+    zero = tl.zeros([COLUMNS], tl.float32)
+    n = 0.0
+    mean_a, mean_b, ab, aa, bb = zero, zero, zero, zero, zero
+    for start in range(first, last, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        valid = rows < last
+        live = valid[:, None] & (columns < V)[None, :]
+        s = _tile(s_ptr, _row_starts(rows, inner, s_outer, s_inner, UNIT), classes, s_class, live)
+        t = _tile(t_ptr, _row_starts(rows, inner, t_outer, t_inner, UNIT), classes, t_class, live)
+        s_log = tl.load(row_ptr + rows, mask=valid, other=0.0)
+        t_log = tl.load(row_ptr + num_rows + rows, mask=valid, other=0.0)
+        q, p = tl.exp2(s * k - s_log[:, None]), tl.exp2(t * k - t_log[:, None])
+        count = tl.minimum(last - start, ROWS).to(tl.float32)
+        q_mean, p_mean = tl.sum(q, axis=0) / count, tl.sum(p, axis=0) / count
+        a = tl.where(live, q - q_mean[None, :], 0.0)
+        b = tl.where(live, p - p_mean[None, :], 0.0)
+        n, mean_a, mean_b, ab, aa, bb = _merge(
+            n, mean_a, mean_b, ab, aa, bb,
+            count, q_mean, p_mean, tl.sum(a * b, axis=0), tl.sum(a * a, axis=0), tl.sum(b * b, axis=0),
+        )  # fmt: skip
+    part = part_ptr + tl.cast(tl.program_id(1), tl.int64) * 5 * V + columns
+    tl.store(part, mean_a, mask=columns < V)
+    tl.store(part + V, mean_b, mask=columns < V)
+    tl.store(part + 2 * V, ab, mask=columns < V)
+    tl.store(part + 3 * V, aa, mask=columns < V)
+    tl.store(part + 4 * V, bb, mask=columns < V)
+
+
+@triton.jit
+def dist_merge_kernel(
+    row_ptr, part_ptr, column_ptr, partial_ptr, counter_ptr, loss_ptr, upstream_ptr,
+    temperature, temperature_ptr, divisor, divisor_ptr, beta, gamma, num_rows, rows_per_split, splits,
+    V: tl.constexpr, COLUMNS: tl.constexpr, T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr,
+    EARLY_EXIT: tl.constexpr, REDUCE: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits in a fixed order; the program that finishes last writes the loss."""
+    if _finished(upstream_ptr, EARLY_EXIT):
+        return
+    pid = tl.program_id(0)
+    columns = pid * COLUMNS + tl.arange(0, COLUMNS)
+    live = columns < V
+    zero = tl.zeros([COLUMNS], tl.float32)
+    n = 0.0
+    mean_a, mean_b, ab, aa, bb = zero, zero, zero, zero, zero
+    for split in range(0, splits):
+        part = part_ptr + tl.cast(split, tl.int64) * 5 * V + columns
+        count = tl.minimum(num_rows - split * rows_per_split, rows_per_split).to(tl.float32)
+        n, mean_a, mean_b, ab, aa, bb = _merge(
+            n, mean_a, mean_b, ab, aa, bb,
+            count, tl.load(part, mask=live, other=0.0), tl.load(part + V, mask=live, other=0.0),
+            tl.load(part + 2 * V, mask=live, other=0.0), tl.load(part + 3 * V, mask=live, other=0.0),
+            tl.load(part + 4 * V, mask=live, other=0.0),
+        )  # fmt: skip
+    rho, inv, v_s, v_t = _correlation(ab, aa, bb)
+    tl.store(column_ptr + columns, mean_a, mask=live)
+    tl.store(column_ptr + V + columns, mean_b, mask=live)
+    tl.store(column_ptr + 2 * V + columns, inv, mask=live)
+    tl.store(column_ptr + 3 * V + columns, v_s, mask=live)
+    tl.store(column_ptr + 4 * V + columns, v_t, mask=live)
+    if REDUCE:
+        tl.store(partial_ptr + pid, tl.sum(tl.where(live, 1.0 - rho, 0.0), axis=0))
+        # One scalar store a program, then a release: nobody reads a partial before its counter has moved.
+        tl.debug_barrier()
+        programs = tl.num_programs(0)
+        arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+        if arrived == programs - 1:
+            intra = tl.zeros([1024], tl.float32)
+            inter = tl.zeros([1024], tl.float32)
+            for start in range(0, programs, 1024):
+                at = start + tl.arange(0, 1024)
+                intra += tl.load(partial_ptr + at, mask=at < programs, other=0.0, volatile=True)
+            for start in range(0, num_rows, 1024):
+                at = start + tl.arange(0, 1024)
+                inter += 1.0 - tl.load(row_ptr + 5 * num_rows + at, mask=at < num_rows, other=1.0)
+            T = scalar(temperature, temperature_ptr, T_PTR)
+            factor = T * T / scalar(divisor, divisor_ptr, DIVISOR_PTR)
+            loss = beta * (tl.sum(inter, axis=0) / num_rows) + gamma * (tl.sum(intra, axis=0) / V)
+            tl.store(loss_ptr, factor * loss)
+            tl.store(counter_ptr, 0)
+
+
+@triton.jit
+def _slope(a, b, inv, v, a_column, b_column, inv_column, v_column, inter, intra, live):
+    """∂loss/∂probability, without T²: what raises the two correlations lowers the loss."""
+    row = inv[:, None] * b - v[:, None] * a
+    column = inv_column[None, :] * b_column - v_column[None, :] * a_column
+    return tl.where(live, -(inter * row + intra * column), 0.0)
+
+
+@triton.jit
+def dist_gradient_kernel(
+    s_ptr, t_ptr, gs_ptr, gt_ptr, row_ptr, column_ptr, upstream_ptr,
+    temperature, temperature_ptr, divisor, divisor_ptr, beta, gamma, num_rows, inner,
+    s_outer, s_inner, s_class, t_outer, t_inner, t_class, gs_outer, gs_inner, gs_class, gt_outer, gt_inner, gt_class,
+    V: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, T_PTR: tl.constexpr,
+    DIVISOR_PTR: tl.constexpr, UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr,
+    GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
+):  # fmt: skip
+    """Σ q·slope of some rows, then their gradients: a second read, from the cache."""
+    if _finished(upstream_ptr, EARLY_EXIT):
+        return
+    T = scalar(temperature, temperature_ptr, T_PTR)
+    factor = T / scalar(divisor, divisor_ptr, DIVISOR_PTR)  # T² of the loss over T of the softmax
+    if UPSTREAM:
+        factor *= tl.load(upstream_ptr).to(tl.float32)
+    k = 1.4426950408889634 / T
+    inter, intra = factor * beta / num_rows, factor * gamma / V
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = rows < num_rows
+    s_at = _row_starts(rows, inner, s_outer, s_inner, UNIT)
+    t_at = _row_starts(rows, inner, t_outer, t_inner, UNIT)
+    s_log = tl.load(row_ptr + rows, mask=valid, other=0.0)
+    t_log = tl.load(row_ptr + num_rows + rows, mask=valid, other=0.0)
+    inv = tl.load(row_ptr + 2 * num_rows + rows, mask=valid, other=0.0)
+    v_s = tl.load(row_ptr + 3 * num_rows + rows, mask=valid, other=0.0)
+    v_t = tl.load(row_ptr + 4 * num_rows + rows, mask=valid, other=0.0)
+    s_total = tl.zeros([ROWS], tl.float32)
+    t_total = tl.zeros([ROWS], tl.float32)
+    for store in tl.static_range(2):
+        for start in range(0, V, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            classes = columns.to(tl.int64)
+            inside = columns < V
+            live = valid[:, None] & inside[None, :]
+            s, t = _tile(s_ptr, s_at, classes, s_class, live), _tile(t_ptr, t_at, classes, t_class, live)
+            q, p = tl.exp2(s * k - s_log[:, None]), tl.exp2(t * k - t_log[:, None])
+            a_column = q - tl.load(column_ptr + columns, mask=inside, other=0.0)[None, :]
+            b_column = p - tl.load(column_ptr + V + columns, mask=inside, other=0.0)[None, :]
+            inv_column = tl.load(column_ptr + 2 * V + columns, mask=inside, other=0.0)
+            if GRAD_S:
+                v_column = tl.load(column_ptr + 3 * V + columns, mask=inside, other=0.0)
+                slope = _slope(q - 1.0 / V, p - 1.0 / V, inv, v_s, a_column, b_column, inv_column, v_column,
+                               inter, intra, live)  # fmt: skip
+                if store == 0:
+                    s_total += tl.sum(q * slope, axis=1)
+                else:
+                    at = (
+                        _row_starts(rows, inner, gs_outer, gs_inner, UNIT)[:, None]
+                        + classes[None, :] * gs_class
+                    )
+                    grad = q * (slope - s_total[:, None])
+                    tl.store(gs_ptr + at, grad.to(gs_ptr.dtype.element_ty), mask=live)
+            if GRAD_T:
+                v_column = tl.load(column_ptr + 4 * V + columns, mask=inside, other=0.0)
+                slope = _slope(p - 1.0 / V, q - 1.0 / V, inv, v_t, b_column, a_column, inv_column, v_column,
+                               inter, intra, live)  # fmt: skip
+                if store == 0:
+                    t_total += tl.sum(p * slope, axis=1)
+                else:
+                    at = (
+                        _row_starts(rows, inner, gt_outer, gt_inner, UNIT)[:, None]
+                        + classes[None, :] * gt_class
+                    )
+                    grad = p * (slope - t_total[:, None])
+                    tl.store(gt_ptr + at, grad.to(gt_ptr.dtype.element_ty), mask=live)

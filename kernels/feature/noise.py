@@ -1,0 +1,177 @@
+"""The diffusion loss of DiffKD (Huang et al. 2023, Eq. 5): noising beside the time embedding, and the error in ε.
+
+    x_t  = √ᾱ_t·x + √(1-ᾱ_t)·ε + E[t]         DDPM, Ho et al. 2020, Eq. 4; E the learned embedding, one row a t
+    L    = Σ(ε̂ - ε)²/N,  dε̂ = 2·(ε̂ - ε)/N      Eq. 14 there, the simple loss
+    dE[t] = Σ of the upstream gradient over the samples that have t, and over their positions
+
+ε are Philox normals keyed by (seed, element), elements numbered row-major whatever the layout: both launches
+draw the same, and nothing of it is ever stored.
+
+Bytes moved, X = bytes of x: x_t 2X; L 2X with its gradient, in one launch, and then nothing in a backward
+whose upstream gradient is 1; dE X and E, which begins at zero.
+
+Launch plan: x_t as blocks of a sample, contiguous or channels_last, which read 16 bytes a thread; there the
+channel is a division by a compile-time constant. L walks over any strides (common/strided.py). dE: the first sample
+of a timestep sums for all that share it, in the batch's order, so that results repeat bit by bit. Channels_last
+costs four times the Philox work, since neighbours in memory are not neighbours in the numbering. Bodies:
+noise_bodies.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..launch import arrival_counter, device_guard, launch
+from .noise_bodies import add_noise_embed_kernel, embedding_gradient_kernel, noise_mse_kernel
+from .plan import MAX_GRID_Y, blocks, mix_plan, walked
+
+
+def noise_mse(
+    prediction: torch.Tensor,
+    seed: int | torch.Tensor,
+    *,
+    loss: torch.Tensor | None = None,
+    grad: torch.Tensor | None = None,
+    upstream: torch.Tensor | None = None,
+    exit_if_one: bool = False,
+) -> None:
+    """Launch the error in ε once; ``loss`` and ``grad`` are written where given.
+
+    Args:
+        prediction: ε̂, any strides; float32, bfloat16 or float16.
+        seed: Of the noise; an int, or an int64 tensor of one element on the device.
+        loss: 0-d float32.
+        grad: Of ε̂'s shape.
+        upstream: Gradient of the loss, 0-d; None: 1.
+        exit_if_one: Do nothing if ``upstream`` is 1: the gradient is there already.
+    """
+    strides = (prediction.stride(), None if grad is None else grad.stride())
+    plan, (ps, gs), element, run = walked(tuple(prediction.shape), strides, True)
+    programs, constants = blocks(plan, mix_plan(plan.numel))
+    with device_guard(prediction):
+        launch(
+            noise_mse_kernel,
+            (programs,),
+            prediction,
+            grad,
+            upstream,
+            loss,
+            None if loss is None else prediction.new_empty(programs, dtype=torch.float32),
+            None if loss is None else arrival_counter(prediction.device),
+            seed,
+            plan.numel,
+            plan.inner,
+            1.0 / plan.numel,
+            P=ps,
+            GRAD=gs,
+            E=element,
+            NOISE_RUN=run,
+            SEED_ON_DEVICE=isinstance(seed, torch.Tensor),
+            EARLY_EXIT=exit_if_one,
+            **constants,
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A dense ``[B, C, …]`` tensor: values of a channel in a sample, and whether channels come last in memory."""
+
+    channels: int
+    span: int
+    last: bool
+
+
+def layout(x: torch.Tensor) -> Layout | None:
+    """How ``x`` lies, or None where it has to be copied first."""
+    channels, span = x.shape[1], math.prod(x.shape[2:])
+    if x.is_contiguous():
+        return Layout(channels, span, False)
+    return Layout(channels, span, True) if x.movedim(1, -1).is_contiguous() else None
+
+
+def add_noise_embed(
+    x: torch.Tensor,
+    found: Layout,
+    timesteps: torch.Tensor,
+    table: torch.Tensor,
+    embedding: torch.Tensor | None,
+    out: torch.Tensor,
+    seed: int | torch.Tensor,
+) -> None:
+    """Launch the noising once, into ``out``.
+
+    Args:
+        x: ``[B, C, …]`` as ``found`` says; float32, bfloat16 or float16.
+        found: Its layout.
+        timesteps: Integers ``[B]``, contiguous.
+        table: ᾱ, float32 ``[T]``, contiguous.
+        embedding: E ``[rows, C]``, contiguous, or None.
+        out: Laid out as x.
+        seed: Of the noise; an int, or an int64 tensor of one element on the device.
+    """
+    width = found.channels * found.span
+    if x.numel() == 0:
+        return
+    plan = mix_plan(width)
+    with device_guard(x):
+        launch(
+            add_noise_embed_kernel,
+            (-(-width // plan.block), min(x.shape[0], MAX_GRID_Y)),
+            x,
+            timesteps,
+            table,
+            embedding,
+            out,
+            seed,
+            x.shape[0],
+            table.shape[0],
+            0 if embedding is None else embedding.shape[0],
+            C=found.channels,
+            SPAN=found.span,
+            LAST=found.last,
+            # Four neighbours share a Philox counter where a block begins a whole group of them.
+            NOISE_RUN=not found.last and width % 4 == 0,
+            SEED_ON_DEVICE=isinstance(seed, torch.Tensor),
+            BLOCK=plan.block,
+            num_warps=plan.num_warps,
+            enable_fp_fusion=True,
+        )
+
+
+def embedding_gradient(
+    upstream: torch.Tensor, found: Layout, timesteps: torch.Tensor, grad: torch.Tensor
+) -> None:
+    """Launch the embedding's gradient once: rows of ``grad`` (zeros) whose timestep occurs are written.
+
+    Args:
+        upstream: Gradient of x_t ``[B, C, …]`` as ``found`` says.
+        found: Its layout.
+        timesteps: Integers ``[B]``, contiguous.
+        grad: ``[rows, C]``, contiguous, zeros.
+    """
+    if upstream.numel() == 0:
+        return
+    positions = min(256, 1 << max(0, found.span - 1).bit_length())
+    channels = max(1, min(64, 1024 // positions, 1 << max(0, found.channels - 1).bit_length()))
+    with device_guard(upstream):
+        launch(
+            embedding_gradient_kernel,
+            (-(-found.channels // channels), upstream.shape[0]),
+            upstream,
+            timesteps,
+            grad,
+            upstream.shape[0],
+            grad.shape[0],
+            C=found.channels,
+            SPAN=found.span,
+            LAST=found.last,
+            BC=channels,
+            BM=positions,
+            BB=1024,
+            WIDE=upstream.numel() >= 2**31 - 2**16,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )

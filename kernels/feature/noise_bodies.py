@@ -1,0 +1,109 @@
+"""Bodies of the noising kernels; equations, traffic and launch plans: noise.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common.normal import normal_at, normal_run
+from ..common.reduce import reduce_last
+from ..common.walk import locate, offset_of
+from .bodies import key_of, normals
+
+
+@triton.jit(do_not_specialize=["seed", "inverse_n"])
+def noise_mse_kernel(
+    p_ptr, grad_ptr, upstream_ptr, loss_ptr, partial_ptr, counter_ptr, seed, numel, inner, inverse_n,
+    P: tl.constexpr, GRAD: tl.constexpr, E: tl.constexpr,
+    SIZES: tl.constexpr, NDIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    NOISE_RUN: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, EARLY_EXIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The squared error against normals that are drawn here, and its gradient."""
+    factor = 2.0 * inverse_n
+    if upstream_ptr is not None:
+        upstream = tl.load(upstream_ptr).to(tl.float32)
+        if EARLY_EXIT:
+            if upstream == 1.0:  # the forward launch wrote exactly this gradient
+                return
+        factor *= upstream
+    _start, live, column, c0, c1, c2, c3, c4, c5 = locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
+    p = tl.load(p_ptr + offset_of(c0, c1, c2, c3, c4, c5, P, NDIM), mask=live, other=0).to(tl.float32)
+    step = tl.full([], 0, tl.int64)
+    key = key_of(seed, SEED_ON_DEVICE)
+    e = normals(key, step, 0, column, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, BLOCK)
+    error = tl.where(live, p - e, 0.0)
+    if grad_ptr is not None:
+        at = offset_of(c0, c1, c2, c3, c4, c5, GRAD, NDIM)
+        tl.store(grad_ptr + at, (factor * error).to(grad_ptr.dtype.element_ty), mask=live)
+    if loss_ptr is not None:
+        reduce_last(tl.sum(error * error, axis=0) * inverse_n, loss_ptr, partial_ptr, counter_ptr, 1024)
+
+
+@triton.jit(do_not_specialize=["seed", "batch", "steps", "rows"])
+def add_noise_embed_kernel(
+    x_ptr, t_ptr, table_ptr, e_ptr, out_ptr, seed, batch, steps, rows,
+    C: tl.constexpr, SPAN: tl.constexpr, LAST: tl.constexpr,
+    NOISE_RUN: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """√ᾱ_t·x + √(1-ᾱ_t)·ε + E[t] of one block of a sample, for every sample that this program has."""
+    W: tl.constexpr = C * SPAN
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < W
+    channel = at % C if LAST else at // SPAN
+    element = channel * SPAN + at // C if LAST else at  # in row-major order, whatever the layout
+    key = key_of(seed, SEED_ON_DEVICE)
+    step = tl.full([], 0, tl.int64)
+    for b in range(tl.program_id(1), batch, tl.num_programs(1)):
+        sample = tl.full([], 0, tl.int64) + b
+        t = tl.load(t_ptr + sample).to(tl.int64)
+        # A timestep outside the tables cannot be refused without waiting for the device: NaN.
+        known = (t >= 0) & (t < steps)
+        bar = tl.load(table_ptr + t, mask=known, other=float("nan"))
+        if NOISE_RUN:
+            e = normal_run(key, step, sample * W + tl.program_id(0) * BLOCK, BLOCK)
+        else:
+            e = normal_at(key, step, sample * W + element)
+        x = tl.load(x_ptr + sample * W + at, mask=live, other=0).to(tl.float32)
+        out = tl.sqrt(bar) * x + tl.sqrt(1.0 - bar) * e
+        if e_ptr is not None:
+            held = live & (t >= 0) & (t < rows)
+            out += tl.load(e_ptr + t * C + channel, mask=held, other=float("nan")).to(tl.float32)
+        tl.store(out_ptr + sample * W + at, out.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["batch", "rows"])
+def embedding_gradient_kernel(
+    g_ptr, t_ptr, grad_ptr, batch, rows,
+    C: tl.constexpr, SPAN: tl.constexpr, LAST: tl.constexpr,
+    BC: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Σ of g over all samples of one timestep and all their positions, by the first sample that has it."""
+    first = tl.program_id(1)
+    t = tl.load(t_ptr + first)
+    if (t < 0) | (t >= rows):
+        return
+    earlier = tl.full([BB], 0, tl.int32)
+    for start in range(0, first, BB):
+        at = start + tl.arange(0, BB)
+        others = tl.load(t_ptr + at, mask=at < first, other=-1)
+        earlier += (others == t).to(tl.int32)
+    if tl.sum(earlier, axis=0) > 0:
+        return
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    lanes = tl.arange(0, BM)
+    total = tl.zeros([BC, BM], tl.float32)
+    for b in range(first, batch):
+        if tl.load(t_ptr + b) == t:
+            base = b * (C * SPAN)
+            if WIDE:
+                base = b.to(tl.int64) * (C * SPAN)
+            for start in range(0, SPAN, BM):
+                s = start + lanes
+                if LAST:
+                    at = s[None, :] * C + c[:, None]
+                else:
+                    at = c[:, None] * SPAN + s[None, :]
+                live = (c < C)[:, None] & (s < SPAN)[None, :]
+                total += tl.load(g_ptr + base + at, mask=live, other=0).to(tl.float32)
+    row = tl.sum(total, axis=1).to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + t.to(tl.int64) * C + c, row, mask=c < C)

@@ -1,0 +1,56 @@
+"""What the launchers of the feature family share: plans, walks and the constants of a launch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from ..common.strided import Strides, Walk, contiguous, iteration_order, walk
+
+#: What CUDA allows along the second grid dimension; programs loop over further samples.
+MAX_GRID_Y = 65535
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """What one launch looks like: elements a program, and its warps."""
+
+    block: int
+    num_warps: int
+
+
+def mix_plan(numel: int) -> FeaturePlan:
+    """Eight elements a thread, so that 16-bit features move 16 bytes a load; ``numel`` of one sample."""
+    return FeaturePlan(1024, 4) if numel >= 4096 else FeaturePlan(256, 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def walked(
+    shape: tuple[int, ...], strides: tuple[Strides | None, ...], noise: bool
+) -> tuple[Walk, tuple[Strides | None, ...], Strides | None, bool]:
+    """One walk over all operands (the first decides the order): it, their strides, E's, and whether E runs."""
+    operands = [own for own in strides if own is not None]
+    every = [*operands, contiguous(shape)] if noise else operands
+    plan = walk(shape, iteration_order(shape, operands[0]), tuple(every), aligned=8)
+    found = iter(plan.strides)
+    walked = tuple(next(found) if own is not None else None for own in strides)
+    element = plan.strides[-1] if noise else None
+    # Four neighbours share a Philox counter where a block holds whole groups of them.
+    run = element is not None and plan.rows and element[0] == 1 and not any(s % 4 for s in element[1:])
+    return plan, walked, element, run
+
+
+def blocks(plan: Walk, chosen: FeaturePlan) -> tuple[int, dict[str, Any]]:
+    """Programs of one walk, and the compile-time constants that all kernels share."""
+    rows, length = (plan.numel // plan.inner, plan.inner) if plan.rows else (1, plan.numel)
+    constants = {
+        "SIZES": plan.sizes,
+        "NDIM": plan.ndim,
+        "ROWS": plan.rows,
+        "WIDE": plan.wide,
+        "BLOCK": chosen.block,
+        "num_warps": chosen.num_warps,
+        "enable_fp_fusion": True,
+    }
+    return rows * -(-length // chosen.block), constants

@@ -1,0 +1,200 @@
+"""Rows as tuples of [row, lane] chunks: nothing is padded to a power of two, and rows may begin anywhere.
+
+Where V·itemsize is no multiple of 16 bytes (WINDOW > 0), a row is read from the 16 bytes before its first class,
+by whole 16-byte groups. A group at either end also holds a neighbour's classes: those are blotted out, and the two
+groups' gradients are written one by one. Equations, bytes and launch plans stand in the package.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common.reduce import reduce_last
+from ..common.rows import gap_of, near_terms, row_factor, scalar, store_gradient
+
+
+@triton.jit
+def _chunk(
+    s_at, t_at, c: tl.constexpr, lane, shift, V: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr
+):
+    """One chunk of student and teacher, -inf where it holds no class of this row."""
+    first: tl.constexpr = c * WIDTH
+    group = first + (lane // WINDOW * WINDOW if WINDOW > 0 else lane)
+    if first + WIDTH > V:  # decided while compiling: only the last chunks can pass the end
+        live = group < V + shift
+        s = tl.load(s_at + first, mask=live, other=float("-inf")).to(tl.float32)
+        t = tl.load(t_at + first, mask=live, other=float("-inf")).to(tl.float32)
+    else:
+        s = tl.load(s_at + first).to(tl.float32)
+        t = tl.load(t_at + first).to(tl.float32)
+    if WINDOW > 0:
+        if c == 0:
+            own = lane >= shift
+            s, t = tl.where(own, s, float("-inf")), tl.where(own, t, float("-inf"))
+        if first + WIDTH > V:
+            own = first + lane < V + shift
+            s, t = tl.where(own, s, float("-inf")), tl.where(own, t, float("-inf"))
+    return s, t
+
+
+@triton.jit
+def _whole(c: tl.constexpr, lane, shift, valid, V: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr):
+    """Where a chunk's gradients are stored wide: everywhere but in a window's first and last group."""
+    first: tl.constexpr = c * WIDTH
+    keep = valid
+    if WINDOW > 0:
+        group = first + lane // WINDOW * WINDOW
+        if c == 0:
+            keep = keep & (group > 0)
+        if first + WIDTH > V - WINDOW:
+            keep = keep & (group < (V - 1 + shift) // WINDOW * WINDOW)
+    elif first + WIDTH > V:
+        keep = keep & (first + lane < V)
+    return keep
+
+
+@triton.jit
+def kd_kl_chunks_kernel(
+    s_ptr, t_ptr, gs_ptr, gt_ptr, rows_ptr, loss_ptr, partial_ptr, counter_ptr,
+    weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr,
+    num_rows, inner,
+    s_outer, s_inner, s_class, t_outer, t_inner, t_class, gs_outer, gs_inner, gs_class, gt_outer, gt_inner, gt_class,
+    V: tl.constexpr, UNIT: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    WINDOW: tl.constexpr, T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr, WEIGHT: tl.constexpr, MASK: tl.constexpr,
+    UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
+    STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr, NEAR: tl.constexpr = True,
+):  # fmt: skip
+    """One read of each logit, one write of each gradient."""
+    T = scalar(temperature, temperature_ptr, T_PTR)
+    factor = T * T / scalar(divisor, divisor_ptr, DIVISOR_PTR)
+    if UPSTREAM == 1:
+        upstream = tl.load(upstream_ptr).to(tl.float32)
+        if EARLY_EXIT:
+            if upstream == 1.0:  # the forward launch wrote exactly this gradient
+                return
+        factor *= upstream
+    inv_t = 1.0 / T
+    k = inv_t * 1.4426950408889634
+
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = rows < num_rows
+    scale, counts = row_factor(
+        rows, valid, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
+    )
+    # Rows past the end read the last one again: loads need no mask.
+    outer = tl.cast(tl.minimum(rows, num_rows - 1), tl.int64)[:, None] * UNIT
+    lane = tl.arange(0, WIDTH)[None, :]
+    shift = tl.zeros([ROWS, 1], tl.int32)
+    s_from, t_from, gs_from, gt_from = outer * s_outer, outer * t_outer, outer * gs_outer, outer * gt_outer
+    if WINDOW > 0:  # every tensor's rows lie alike: one shift does for all
+        shift = (s_from % WINDOW).to(tl.int32)
+        s_from = s_from // WINDOW * WINDOW
+        t_from, gs_from, gt_from = s_from, s_from, s_from
+    s_at, t_at = s_ptr + s_from + lane, t_ptr + t_from + lane
+    gs_at, gt_at = s_at, t_at
+    if GRAD_S:
+        gs_at = gs_ptr + gs_from + lane
+    if GRAD_T:
+        gt_at = gt_ptr + gt_from + lane
+
+    s = ()
+    t = ()
+    for c in tl.static_range(CHUNKS):
+        s_c, t_c = _chunk(s_at, t_at, c, lane, shift, V, WIDTH, WINDOW)
+        s += (s_c,)
+        t += (t_c,)
+    s_peak = s[0]
+    t_peak = t[0]
+    for c in tl.static_range(1, CHUNKS):
+        s_peak = tl.maximum(s_peak, s[c])
+        t_peak = tl.maximum(t_peak, t[c])
+    s_top = tl.max(s_peak, axis=1)[:, None] * k
+    t_top = tl.max(t_peak, axis=1)[:, None] * k
+
+    # q and p, not yet normalised, take the place of the logits; gaps live on only for the teacher's gradient.
+    q = ()
+    p = ()
+    gaps = ()
+    s_acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    t_acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    cross = tl.zeros([ROWS, WIDTH], tl.float32)
+    top_ratio = t_top - s_top
+    for c in tl.static_range(CHUNKS):
+        gap = gap_of(s[c], t[c], k, top_ratio)
+        q_c = tl.exp2(s[c] * k - s_top)
+        p_c = tl.exp2(t[c] * k - t_top)
+        s_acc += q_c
+        t_acc += p_c
+        cross += p_c * gap
+        q += (q_c,)
+        p += (p_c,)
+        if GRAD_T:
+            gaps += (gap,)
+    s_inv = 1.0 / tl.sum(s_acc, axis=1)[:, None]
+    t_sum = tl.sum(t_acc, axis=1)[:, None]
+    t_inv = 1.0 / t_sum
+    sum_ratio = tl.log2(t_sum * s_inv)
+    kl = (tl.sum(cross, axis=1)[:, None] * t_inv - sum_ratio) * 0.6931471805599453
+
+    g = tl.where(counts, scale * inv_t, 0.0)[:, None]
+    keep = counts[:, None]
+    store = valid[:, None]
+    centre = tl.zeros([ROWS, 1], tl.float32)
+    log_ratio = top_ratio + sum_ratio
+    closest = 1.0
+    if NEAR:
+        closest = tl.min(tl.min(tl.where(keep, kl, 1.0), axis=1), axis=0)
+    if closest < 1e-3:
+        # Some row's student and teacher nearly agree, and its digits have cancelled. Reading the tile again
+        # keeps the other branch, the common one, free of registers that live across.
+        kl_acc = tl.zeros([ROWS, WIDTH], tl.float32)
+        centre_acc = tl.zeros([ROWS, WIDTH], tl.float32)
+        for c in tl.static_range(CHUNKS):
+            s_c, t_c = _chunk(s_at, t_at, c, lane, shift, V, WIDTH, WINDOW)
+            gap = gap_of(s_c, t_c, k, log_ratio)
+            term, difference, _ = near_terms(
+                gap, tl.exp2(t_c * k - t_top) * t_inv, tl.exp2(s_c * k - s_top) * s_inv, t_c > float("-inf")
+            )
+            kl_acc += term
+            centre_acc += difference
+        kl = tl.sum(kl_acc, axis=1)[:, None]
+        centre = tl.sum(centre_acc, axis=1)[:, None]
+        if GRAD_S or GRAD_T:
+            for c in tl.static_range(CHUNKS):
+                s_c, t_c = _chunk(s_at, t_at, c, lane, shift, V, WIDTH, WINDOW)
+                q_c, p_c = tl.exp2(s_c * k - s_top) * s_inv, tl.exp2(t_c * k - t_top) * t_inv
+                gap = gap_of(s_c, t_c, k, log_ratio)
+                _, difference, delta = near_terms(gap, p_c, q_c, t_c > float("-inf"))
+                whole = _whole(c, lane, shift, store, V, WIDTH, WINDOW)
+                if GRAD_S:
+                    store_gradient(gs_at + c * WIDTH, g * (difference - centre * q_c), keep, whole, MASK)
+                if GRAD_T:
+                    store_gradient(gt_at + c * WIDTH, g * p_c * (delta + (centre - kl)), keep, whole, MASK)
+    else:
+        s_scale, t_scale = g * s_inv, g * t_inv
+        for c in tl.static_range(CHUNKS):
+            whole = _whole(c, lane, shift, store, V, WIDTH, WINDOW)
+            if GRAD_S:
+                store_gradient(gs_at + c * WIDTH, q[c] * s_scale - p[c] * t_scale, keep, whole, MASK)
+            if GRAD_T:
+                delta = (gaps[c] - sum_ratio) * 0.6931471805599453
+                store_gradient(gt_at + c * WIDTH, p[c] * t_scale * (delta - kl), keep, whole, MASK)
+    if WINDOW > 0:
+        if GRAD_S or GRAD_T:
+            edge = tl.arange(0, 2 * WINDOW)[None, :]
+            last = (V - 1 + shift) // WINDOW * WINDOW
+            classes = tl.where(edge < WINDOW, edge, edge - WINDOW + last) - shift
+            live = store & (classes >= 0) & (classes < V)
+            offset = s_from + shift + classes
+            s_e = tl.load(s_ptr + offset, mask=live, other=float("-inf")).to(tl.float32)
+            t_e = tl.load(t_ptr + offset, mask=live, other=float("-inf")).to(tl.float32)
+            q_e, p_e = tl.exp2(s_e * k - s_top) * s_inv, tl.exp2(t_e * k - t_top) * t_inv
+            _, difference, delta = near_terms(gap_of(s_e, t_e, k, log_ratio), p_e, q_e, t_e > float("-inf"))
+            if GRAD_S:
+                store_gradient(gs_ptr + offset, g * (difference - centre * q_e), keep, live, MASK)
+            if GRAD_T:
+                store_gradient(gt_ptr + offset, g * p_e * (delta + (centre - kl)), keep, live, MASK)
+    loss = tl.where(counts, scale * tl.sum(kl, axis=1), 0.0)
+    if STORE_ROWS:
+        tl.store(rows_ptr + rows, loss, mask=valid)
+    if REDUCE:
+        reduce_last(tl.sum(loss, axis=0), loss_ptr, partial_ptr, counter_ptr, 1024)

@@ -1,0 +1,45 @@
+"""What rides on the KL pass: cross-entropy with hard labels, and the statistics that replay needs.
+
+With z the student's logits at temperature 1, two labels a row (mixup, Zhang et al. 2018) with factors f₁, f₂, which
+hold weight, λ, divisor and 0 for ignored rows, and smoothing ε (Szegedy et al. 2016, Eq. 7):
+
+    CE       = f·(LSE(z) - ε·mean(z)) - (1-ε)·(f₁·z_y₁ + f₂·z_y₂)        f = f₁ + f₂
+    ∂CE/∂z   = f·(softmax(z) - ε/V) - (1-ε)·(f₁·[c = y₁] + f₂·[c = y₂])
+
+Bytes: 16 (one label) or 28 a row, nothing of size N. Layouts as in kl/rows.py; a row's values are scalars or vectors.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def label_of(label_ptr, factor_ptr, s_row, s_class, rows, counts, row_scale, V: tl.constexpr):
+    """(label, factor, the label's logit) of each row; NaN for a label that is no class."""
+    factor = tl.load(factor_ptr + rows, mask=counts, other=0.0).to(tl.float32) * row_scale
+    label = tl.load(label_ptr + rows, mask=counts, other=0)
+    used = counts & (factor != 0.0)
+    known = used & (label >= 0) & (label < V)
+    logit = tl.load(s_row + label * s_class, mask=known, other=0.0).to(tl.float32)
+    logit = tl.where(used & (known == 0), float("nan"), logit)
+    return label, tl.where(used, factor, 0.0), logit
+
+
+@triton.jit
+def label_loss(lse, mean, first, first_logit, second, second_logit, smoothing):
+    """CE of each row; a row without factors is 0 whatever its logits hold."""
+    both = first + second
+    at_label = tl.where(first != 0.0, first * first_logit, 0.0) + tl.where(
+        second != 0.0, second * second_logit, 0.0
+    )
+    smooth = tl.where(smoothing > 0.0, smoothing * mean, 0.0)
+    return tl.where(both != 0.0, both * (lse - smooth) - (1.0 - smoothing) * at_label, 0.0)
+
+
+@triton.jit
+def label_gradient(probability, classes, label, second_label, first, second, smoothing, V: tl.constexpr):
+    """∂CE/∂z of a tile; the row's values are already broadcast over it."""
+    hard = tl.where(classes == label, first, 0.0) + tl.where(classes == second_label, second, 0.0)
+    both = first + second
+    # Where no label counts, the probability may be NaN.
+    return tl.where(both != 0.0, both * (probability - smoothing / V), 0.0) - (1.0 - smoothing) * hard

@@ -1,0 +1,149 @@
+"""Which launch plan the KL kernels take: one frozen dataclass, chosen by one heuristic from shape and machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import triton
+
+from ..machine import Machine
+
+# Orders of a tile's dimensions, as kl/rows.py reads them.
+CHUNK_ROW_LANE, ROW_CHUNK_LANE, CLASS_PIXEL, ONE_ROW = range(4)
+
+#: A row pair up to this many classes stays in one program's registers.
+MAX_ROW = 16384
+#: The same for a cluster of programs.
+MAX_CLUSTER_ROW = 131072
+#: The same for the class dimension of [B, C, H, W], as a tile and as tuples.
+MAX_CLASSES = 512
+MAX_TUPLE = 40
+
+
+@dataclass(frozen=True)
+class KLPlan:
+    """What one launch looks like.
+
+    Attributes:
+        regime: ``"rows"`` (rows in registers), ``"cluster"`` (a row in the registers of several programs),
+            ``"two_pass"`` (a row read twice by one program), ``"split"`` (the same by several programs a row, in two
+            launches), ``"chunks"`` (rows that begin anywhere, in
+            registers), ``"classes"`` and ``"class_tuple"`` (class dimension not last).
+        layout: The tile's order, one of the constants above.
+        chunks: Classes a lane group steps over; ``chunks * width`` ≥ V (two_pass: one block).
+        rows: Rows (or pixels) a program handles.
+        width: Neighbouring classes handled together by one row's lanes.
+        num_warps: Warps a program.
+        num_ctas: Programs a cluster.
+        splits: Programs a row (split).
+        window: Elements of 16 bytes, when rows begin anywhere and are read from the 16 bytes before; else 0.
+    """
+
+    regime: str
+    layout: int
+    chunks: int
+    rows: int
+    width: int
+    num_warps: int
+    num_ctas: int = 1
+    window: int = 0
+    splits: int = 1
+
+
+@lru_cache(maxsize=1024)
+def kl_plan(
+    num_classes: int,
+    inner: int,
+    class_stride: int,
+    itemsize: int,
+    *,
+    num_rows: int,
+    machine: Machine,
+    unaligned: bool = False,
+    both: bool = False,
+    plain: bool = True,
+) -> KLPlan:
+    """Choose the launch plan of the KL kernels.
+
+    A row's classes are spread over as few lanes as leave each thread about 32 elements of each tensor: fewer
+    lanes mean fewer shuffles, more elements mean spills. Tile orders and sizes come from compiled prototypes
+    (instructions an element and registers), not from timings.
+
+    Args:
+        num_classes: V.
+        inner: Rows that are neighbours in memory; 1 when the class dimension is the last.
+        class_stride: Elements between neighbouring classes.
+        itemsize: Bytes of the widest logit element.
+        num_rows: Rows of all programs together.
+        machine: Where it will run.
+        unaligned: Rows lie class by class, alike in every tensor, and begin where 16 bytes do not.
+        both: The teacher's gradient is wanted, too.
+        plain: Nothing but KL is computed; only the tile and the two-pass kernel know anything else.
+    """
+    if class_stride != 1 and inner > 1 and num_classes <= MAX_CLASSES:
+        return _across_plan(num_classes, itemsize, both, plain)
+    window = 16 // itemsize if unaligned and plain and num_classes >= MIN_WINDOW else 0
+    padded = max(2, triton.next_power_of_2(num_classes))
+    if padded > (MAX_ROW if plain else MAX_ROW // 2):
+        return _long_plan(padded, num_rows, machine, both, plain)
+    if window:
+        return _chunked_plan(num_classes, itemsize, window)
+    if padded > 1024:
+        return KLPlan("rows", ONE_ROW, padded, 1, 1, min(16, max(2, padded // (1024 if plain else 512))))
+    vector = 16 // itemsize
+    while vector > 2 and num_classes % vector:  # a pair at least: single lanes compile badly
+        vector //= 2
+    lanes = min(32, max(1, padded // 32))
+    width = min(padded, lanes * vector)
+    order = ROW_CHUNK_LANE if machine.triton < (3, 7) else CHUNK_ROW_LANE
+    return KLPlan("rows", order, padded // width, 128 // lanes, width, 4)
+
+
+def _chunked_plan(num_classes: int, itemsize: int, window: int) -> KLPlan:
+    """Rows that begin anywhere: at most 5 chunks of 16-byte groups in bfloat16, 10 in float32, a lane."""
+    vector = 16 // itemsize
+    length = num_classes + max(0, window - 1)
+    warps = 1
+    while length > 32 * vector * warps * (40 // vector) and warps < 16:
+        warps *= 2
+    width = 32 * vector * warps
+    rows = max(1, 4 // warps)
+    return KLPlan("chunks", ONE_ROW, triton.cdiv(length, width), rows, width, max(4, warps), window=window)
+
+
+#: Classes that a program of a split row reads at once.
+SPLIT_BLOCK = 4096
+
+#: Below this many classes the two boundary groups of a window cost more than its wide loads save.
+MIN_WINDOW = 512
+
+
+def _across_plan(num_classes: int, itemsize: int, both: bool, plain: bool) -> KLPlan:
+    """[B, C, H, W]: vectors of pixels a thread, as many as its registers hold of every class."""
+    if plain and num_classes <= MAX_TUPLE:
+        pixels = 4 if itemsize == 4 and num_classes <= 19 else 2
+        if both:  # the logits' gaps live on, too
+            pixels = 2 if num_classes <= 21 else 1
+        return KLPlan("class_tuple", CLASS_PIXEL, num_classes, 128 * pixels, 1, 4)
+    padded = max(2, triton.next_power_of_2(num_classes))
+    # bf16 loads hold 8 pixels a thread: half as many threads as float32 for the same wide loads.
+    pixels = max(32, min(256, (8192 if itemsize == 2 and plain else 4096) // padded))
+    warps = 8 if itemsize > 2 and padded * pixels >= 8192 else 4
+    return KLPlan("classes", CLASS_PIXEL, padded, pixels, 1, warps)
+
+
+def _long_plan(padded: int, num_rows: int, machine: Machine, both: bool, plain: bool) -> KLPlan:
+    """Rows that outgrow one program's registers: programs a row, or one that reads it twice."""
+    if plain and num_rows < machine.multiprocessors:
+        # Too few rows to fill the machine: two programs a multiprocessor, of two blocks at least.
+        splits = min(
+            32, padded // (2 * SPLIT_BLOCK), triton.next_power_of_2(2 * machine.multiprocessors // num_rows)
+        )
+        return KLPlan("split", ONE_ROW, SPLIT_BLOCK, 1, 1, 8, splits=splits)
+    # 8 programs is the largest portable cluster; the teacher's gradient needs half as many elements in each.
+    limit = MAX_CLUSTER_ROW // 2 if both else MAX_CLUSTER_ROW
+    clusters = machine.capability >= 90 and machine.triton >= (3, 8) and padded <= limit
+    if plain and clusters:
+        return KLPlan("cluster", ONE_ROW, padded, 1, 1, 16, num_ctas=padded // (8192 if both else 16384))
+    return KLPlan("two_pass", ONE_ROW, 4096, 1, 1, 8)

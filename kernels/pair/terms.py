@@ -1,0 +1,102 @@
+"""What JSD and decoupled KD add up, class by class. Equations stand in the package."""
+
+import triton
+import triton.language as tl
+
+from ..common.rows import near_terms
+
+
+@triton.jit
+def clamped_gap(s, t, k, log_ratio, KIND: tl.constexpr):
+    """log2 p - log2 q, finite where a class is absent and p = 0 multiplies it; for JSD, where q = 0 does, too."""
+    gap = tl.maximum((t - s) * k - log_ratio, -1e15)
+    if KIND == 0:
+        gap = tl.minimum(gap, 1e15)
+    return gap
+
+
+@triton.jit
+def without_target(logits, is_target, KIND: tl.constexpr):
+    """The logits as float32, for DKD without the target class: masked here, since the load's mask sets its width."""
+    out = logits.to(tl.float32)
+    if KIND == 1:
+        out = tl.where(is_target, float("-inf"), out)
+    return out
+
+
+@triton.jit
+def _series(x):
+    """(expm1(x) - x)/x² for |x| < 1/2."""
+    return 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040)))))
+
+
+@triton.jit
+def _jsd_terms(gap, p, q, present, beta, NEAR: tl.constexpr):
+    """(term, w_s, w_t) of the generalised Jensen-Shannon divergence, M = β·p + (1-β)·q."""
+    teacher_leads = gap > 0.0
+    e = tl.exp2(-tl.abs(gap))
+    top = tl.log2(tl.where(teacher_leads, beta + (1.0 - beta) * e, 1.0 - beta + beta * e))
+    q_over_m = -(top + tl.maximum(gap, 0.0)) * 0.6931471805599453
+    p_over_m = (tl.minimum(gap, 0.0) - top) * 0.6931471805599453
+    if NEAR:
+        delta = tl.where(present, gap * 0.6931471805599453, 0.0)
+        near = (tl.abs(delta) < 0.5) & present
+        delta = tl.where(near, delta, 0.0)
+        y = beta * (delta + delta * delta * _series(delta))
+        z = y / (2.0 + y)
+        v = z * z
+        log1p = (
+            2.0 * z * (1.0 + v * (1.0 / 3 + v * (1.0 / 5 + v * (1.0 / 7 + v * (1.0 / 9 + v * (1.0 / 11))))))
+        )
+        q_over_m = tl.where(near, -log1p, q_over_m)
+        p_over_m = tl.where(near, delta - log1p, p_over_m)
+    w_s = (1.0 - beta) * q * q_over_m
+    w_t = beta * p * p_over_m
+    term = w_s + w_t
+    if NEAR:
+        # Its parts cancel; the sum of β·p·(u + expm1(-u)) and the student's does not, and is the same.
+        exact = beta * p * p_over_m * p_over_m * _series(-p_over_m)
+        exact += (1.0 - beta) * q * q_over_m * q_over_m * _series(-q_over_m)
+        term = tl.where(near, exact, term)
+    return term, w_s, w_t
+
+
+@triton.jit
+def pair_terms(gap, p, q, present, beta, KIND: tl.constexpr, NEAR: tl.constexpr):
+    """(term, w_s, w_t) of the divergence between the softmaxes: JSD (KIND 0), or KL (KIND 1, for DKD)."""
+    if KIND == 0:
+        term, w_s, w_t = _jsd_terms(gap, p, q, present, beta, NEAR)
+    elif NEAR:
+        term, w_s, delta = near_terms(gap, p, q, present)
+        w_t = p * delta
+    else:
+        w_t = p * gap * 0.6931471805599453
+        term, w_s = w_t, q - p
+    return term, w_s, w_t
+
+
+@triton.jit
+def _log_sigmoid(x):
+    return tl.minimum(x, 0.0) - 0.6931471805599453 * tl.log2(1.0 + tl.exp2(-tl.abs(x) * 1.4426950408889634))
+
+
+@triton.jit
+def binary_terms(s_odds, t_odds):
+    """KL of target class against all others, and its derivatives with respect to the two log-odds."""
+    s_odds = tl.maximum(s_odds, -1e30)
+    t_odds = tl.maximum(t_odds, -1e30)
+    s_in, t_in = _log_sigmoid(s_odds), _log_sigmoid(t_odds)
+    s_out, t_out = _log_sigmoid(-s_odds), _log_sigmoid(-t_odds)
+    b_s, b_t = tl.exp2(s_in * 1.4426950408889634), tl.exp2(t_in * 1.4426950408889634)
+    c_s, c_t = tl.exp2(s_out * 1.4426950408889634), tl.exp2(t_out * 1.4426950408889634)
+    always = b_t >= 0.0
+    term_in, _, _ = near_terms((t_in - s_in) * 1.4426950408889634, b_t, b_s, always)
+    term_out, _, _ = near_terms((t_out - s_out) * 1.4426950408889634, c_t, c_s, always)
+    by_student = tl.where(b_s > 0.5, c_t - c_s, b_s - b_t)  # the smaller pair keeps its digits
+    return term_in + term_out, by_student, b_t * c_t * (t_odds - s_odds)
+
+
+@triton.jit
+def odds(logits, at, k, top, total):
+    """Log-odds of the target class against the others, whose log2-sum-exp is ``top + log2(total)``."""
+    return (tl.load(logits + at).to(tl.float32) * k - top - tl.log2(total)) * 0.6931471805599453

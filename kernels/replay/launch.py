@@ -1,0 +1,239 @@
+"""Launches of sample, update, add and rebuild; the equations are in the package."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ..launch import device_guard, launch
+from . import bodies
+
+#: Rows above this are gathered by a launch of their own.
+FUSED_ROW_BYTES = 16 * 1024
+#: What one program of that launch moves.
+GATHER_BYTES = 8 * 1024
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """What one launch looks like.
+
+    Attributes:
+        rows: Draws or rows a program handles.
+        num_warps: Warps a program.
+        block: Elements of a row that a program moves at a time.
+    """
+
+    rows: int
+    num_warps: int
+    block: int = 0
+
+
+def _interpreting() -> bool:
+    return bool(triton.knobs.runtime.interpret)
+
+
+def sample_plan(row_words: int) -> ReplayPlan:
+    """One draw a program: the descent is latency, and a GPU hides it best with many programs.
+
+    The interpreter pays per program instead, so there it is 32. One warp: wider ones would meet in shared memory
+    at each level's scan.
+    """
+    block = min(1024, triton.next_power_of_2(max(1, row_words)))
+    return ReplayPlan(32, 1, block) if _interpreting() else ReplayPlan(1, 1, block)
+
+
+def update_plan() -> ReplayPlan:
+    """32 rows a program against all of the batch: the whole square in one program spills."""
+    return ReplayPlan(32, 4, 128)
+
+
+def add_plan(row_words: int) -> ReplayPlan:
+    """One row a program, in the interpreter 32."""
+    block = min(1024, triton.next_power_of_2(max(1, row_words)))
+    return ReplayPlan(32, 1, block) if _interpreting() else ReplayPlan(1, 1, block)
+
+
+def double_bits(value: float) -> int:
+    """A float64 as an integer argument: Triton would round a float argument to float32."""
+    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return bits
+
+
+def _levels(offsets: tuple[int, ...], counts: tuple[int, ...]) -> dict[str, int]:
+    """Kernel arguments that say where the sums lie."""
+    named = {"LEVELS": len(offsets)}
+    for level in range(1, 4):  # the fourth, if any, is the root: one word at 0
+        present = level <= len(offsets)
+        named[f"offset{level}"] = offsets[level - 1] if present else 0
+        named[f"count{level}"] = counts[level - 1] if present else 0
+    return named
+
+
+def words(rows: torch.Tensor) -> torch.Tensor:
+    """Rows as ``[n, words]`` of int32 where they divide into that, else bytes, so that copies are wide."""
+    flat = rows.reshape(rows.shape[0], -1).view(torch.uint8)
+    aligned = flat.shape[1] % 4 == 0 and flat.data_ptr() % 4 == 0
+    return flat.view(torch.int32) if aligned else flat
+
+
+def sample(
+    meta: torch.Tensor,
+    leaves: torch.Tensor,
+    sums: torch.Tensor,
+    generation: torch.Tensor,
+    labels: torch.Tensor,
+    rows: torch.Tensor,
+    layout: tuple[tuple[int, ...], tuple[int, ...]],
+    batch_size: int,
+    beta: float,
+    stratified: bool,
+    affine: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, ...]:
+    """Draw; see ``kdfast.reference.replay.sample``. Returns samples, labels, index, generation, w, P."""
+    device = leaves.device
+    shape = (batch_size, *rows.shape[1:])
+    out_rows = torch.empty(shape, dtype=rows.dtype if affine is None else torch.float32, device=device)
+    described = [torch.empty(batch_size, dtype=torch.int64, device=device) for _ in range(3)]
+    factors = [torch.empty(batch_size, dtype=torch.float32, device=device) for _ in range(2)]
+    gather = _Gather.of(rows, out_rows, affine)
+    fused = gather.words * gather.source.element_size() <= FUSED_ROW_BYTES
+    plan = sample_plan(gather.words)
+    with device_guard(leaves):
+        launch(
+            bodies.replay_sample,
+            (triton.cdiv(batch_size, plan.rows),),
+            meta, leaves, sums, generation, labels, *gather.tensors,
+            *described, *factors,
+            batch_size, double_bits(beta), leaves.numel(), gather.words, gather.plane,
+            **_levels(*layout),
+            STRATIFIED=stratified, DRAWS=plan.rows, BLOCK=plan.block,
+            GATHER=fused and gather.words > 0, AFFINE=affine is not None,
+            num_warps=plan.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+        if not fused:
+            block = GATHER_BYTES // gather.source.element_size()
+            launch(
+                bodies.replay_gather,
+                (batch_size, triton.cdiv(gather.words, block)),
+                described[1], *gather.tensors, leaves.numel(), gather.words, gather.plane,
+                BLOCK=block, AFFINE=affine is not None,
+                num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+    return (out_rows, *described, *factors)
+
+
+@dataclass(frozen=True)
+class _Gather:
+    """A copy of rows: words when they stay as they are, elements when they are normalised."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+    gain: torch.Tensor
+    bias: torch.Tensor
+    words: int
+    plane: int
+
+    @classmethod
+    def of(
+        cls, rows: torch.Tensor, out: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> _Gather:
+        if affine is None:
+            source, target = words(rows), words(out)
+            return cls(source, target, source, source, source.shape[1], 1)
+        elements = rows[0].numel()
+        gain, bias = affine
+        return cls(rows, out, gain, bias, elements, elements // gain.numel())
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.source, self.target, self.gain, self.bias
+
+
+def update(
+    meta: torch.Tensor,
+    leaves: torch.Tensor,
+    sums: torch.Tensor,
+    delta: torch.Tensor,
+    generation: torch.Tensor,
+    layout: tuple[tuple[int, ...], tuple[int, ...]],
+    index: torch.Tensor,
+    priority: torch.Tensor,
+    row_generation: torch.Tensor | None,
+    rule: tuple[float, float, float],
+    largest: bool,
+) -> None:
+    """Re-score; see ``kdfast.reference.replay.update``. Indices out of range and empty slots are counted."""
+    plan = update_plan()
+    batch = index.numel()
+    with device_guard(leaves):
+        launch(
+            bodies.replay_update,
+            (triton.cdiv(batch, plan.rows),),
+            meta, leaves, sums, delta, generation,
+            index, priority, index if row_generation is None else row_generation,
+            batch, leaves.numel(), *map(double_bits, rule),
+            **_levels(*layout),
+            CHECKED=row_generation is not None, LARGEST=largest, ROWS=plan.rows, BLOCK=plan.block,
+            num_warps=plan.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def add(
+    meta: torch.Tensor,
+    leaves: torch.Tensor,
+    sums: torch.Tensor,
+    delta: torch.Tensor,
+    generation: torch.Tensor,
+    labels: torch.Tensor,
+    class_counts: torch.Tensor,
+    rows: torch.Tensor,
+    layout: tuple[tuple[int, ...], tuple[int, ...]],
+    samples: torch.Tensor,
+    row_labels: torch.Tensor | None,
+    priority: torch.Tensor | None,
+    rule: tuple[float, float, float],
+) -> torch.Tensor:
+    """Insert first-in-first-out, at most ``capacity`` rows; returns their slots.
+
+    A label out of range is stored as none and counted; a priority that is not finite becomes the running maximum.
+    """
+    count, capacity = samples.shape[0], leaves.numel()
+    index = torch.empty(count, dtype=torch.int64, device=leaves.device)
+    source, target = words(samples), words(rows)
+    if source.dtype != target.dtype:  # samples that start at an odd byte
+        source, target = (t.reshape(t.shape[0], -1).view(torch.uint8) for t in (samples, rows))
+    plan = add_plan(source.shape[1])
+    with device_guard(leaves):
+        launch(
+            bodies.replay_add,
+            (triton.cdiv(count, plan.rows),),
+            meta, leaves, sums, delta, generation, labels, class_counts, target,
+            source, index if row_labels is None else row_labels, delta if priority is None else priority, index,
+            count, capacity, class_counts.numel(), source.shape[1], *map(double_bits, rule),
+            **_levels(*layout),
+            LABELS=row_labels is not None, PRIORITY=priority is not None, ROWS=plan.rows, BLOCK=plan.block,
+            num_warps=plan.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return index
+
+
+def rebuild(
+    leaves: torch.Tensor, sums: torch.Tensor, layout: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    """Recompute all sums from the leaves, a launch a level."""
+    offsets, counts = layout
+    below, size, first = leaves, leaves.numel(), 0
+    with device_guard(leaves):
+        for level, (offset, count) in enumerate(zip(offsets, counts)):
+            nodes = 16 if _interpreting() else 4
+            launch(
+                bodies.replay_rebuild,
+                (triton.cdiv(count, nodes),),
+                below, sums, first, size, offset, count,
+                LEAVES=level == 0, NODES=nodes, num_warps=4,
+            )  # fmt: skip
+            below, size, first = sums, count, offset

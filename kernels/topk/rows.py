@@ -1,0 +1,103 @@
+"""Body of the cached top-k loss. Equations, bytes and launch plan stand in losses_topk.py."""
+
+import triton
+import triton.language as tl
+
+from ..common.reduce import reduce_last
+from ..common.rows import near_terms, row_factor, scalar
+
+
+@triton.jit
+def topk_kernel(
+    s_ptr, index_ptr, logit_ptr, normalizer_ptr, gs_ptr, rows_ptr, loss_ptr, partial_ptr, counter_ptr,
+    weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr,
+    num_rows, inner, s_outer, s_inner, s_class, gs_outer, gs_inner, gs_class,
+    V: tl.constexpr, UNIT: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    BUCKET: tl.constexpr, NORMALIZER: tl.constexpr, T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr,
+    WEIGHT: tl.constexpr, MASK: tl.constexpr, UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr,
+    GRAD: tl.constexpr, STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
+):  # fmt: skip
+    """One row a program: its log-sum-exp, the k outcomes and the bucket, then the gradient."""
+    T = scalar(temperature, temperature_ptr, T_PTR)
+    factor = T * T / scalar(divisor, divisor_ptr, DIVISOR_PTR)
+    if UPSTREAM == 1:
+        upstream = tl.load(upstream_ptr).to(tl.float32)
+        if EARLY_EXIT:
+            if upstream == 1.0:  # the forward launch wrote exactly this gradient
+                return
+        factor *= upstream
+    inv_t = 1.0 / T
+    k = inv_t * 1.4426950408889634
+    row = tl.program_id(0)
+    outer, within = tl.cast(row // inner, tl.int64) * UNIT, tl.cast(row % inner, tl.int64)
+    scale, counts = row_factor(
+        row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
+    )
+    s_row = s_ptr + outer * s_outer + within * s_inner
+
+    # The k outcomes. A negative index is padding, and so is a logit of -inf.
+    lane = tl.arange(0, WIDE)
+    at = tl.cast(row, tl.int64) * K + lane
+    index = tl.load(index_ptr + at, mask=lane < K, other=-1)
+    inside = (index >= 0) & (index < V)
+    t = tl.load(logit_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+    present = inside & (t > float("-inf"))
+    x = tl.load(s_row + index * s_class, mask=present, other=float("-inf")).to(tl.float32)
+    t_top = tl.max(t, axis=0) * k
+    if NORMALIZER:
+        t_log = t * k - tl.load(normalizer_ptr + row).to(tl.float32) * 1.4426950408889634
+    else:
+        t_log = t * k - t_top - tl.log2(tl.sum(tl.exp2(t * k - t_top), axis=0))
+    p = tl.exp2(t_log)
+
+    if BUCKET:
+        # Online log-sum-exp a lane; the peak starts finite, since -inf - -inf would be NaN.
+        peak = tl.full([BLOCK], -1e38, tl.float32)
+        acc = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, V, BLOCK):
+            classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
+            s = tl.load(s_row + classes * s_class, mask=classes < V, other=float("-inf")).to(tl.float32)
+            new = tl.maximum(peak, s)
+            acc = acc * tl.exp2((peak - new) * k) + tl.exp2((s - new) * k)
+            peak = new
+        top = tl.max(peak, axis=0)
+        log_sum = top * k + tl.log2(tl.sum(acc * tl.exp2((peak - top) * k), axis=0))
+    else:
+        top = tl.max(x, axis=0) * k
+        log_sum = top + tl.log2(tl.sum(tl.exp2(x * k - top), axis=0))
+    s_log = x * k - log_sum
+    q = tl.exp2(s_log)
+
+    gap = tl.maximum(t_log - s_log, -1e15)
+    term, difference, _ = near_terms(gap, p, q, present)
+    loss = tl.sum(tl.where(present, term, 0.0), axis=0)
+    slope = 0.0
+    if BUCKET:
+        # Not below the rounding of 1: a mass that fp32 cannot tell from 0 has no logarithm worth having.
+        q_other = tl.maximum(1.0 - tl.sum(tl.where(present, q, 0.0), axis=0), 5.9604645e-8)
+        p_other = q_other * 0.0
+        if NORMALIZER:
+            p_other = tl.maximum(1.0 - tl.sum(tl.where(present, p, 0.0), axis=0), 0.0)
+        log_p = tl.log2(tl.maximum(p_other, 1e-30))
+        other, _, _ = near_terms(log_p - tl.log2(q_other), p_other, q_other, p_other > 0.0)
+        loss += other
+        slope = 1.0 - p_other / q_other
+    g = tl.where(counts, scale * inv_t, 0.0)
+    if GRAD:
+        gs_row = gs_ptr + outer * gs_outer + within * gs_inner
+        for start in range(0, V, BLOCK):
+            classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
+            live = classes < V
+            grad = tl.zeros([BLOCK], tl.float32)
+            if BUCKET:
+                s = tl.load(s_row + classes * s_class, mask=live, other=float("-inf")).to(tl.float32)
+                grad = tl.where(counts, g * slope * tl.exp2(s * k - log_sum), 0.0)
+            tl.store(gs_row + classes * gs_class, grad.to(gs_ptr.dtype.element_ty), mask=live)
+        tl.debug_barrier()  # the k classes are written again, by other threads
+        grad = tl.where(counts, g * difference, 0.0)
+        tl.store(gs_row + index * gs_class, grad.to(gs_ptr.dtype.element_ty), mask=present)
+    loss = tl.where(counts, scale * loss, 0.0)
+    if STORE_ROWS:
+        tl.store(rows_ptr + row, loss)
+    if REDUCE:
+        reduce_last(loss, loss_ptr, partial_ptr, counter_ptr, 1024)

@@ -1,0 +1,157 @@
+"""What the compiler makes of the KL kernels, for GPUs that are not here: no spills, wide loads, few instructions.
+
+Budgets are lane instructions an element of straight-line code, without the branch for nearly equal rows; they stand
+beside the byte formula in kernels/kl/. An H200 issues about 45 (bfloat16) or 90 (float32) in the time in which
+it moves 3N.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing is compiled in the interpreter", allow_module_level=True)
+
+from bench.static_audit import CAPABILITIES, TOOLS, KernelReport, audit, meta
+from kdfast.kernels import kl
+from kdfast.kernels.machine import machine_of
+
+if not (TOOLS / "cuobjdump").exists():
+    pytest.skip("this build of Triton brings no disassembler", allow_module_level=True)
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def compiled(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    dim: int,
+    capability: int,
+    *,
+    both: bool = False,
+    riding: str = "",
+    **overrides: Any,
+) -> list[KernelReport]:
+    """What the forward launch of these logits compiles to."""
+    student, teacher = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
+    dim %= len(shape)
+    rows = shape[:dim] + shape[dim + 1 :]
+    label, factor = meta(*rows, dtype=torch.int64), meta(*rows)
+    options: dict[str, Any] = {}
+    if riding == "labels":
+        options["labels"] = kl.Labels(label, factor, label, factor, 0.1)
+    if riding == "statistics":
+        options["statistics"] = kl.Statistics(label, factor, meta(*rows, dtype=torch.bool))
+
+    def call() -> None:
+        gradients = riding != "statistics"
+        kl.kd_kl(
+            student,
+            teacher,
+            dim,
+            kl.Scale(2.0, 4.0, None, None),
+            reduce=gradients,
+            want_rows=not gradients,
+            grad_student=torch.empty_like(student) if gradients else None,
+            grad_teacher=torch.empty_like(teacher) if both else None,
+            **options,
+        )
+
+    return audit(call, capability, **overrides)
+
+
+# shape, dtype, class dimension, both gradients, instructions an element, bytes of the widest load and store
+CASES = [
+    ((1 << 20, 10), F32, -1, False, 52, 8),
+    ((1 << 20, 100), F32, -1, False, 36, 16),
+    ((65536, 1000), BF16, -1, False, 33, 16),
+    ((65536, 1000), BF16, -1, True, 38, 16),
+    ((65536, 1271), BF16, -1, False, 40, 16),
+    ((4096, 8192), BF16, -1, False, 37, 16),
+    ((8, 13, 512, 1024), F32, 1, False, 28, 16),
+    ((8, 19, 512, 1024), F32, 1, False, 28, 16),
+    ((8, 19, 512, 1024), BF16, 1, False, 33, 4),
+    ((8, 21, 512, 1024), F32, 1, False, 29, 8),
+    ((8, 150, 512, 1024), F32, 1, False, 75, 16),
+]
+#: These compile in seconds, and always run; the matrix is `slow`.
+ALWAYS = [CASES[2], CASES[4], CASES[7], CASES[8]]
+
+
+def label(case: Any) -> str:
+    return f"{'x'.join(map(str, case[0]))}-{str(case[1])[6:]}{'-both' if case[3] else ''}"
+
+
+def check(case: Any, capability: int) -> KernelReport:
+    """Without the branch for nearly equal rows: a variant to count, which is never launched."""
+    shape, dtype, dim, both, budget, width = case
+    (report,) = compiled(shape, dtype, dim, capability, both=both, NEAR=False)
+    elements = torch.Size(shape).numel() / report.grid[0]
+    assert min(report.widest_load, report.widest_store) >= width
+    assert report.instructions_per_element(elements) <= budget, report
+    return report
+
+
+@pytest.mark.parametrize("case", ALWAYS, ids=label)
+def test_common_path_on_hopper(case: Any) -> None:
+    assert check(case, 90).spills == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_common_path(case: Any, capability: int) -> None:
+    check(case, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("riding", ["", "labels", "statistics"])
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_nothing_spills_with_every_branch(case: Any, riding: str, capability: int) -> None:
+    shape, dtype, dim, both, _, _ = case
+    for report in compiled(shape, dtype, dim, capability, both=both, riding=riding):
+        assert report.spills == 0, report
+
+
+def test_a_cluster_holds_a_long_row() -> None:
+    """3N for 128k classes: 8 programs a row, nothing spilt, nothing read twice."""
+    if machine_of(torch.device("cpu")).triton < (3, 8):
+        pytest.skip("clusters compile from Triton 3.8 on")
+    (report,) = compiled((4096, 128256), BF16, -1, 90)
+    assert report.name == "kd_kl_tile_kernel"
+    assert report.spills == 0
+    assert (report.widest_load, report.widest_store) == (16, 16)
+
+
+def test_few_long_rows_take_two_launches() -> None:
+    reports = compiled((8, 128256), BF16, -1, 80)
+    assert [report.name for report in reports] == ["kd_kl_split_sums_kernel", "kd_kl_split_kernel"]
+    for report in reports:
+        assert report.spills == 0
+        assert report.widest_load == 16
+        assert report.grid[0] >= 8 * 16
+
+
+@pytest.mark.parametrize("riding", ["labels", "statistics"])
+@pytest.mark.parametrize("shape", [(65536, 100), (4096, 32000)], ids=["tile", "two_pass"])
+def test_what_rides_along_does_not_spill(shape: tuple[int, int], riding: str) -> None:
+    (report,) = compiled(shape, F32, -1, 90, riding=riding)
+    assert report.spills == 0
+    assert report.widest_load == 16
+
+
+def test_the_budgets_are_the_ones_that_the_kernels_state() -> None:
+    stated = dict(re.findall(r"^    (\S+ \S+) +(\d+)$", kl.__doc__ or "", re.M))
+    assert len(stated) == len(CASES)
+    for case in CASES:
+        shape, dtype, _, both, budget, _ = case
+        key = f"{'x'.join(map(str, shape[-3:] if len(shape) > 2 else shape[1:]))}{'+t' if both else ''}"
+        name = {F32: "float32", BF16: "bfloat16"}[dtype]
+        assert int(stated[f"{key} {name}"]) == budget

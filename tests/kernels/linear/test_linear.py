@@ -1,0 +1,321 @@
+"""fused_linear_kd_loss: equal to the loss of the logits, and without them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kdfast.functional import fused_linear_kd_loss
+from kdfast.nn import FusedLinearKDLoss
+from kdfast.ops.linear import default_chunk_rows, fused_linear_kd_op
+from tests.conftest import INTERPRETING, Target
+from tests.support.conformance import ConformanceSuite, OpCase, assert_verbose_allclose
+
+KEYS = (
+    "student_hidden",
+    "student_weight",
+    "teacher_hidden",
+    "teacher_weight",
+    "student_bias",
+    "teacher_bias",
+)
+
+
+def oracle(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    temperature: float,
+    student_bias: torch.Tensor | None = None,
+    teacher_bias: torch.Tensor | None = None,
+    reduction: str = "batchmean",
+    row_weight: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> torch.Tensor:
+    """All logits at once, and the definition."""
+    s = F.linear(student_hidden, student_weight, student_bias) / temperature
+    t = F.linear(teacher_hidden, teacher_weight, teacher_bias) / temperature
+    rows = F.kl_div(F.log_softmax(s, -1), F.softmax(t, -1), reduction="none").sum(-1) * temperature**2
+    if row_weight is not None:
+        rows = rows * row_weight
+    if mask is not None:
+        rows = torch.where(mask, rows, torch.zeros_like(rows))
+    count = rows.numel() if mask is None else max(1, int(mask.sum()))
+    return rows.sum() / {"sum": 1, "mean": s.numel(), "batchmean": s.shape[0], "rowmean": count}[reduction]
+
+
+def heads(bias: bool = True, rowwise: bool = False) -> Any:
+    def make(generator: torch.Generator, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        *rows, num_classes = shape
+
+        def draw(*size: int) -> torch.Tensor:
+            return torch.randn(size, generator=generator)
+
+        made = {
+            "student_hidden": draw(*rows, 6),
+            "student_weight": draw(num_classes, 6),
+            "teacher_hidden": draw(*rows, 9),
+            "teacher_weight": draw(num_classes, 9),
+        }
+        if bias:
+            made |= {"student_bias": draw(num_classes), "teacher_bias": draw(num_classes)}
+        if rowwise:
+            made["row_weight"] = torch.rand(rows, generator=generator)
+            made["mask"] = torch.rand(rows, generator=generator) > 0.4
+        return made
+
+    return make
+
+
+def case(
+    name: str,
+    shapes: list[tuple[int, ...]],
+    small: list[tuple[int, ...]],
+    *,
+    bias: bool = True,
+    rowwise: bool = False,
+    **options: Any,
+) -> OpCase:
+    options = {"temperature": 2.0, "chunk_rows": 4, **options}
+    student = ("student_hidden", "student_weight", *(("student_bias",) if bias else ()))
+
+    def checked(inputs: dict[str, torch.Tensor]) -> tuple[Any, tuple[Any, ...]]:
+        two_d = {key: inputs[key].flatten(0, -2) if "hidden" in key else inputs.get(key) for key in KEYS}
+        for key in student:
+            two_d[key] = two_d[key].detach().requires_grad_()  # type: ignore[union-attr]
+        order = (
+            "student_hidden",
+            "student_weight",
+            "student_bias",
+            "teacher_hidden",
+            "teacher_weight",
+            "teacher_bias",
+        )
+        return fused_linear_kd_op, (
+            *(two_d[key] for key in order),
+            2.0,
+            None,
+            None,
+            None,
+            3.0,
+            None,
+            4,
+            True,
+            True,
+            bias,
+        )
+
+    return OpCase(
+        name=name,
+        make=heads(bias, rowwise),
+        run=lambda **kw: fused_linear_kd_loss(**kw, **options),
+        oracle=lambda **kw: oracle(**kw, **options),
+        shapes=shapes,
+        small_shapes=small,
+        differentiable=student,
+        cast=KEYS if bias else KEYS[:4],
+        tolerances={torch.float32: (5e-5, 1e-5), torch.bfloat16: (2e-2, 1e-2), torch.float16: (3e-3, 2e-3)},
+        opcheck=checked,
+        empty_shape=(0, shapes[0][-1]) if options.get("reduction") == "sum" else None,
+    )
+
+
+# 16 classes: the gradient goes over the logits; 19: beside them. 10 rows in chunks of 4: the last is short.
+CASES = [
+    case("in_place", [(10, 16), (2, 5, 40)], [(6, 16)], reduction="sum"),
+    case("odd", [(10, 19)], [(6, 19)]),
+    case("no_bias", [(7, 24)], [(5, 8)], bias=False, reduction="mean"),
+    case("weighted", [(3, 5, 24)], [(2, 3, 8)], rowwise=True, reduction="rowmean"),
+    case("one_chunk", [(10, 16)], [(3, 16)], chunk_rows=None),
+]
+
+
+class TestConformance(ConformanceSuite):
+    cases = CASES
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor had which an operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [
+            x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.device.type != "meta"
+        ]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+def draw(*shape: int, device: str = "cpu", **options: Any) -> dict[str, torch.Tensor]:
+    made = heads(**options)(torch.Generator().manual_seed(3), shape)
+    return {key: value.to(device) for key, value in made.items()}
+
+
+@pytest.mark.skipif(INTERPRETING, reason="the interpreter copies every tensor, as bytes")
+def test_all_logits_never_exist(target: Target) -> None:
+    """No tensor grows with rows × classes; and the instrument does see one where a chunk is everything."""
+    inputs = draw(64, 96, device=target.device)
+    heads = [inputs[key] for key in ("student_hidden", "student_weight", "student_bias")]
+    heads += [inputs[key] for key in ("teacher_hidden", "teacher_weight", "teacher_bias")]
+    seen = {}
+    for chunk_rows in (8, 64):
+        with Largest() as largest:  # of the op's body: a mode does not look inside an op that it is shown
+            results = fused_linear_kd_op._init_fn(
+                *heads, 2.0, None, None, None, 64.0, None, chunk_rows, True, True, True
+            )
+        seen[chunk_rows] = largest.elements
+    assert seen == {8: max(8 * 96, 96 * 9, 64 * 9), 64: 64 * 96}
+    assert [x.numel() for x in results] == [1, 64 * 6, 96 * 6, 96]
+
+
+def test_chunks_do_not_change_the_loss(target: Target) -> None:
+    inputs = draw(10, 16, device=target.device)
+    losses = [fused_linear_kd_loss(**inputs, chunk_rows=n) for n in (1, 3, 10, 100)]
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=1e-5, atol=1e-7)
+
+
+def test_only_what_is_needed_gets_a_gradient(target: Target) -> None:
+    inputs = draw(6, 16, device=target.device)
+    inputs["student_weight"].requires_grad_()
+    fused_linear_kd_loss(**inputs, chunk_rows=4).backward()
+    assert inputs["student_weight"].grad is not None
+    assert inputs["student_hidden"].grad is None
+    with torch.no_grad():
+        assert not fused_linear_kd_loss(**inputs).requires_grad
+
+
+def test_upstream_gradient_and_a_second_backward(target: Target) -> None:
+    inputs = draw(6, 16, device=target.device)
+    hidden = inputs["student_hidden"].requires_grad_()
+    loss = fused_linear_kd_loss(**inputs, chunk_rows=4)
+    (once,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    kept = once.clone()
+    (thrice,) = torch.autograd.grad(loss * 3, hidden)
+    assert torch.equal(once, kept)
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_second_derivatives_are_refused(target: Target) -> None:
+    inputs = draw(4, 8, device=target.device)
+    hidden = inputs["student_hidden"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="kd_kl_div"):
+        torch.autograd.grad(fused_linear_kd_loss(**inputs), hidden, create_graph=True)
+
+
+def test_masked_rows_may_hold_anything(target: Target) -> None:
+    inputs = draw(5, 16, device=target.device)
+    hidden = inputs["student_hidden"]
+    hidden[2] = float("nan")
+    mask = torch.tensor([True, True, False, True, True], device=hidden.device)
+    hidden.requires_grad_()
+    loss = fused_linear_kd_loss(**inputs, mask=mask, chunk_rows=2, reduction="rowmean")
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert loss.isfinite()
+    assert torch.equal(grad[2], torch.zeros_like(grad[2]))
+
+
+def test_autocast_takes_float32_weights(target: Target) -> None:
+    inputs = draw(5, 16, device=target.device)
+    inputs["student_weight"].requires_grad_()
+    inputs["student_hidden"] = inputs["student_hidden"].bfloat16()
+    with torch.autocast(target.device, dtype=torch.bfloat16):
+        loss = fused_linear_kd_loss(**inputs, chunk_rows=2)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert inputs["student_weight"].grad.dtype == torch.float32
+    exact = oracle(**{key: value.detach().double().cpu() for key, value in inputs.items()}, temperature=1.0)
+    assert_verbose_allclose(loss, exact, rtol=2e-2, atol=0.0)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="float64 takes the reference")
+def test_gradcheck_in_float64() -> None:
+    inputs = {key: value.double() for key, value in draw(4, 6).items()}
+    student = [
+        inputs.pop(key).requires_grad_() for key in ("student_hidden", "student_weight", "student_bias")
+    ]
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return fused_linear_kd_loss(
+            hidden, weight, student_bias=bias, temperature=2.0, chunk_rows=3, **inputs
+        )
+
+    assert torch.autograd.gradcheck(loss, student)
+
+
+def test_compiles_into_one_graph(target: Target) -> None:
+    inputs = draw(6, 16, device=target.device)
+    hidden = inputs.pop("student_hidden").requires_grad_()
+    torch.compiler.reset()
+    call = lambda x: fused_linear_kd_loss(x * 2, **inputs, chunk_rows=4)  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    got, want = (torch.autograd.grad(f(hidden), hidden)[0] for f in (compiled, call))
+    torch.testing.assert_close(got, want)
+
+
+def test_default_chunks_fit_the_budget() -> None:
+    assert default_chunk_rows(128_256) * 128_256 * 4 <= 256 * 2**20
+    assert default_chunk_rows(128_256) % 128 == 0
+    assert default_chunk_rows(10**9) == 128
+
+
+H, W, G, U = torch.zeros(4, 6), torch.zeros(8, 6), torch.zeros(4, 9), torch.zeros(8, 9)
+
+
+@pytest.mark.parametrize(
+    "error, match, args, options",
+    [
+        (TypeError, "student_hidden: got list", ([0.0], W, G, U), {}),
+        (TypeError, "student_weight: got dtype", (H, W.int(), G, U), {}),
+        (TypeError, "student_weight: got dtype torch.bfloat16", (H, W.bfloat16(), G, U), {}),
+        (ValueError, "student_weight: got shape", (H, W.t(), G, U), {}),
+        (ValueError, "student_hidden: got shape", (H[0], W, G, U), {}),
+        (ValueError, "teacher_hidden: got shape", (H, W, G[:3], U), {}),
+        (ValueError, "teacher_weight: got 7 classes", (H, W, G, U[:7]), {}),
+        (ValueError, "student_bias: got shape", (H, W, G, U), {"student_bias": torch.zeros(7)}),
+        (ValueError, "teacher_weight: requires grad", (H, W, G, U.clone().requires_grad_()), {}),
+        (ValueError, "teacher_hidden: is on meta", (H, W, G.to("meta"), U), {}),
+        (ValueError, "chunk_rows: got 0", (H, W, G, U), {"chunk_rows": 0}),
+        (TypeError, "chunk_rows: got float", (H, W, G, U), {"chunk_rows": 2.0}),
+        (ValueError, "reduction: got 'none'", (H, W, G, U), {"reduction": "none"}),
+        (ValueError, "temperature: got 0", (H, W, G, U), {"temperature": 0.0}),
+        (ValueError, "mask: got shape", (H, W, G, U), {"mask": torch.ones(8, dtype=torch.bool)}),
+    ],
+)
+def test_refusals_name_the_argument(error: type[Exception], match: str, args: Any, options: Any) -> None:
+    with pytest.raises(error, match=match):
+        fused_linear_kd_loss(*args, **options)
+
+
+def test_the_module_takes_the_heads(target: Target) -> None:
+    student, teacher = (
+        torch.nn.Linear(6, 16).to(target.device),
+        torch.nn.Linear(9, 16, bias=False).to(target.device),
+    )
+    inputs = draw(5, 16, device=target.device)
+    hidden, teacher_hidden = inputs["student_hidden"], inputs["teacher_hidden"]
+    loss = FusedLinearKDLoss(2.0, chunk_rows=2)(hidden, student, teacher_hidden, teacher)
+    loss.backward()
+    want = fused_linear_kd_loss(
+        hidden,
+        student.weight,
+        teacher_hidden,
+        teacher.weight.detach(),
+        student_bias=student.bias,
+        temperature=2.0,
+    )
+    torch.testing.assert_close(loss, want)
+    assert student.bias.grad is not None
+    assert teacher.weight.grad is None
+    assert "chunk_rows=2" in repr(FusedLinearKDLoss(2.0, chunk_rows=2))

@@ -1,0 +1,146 @@
+"""Compiled for GPUs that are not here: no spills, wide loads and stores, and the plan that each shape gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.conftest import INTERPRETING
+
+pytest.importorskip("triton")
+if INTERPRETING:
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+from bench.static_audit import CAPABILITIES, audit, meta
+from kdfast.kernels.dist import launch as dist
+from kdfast.kernels.kl.launch import Scale
+from kdfast.kernels.pair import launch as losses_more
+from kdfast.kernels.topk import launch as topk
+
+SCALE = Scale(2.0, 1.0, None, None)
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def integers(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.int64, device="meta")
+
+
+def run_pair(kind: int, shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> Callable[[], object]:
+    """Forward with both gradients: what holds the most registers."""
+    s, t = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
+    target = integers(*shape[:dim], *shape[dim + 1 :]) if kind == losses_more.DKD else None
+    return lambda: losses_more.pair_loss(
+        kind,
+        s,
+        t,
+        target,
+        1.0,
+        0.5,
+        dim,
+        SCALE,
+        reduce=True,
+        want_rows=False,
+        grad_student=torch.empty_like(s),
+        grad_teacher=torch.empty_like(t),
+    )
+
+
+def run_topk(num_classes: int, dtype: torch.dtype, bucket: bool) -> Callable[[], object]:
+    s = meta(64, num_classes, dtype=dtype)
+    normalizer = meta(64) if bucket else None
+    grad = torch.empty_like(s)
+    return lambda: topk.topk(
+        s, integers(64, 50), meta(64, 50), normalizer, SCALE, bucket=bucket, reduce=True, grad_student=grad
+    )
+
+
+def run_dist(num_classes: int, dtype: torch.dtype) -> Callable[[], object]:
+    s, t = meta(256, num_classes, dtype=dtype), meta(256, num_classes, dtype=dtype)
+    return lambda: dist.dist(
+        s, t, 1.0, 1.0, SCALE, grad_student=torch.empty_like(s), grad_teacher=torch.empty_like(t)
+    )
+
+
+def variants() -> list[pytest.ParameterSet]:
+    """(call, bytes of the widest load and store at least). Most are slow: compiling one takes seconds."""
+    shapes = {  # classes last, or dimension 1; 16 bytes wherever a row's length allows it
+        "V1000": ((65536, 1000), 1),
+        "V100": ((65536, 100), 1),
+        "V4096": ((4096, 4096), 1),
+        "V8192": ((4096, 8192), 1),
+        "V32000": ((64, 32000), 1),
+        "C19": ((8, 19, 64, 1024), 1),
+        "C150": ((2, 150, 64, 64), 1),
+    }
+    quick = {"jsd-V1000-bf16", "dkd-V1000-bf16", "topk-V32000-bf16-bucket", "dist-V1000-bf16"}
+    cases: dict[str, tuple[Callable[[], object], int]] = {}
+    for dtype, label in ((BF16, "bf16"), (FP32, "fp32")):
+        for name, (shape, dim) in shapes.items():
+            width = 8 if (name, label) == ("V100", "bf16") else 16  # a row of 200 bytes begins on 8
+            cases[f"jsd-{name}-{label}"] = run_pair(losses_more.JSD, shape, dim, dtype), width
+            cases[f"dkd-{name}-{label}"] = run_pair(losses_more.DKD, shape, dim, dtype), width
+        for num_classes in (1000, 32_000, 128_256):
+            cases[f"topk-V{num_classes}-{label}-bucket"] = run_topk(num_classes, dtype, True), 16
+        cases[f"topk-V32000-{label}-renormalize"] = run_topk(32_000, dtype, False), 8  # int64 indices
+        for num_classes in (1000, 32_000):
+            cases[f"dist-V{num_classes}-{label}"] = run_dist(num_classes, dtype), 16
+    return [
+        pytest.param(*case, id=name, marks=() if name in quick else pytest.mark.slow)
+        for name, case in cases.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    "capability", [pytest.param(c, marks=() if c == 90 else pytest.mark.slow) for c in CAPABILITIES]
+)
+@pytest.mark.parametrize("call, width", variants())
+def test_no_spills_and_wide_accesses(call: Callable[[], object], width: int, capability: int) -> None:
+    reports = audit(call, capability)
+    assert reports
+    for report in reports:
+        assert report.spills == 0, report
+        assert report.registers <= 255
+        if report.name not in ("dist_rows_kernel", "dist_columns_kernel", "dist_merge_kernel"):
+            assert report.widest_store >= width, report
+        if report.name != "dist_merge_kernel":
+            assert report.widest_load >= width, report
+
+
+@pytest.mark.parametrize(
+    "num_classes, inner, stride, itemsize, regime",
+    [
+        (10, 1, 1, 4, "rows"),
+        (1000, 1, 1, 2, "rows"),
+        (8192, 1, 1, 2, "rows"),
+        (8193, 1, 1, 2, "loop"),
+        (128_256, 1, 1, 2, "loop"),
+        (19, 4096, 4096, 4, "classes"),
+        (150, 4096, 4096, 2, "classes"),
+        (1000, 4096, 4096, 4, "rows"),
+    ],
+)
+def test_each_regime_gets_its_plan(
+    num_classes: int, inner: int, stride: int, itemsize: int, regime: str
+) -> None:
+    plan = losses_more.pair_plan(num_classes, inner, stride, itemsize)
+    assert plan.regime == regime
+    assert plan.regime == "loop" or plan.chunks * plan.width >= num_classes
+
+
+def test_two_gradients_leave_room_for_half_as_long_a_row() -> None:
+    assert losses_more.pair_plan(4096, 1, 1, 2, both=True).regime == "rows"
+    assert losses_more.pair_plan(4097, 1, 1, 2, both=True).regime == "loop"
+
+
+def test_every_row_of_dist_is_in_exactly_one_split() -> None:
+    for num_rows in (1, 31, 4096, 65_537):
+        for num_classes in (10, 1000, 32_000):
+            plan = dist.dist_plan(num_rows, num_classes)
+            assert (plan.splits - 1) * plan.rows_per_split < num_rows <= plan.splits * plan.rows_per_split
+
+
+def test_long_rows_of_topk_take_several_blocks() -> None:
+    assert topk.topk_plan(1000, 50) == topk.TopKPlan(1024, 64, 2)
+    assert topk.topk_plan(128_256, 50).block == 4096

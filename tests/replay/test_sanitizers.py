@@ -1,0 +1,31 @@
+"""csrc/ built with sanitizers: memory and undefined behaviour, and data races."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILER = shutil.which("c++")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_stress_and_fuzz_under_sanitizers(sanitizers: str, tmp_path: Path) -> None:
+    flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    # One copy of each loop: sanitizers cannot run while the loader chooses between copies.
+    flags += [
+        "-DKDFAST_NO_CLONES",
+        f"-fsanitize={sanitizers}",
+        "-fno-sanitize-recover=all",
+        f"-I{ROOT / 'csrc'}",
+    ]
+    program = tmp_path / "stress"
+    source = ROOT / "tests" / "cpp" / "replay_stress.cpp"
+    subprocess.run([str(COMPILER), *flags, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
