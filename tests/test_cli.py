@@ -145,6 +145,7 @@ def test_seeds_report_mean_and_deviation(tmp_path: Path, teacher: Path, shards: 
     assert summary["accuracy_std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
 
 
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_checkpoints_exits_130_and_resumes_to_the_same(
     tmp_path: Path, teacher: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +304,7 @@ def test_without_typer_it_says_which_extra_brings_it() -> None:
     )
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.slow
 def test_ctrl_c_from_a_terminal(tmp_path: Path) -> None:
     words = [

@@ -28,6 +28,8 @@ from kdfast.training import (
 )
 from kdfast.training.optim import learning_rate_factor
 
+pytestmark = pytest.mark.usefixtures("heard")
+
 QUIET = TrainerConfig(
     epochs=4,
     device="cpu",
@@ -308,6 +310,14 @@ def test_sigterm_also_checkpoints(tmp_path: Path) -> None:
     assert stopped.value.signal == signal.SIGTERM
     assert load_checkpoint(tmp_path / "checkpoints").step == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_ignored_signal_stays_ignored(tmp_path: Path, number: int) -> None:
+    """Under nohup, or in the background of a script: whoever started the run so wants it to go on."""
+    signal.signal(number, signal.SIG_IGN)
+    assert fit(out=tmp_path, step=interrupting(2, number)).steps == 20
+    assert signal.getsignal(number) is signal.SIG_IGN
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
