@@ -148,7 +148,9 @@ def test_it_learns_and_logs(tmp_path: Path) -> None:
     lines = read_metrics(tmp_path / "metrics.jsonl")
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(2, 151, 2))
-    assert train[-1]["loss"] < 0.7 * train[0]["loss"]
+    # 0.11 … 0.35 over 11 seeds and 4 roundings (avx512, avx2, no vectors, without oneDNN), 17 runs; accuracy 1.0.
+    losses = [line["loss"] for line in train]
+    assert sum(losses[-15:]) < 0.7 * sum(losses[:15])
     assert [line["epoch"] for line in lines if line["kind"] == "eval"] == [10, 20, 30]
     assert list((tmp_path / "tensorboard").glob("events*"))
     assert result.metrics["best_accuracy"] == max(
