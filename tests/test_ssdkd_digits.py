@@ -26,9 +26,10 @@ def distilled(folder: Path, teacher: Path, **values: Any) -> dict[str, Any]:
 
 
 def test_a_student_learns_digits_that_it_never_sees(tmp_path: Path) -> None:
-    """A few rounds at 8 × 8, since a student of larger digits is too uneven after as many.
+    """A few rounds at 8 × 8, since students of larger digits are too uneven after as few.
 
-    SPREAD
+    Chance is 0.1. 7 runs, 4 seeds and 4 roundings (avx512, avx2, no vectors, without oneDNN): the teacher 0.975 …
+    0.983, the student 0.88 … 0.91.
     """
     assert trained_teacher(tmp_path / "teacher", 5, side=8)["accuracy"] > 0.8
     few = {"epochs": 24, "capacity": 384, "batch_size": 32, "eval_every": 24}
