@@ -241,6 +241,7 @@ def test_the_report_draws_what_the_run_left(finished: Path, tmp_path: Path, teac
     assert "Accuracy by data scale" not in same
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_stopped_run_goes_on_exactly(tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of an epoch: buffer, generator, random numbers and place are all in the checkpoint."""
     from kdfast.methods.ssdkd import SSDKD

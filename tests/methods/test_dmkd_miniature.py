@@ -48,5 +48,6 @@ def test_soft_labels_beat_the_teachers_arg_max(tmp_path: Path) -> None:
             found.append(metrics["accuracy"])
     print(f"teacher {taught['accuracy']:.4f}, students {accuracy}")
     soft, hard = (sum(found) / len(SEEDS) for found in accuracy.values())
+    # With seeds 0, 1 and 2, in percent: soft 94.4, 93.1, 89.7, hard 81.4, 81.7, 76.9.
     assert soft > hard + 0.005, accuracy
     assert all(one > other for one, other in zip(*accuracy.values())), accuracy
