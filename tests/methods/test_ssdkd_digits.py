@@ -28,12 +28,12 @@ def distilled(folder: Path, teacher: Path, **values: Any) -> dict[str, Any]:
 def test_a_student_learns_digits_that_it_never_sees(tmp_path: Path) -> None:
     """A few rounds at 8 × 8, since students of larger digits are too uneven after as few.
 
-    Chance is 0.1. 7 runs, 4 seeds and 4 roundings (avx512, avx2, no vectors, without oneDNN): the teacher 0.975 …
-    0.983, the student 0.88 … 0.91.
+    Chance is 0.1. 10 runs, 7 seeds and 4 roundings (avx512, avx2, no vectors, without oneDNN): the teacher 0.975 …
+    0.992, the student 0.77 … 0.91; at 16 × 16 after 14 epochs it was 0.45 … 0.73.
     """
     assert trained_teacher(tmp_path / "teacher", 5, side=8)["accuracy"] > 0.8
     few = {"epochs": 24, "capacity": 384, "batch_size": 32, "eval_every": 24}
-    assert distilled(tmp_path / "student", tmp_path / "teacher", **few)["accuracy"] > 0.5
+    assert distilled(tmp_path / "student", tmp_path / "teacher", **few)["accuracy"] > 0.35
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def test_balanced_beats_raw() -> None:
     raw = bench.student(images[:2000])
     print(f"\nshaders: balanced {balanced:.1f} %, raw {raw:.1f} % (relative entropy {entropy:.3f})")
     assert entropy < 0.67
-    assert balanced >= raw + 10  # 68.9 and 24.4 %, one seed
+    assert balanced >= raw + 10  # 68.9 and 24.4 %, with another seed 48.3 and 26.4 %
 
 
 def test_digits_beat_shaders_and_those_are_no_worse_than_leaves(bench: Bench, balanced: float) -> None:
