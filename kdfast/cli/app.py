@@ -88,8 +88,8 @@ def teach(
     overrides: Overrides = None,
 ) -> None:
     """Train a teacher on real, labelled images."""
-    from kdfast.experiments import teach as work
-    from kdfast.experiments.recipe import build_config, check_keys
+    from kdfast.experiments.common.recipe import build_config, check_keys
+    from kdfast.experiments.teach import run as work
 
     values = _values(recipe, overrides, data=data, model=model)
     source = str(recipe or "teach")
@@ -114,7 +114,7 @@ def distill(
     overrides: Overrides = None,
 ) -> None:
     """Distil a student from a teacher, as a recipe says."""
-    from kdfast.experiments import distill as work
+    from kdfast.experiments.distill import run as work
 
     config, method = work.parse(_values(recipe, overrides, loader=loader), source=str(recipe))
     if seeds > 1 and not dry_run:
@@ -149,8 +149,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a trained network: top-1 and top-5 accuracy, or mIoU on images with masks."""
-    from kdfast.experiments import evaluate as work
-    from kdfast.experiments.recipe import build_config
+    from kdfast.experiments.common.recipe import build_config
+    from kdfast.experiments.evaluate import run as work
 
     values = {
         "checkpoint": checkpoint,
@@ -188,8 +188,8 @@ def synth(
     overrides: Overrides = None,
 ) -> None:
     """Make labelled synthetic images and write them as shards."""
-    from kdfast.experiments import synth as work
-    from kdfast.experiments.recipe import build_config, check_keys
+    from kdfast.experiments.common.recipe import build_config, check_keys
+    from kdfast.experiments.synth import run as work
 
     options = {"source": source, "weights": weights, "folder": folder, "images": images, "out": str(out)}
     values = _values(recipe, overrides, **options, resume=resume, progress=not quiet)
@@ -210,8 +210,8 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """Walk the whole path on real digits in minutes: teacher, synthetic images, students, a page of results."""
-    from kdfast.experiments import demo as work
-    from kdfast.experiments.recipe import build_config, check_keys
+    from kdfast.experiments.common.recipe import build_config, check_keys
+    from kdfast.experiments.demo import run as work
 
     values = _values(
         None,
@@ -235,7 +235,7 @@ def report(
     ],
 ) -> None:
     """Draw plots, sample grids and a page from the metrics of runs."""
-    from kdfast.experiments import reporting
+    from kdfast.experiments import report as reporting
 
     for page in reporting.run(runs):
         say(f"wrote {page}")
@@ -293,7 +293,7 @@ def _compare(before: Path, after: Path) -> None:
 
 def _values(recipe: Path | None, overrides: list[str] | None, **options: Any) -> dict[str, Any]:
     """Recipe, then options that were given, then KEY=VALUE words: the later wins."""
-    from kdfast.experiments.recipe import load_recipe, parse_overrides
+    from kdfast.experiments.common.recipe import load_recipe, parse_overrides
 
     values = load_recipe(recipe) if recipe is not None else {}
     values |= {name: value for name, value in options.items() if value is not None}

@@ -33,8 +33,8 @@ def data_report(
     overrides: Overrides = None,
 ) -> None:
     """Say what makes a set good or bad for a teacher, before anyone trains: a page with pictures and a verdict."""
-    from kdfast.experiments import data_report as work
-    from kdfast.experiments.recipe import build_config, check_keys
+    from kdfast.experiments.common.recipe import build_config, check_keys
+    from kdfast.experiments.data_report import run as work
 
     values = _values(
         None,

@@ -49,8 +49,8 @@ def select(
     overrides: Overrides = None,
 ) -> None:
     """Pick images that cover a teacher's classes evenly, and write them as new shards."""
-    from kdfast.experiments import select as work
-    from kdfast.experiments.recipe import build_config, check_keys
+    from kdfast.experiments.common.recipe import build_config, check_keys
+    from kdfast.experiments.select import run as work
 
     values = _values(
         None,

@@ -12,9 +12,9 @@ import annotated_types as at
 
 from kdfast.diffusion.notes import SCORES, noted
 from kdfast.errors import ConfigError
-from kdfast.experiments import synth_procedural
-from kdfast.experiments.common import METRICS, Count, Positive
-from kdfast.experiments.generator import load_generator, load_scorer
+from kdfast.experiments.common.results import METRICS, Count, Positive
+from kdfast.experiments.synth import procedural as synth_procedural
+from kdfast.experiments.synth.generator import load_generator, load_scorer
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
 from kdfast.training.progress import Progress, Task

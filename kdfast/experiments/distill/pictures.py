@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdfast.errors import require
-from kdfast.experiments.common import held_out
-from kdfast.experiments.image_batches import ImageBatches
-from kdfast.experiments.methods import Setting
+from kdfast.experiments.common.image_batches import ImageBatches
+from kdfast.experiments.common.results import held_out
+from kdfast.experiments.distill.plan import Setting
 from kdfast.methods.kdiffusion import Kdiffusion
 from kdfast.report import write_grid
 

@@ -12,7 +12,8 @@ from torch import nn
 from kdfast.data.datasets import load_dataset
 from kdfast.data.segmentation import open_segmentation
 from kdfast.errors import ConfigError
-from kdfast.experiments.common import (
+from kdfast.experiments.common.image_batches import ImageBatches
+from kdfast.experiments.common.results import (
     Count,
     Evaluator,
     Labelled,
@@ -23,7 +24,6 @@ from kdfast.experiments.common import (
     held_out,
     open_run,
 )
-from kdfast.experiments.image_batches import ImageBatches
 from kdfast.training.accelerator import make_accelerator
 from kdfast.training.mixing import task_loss
 from kdfast.training.model_io import ModelConfig

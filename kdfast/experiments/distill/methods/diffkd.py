@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from kdfast.errors import ConfigError, require
-from kdfast.experiments.common import held_out
-from kdfast.experiments.image_batches import ImageBatches
-from kdfast.experiments.methods import Plan, Setting
+from kdfast.experiments.common.image_batches import ImageBatches
+from kdfast.experiments.common.results import held_out
+from kdfast.experiments.distill.plan import Plan, Setting
 from kdfast.methods.diffkd import DiffKD, DiffKDConfig, activation_memory, saliency
 from kdfast.report import write_grid
 

@@ -18,9 +18,10 @@ from kdfast.data.quality import class_spread, duplicate_groups, effective_direct
 from kdfast.data.records import LabelledRecords, ShardRecords
 from kdfast.data.selection import relative_entropy
 from kdfast.errors import ConfigError
-from kdfast.experiments import data_page, data_verdict
-from kdfast.experiments.common import METRICS, Count
-from kdfast.experiments.teacher_view import Teacher, View, augmented_entropy, open_images, view
+from kdfast.experiments.common.results import METRICS, Count
+from kdfast.experiments.common.teacher_view import Teacher, View, augmented_entropy, open_images, view
+from kdfast.experiments.data_report import page as data_page
+from kdfast.experiments.data_report import verdict as data_verdict
 from kdfast.report.page import render_pages
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator

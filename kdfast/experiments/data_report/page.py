@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from kdfast.data.datasets import load_dataset
 from kdfast.data.records import ImageRecords, LabelledRecords
-from kdfast.experiments import data_verdict
-from kdfast.experiments.teacher_view import Teacher, View, view
+from kdfast.experiments.common.teacher_view import Teacher, View, view
+from kdfast.experiments.data_report import verdict as data_verdict
 from kdfast.report import data_plots
 from kdfast.report.page import Card, Figure, Page, Section, Table
 
 if TYPE_CHECKING:
-    from kdfast.experiments.data_report import DataReportConfig, Seen
+    from kdfast.experiments.data_report.run import DataReportConfig, Seen
 
 _COLUMNS, _SURE, _UNSURE = 10, 4, 3
 _PAIRS = 10

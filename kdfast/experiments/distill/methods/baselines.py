@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from kdfast.errors import ConfigError
-from kdfast.experiments.methods import Plan, Setting
+from kdfast.experiments.distill.plan import Plan, Setting
 from kdfast.methods import baselines
 
 
 @dataclass(frozen=True)
 class BaselineMethod:
-    """One of them, as :class:`~kdfast.experiments.methods.Method` wants it.
+    """One of them, as :class:`~kdfast.experiments.distill.plan.Method` wants it.
 
     Attributes:
         METHOD: Its class.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import ConfigError
-from kdfast.experiments.methods import Plan, Setting
+from kdfast.experiments.distill.plan import Plan, Setting
 from kdfast.methods.kdiffusion import Kdiffusion, KdiffusionConfig, Stage
 
 METHOD = Kdiffusion
@@ -90,14 +90,14 @@ def build(setting: Setting) -> Plan:
     def facts() -> dict[str, Any]:
         found: dict[str, Any] = {"extra_parameters": method.extra_parameters, "branches": config.branches}
         if pictured:
-            from kdfast.experiments.feature_pictures import CAPTION, PICTURE
+            from kdfast.experiments.distill.pictures import CAPTION, PICTURE
 
             found["captions"] = {PICTURE: CAPTION}
         return found
 
     def leave(folder: Path) -> None:
         if pictured:
-            from kdfast.experiments.feature_pictures import draw
+            from kdfast.experiments.distill.pictures import draw
 
             draw(folder, method, setting)
 

@@ -14,11 +14,11 @@ from kdfast.data.loader import ShardLoader
 from kdfast.data.manifest import is_shard_folder
 from kdfast.data.segmentation import open_segmentation
 from kdfast.errors import DataError
-from kdfast.experiments.image_batches import ImageBatches
+from kdfast.experiments.common.image_batches import ImageBatches
 from kdfast.training.model_io import ModelConfig
 
 if TYPE_CHECKING:
-    from kdfast.experiments.distill import DistillConfig
+    from kdfast.experiments.distill.run import DistillConfig
 
 
 def shard_classes(data: str | None) -> int | None:

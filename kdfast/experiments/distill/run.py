@@ -11,7 +11,8 @@ from typing import Any, Literal
 from torch import nn
 
 from kdfast.errors import CheckpointError, ConfigError
-from kdfast.experiments.common import (
+from kdfast.experiments.common.recipe import build_config, check_keys
+from kdfast.experiments.common.results import (
     METRICS,
     Count,
     Evaluator,
@@ -22,10 +23,9 @@ from kdfast.experiments.common import (
     open_run,
     summarise,
 )
-from kdfast.experiments.methods import METHODS, Setting, get_method
-from kdfast.experiments.recipe import build_config, check_keys
-from kdfast.experiments.teach import build_network
-from kdfast.experiments.training_data import open_training_data, shard_classes
+from kdfast.experiments.distill.data import open_training_data, shard_classes
+from kdfast.experiments.distill.plan import METHODS, Setting, get_method
+from kdfast.experiments.teach.run import build_network
 from kdfast.models import create_model
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
@@ -39,7 +39,7 @@ class DistillConfig(TrainingRecipe):
     """Who teaches whom, on which images. The fields of the method's own config stand beside these in a recipe.
 
     Attributes:
-        method: One of :data:`kdfast.experiments.methods.METHODS`.
+        method: One of :data:`kdfast.experiments.distill.plan.METHODS`.
         teacher: Directory of a trained network, or ``timm:NAME`` or ``torchvision:NAME`` for theirs with its weights.
         student: Name for :func:`kdfast.models.create_model`.
         task: ``classification``, or ``segmentation``, for which data are images beside PNG masks.
@@ -104,7 +104,7 @@ def run(
     Args:
         config: Networks, data and training.
         method_config: The method's own config.
-        out: Result directory, as :func:`kdfast.experiments.teach.run` fills it.
+        out: Result directory, as :func:`kdfast.experiments.teach.run.run` fills it.
         resume: Go on from its latest checkpoint.
         dry_run: Build everything, take one real optimiser step, write nothing.
         progress: Show a progress bar.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kdfast.errors import ConfigError, DataError
-from kdfast.experiments.methods import Plan, Setting
-from kdfast.experiments.training_data import shard_classes
+from kdfast.experiments.distill.data import shard_classes
+from kdfast.experiments.distill.plan import Plan, Setting
 from kdfast.methods.surrogate import SurrogateKD, SurrogateKDConfig
 
 CONFIG = SurrogateKDConfig

@@ -13,10 +13,10 @@ import torch
 from kdfast.diffusion import DDIMScheduler, DDPMScheduler, Synthesizer
 from kdfast.diffusion.plans import fused_scheduler
 from kdfast.errors import CheckpointError, ConfigError, require
-from kdfast.experiments.diffusion_model import SCHEDULER, TRANSFORMER
+from kdfast.experiments.diffusion_model.run import SCHEDULER, TRANSFORMER
 
 if TYPE_CHECKING:
-    from kdfast.experiments.synth import SynthConfig
+    from kdfast.experiments.synth.run import SynthConfig
 
 VAE, INDEX = "vae", "model_index.json"
 _FEATURE = "kdfast synth --source diffusion"

@@ -22,7 +22,7 @@ from kdfast.training.batches import Loss
 from kdfast.training.model_io import ModelConfig
 
 if TYPE_CHECKING:
-    from kdfast.experiments.distill import DistillConfig
+    from kdfast.experiments.distill.run import DistillConfig
 
 METHODS = (
     "at",
@@ -118,7 +118,7 @@ class Method(Protocol):
 def get_method(name: str) -> Method:
     """The module of a method in :data:`METHODS`."""
     if name in _BASELINES:
-        home: Any = importlib.import_module("kdfast.experiments.method_baselines")
+        home: Any = importlib.import_module("kdfast.experiments.distill.methods.baselines")
         return home.BASELINES[name]  # type: ignore[no-any-return]
-    module: Any = importlib.import_module(f"kdfast.experiments.method_{name}")
+    module: Any = importlib.import_module(f"kdfast.experiments.distill.methods.{name}")
     return module  # type: ignore[no-any-return]

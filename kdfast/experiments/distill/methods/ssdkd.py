@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import ConfigError
-from kdfast.experiments.methods import Plan, Setting
+from kdfast.experiments.distill.plan import Plan, Setting
 from kdfast.methods.ssdkd import SSDKD, SSDKDConfig
 from kdfast.report.grid import write_grid
 

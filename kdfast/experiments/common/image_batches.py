@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 
 from kdfast.data.datasets import InMemoryImages, LabelledImages
 from kdfast.data.segmentation import SegmentationFolder
-from kdfast.experiments.augmentation import Augmentation
+from kdfast.experiments.common.augmentation import Augmentation
 
 
 class ImageBatches:

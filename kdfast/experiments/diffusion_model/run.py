@@ -20,7 +20,7 @@ from torch import nn
 
 from kdfast.data.datasets import load_dataset, to_memory
 from kdfast.errors import ConfigError, require
-from kdfast.experiments.common import METRICS, Count, Positive, open_run
+from kdfast.experiments.common.results import METRICS, Count, Positive, open_run
 from kdfast.training import files
 from kdfast.training.config import TrainerConfig
 from kdfast.training.optim import OptimizerConfig, ScheduleConfig

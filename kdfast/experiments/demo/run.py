@@ -22,8 +22,11 @@ import torch
 
 from kdfast.data import ShardLoader, load_dataset
 from kdfast.errors import ConfigError, require
-from kdfast.experiments import diffusion_model, distill, synth, teach
-from kdfast.experiments.common import METRICS, Count, Positive
+from kdfast.experiments.common.results import METRICS, Count, Positive
+from kdfast.experiments.diffusion_model import run as diffusion_model
+from kdfast.experiments.distill import run as distill
+from kdfast.experiments.synth import run as synth
+from kdfast.experiments.teach import run as teach
 from kdfast.methods.dmkd import DMKDConfig
 from kdfast.report.grid import write_grid
 from kdfast.report.page import write_report

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from kdfast.errors import DataError
-from kdfast.experiments.methods import Plan, Setting
-from kdfast.experiments.synthetic_set import describe
-from kdfast.experiments.training_data import shard_classes
+from kdfast.experiments.common.synthetic_set import describe
+from kdfast.experiments.distill.data import shard_classes
+from kdfast.experiments.distill.plan import Plan, Setting
 from kdfast.methods.dmkd import DMKD, DMKDConfig
 
 CONFIG = DMKDConfig

@@ -15,10 +15,10 @@ from kdfast.data.loader import ShardLoader
 from kdfast.data.manifest import is_shard_folder
 from kdfast.data.segmentation import is_segmentation_folder, open_segmentation
 from kdfast.errors import DataError
-from kdfast.experiments.common import METRICS
-from kdfast.experiments.distill import load_teacher
-from kdfast.experiments.image_batches import ImageBatches
-from kdfast.experiments.synthetic_set import ProbabilityVariance, describe
+from kdfast.experiments.common.image_batches import ImageBatches
+from kdfast.experiments.common.results import METRICS
+from kdfast.experiments.common.synthetic_set import ProbabilityVariance, describe
+from kdfast.experiments.distill.run import load_teacher
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
 from kdfast.training.evaluate import evaluate_classification, evaluate_segmentation

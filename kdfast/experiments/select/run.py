@@ -19,8 +19,8 @@ from kdfast.data import ShardWriter, relative_entropy, select_balanced, select_l
 from kdfast.data.codec import decode
 from kdfast.data.records import LabelledRecords, ShardRecords
 from kdfast.errors import ConfigError, DataError
-from kdfast.experiments.common import METRICS, Count
-from kdfast.experiments.teacher_view import Teacher, augmented_entropy, open_images, view
+from kdfast.experiments.common.results import METRICS, Count
+from kdfast.experiments.common.teacher_view import Teacher, augmented_entropy, open_images, view
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
 from kdfast.training.progress import Progress

@@ -15,9 +15,9 @@ from torch import nn
 from kdfast.data.datasets import LabelledImages, load_dataset
 from kdfast.data.segmentation import SegmentationFolder, open_segmentation
 from kdfast.errors import ConfigError
-from kdfast.experiments.augmentation import Augmentation
-from kdfast.experiments.image_batches import ImageBatches
-from kdfast.experiments.recipe import to_yaml
+from kdfast.experiments.common.augmentation import Augmentation
+from kdfast.experiments.common.image_batches import ImageBatches
+from kdfast.experiments.common.recipe import to_yaml
 from kdfast.training import files
 from kdfast.training.config import TrainerConfig, TrainResult
 from kdfast.training.evaluate import class_accuracies, evaluate_classification, evaluate_segmentation

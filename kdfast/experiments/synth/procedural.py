@@ -23,7 +23,7 @@ from kdfast.errors import ConfigError, require
 from kdfast.report.grid import write_grid
 
 if TYPE_CHECKING:
-    from kdfast.experiments.synth import SynthConfig
+    from kdfast.experiments.synth.run import SynthConfig
 
 PROGRAMS, SHEET = "programs.json", "samples.png"
 #: Programs that stand for all of a set's in its manifest.
