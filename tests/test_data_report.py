@@ -19,7 +19,7 @@ from kdfast.data.quality import class_spread, duplicate_groups, effective_direct
 from kdfast.experiments.common import teacher_view
 from kdfast.experiments.data_report import run as data_report
 from kdfast.experiments.data_report import verdict as data_verdict
-from kdfast.experiments.data_report.run import DataReportConfig
+from kdfast.experiments.data_report.config import DataReportConfig
 from kdfast.models import create_model
 from kdfast.training.model_io import ModelConfig, save_model
 from tests.shard_helpers import good, label, pictures, tar

@@ -10,9 +10,9 @@ from kdfast.errors import ConfigError
 from kdfast.experiments.common.recipe import build_config, check_keys, load_recipe, parse_overrides, to_yaml
 from kdfast.experiments.common.results import fingerprint, summarise
 from kdfast.experiments.distill import run as distill
-from kdfast.experiments.distill.run import DistillConfig
-from kdfast.experiments.synth.run import SynthConfig
-from kdfast.experiments.teach.run import TeachConfig
+from kdfast.experiments.distill.config import DistillConfig
+from kdfast.experiments.synth.config import SynthConfig
+from kdfast.experiments.teach.config import TeachConfig
 from kdfast.methods import DMKDConfig
 from kdfast.models import create_model
 

@@ -18,7 +18,7 @@ from kdfast.experiments.common.augmentation import Augmentation, scale_crop
 from kdfast.experiments.common.recipe import build_config
 from kdfast.experiments.distill import run as distill
 from kdfast.experiments.teach import run as teach
-from kdfast.experiments.teach.run import TeachConfig
+from kdfast.experiments.teach.config import TeachConfig
 from kdfast.training.mixing import task_loss
 
 

@@ -16,7 +16,9 @@ from kdfast.data import ShardLoader, read_manifest
 from kdfast.data.surrogate.uniform import uniform_noise
 from kdfast.errors import CheckpointError, ConfigError, ShardError
 from kdfast.experiments.diffusion_model import run as diffusion_model
-from kdfast.experiments.diffusion_model.run import DiffusionConfig, NoisyBatches, build_dit
+from kdfast.experiments.diffusion_model.batches import NoisyBatches
+from kdfast.experiments.diffusion_model.config import DiffusionConfig
+from kdfast.experiments.diffusion_model.run import build_dit
 from kdfast.experiments.synth import run as synth
 
 TINY = DiffusionConfig(

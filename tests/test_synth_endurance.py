@@ -18,7 +18,8 @@ import torch
 
 from kdfast.data import read_manifest
 from kdfast.experiments.diffusion_model import run as diffusion_model
-from kdfast.experiments.diffusion_model.run import DiffusionConfig, build_dit
+from kdfast.experiments.diffusion_model.config import DiffusionConfig
+from kdfast.experiments.diffusion_model.run import build_dit
 from kdfast.experiments.synth import run as synth
 from tests.test_synthesizer import contents, synthesizer, write
 

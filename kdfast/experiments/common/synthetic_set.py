@@ -12,6 +12,11 @@ from kdfast.data.manifest import is_shard_folder, read_manifest
 _SETTINGS = {"guidance_scale": "guidance_scale", "num_inference_steps": "steps"}
 
 
+def shard_classes(data: str | None) -> int | None:
+    """How many classes a directory of shards says it has; ``None`` if it is none, or does not say."""
+    return read_manifest(data).num_classes if data and is_shard_folder(data) else None
+
+
 def describe(data: str | None) -> dict[str, Any]:
     """How many images a directory of shards holds, and how they were sampled, as far as it says."""
     if not data or not is_shard_folder(data):

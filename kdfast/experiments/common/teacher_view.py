@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import annotated_types as at
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,10 +21,45 @@ from kdfast.data.records import ImageRecords, LabelledRecords, ShardRecords
 from kdfast.data.regimes import regime
 from kdfast.data.selection import relative_entropy
 from kdfast.errors import DataError
+from kdfast.experiments.common.bounds import Count
 from kdfast.training.model_io import ModelConfig, load_model, load_model_config
+from kdfast.training.progress import Progress
 
 Advance = Callable[[int], None]
 Each = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookRecipe:
+    """The part of a recipe that says what a teacher looks at, and how.
+
+    Attributes:
+        data: A directory of shards, or real labelled images: ``digits``, a folder, ``hf:NAME``.
+        teacher: Directory of a trained network.
+        out: Directory of the results.
+        regime: Augmentation whose effect on the teacher's predictions is measured.
+        split: Of labelled images: ``train``, ``test`` or ``all``.
+        label_column: For ``hf:`` data with several class columns, which one to use.
+        seed: Of the draws.
+        batch_size: Images the teacher sees at a time.
+        device: ``auto`` takes the GPU if there is one.
+        loader: For shards: ``dali``, or ``torch`` for the plain loader.
+        on_error: ``raise`` at a damaged image, or ``skip`` it.
+        progress: Show a progress bar.
+    """
+
+    data: str
+    teacher: str
+    out: str
+    regime: Literal["none", "standard", "high", "extreme"] = "high"
+    split: Literal["train", "test", "all"] = "train"
+    label_column: str | None = None
+    seed: Annotated[int, at.Ge(0)] = 0
+    batch_size: Count = 256
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    loader: Literal["dali", "torch"] = "dali"
+    on_error: Literal["raise", "skip"] = "raise"
+    progress: bool = True
 
 
 class Teacher:
@@ -100,31 +136,26 @@ class View:
 
 
 def open_images(
-    data: str,
-    *,
-    image_size: int,
-    device: torch.device,
-    split: str = "train",
-    label_column: str | None = None,
-    loader: Literal["dali", "torch"] = "dali",
-    on_error: Literal["raise", "skip"] = "raise",
+    config: LookRecipe, *, image_size: int, device: torch.device
 ) -> ShardRecords | LabelledRecords:
-    """Shards, or real labelled images: ``digits``, a folder, ``hf:NAME``.
+    """The images of ``config.data``: shards, or real labelled images.
 
     Raises:
         DataError: They cannot be used.
     """
+    data = config.data
     folder = Path(data)
     if is_shard_folder(data) or (folder.is_dir() and any(folder.glob("*.tar"))):
-        records = ShardRecords(data, image_size=image_size, device=device, loader=loader, on_error=on_error)
+        records = ShardRecords(
+            data, image_size=image_size, device=device, loader=config.loader, on_error=config.on_error
+        )
         if is_shard_folder(data):
             names = read_manifest(data).metadata.get("classes")
             # Whoever wrote the set may have meant something else by the word.
             records.classes = tuple(map(str, names)) if isinstance(names, list) else ()
         return records
-    return LabelledRecords(
-        load_dataset(data, split, image_size=image_size, label_column=label_column), device
-    )
+    dataset = load_dataset(data, config.split, image_size=image_size, label_column=config.label_column)
+    return LabelledRecords(dataset, device)
 
 
 @torch.no_grad()
@@ -166,25 +197,23 @@ def view(
 
 @torch.no_grad()
 def augmented_entropy(
+    config: LookRecipe,
     teacher: Teacher,
     images: ImageRecords,
     indices: NDArray[np.int64],
-    *,
-    regime_name: str,
-    seed: int,
-    batch_size: int = 256,
-    advance: Advance = lambda count: None,
+    progress: Progress,
 ) -> tuple[float, float]:
     """Relative entropy of the teacher's classes for these images augmented, and augmented and mixed."""
     counts = torch.zeros(2, teacher.num_classes, dtype=torch.int64)
-    generator = torch.Generator(teacher.device).manual_seed(seed)
-    augment = regime(regime_name)
-    for rows, batch in images.batches(indices, batch_size):
+    generator = torch.Generator(teacher.device).manual_seed(config.seed)
+    augment = regime(config.regime)
+    task = progress.task("augment", total=len(indices), unit="img")
+    for rows, batch in images.batches(indices, config.batch_size):
         if not len(rows):
             continue
         changed = augment(batch, generator)
         for row, shown in enumerate((changed, mixup(changed, generator).images)):
             predicted = teacher(shown).argmax(1).cpu()
             counts[row] += torch.bincount(predicted, minlength=teacher.num_classes)
-        advance(len(rows))
+        task.advance(len(rows))
     return relative_entropy(counts[0]), relative_entropy(counts[1])

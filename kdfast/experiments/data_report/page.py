@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,10 @@ from kdfast.data.datasets import load_dataset
 from kdfast.data.records import ImageRecords, LabelledRecords
 from kdfast.experiments.common.teacher_view import Teacher, View, view
 from kdfast.experiments.data_report import verdict as data_verdict
+from kdfast.experiments.data_report.config import DataReportConfig
+from kdfast.experiments.data_report.measure import Seen
 from kdfast.report import data_plots
 from kdfast.report.page import Card, Figure, Page, Section, Table
-
-if TYPE_CHECKING:
-    from kdfast.experiments.data_report.run import DataReportConfig, Seen
 
 _COLUMNS, _SURE, _UNSURE = 10, 4, 3
 _PAIRS = 10

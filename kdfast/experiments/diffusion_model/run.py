@@ -8,78 +8,27 @@ Models Denoise"). Its loss is weighted by min(SNR, 5) (Hang et al., Min-SNR).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
-import annotated_types as at
-import numpy as np
 import torch
 from torch import nn
 
 from kdfast.data.datasets import load_dataset, to_memory
-from kdfast.errors import ConfigError, require
-from kdfast.experiments.common.results import METRICS, Count, Positive, open_run
+from kdfast.errors import require
+from kdfast.experiments.common.results import METRICS, SCHEDULER, TRANSFORMER, open_run
+from kdfast.experiments.diffusion_model.batches import NoisyBatches
+from kdfast.experiments.diffusion_model.config import DiffusionConfig
 from kdfast.training import files
 from kdfast.training.config import TrainerConfig
 from kdfast.training.optim import OptimizerConfig, ScheduleConfig
 from kdfast.training.rng import seed_everything
 from kdfast.training.trainer import Trainer
 
-TRANSFORMER, SCHEDULER = "transformer", "scheduler"
 _FEATURE = "training a diffusion model"
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
-    """What to train, on what.
-
-    Attributes:
-        data: ``digits``, a folder, or ``hf:NAME``.
-        image_size: Side of the images in pixels, a multiple of ``patch_size``.
-        channels: 1 for grey images, which are repeated to three channels when they are written; or 3.
-        patch_size: Side of a token in pixels.
-        heads: Attention heads.
-        head_dim: Width of a head; the network is ``heads · head_dim`` wide.
-        layers: Transformer blocks.
-        epochs: Stretches of ``steps_per_epoch`` steps, each ending in an evaluation and a checkpoint.
-        steps_per_epoch: Optimiser steps in one.
-        batch_size: Images a step.
-        lr: Highest learning rate of AdamW, reached after 100 steps, then a cosine.
-        ema_decay: Of the moving average of the weights, which is what is saved.
-        label_dropout: Share of labels replaced by the null class, so that guidance has something to guide away from.
-        snr_limit: The loss at step t is weighted by min(SNR(t), this).
-        timesteps: Steps of the noising process.
-        seed: Of weights, order and noise.
-        device: ``auto`` takes the GPU if there is one.
-    """
-
-    data: str = "digits"
-    image_size: Count = 16
-    channels: Literal[1, 3] = 1
-    patch_size: Count = 4
-    heads: Count = 4
-    head_dim: Count = 24
-    layers: Count = 4
-    epochs: Count = 10
-    steps_per_epoch: Count = 100
-    batch_size: Count = 64
-    lr: Positive = 2e-3
-    ema_decay: Annotated[float, at.Gt(0), at.Lt(1)] = 0.995
-    label_dropout: Annotated[float, at.Gt(0), at.Lt(1)] = 0.1
-    snr_limit: Positive = 5.0
-    timesteps: Count = 1000
-    seed: Annotated[int, at.Ge(0)] = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ConfigError(
-                f"image_size: got {self.image_size}, accepted: a multiple of patch_size={self.patch_size}"
-            )
 
 
 def run(
@@ -182,53 +131,6 @@ def denoising_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     predicted = model(noisy, timestep=timesteps, class_labels=labels).sample.float()
     loss: torch.Tensor = (weight * (predicted - clean).square().flatten(1).mean(1)).mean()
     return loss
-
-
-class NoisyBatches:
-    """Images with noise added, everything random drawn from (seed, epoch, batch): resumable by construction.
-
-    Args:
-        dataset: The images, in memory.
-        noising: diffusers' scheduler that adds noise.
-        config: Sizes and seed.
-        num_classes: Number of the null class.
-        batches: How many make an epoch.
-    """
-
-    def __init__(
-        self, dataset: Any, noising: Any, config: DiffusionConfig, num_classes: int, *, batches: int
-    ) -> None:
-        self._images = dataset.images[:, : config.channels].float() / 127.5 - 1
-        self._labels, self._null = dataset.labels, num_classes
-        self._noising, self._config, self._batches, self._epoch = noising, config, batches, 0
-        ratio = noising.alphas_cumprod / (1 - noising.alphas_cumprod)
-        self._weight = ratio.clamp(max=config.snr_limit)
-
-    def __len__(self) -> int:
-        return self._batches
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin this epoch at the next iteration."""
-        self._epoch = epoch
-
-    def __iter__(self) -> Iterator[Batch]:
-        size = self._config.batch_size
-        for number in range(self._batches):
-            words = np.random.SeedSequence([self._config.seed, self._epoch, number]).generate_state(1)
-            generator = torch.Generator().manual_seed(int(words[0]))
-            rows = torch.randint(len(self._labels), (size,), generator=generator)
-            timesteps = torch.randint(self._config.timesteps, (size,), generator=generator)
-            dropped = torch.rand(size, generator=generator) < self._config.label_dropout
-            clean = self._images[rows]
-            noise = torch.randn(clean.shape, generator=generator)
-            labels = torch.where(dropped, self._null, self._labels[rows])
-            yield (
-                self._noising.add_noise(clean, noise, timesteps),
-                timesteps,
-                labels,
-                clean,
-                self._weight[timesteps],
-            )
 
 
 def _noising(config: DiffusionConfig) -> Any:

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from kdfast.data import read_manifest, select_balanced
+from kdfast.data import select_balanced
 from kdfast.data.datasets import InMemoryImages, LabelledImages, load_dataset
 from kdfast.data.loader import ShardLoader
 from kdfast.data.manifest import is_shard_folder
 from kdfast.data.segmentation import open_segmentation
 from kdfast.errors import DataError
 from kdfast.experiments.common.image_batches import ImageBatches
+from kdfast.experiments.distill.config import DistillConfig
 from kdfast.training.model_io import ModelConfig
-
-if TYPE_CHECKING:
-    from kdfast.experiments.distill.run import DistillConfig
-
-
-def shard_classes(data: str | None) -> int | None:
-    """How many classes a directory of shards says it has; ``None`` if it is none, or does not say."""
-    return read_manifest(data).num_classes if data and is_shard_folder(data) else None
 
 
 def open_training_data(

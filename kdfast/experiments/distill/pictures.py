@@ -1,7 +1,8 @@
-"""A picture of features beside the images that they are of, for the report of a method that compares features."""
+"""Pictures of features beside the images that they are of, for the report of a method that compares features."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +12,41 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdfast.errors import require
+from kdfast.experiments.common.held_out import held_out
 from kdfast.experiments.common.image_batches import ImageBatches
-from kdfast.experiments.common.results import held_out
 from kdfast.experiments.distill.plan import Setting
-from kdfast.methods.kdiffusion import Kdiffusion
 from kdfast.report import write_grid
 
 PICTURE = "samples-features.png"
-CAPTION = (
-    "Held-out images, and the mean size of the last stage's feature over its channels: one branch's, the mean of all "
-    "branches', the teacher's. Each map in its own range."
-)
 _ROWS = 8
+_ABREAST = 2  # images with their maps side by side
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-def draw(folder: Path, method: Kdiffusion, setting: Setting) -> None:
-    """Write :data:`PICTURE`: for some held-out images a branch, the branches' mean and the teacher."""
+def draw_maps(folder: Path, setting: Setting, maps_of: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    """Write :data:`PICTURE`: held-out images, and beside each its maps.
+
+    Args:
+        folder: The result directory.
+        setting: Where the images come from, and how they are normalised.
+        maps_of: From normalised images ``[N, C, H, W]`` on the device to maps ``[N, h, w]``, as many for every image;
+            none, and nothing is drawn.
+    """
     described, config = setting.described, setting.config
     data = held_out(config.test_data, described, config.label_column, task=config.task)
     if data is None:
         return
     batches = ImageBatches(data, _ROWS, mean=described.mean, std=described.std, shuffle=False)
     images, _ = next(iter(batches))
-    branches, teacher = method.maps(images.to(setting.accelerator.device))[method.stages[-1].op]
-    if teacher.dim() != 4:
-        return  # vectors have no map
+    maps = maps_of(images.to(setting.accelerator.device))
+    if not maps:
+        return
     columns = [_pixels(images, described.mean, described.std)]
-    columns += [_heat(feature, images.shape[-1]) for feature in (branches[0], branches.mean(0), teacher)]
+    columns += [_heat(each.float().cpu(), images.shape[-1]) for each in maps]
     tiles = np.stack(columns, 1).reshape(-1, *columns[0].shape[1:])
-    write_grid(folder / PICTURE, tiles, columns=2 * len(columns), scale=max(1, 96 // images.shape[-1]))
+    scale = max(1, 96 // images.shape[-1])
+    write_grid(folder / PICTURE, tiles, columns=_ABREAST * len(columns), scale=scale)
 
 
 def _pixels(images: Tensor, mean: Any, std: Any) -> Pixels:
@@ -52,10 +57,9 @@ def _pixels(images: Tensor, mean: Any, std: Any) -> Pixels:
     return found
 
 
-def _heat(feature: Tensor, size: int) -> Pixels:
-    """A feature ``[N, C, h, w]`` in colour, uint8 ``[N, 3, size, size]``; its pixels stay squares."""
+def _heat(maps: Tensor, size: int) -> Pixels:
+    """Maps ``[N, h, w]`` in colour, uint8 ``[N, 3, size, size]``; a feature's pixel stays one square."""
     matplotlib = require("matplotlib", extra="report", feature="pictures of features")
-    maps = feature.float().abs().mean(1).cpu()
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     shares = F.interpolate(((maps - low) / (high - low).clamp_min(1e-12))[:, None], size=(size, size))[:, 0]
     colours = matplotlib.colormaps["viridis"](shares.numpy(), bytes=True)[..., :3]

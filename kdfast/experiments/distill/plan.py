@@ -1,6 +1,6 @@
-"""The methods that a recipe can name, and what ``kdfast distill`` wants to know of each.
+"""What a method is given by ``kdfast distill``, and what it asks of the trainer.
 
-A method is one line of :data:`METHODS` and one module beside this one, ``method_NAME.py``, with
+A method is one line of :data:`kdfast.experiments.distill.methods.METHODS` and one module beside that list, which holds
 
 - ``CONFIG``: the frozen dataclass of its own recipe keys,
 - ``METHOD``: the class that a user's own loop would use,
@@ -10,36 +10,16 @@ A method is one line of :data:`METHODS` and one module beside this one, ``method
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
+from kdfast.experiments.distill.config import DistillConfig
 from kdfast.training.batches import Loss
 from kdfast.training.model_io import ModelConfig
-
-if TYPE_CHECKING:
-    from kdfast.experiments.distill.run import DistillConfig
-
-METHODS = (
-    "at",
-    "diffkd",
-    "dist",
-    "dkd",
-    "dmkd",
-    "fitnet",
-    "kd",
-    "kdiffusion",
-    "rkd",
-    "ssdkd",
-    "surrogate",
-)
-
-# These are so alike that they share a module.
-_BASELINES = ("at", "dist", "dkd", "fitnet", "kd", "rkd")
 
 
 @dataclass(frozen=True)
@@ -105,7 +85,7 @@ class Plan:
 
 
 class Method(Protocol):
-    """What a ``method_NAME`` module holds."""
+    """What the module of a method holds."""
 
     CONFIG: type
     METHOD: type
@@ -113,12 +93,3 @@ class Method(Protocol):
 
     def build(self, setting: Setting) -> Plan:
         """Make the networks, the step and the data."""
-
-
-def get_method(name: str) -> Method:
-    """The module of a method in :data:`METHODS`."""
-    if name in _BASELINES:
-        home: Any = importlib.import_module("kdfast.experiments.distill.methods.baselines")
-        return home.BASELINES[name]  # type: ignore[no-any-return]
-    module: Any = importlib.import_module(f"kdfast.experiments.distill.methods.{name}")
-    return module  # type: ignore[no-any-return]

@@ -4,68 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from torch import nn
-
-from kdfast.errors import CheckpointError, ConfigError
+from kdfast.errors import ConfigError
+from kdfast.experiments.common.held_out import Evaluator, held_out
+from kdfast.experiments.common.networks import build_network, load_teacher
 from kdfast.experiments.common.recipe import build_config, check_keys
-from kdfast.experiments.common.results import (
-    METRICS,
-    Count,
-    Evaluator,
-    TrainingRecipe,
-    close_run,
-    fingerprint,
-    held_out,
-    open_run,
-    summarise,
-)
-from kdfast.experiments.distill.data import open_training_data, shard_classes
-from kdfast.experiments.distill.plan import METHODS, Setting, get_method
-from kdfast.experiments.teach.run import build_network
-from kdfast.models import create_model
+from kdfast.experiments.common.results import METRICS, close_run, fingerprint, open_run, summarise
+from kdfast.experiments.distill.config import DistillConfig
+from kdfast.experiments.distill.data import open_training_data
+from kdfast.experiments.distill.methods import METHODS, get_method
+from kdfast.experiments.distill.plan import Setting
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
-from kdfast.training.model_io import ModelConfig, load_model, load_model_config
 from kdfast.training.rng import seed_everything
 from kdfast.training.trainer import Trainer
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig(TrainingRecipe):
-    """Who teaches whom, on which images. The fields of the method's own config stand beside these in a recipe.
-
-    Attributes:
-        method: One of :data:`kdfast.experiments.distill.plan.METHODS`.
-        teacher: Directory of a trained network, or ``timm:NAME`` or ``torchvision:NAME`` for theirs with its weights.
-        student: Name for :func:`kdfast.models.create_model`.
-        task: ``classification``, or ``segmentation``, for which data are images beside PNG masks.
-        data: What to train on: a directory of shards, or real labelled images (``digits``, a folder, ``hf:NAME``). Not
-            needed by a method that makes its own.
-        test_data: Held-out real images to measure on: ``digits``, a folder, or ``hf:NAME``; ``None`` measures nothing.
-        label_column: For ``hf:`` data with several class columns, which one to use.
-        data_images: Take only so many of real, labelled images, as many of each class, and keep them in memory.
-        image_size: Side the networks see; by default the teacher's.
-        load_size: Side the images are decoded to, before ``augment``; by default ``image_size``.
-        loader: ``dali``, or ``torch`` for the plain loader.
-        on_error: ``raise`` at a damaged image, or ``skip`` and list it.
-    """
-
-    method: str = "dmkd"
-    teacher: str
-    student: str
-    task: Literal["classification", "segmentation"] = "classification"
-    data: str | None = None
-    test_data: str | None = None
-    label_column: str | None = None
-    data_images: Count | None = None
-    image_size: Count | None = None
-    load_size: Count | None = None
-    loader: Literal["dali", "torch"] = "dali"
-    on_error: Literal["raise", "skip"] = "raise"
 
 
 def parse(values: Mapping[str, Any], *, source: str = "recipe") -> tuple[DistillConfig, Any]:
@@ -188,33 +143,3 @@ def run_seeds(
     if make_accelerator(config.device, config.precision).is_main_process:
         files.write_json(root / METRICS, summary)
     return summary
-
-
-def load_teacher(source: str, data: str | None = None) -> tuple[nn.Module, ModelConfig]:
-    """A trained network and what feeds it.
-
-    Args:
-        source: Directory of a finished run, ``timm:NAME`` or ``torchvision:NAME``.
-        data: For the latter two, shards that say how many classes there are; 1000 without.
-
-    Raises:
-        CheckpointError: It cannot be read.
-        ConfigError: timm or torchvision has no such network.
-    """
-    if not source.startswith(("timm:", "torchvision:")):
-        return load_model(source), load_model_config(source)
-    num_classes = shard_classes(data) or 1000
-    try:
-        network = create_model(source, num_classes, pretrained=True)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"teacher {source}: its weights cannot be had: {error}") from error
-    facts = getattr(network, "pretrained_cfg", {})
-    return network.eval(), ModelConfig(
-        source,
-        num_classes,
-        int(facts.get("input_size", (3, 224, 224))[-1]),
-        tuple(facts.get("mean", (0.485, 0.456, 0.406))),
-        tuple(facts.get("std", (0.229, 0.224, 0.225))),
-    )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -16,38 +15,15 @@ from kdfast.data.manifest import is_shard_folder
 from kdfast.data.segmentation import is_segmentation_folder, open_segmentation
 from kdfast.errors import DataError
 from kdfast.experiments.common.image_batches import ImageBatches
+from kdfast.experiments.common.networks import load_teacher
 from kdfast.experiments.common.results import METRICS
 from kdfast.experiments.common.synthetic_set import ProbabilityVariance, describe
-from kdfast.experiments.distill.run import load_teacher
+from kdfast.experiments.evaluate.config import EvalConfig
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
 from kdfast.training.evaluate import evaluate_classification, evaluate_segmentation
 from kdfast.training.model_io import ModelConfig
 from kdfast.training.progress import Progress
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """What to measure on what.
-
-    Attributes:
-        checkpoint: Directory of a finished run, its ``model.safetensors``, or ``timm:NAME`` or ``torchvision:NAME``.
-        data: ``digits``, a folder of images, ``hf:NAME``, a directory of shards, or a folder of ``images/`` and
-            ``masks/`` (see :mod:`kdfast.data.segmentation`).
-        split: ``train``, ``test`` or ``all``; shards have no splits.
-        batch_size: Images a batch.
-        device: ``auto`` takes the GPU if there is one.
-        loader: For shards: ``dali`` or ``torch``.
-        out: Keep the result in this directory, for ``kdfast report``.
-    """
-
-    checkpoint: str
-    data: str
-    split: Literal["train", "test", "all"] = "test"
-    batch_size: int = 256
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    loader: Literal["dali", "torch"] = "dali"
-    out: str | None = None
 
 
 def run(config: EvalConfig, *, progress: bool = True) -> dict[str, Any]:

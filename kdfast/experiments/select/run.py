@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import annotated_types as at
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -19,8 +18,9 @@ from kdfast.data import ShardWriter, relative_entropy, select_balanced, select_l
 from kdfast.data.codec import decode
 from kdfast.data.records import LabelledRecords, ShardRecords
 from kdfast.errors import ConfigError, DataError
-from kdfast.experiments.common.results import METRICS, Count
+from kdfast.experiments.common.results import METRICS, out_directory
 from kdfast.experiments.common.teacher_view import Teacher, augmented_entropy, open_images, view
+from kdfast.experiments.select.config import SelectConfig
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
 from kdfast.training.progress import Progress
@@ -30,59 +30,6 @@ PREDICTIONS = "predictions.npz"
 IN_DOMAIN, OUT_OF_DOMAIN = "in-domain", "out-of-domain"
 
 Rows = NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelectConfig:
-    """From what, for whom, how many.
-
-    Attributes:
-        data: A directory of shards, or real labelled images: ``digits``, a folder, ``hf:NAME``.
-        teacher: Directory of a trained network; its predictions decide.
-        out: Directory of the new shards.
-        budget: Images to pick; of fewer shards' images, as many as there are. Fewer real images stay as they are, as in
-            the paper.
-        shared: Class names or numbers that data and teacher share, one a line in this file: makes two subsets,
-            ``in-domain`` of these classes and ``out-of-domain`` of the others. For data with true labels.
-        long_tail: Instead of equal shares, ones that fall off exponentially; largest over smallest, e.g. 100.
-        index_only: Write no shards but ``indices.txt``, the picked images' numbers, one a line.
-        regime: Augmentation for the entropies that are reported beside the selection's.
-        entropy_images: How many of the picked images those are measured on.
-        split: Of labelled images: ``train``, ``test`` or ``all``.
-        label_column: For ``hf:`` data with several class columns, which one to use.
-        image_size: Side that labelled images are stored with; by default the teacher's. Shards' files stay as they are.
-        seed: Of the draw.
-        batch_size: Images the teacher sees at a time.
-        samples_per_shard: Images a shard.
-        quality: JPEG quality, for labelled images.
-        device: ``auto`` takes the GPU if there is one.
-        loader: For shards: ``dali``, or ``torch`` for the plain loader.
-        on_error: ``raise`` at a damaged image, or ``skip`` it.
-        resume: Go on where an earlier run stopped.
-        progress: Show a progress bar.
-    """
-
-    data: str
-    teacher: str
-    out: str
-    budget: Count = 50_000
-    shared: str | None = None
-    long_tail: Annotated[float, at.Ge(1)] | None = None
-    index_only: bool = False
-    regime: Literal["none", "standard", "high", "extreme"] = "high"
-    entropy_images: Count = 2000
-    split: Literal["train", "test", "all"] = "train"
-    label_column: str | None = None
-    image_size: Count | None = None
-    seed: Annotated[int, at.Ge(0)] = 0
-    batch_size: Count = 256
-    samples_per_shard: Count = 1000
-    quality: Annotated[int, at.Ge(1), at.Le(100)] = 95
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    loader: Literal["dali", "torch"] = "dali"
-    on_error: Literal["raise", "skip"] = "raise"
-    resume: bool = False
-    progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,24 +60,15 @@ def run(config: SelectConfig) -> dict[str, Any]:
         ShardError: ``out`` holds another set.
     """
     started = time.monotonic()
-    out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out: got {out}, which is a file, accepted: a directory")
+    out = out_directory(config.out)
     if not config.resume and (out / METRICS).exists():
         raise ConfigError(
             f"--out: {out} holds a selection already; go on with --resume, or choose another directory"
         )
     device = make_accelerator(config.device).device
     teacher = Teacher.load(config.teacher, device)
-    images = open_images(
-        config.data,
-        image_size=config.image_size or teacher.described.image_size,
-        device=device,
-        split=config.split,
-        label_column=config.label_column,
-        loader=config.loader,
-        on_error=config.on_error,
-    )
+    image_size = config.image_size or teacher.described.image_size
+    images = open_images(config, image_size=image_size, device=device)
     with closing(images), Progress(enabled=config.progress) as progress:
         parts = _parts(config, images)
         with files.reporting_disk(out):
@@ -236,16 +174,7 @@ def _select(work: _Work, name: str, rows: Rows) -> dict[str, Any]:
         ).numpy()
     chosen, labels = index[picked], predicted[picked]
     sample = np.random.default_rng(config.seed).permutation(chosen)[: config.entropy_images]
-    task = work.progress.task("augment", total=len(sample), unit="img")
-    augmented, mixed = augmented_entropy(
-        teacher,
-        work.images,
-        sample,
-        regime_name=config.regime,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        advance=task.advance,
-    )
+    augmented, mixed = augmented_entropy(config, teacher, work.images, sample, work.progress)
     result = {
         "images": len(chosen),
         "of": len(index),

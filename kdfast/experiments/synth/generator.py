@@ -6,17 +6,15 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from kdfast.diffusion import DDIMScheduler, DDPMScheduler, Synthesizer
 from kdfast.diffusion.plans import fused_scheduler
 from kdfast.errors import CheckpointError, ConfigError, require
-from kdfast.experiments.diffusion_model.run import SCHEDULER, TRANSFORMER
-
-if TYPE_CHECKING:
-    from kdfast.experiments.synth.run import SynthConfig
+from kdfast.experiments.common.results import SCHEDULER, TRANSFORMER
+from kdfast.experiments.synth.config import SynthConfig
 
 VAE, INDEX = "vae", "model_index.json"
 _FEATURE = "kdfast synth --source diffusion"

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,11 +19,9 @@ from kdfast.data.surrogate import leaves, load_programs, noise, random_programs,
 from kdfast.data.surrogate.programs import Program
 from kdfast.data.surrogate.uniform import uniform_noise
 from kdfast.diffusion.parts import check_same_run, joined, merge_parts, part_directory, shard_range
-from kdfast.errors import ConfigError, require
+from kdfast.errors import require
+from kdfast.experiments.synth.config import SynthConfig
 from kdfast.report.grid import write_grid
-
-if TYPE_CHECKING:
-    from kdfast.experiments.synth.run import SynthConfig
 
 PROGRAMS, SHEET = "programs.json", "samples.png"
 #: Programs that stand for all of a set's in its manifest.
@@ -193,22 +191,3 @@ def _write_extras(config: SynthConfig, source: Source, root: Path) -> None:
         images = source.make(min(_SHEET_IMAGES, config.images), 0).cpu()
         scale = max(1, _SHEET_TILE // config.image_size)
         write_grid(root / SHEET, images, columns=_SHEET_COLUMNS, scale=scale)
-
-
-def check(config: SynthConfig) -> None:
-    """Refuse values that make no sense together.
-
-    Raises:
-        ConfigError: Names the value.
-    """
-    if config.source == "glsl" and config.folder is None:
-        raise ConfigError("folder: missing; source=glsl needs a folder with GLSL fragment shaders")
-    if config.folder is not None and config.source != "glsl":
-        raise ConfigError(
-            f"folder: got {config.folder}, but source={config.source} reads none; accepted with glsl"
-        )
-    if config.programs_file is not None and config.source != "shaders":
-        raise ConfigError(
-            f"programs_file: got {config.programs_file}, but source={config.source} has no programs; "
-            "accepted with shaders"
-        )

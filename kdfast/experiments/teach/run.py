@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 
 from kdfast.data.datasets import load_dataset
 from kdfast.data.segmentation import open_segmentation
-from kdfast.errors import ConfigError
+from kdfast.experiments.common.held_out import Evaluator, Labelled, channel_statistics, held_out
 from kdfast.experiments.common.image_batches import ImageBatches
-from kdfast.experiments.common.results import (
-    Count,
-    Evaluator,
-    Labelled,
-    TrainingRecipe,
-    channel_statistics,
-    close_run,
-    fingerprint,
-    held_out,
-    open_run,
-)
+from kdfast.experiments.common.networks import build_network
+from kdfast.experiments.common.results import close_run, fingerprint, open_run
+from kdfast.experiments.teach.config import TeachConfig
 from kdfast.training.accelerator import make_accelerator
 from kdfast.training.mixing import task_loss
 from kdfast.training.model_io import ModelConfig
@@ -31,31 +22,6 @@ from kdfast.training.rng import seed_everything
 from kdfast.training.trainer import Trainer
 
 _STATISTICS_OF = 2000  # images that mean and standard deviation are taken from, evenly spaced
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeachConfig(TrainingRecipe):
-    """What to train, on what.
-
-    Attributes:
-        data: ``digits``, a folder, or ``hf:NAME``: see :func:`kdfast.data.load_dataset`.
-        model: Name for :func:`kdfast.models.create_model`.
-        image_size: Side of the images in pixels.
-        test_data: Where held-out images come from (its test split); by default ``data``.
-        task: ``classification``, or ``segmentation``, for which data are images beside PNG masks.
-        num_classes: How many classes the data must have; by default any number.
-        label_column: For ``hf:`` sets with several class columns, which one to use.
-        pretrained: For ``timm:`` networks: begin with timm's weights, and replace the classifier.
-    """
-
-    data: str
-    task: Literal["classification", "segmentation"] = "classification"
-    model: str = "resnet20"
-    image_size: Count = 32
-    test_data: str | None = None
-    num_classes: Count | None = None
-    label_column: str | None = None
-    pretrained: bool = False
 
 
 def run(
@@ -120,18 +86,6 @@ def run(
     if folder is None:
         return {"loss": trainer.dry_run(batches)}
     return close_run(folder, trainer, trainer.fit(batches, resume=resume), described, seed=config.seed)
-
-
-def build_network(config: ModelConfig) -> nn.Module:
-    """The network with fresh weights; an unknown name or option is a recipe's fault.
-
-    Raises:
-        ConfigError: Naming the nearest known models.
-    """
-    try:
-        return config.build()
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from error
 
 
 def _open(config: TeachConfig) -> Labelled:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from kdfast.errors import DataError
-from kdfast.experiments.common.synthetic_set import describe
-from kdfast.experiments.distill.data import shard_classes
+from kdfast.experiments.common.synthetic_set import describe, shard_classes
 from kdfast.experiments.distill.plan import Plan, Setting
 from kdfast.methods.dmkd import DMKD, DMKDConfig
 

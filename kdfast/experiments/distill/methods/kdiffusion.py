@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.errors import ConfigError
+from kdfast.experiments.distill.pictures import PICTURE, draw_maps
 from kdfast.experiments.distill.plan import Plan, Setting
 from kdfast.methods.kdiffusion import Kdiffusion, KdiffusionConfig, Stage
 
 METHOD = Kdiffusion
 NEEDS_DATA = True
+
+_CAPTION = (
+    "Held-out images, and the mean size of the last stage's feature over its channels: one branch's, the mean of all "
+    "branches', the teacher's. Each map in its own range."
+)
 
 
 @dataclass(frozen=True)
@@ -90,15 +96,11 @@ def build(setting: Setting) -> Plan:
     def facts() -> dict[str, Any]:
         found: dict[str, Any] = {"extra_parameters": method.extra_parameters, "branches": config.branches}
         if pictured:
-            from kdfast.experiments.distill.pictures import CAPTION, PICTURE
-
-            found["captions"] = {PICTURE: CAPTION}
+            found["captions"] = {PICTURE: _CAPTION}
         return found
 
     def leave(folder: Path) -> None:
         if pictured:
-            from kdfast.experiments.distill.pictures import draw
-
             draw(folder, method, setting)
 
     return Plan(
@@ -108,3 +110,15 @@ def build(setting: Setting) -> Plan:
         facts=facts,
         leave=leave,
     )
+
+
+def draw(folder: Path, method: Kdiffusion, setting: Setting) -> None:
+    """For some held-out images a branch, the branches' mean and the teacher; nothing where features are vectors."""
+
+    def maps(images: Tensor) -> list[Tensor]:
+        branches, teacher = method.maps(images)[method.stages[-1].op]
+        if teacher.dim() != 4:
+            return []
+        return [feature.float().abs().mean(1) for feature in (branches[0], branches.mean(0), teacher)]
+
+    draw_maps(folder, setting, maps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kdfast.errors import ConfigError, DataError
-from kdfast.experiments.distill.data import shard_classes
+from kdfast.experiments.common.synthetic_set import shard_classes
 from kdfast.experiments.distill.plan import Plan, Setting
 from kdfast.methods.surrogate import SurrogateKD, SurrogateKDConfig
 

@@ -7,19 +7,9 @@ from typing import Annotated
 
 import typer
 
-from kdfast.cli.app import AsJson, Out, Overrides, Quiet, Resume, _show, _values
 from kdfast.cli.guard import guarded
-
-Data = Annotated[
-    str,
-    typer.Argument(
-        help="A directory of shards, digits, a folder, or hf:NAME.", metavar="DATA", show_default=False
-    ),
-]
-TeacherRun = Annotated[
-    str,
-    typer.Argument(help="Directory of a finished run.", metavar="TEACHER", show_default=False),
-]
+from kdfast.cli.options import AsJson, Data, Out, Overrides, Quiet, Resume, TeacherRun
+from kdfast.cli.values import config_of, show
 
 
 @guarded
@@ -49,12 +39,14 @@ def select(
     overrides: Overrides = None,
 ) -> None:
     """Pick images that cover a teacher's classes evenly, and write them as new shards."""
-    from kdfast.experiments.common.recipe import build_config, check_keys
-    from kdfast.experiments.select import run as work
+    from kdfast.experiments.select.config import SelectConfig
+    from kdfast.experiments.select.run import run
 
-    values = _values(
+    config = config_of(
+        SelectConfig,
         None,
         overrides,
+        command="select",
         data=data,
         teacher=teacher,
         out=str(out),
@@ -65,5 +57,4 @@ def select(
         resume=resume,
         progress=not quiet,
     )
-    check_keys(values, work.SelectConfig, source="select")
-    _show(work.run(build_config(work.SelectConfig, values, source="select")), as_json)
+    show(run(config), as_json)

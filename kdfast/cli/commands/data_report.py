@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from kdfast.cli.app import AsJson, Out, Overrides, Quiet, _show, _values
 from kdfast.cli.guard import guarded
-from kdfast.cli.select import Data, TeacherRun
+from kdfast.cli.options import AsJson, Data, Out, Overrides, Quiet, TeacherRun
+from kdfast.cli.values import config_of, show
 
 
 @guarded
@@ -33,12 +33,14 @@ def data_report(
     overrides: Overrides = None,
 ) -> None:
     """Say what makes a set good or bad for a teacher, before anyone trains: a page with pictures and a verdict."""
-    from kdfast.experiments.common.recipe import build_config, check_keys
-    from kdfast.experiments.data_report import run as work
+    from kdfast.experiments.data_report.config import DataReportConfig
+    from kdfast.experiments.data_report.run import run
 
-    values = _values(
+    config = config_of(
+        DataReportConfig,
         None,
         overrides,
+        command="data-report",
         data=data,
         teacher=teacher,
         out=str(out),
@@ -46,5 +48,4 @@ def data_report(
         test_data=test_data,
         progress=not quiet,
     )
-    check_keys(values, work.DataReportConfig, source="data-report")
-    _show(work.run(build_config(work.DataReportConfig, values, source="data-report")), as_json)
+    show(run(config), as_json)
