@@ -37,9 +37,9 @@ def options(
     """Options before any command."""
     Options.debug = debug
     if version:
-        import kdfast
+        from kdfast.version import __version__
 
-        typer.echo(f"kdfast {kdfast.__version__}")
+        typer.echo(f"kdfast {__version__}")
         raise typer.Exit
 
 
