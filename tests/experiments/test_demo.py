@@ -18,7 +18,7 @@ import torch
 import kdfast
 from kdfast.data import ShardLoader, read_manifest
 from kdfast.errors import ConfigError, MissingExtraError
-from kdfast.experiments import demo
+from kdfast.experiments.demo import run as demo
 from kdfast.training import load_model
 
 SMALL = demo.DemoConfig(

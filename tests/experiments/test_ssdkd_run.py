@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from kdfast.errors import ConfigError, DataError, KDFastError
-from kdfast.experiments import distill
-from kdfast.experiments.method_ssdkd import PICTURE, PhaseClock, class_rows
-from kdfast.experiments.recipe import load_recipe
-from kdfast.experiments.training_data import some_of
+from kdfast.experiments.common.recipe import load_recipe
+from kdfast.experiments.distill import run as distill
+from kdfast.experiments.distill.data import some_of
+from kdfast.experiments.distill.methods.ssdkd import PICTURE, PhaseClock, class_rows
 from kdfast.methods import DMKDConfig, SSDKDConfig
 from kdfast.models import create_model
 from kdfast.report import write_report

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from kdfast.experiments import diffusion_model, distill, synth, teach
+from kdfast.experiments.diffusion_model import run as diffusion_model
+from kdfast.experiments.distill import run as distill
+from kdfast.experiments.synth import run as synth
+from kdfast.experiments.teach import run as teach
 from kdfast.methods.dmkd import DMKDConfig
 
 COMMON: dict[str, Any] = {

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from kdfast.experiments import distill, teach
-from kdfast.experiments.recipe import build_config, load_recipe
+from kdfast.experiments.common.recipe import build_config, load_recipe
+from kdfast.experiments.distill import run as distill
+from kdfast.experiments.teach import run as teach
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "ssdkd" / "digits.yaml"
 
