@@ -1,4 +1,4 @@
-"""Euler samplers in σ (Karras et al. 2022, Alg. 2), ancestral and for flow matching, over the fused step.
+"""Euler samplers in σ (Karras et al. 2022, Alg. 2), plain and ancestral, over the fused step.
 
 With σ → σ' and dt = σ' − σ: y = x + dt·(x − x₀)/σ. Diffusers computes in float32 and returns the model
 output's dtype; so do these, but for float64 inputs, which stay float64.
@@ -11,45 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.diffusion.schedulers_common import (
-    Generators,
-    GuidedStep,
+from kdfast.diffusion.schedulers.base import DrawnStep, Generators, Request, SigmaStep
+from kdfast.diffusion.schedulers.common import (
     check_same_channels,
     columns,
     diffusers,
-    draw_noise,
     table_cache,
     table_dtype,
 )
 from kdfast.ops import denoise as ops
 from kdfast.profiling import annotate
-
-logger = diffusers.utils.logging.get_logger(__name__)
-
-
-def begin_step(scheduler: Any, timestep: Any) -> int:
-    """The row of this step: diffusers counts steps on the host, from the first timestep it is given.
-
-    Raises:
-        ValueError: An integer, which is likely a position and no timestep.
-    """
-    integer = not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
-    if integer:
-        raise ValueError(
-            f"timestep: must be one of scheduler.timesteps, which are floating-point, got {timestep!r} "
-            "(an index of enumerate?)"
-        )
-    if scheduler.step_index is None:
-        scheduler._init_step_index(timestep)
-    return int(scheduler.step_index)
-
-
-def warn_unscaled(scheduler: Any) -> None:
-    """Diffusers' warning for a loop that feeds the model x instead of x/√(σ² + 1)."""
-    if not scheduler.is_scale_input_called:
-        logger.warning(
-            "scale_model_input should be called before step, so that the model sees its input scaled"
-        )
 
 
 def sigma_x0(sigma: Tensor, prediction_type: str, scheduler: str) -> tuple[Tensor, Tensor]:
@@ -97,13 +68,14 @@ def euler_table(sigmas: Tensor, target: Tensor, gamma: float, prediction_type: s
     return columns(len(dt), px=px, po=po, a=a, b=b, d=d, s=1 / (following**2 + 1) ** 0.5)
 
 
-class EulerDiscreteScheduler(GuidedStep, diffusers.EulerDiscreteScheduler):  # type: ignore[misc, name-defined]
+class EulerDiscreteScheduler(SigmaStep, diffusers.EulerDiscreteScheduler):  # type: ignore[misc, name-defined]
     """A drop-in for ``diffusers.EulerDiscreteScheduler``: same config, same results, one kernel a step.
 
     Attributes:
         keep_pred_original: Set to False to leave ``pred_original_sample`` None.
     """
 
+    OUTPUT = diffusers.schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput
     keep_pred_original: bool = True
 
     @annotate("EulerDiscreteScheduler.step")
@@ -136,7 +108,7 @@ class EulerDiscreteScheduler(GuidedStep, diffusers.EulerDiscreteScheduler):  # t
             ValueError: An integer timestep, or shapes that do not fit.
         """
         check_same_channels(sample, model_output)
-        row = begin_step(self, timestep)
+        row = self._row(timestep)
         gamma = 0.0
         if s_churn > 0 and s_tmin <= float(self.sigmas[row]) <= s_tmax:
             gamma = min(s_churn / (len(self.sigmas) - 1), 2**0.5 - 1)
@@ -148,139 +120,68 @@ class EulerDiscreteScheduler(GuidedStep, diffusers.EulerDiscreteScheduler):  # t
             # Before the model's own time σ̂; rare enough to stay a pass of its own.
             wide = torch.promote_types(sample.dtype, torch.float32)
             sample = sample.to(wide) + noise * s_noise * spread.to(sample.device)
-        return self._euler(model_output, sample, row, gamma, ops.NO_GUIDANCE, return_dict)
+        return self._euler(Request(model_output, timestep, sample, return_dict=return_dict), row, gamma)
 
-    def _fused(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        guide: ops.Guidance,
-        generator: Generators,
-        noise: Tensor | None,
-        seed: int | Tensor | None,
-        return_dict: bool,
-    ) -> Any:
+    def _fused(self, request: Request) -> Any:
         # Without churn the step is deterministic, and no source of noise is touched.
-        return self._euler(model_output, sample, begin_step(self, timestep), 0.0, guide, return_dict)
+        return self._euler(request.silent(), self._row(request.timestep), 0.0)
 
-    def _euler(
-        self,
-        model_output: Tensor,
-        sample: Tensor,
-        row: int,
-        gamma: float,
-        guide: ops.Guidance,
-        return_dict: bool,
-    ) -> Any:
-        warn_unscaled(self)
-        prediction = self.config.prediction_type
-        dtype = table_dtype(sample, model_output)
+    def _euler(self, request: Request, row: int, gamma: float) -> Any:
+        self._warn_unscaled()
+        prediction, output = self.config.prediction_type, request.model_output
+        dtype = table_dtype(*request.tensors())
 
         def build() -> Tensor:
             sigmas = self.sigmas.detach().cpu().float()
             return euler_table(sigmas, sigmas[1:], gamma, prediction, "EulerDiscreteScheduler")
 
-        result = ops.denoise_step(
-            sample,
-            model_output,
-            table_cache(self).get((prediction, gamma), sample.device, dtype, (self.sigmas,), build),
+        result = self._run(
+            request,
+            table_cache(self).get((prediction, gamma), request.sample.device, dtype, (self.sigmas,), build),
             row,
-            guidance=guide,
             want_x0=self.keep_pred_original,
-            dtype=model_output.dtype,
+            dtype=output.dtype,
             # A model that predicts x₀ has its own output returned.
-            x0_dtype=model_output.dtype if "sample" in prediction else dtype,
+            x0_dtype=output.dtype if "sample" in prediction else dtype,
         )
         self._step_index += 1
-        if not return_dict:
-            return result.y, result.x0
-        return diffusers.schedulers.scheduling_euler_discrete.EulerDiscreteSchedulerOutput(
-            prev_sample=result.y, pred_original_sample=result.x0
-        )
+        return self._answer(request, result.y, result.x0)
 
 
-class EulerAncestralDiscreteScheduler(GuidedStep, diffusers.EulerAncestralDiscreteScheduler):  # type: ignore[misc, name-defined]
+class EulerAncestralDiscreteScheduler(SigmaStep, DrawnStep, diffusers.EulerAncestralDiscreteScheduler):  # type: ignore[misc, name-defined]
     """A drop-in for ``diffusers.EulerAncestralDiscreteScheduler``: same config, same results, one kernel.
 
     Attributes:
         keep_pred_original: Set to False to leave ``pred_original_sample`` None.
     """
 
+    OUTPUT = diffusers.schedulers.scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
     keep_pred_original: bool = True
 
-    @annotate("EulerAncestralDiscreteScheduler.step")
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """One step; arguments and result as in ``diffusers.EulerAncestralDiscreteScheduler.step``.
-
-        Args:
-            model_output: The model's prediction, of the sample's shape.
-            timestep: One of ``timesteps``; it is read on the first step only.
-            sample: x, any strides, which the result keeps.
-            generator: Draws the noise, as diffusers would.
-            return_dict: False: a tuple (prev_sample, pred_original_sample).
-
-        Raises:
-            ValueError: An integer timestep, or shapes that do not fit.
-        """
-        check_same_channels(sample, model_output)
-        return self._fused(
-            model_output, timestep, sample, ops.NO_GUIDANCE, generator, None, None, return_dict
-        )
-
-    def _fused(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        guide: ops.Guidance,
-        generator: Generators,
-        noise: Tensor | None,
-        seed: int | Tensor | None,
-        return_dict: bool,
-    ) -> Any:
+    def _fused(self, request: Request) -> Any:
         prediction = self.config.prediction_type
         if prediction not in ("epsilon", "v_prediction"):
             raise ValueError(
                 "prediction_type: EulerAncestralDiscreteScheduler takes epsilon or v_prediction, "
                 f"got {prediction!r}"
             )
-        row = begin_step(self, timestep)
-        warn_unscaled(self)
-        noise = draw_noise(model_output, sample, guide, generator, noise, seed)
-        dtype = table_dtype(sample, model_output, noise)
-        result = ops.denoise_step(
-            sample,
-            model_output,
-            table_cache(self).get(
-                prediction,
-                sample.device,
-                dtype,
-                (self.sigmas,),
-                lambda: ancestral_table(self.sigmas, prediction),
-            ),
+        row = self._row(request.timestep)
+        self._warn_unscaled()
+        request = request.draw()
+        device, dtype = request.sample.device, table_dtype(*request.tensors())
+        table = table_cache(self).get(
+            prediction, device, dtype, (self.sigmas,), lambda: ancestral_table(self.sigmas, prediction)
+        )
+        result = self._run(
+            request,
+            table,
             row,
-            guidance=guide,
-            noise=noise,
-            seed=seed,
             want_x0=self.keep_pred_original,
-            dtype=model_output.dtype,
+            dtype=request.model_output.dtype,
             x0_dtype=dtype,
         )
         self._step_index += 1
-        if not return_dict:
-            return result.y, result.x0
-        output = (
-            diffusers.schedulers.scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
-        )
-        return output(prev_sample=result.y, pred_original_sample=result.x0)
+        return self._answer(request, result.y, result.x0)
 
 
 def ancestral_table(sigmas: Tensor, prediction_type: str) -> Tensor:
@@ -292,105 +193,3 @@ def ancestral_table(sigmas: Tensor, prediction_type: str) -> Tensor:
     table = euler_table(sigmas, down, 0.0, prediction_type, "EulerAncestralDiscreteScheduler")
     table[:, ops.COLUMNS.index("c")] = up.double()
     return table
-
-
-class FlowMatchEulerDiscreteScheduler(GuidedStep, diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc, name-defined]
-    """A drop-in for ``diffusers.FlowMatchEulerDiscreteScheduler``: same config, same results, one kernel.
-
-    The model predicts the velocity ε − x₀ (Lipman et al. 2023): y = x + (σ' − σ)·o, or with
-    ``stochastic_sampling`` y = (1 − σ')·(x − σ·o) + σ'·z.
-    """
-
-    @annotate("FlowMatchEulerDiscreteScheduler.step")
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: Generators = None,
-        per_token_timesteps: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """One step; arguments and result as in ``diffusers.FlowMatchEulerDiscreteScheduler.step``.
-
-        Args:
-            model_output: The model's prediction, of the sample's shape.
-            timestep: One of ``timesteps``; it is read on the first step only.
-            sample: x, any strides, which the result keeps.
-            s_churn: Ignored, as in diffusers; so are ``s_tmin``, ``s_tmax`` and ``s_noise``.
-            s_tmin: Ignored.
-            s_tmax: Ignored.
-            s_noise: Ignored.
-            generator: Draws the noise of ``stochastic_sampling``.
-            per_token_timesteps: A timestep for each token: left to diffusers' own step.
-            return_dict: False: a tuple (prev_sample,).
-
-        Raises:
-            ValueError: An integer timestep, or shapes that do not fit.
-        """
-        if per_token_timesteps is not None:
-            return super().step(
-                model_output,
-                timestep,
-                sample,
-                generator=generator,
-                per_token_timesteps=per_token_timesteps,
-                return_dict=return_dict,
-            )
-        check_same_channels(sample, model_output)
-        return self._fused(
-            model_output, timestep, sample, ops.NO_GUIDANCE, generator, None, None, return_dict
-        )
-
-    def _fused(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        guide: ops.Guidance,
-        generator: Generators,
-        noise: Tensor | None,
-        seed: int | Tensor | None,
-        return_dict: bool,
-    ) -> Any:
-        row = begin_step(self, timestep)
-        stochastic = bool(self.config.stochastic_sampling)
-        if stochastic:
-            noise = draw_noise(sample, sample, guide, generator, noise, seed, torch.float32)
-        else:
-            noise = seed = None
-        dtype = table_dtype(sample, model_output, noise)
-        result = ops.denoise_step(
-            sample,
-            model_output,
-            table_cache(self).get(
-                stochastic, sample.device, dtype, (self.sigmas,), lambda: flow_table(self.sigmas, stochastic)
-            ),
-            row,
-            guidance=guide,
-            noise=noise,
-            seed=seed,
-            dtype=model_output.dtype,
-        )
-        self._step_index += 1
-        if not return_dict:
-            return (result.y,)
-        output = (
-            diffusers.schedulers.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput
-        )
-        return output(prev_sample=result.y)
-
-
-def flow_table(sigmas: Tensor, stochastic: bool) -> Tensor:
-    """Coefficients of flow matching's Euler step from each σ; m is x₀ = x − σ·o."""
-    sigmas = sigmas.detach().cpu().float()
-    sigma, following = sigmas[:-1].double(), sigmas[1:].double()
-    one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
-    if stochastic:
-        return columns(len(sigma), px=one, po=-sigma, b=(1 - sigmas[1:]).double(), c=following, s=one)
-    dt = (sigmas[1:] - sigmas[:-1]).double()
-    return columns(len(sigma), px=one, po=-sigma, a=one, b=zero, d=dt, s=one)
