@@ -26,7 +26,7 @@ def make(name: str, **config: Any) -> Any:
     torch.manual_seed(3)
     student, teacher = networks()
     method = CLASSES[name]
-    return method(student, teacher, method.CONFIG(**config), images=batch()[0])
+    return method(student, teacher, config=method.CONFIG(**config), images=batch()[0])
 
 
 def outputs(method: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -194,7 +194,10 @@ def test_a_regressor_is_trained_and_not_exported() -> None:
     assert list(make("KD").own_parameters()) == []
     torch.manual_seed(0)
     same = baselines.FitNet(
-        Net(4), Net(4).requires_grad_(False), baselines.FitNetConfig(regressor=False), images=batch()[0]
+        Net(4),
+        Net(4).eval().requires_grad_(False),
+        config=baselines.FitNetConfig(regressor=False),
+        images=batch()[0],
     )
     assert list(same.own_parameters()) == []
     assert bool(same.step(batch()).isfinite())

@@ -245,7 +245,9 @@ def test_the_last_feature_of_networks_is_known() -> None:
         last_feature(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "student_layer")
     student, teacher = networks()
     with pytest.raises(ValueError, match="pass a batch"):
-        DiffKD(student, nn.Sequential(nn.Linear(7, 2)).requires_grad_(False), [Pair("last", "0")])
+        DiffKD(
+            student, nn.Sequential(nn.Linear(7, 2)).eval().requires_grad_(False), pairs=[Pair("last", "0")]
+        )
     assert DiffKD(student, teacher).denoising["feature"].config == DiffKDConfig()
 
 
