@@ -179,7 +179,7 @@ def test_dense_students_learn_too() -> None:
     masks[:, 0] = 255
     for name in CLASSES:
         torch.manual_seed(0)
-        method = CLASSES[name](Dense(4), Dense(6).requires_grad_(False), images=batch()[0])
+        method = CLASSES[name](Dense(4), Dense(6).eval().requires_grad_(False), images=batch()[0])
         loss, parts = method(batch()[0], masks)
         logits = method.student(batch()[0])
         expected = F.cross_entropy(logits, masks, ignore_index=255)

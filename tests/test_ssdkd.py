@@ -305,9 +305,9 @@ def test_importance_weights_count_in_the_loss_only_when_asked() -> None:
     student, teacher = torch.randn(5, 4), torch.randn(5, 4)
     weight = torch.tensor([2.0, 1, 1, 1, 1])
     plain, weighted = method(), method(weight_in_loss=True)
-    assert torch.equal(plain(student, teacher, weight), plain(student, teacher))
+    assert torch.equal(plain(student, teacher, weight=weight), plain(student, teacher))
     rows = torch.stack([plain(s[None], t[None]) for s, t in zip(student, teacher)])
-    torch.testing.assert_close(weighted(student, teacher, weight), (rows * weight).mean())
+    torch.testing.assert_close(weighted(student, teacher, weight=weight), (rows * weight).mean())
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_the_students_loss_is_the_mean_over_pixels() -> None:
     weight = torch.tensor([1.0, 3.0])
     rows = F.kl_div((student / 20).log_softmax(1), (teacher / 20).softmax(1), reduction="none").sum(1)
     want = 400 * (rows * weight[:, None, None]).mean()
-    torch.testing.assert_close(made(student, teacher, weight), want)
+    torch.testing.assert_close(made(student, teacher, weight=weight), want)
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ class Kdiffusion(nn.Module):
         >>> merge(student)  # the plain network again
 
     Raises:
-        ValueError: The teacher requires grad or is in training mode, the student has nothing to learn, no stages, a layer
-            that does not exist, channels that differ without a bridge, no classifier.
+        ValueError: The teacher requires grad or is in training mode, the student has nothing to learn, no stages, a
+            layer that does not exist, channels that differ without a bridge, no classifier.
         TypeError: A layer that cannot be branched.
     """
 
