@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kdfast.functional import jsd_loss, kd_kl_div
+from kdfast.models.roles import check_networks, check_teacher
 
 __all__ = ["Distiller", "KLDivLoss", "TrainerLoss", "generalized_jsd_loss"]
 
@@ -117,12 +118,16 @@ class TrainerLoss:
     the label of the next: with ``shift_labels=True`` so does this.
 
     Args:
-        teacher: A module called as the student is, on the same inputs; put into eval mode, its outputs detached.
+        teacher: A module called as the student is, on the same inputs: in evaluation mode, none of its parameters
+            requiring grad.
         temperature: T > 0.
         kd_weight: Weight of the distillation.
         ce_weight: Weight of the loss that the model returns; at 0 labels only serve as mask.
         beta: None for :func:`~kdfast.functional.kd_kl_div`, else β of :func:`~kdfast.functional.jsd_loss`.
         shift_labels: Whether the label at position i + 1 belongs to the logits at i.
+
+    Raises:
+        ValueError: The teacher requires grad or is in training mode.
 
     Example:
         >>> class DistillationTrainer(Trainer):
@@ -140,7 +145,7 @@ class TrainerLoss:
         beta: float | None = None,
         shift_labels: bool = False,
     ) -> None:
-        self.teacher = teacher.eval()
+        self.teacher = check_teacher(teacher)
         self.temperature, self.kd_weight, self.ce_weight = temperature, kd_weight, ce_weight
         self.beta, self.shift_labels = beta, shift_labels
 
@@ -202,16 +207,19 @@ class Distiller(nn.Module):
 
     Args:
         student: The network to train.
-        teacher: The network to learn from.
+        teacher: The network to learn from: in evaluation mode, none of its parameters requiring grad.
         loss: Takes student's and teacher's logits, and the target where ``with_target``; one of
             :mod:`kdfast.nn`.
         with_target: Whether the loss takes the target (:class:`~kdfast.nn.DKDLoss` does).
+
+    Raises:
+        ValueError: The teacher requires grad or is in training mode, or the student has nothing to learn.
 
     Example:
         >>> class Lit(L.LightningModule):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.kd = Distiller(student, teacher, KDLoss(4.0))
+        ...         self.kd = Distiller(student, teacher, loss=KDLoss(4.0))
         ...     def training_step(self, batch, batch_idx):
         ...         return self.kd.step(batch)
     """
@@ -220,14 +228,15 @@ class Distiller(nn.Module):
         self,
         student: nn.Module,
         teacher: nn.Module,
-        loss: Callable[..., torch.Tensor],
         *,
+        loss: Callable[..., torch.Tensor],
         with_target: bool = False,
     ) -> None:
         super().__init__()
+        check_networks(student, teacher)
         self.student, self.loss, self.with_target = student, loss, with_target
         # In a tuple, nn.Module does not register it.
-        self._teacher = (teacher.eval().requires_grad_(False),)
+        self._teacher = (teacher,)
 
     @property
     def teacher(self) -> nn.Module:

@@ -94,14 +94,15 @@ def _ours_dmkd(teacher: nn.Module, student: nn.Module) -> Callable[[torch.Tensor
     from kdfast.methods import DMKD
     from kdfast.methods.dmkd import DMKDConfig
 
-    return DMKD(teacher, student, DMKDConfig(temperature=DMKD_TEMPERATURE, cutmix_alpha=CUTMIX_ALPHA)).step
+    config = DMKDConfig(temperature=DMKD_TEMPERATURE, cutmix_alpha=CUTMIX_ALPHA)
+    return DMKD(student, teacher, config=config).step
 
 
 def _ours_surrogate(teacher: nn.Module, student: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     from kdfast.methods.surrogate import SurrogateKD, SurrogateKDConfig
 
     config = SurrogateKDConfig(temperature=SURROGATE_TEMPERATURE, regime="none", mixup=True)
-    return SurrogateKD(teacher, student, config).step
+    return SurrogateKD(student, teacher, config=config).step
 
 
 class _Seen(nn.Module):

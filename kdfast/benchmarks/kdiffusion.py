@@ -103,9 +103,10 @@ def _case(teacher: str, student: str, batch: int, side: int, branches: int, sett
         if not made:
             torch.manual_seed(0)
             learner, master = (create_model(name, 100).to(settings.device) for name in (student, teacher))
+            master.eval().requires_grad_(False)
             images = torch.randn(batch, 3, side, side, device=settings.device)
             config = KdiffusionConfig(branches=branches, shuffle=False)
-            ours = Kdiffusion(learner, master, [Stage(layer, tap, norm)], images, config)
+            ours = Kdiffusion(learner, master, stages=[Stage(layer, tap, norm)], images=images, config=config)
             made["ours"], made["eager"] = ours, EagerKdiffusion(ours, layer, norm, tap).train()
             made["batch"] = (images, torch.randint(100, (batch,), device=settings.device))
         return made

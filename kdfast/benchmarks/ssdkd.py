@@ -115,9 +115,9 @@ def ours(inputs: Inputs) -> Runner:
     teacher, student = inputs.networks()
     side = inputs.size.side
     method = SSDKD(
-        teacher,
         student,
-        inputs.config,
+        teacher.requires_grad_(False),
+        config=inputs.config,
         image_shape=(3, side, side),
         mean=MEAN,
         std=STD,

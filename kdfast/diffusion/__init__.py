@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdfast.diffusion.accelerate import accelerate_pipeline, restore_pipeline
-    from kdfast.diffusion.schedulers import DDIMScheduler
-    from kdfast.diffusion.schedulers_ddpm import DDPMScheduler
-    from kdfast.diffusion.schedulers_dpm import DPMSolverMultistepScheduler
-    from kdfast.diffusion.schedulers_euler import (
+    from kdfast.diffusion.schedulers import (
+        DDIMScheduler,
+        DDPMScheduler,
+        DPMSolverMultistepScheduler,
         EulerAncestralDiscreteScheduler,
         EulerDiscreteScheduler,
         FlowMatchEulerDiscreteScheduler,
+        LCMScheduler,
     )
-    from kdfast.diffusion.schedulers_lcm import LCMScheduler
     from kdfast.diffusion.synthesizer import SynthesisResult, Synthesizer
 
 _MODULES = {
     "DDIMScheduler": "schedulers",
-    "DDPMScheduler": "schedulers_ddpm",
-    "DPMSolverMultistepScheduler": "schedulers_dpm",
-    "EulerAncestralDiscreteScheduler": "schedulers_euler",
-    "EulerDiscreteScheduler": "schedulers_euler",
-    "FlowMatchEulerDiscreteScheduler": "schedulers_euler",
-    "LCMScheduler": "schedulers_lcm",
+    "DDPMScheduler": "schedulers",
+    "DPMSolverMultistepScheduler": "schedulers",
+    "EulerAncestralDiscreteScheduler": "schedulers",
+    "EulerDiscreteScheduler": "schedulers",
+    "FlowMatchEulerDiscreteScheduler": "schedulers",
+    "LCMScheduler": "schedulers",
     "SynthesisResult": "synthesizer",
     "Synthesizer": "synthesizer",
     "accelerate_pipeline": "accelerate",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kdfast.diffusion.loop import Mode, SamplingLoop, StaticStep, class_denoiser, resolve_mode, text_denoiser
 from kdfast.diffusion.plans import SamplerPlan, fused_scheduler, sampler_plan
-from kdfast.diffusion.schedulers_common import diffusers
+from kdfast.diffusion.schedulers.common import diffusers
 from kdfast.errors import ConfigError
 from kdfast.functional.denoise import Order
 

@@ -12,33 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.diffusion.schedulers import DDIMScheduler
-from kdfast.diffusion.schedulers_ddpm import DDPMScheduler
-from kdfast.diffusion.schedulers_dpm import DPMSolverMultistepScheduler, step_order
-from kdfast.diffusion.schedulers_euler import (
+from kdfast.diffusion import schedulers
+from kdfast.diffusion.schedulers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    ancestral_table,
-    euler_table,
-    flow_table,
+    LCMScheduler,
 )
-from kdfast.diffusion.schedulers_lcm import LCMScheduler
+from kdfast.diffusion.schedulers.common import clip_bound, needs_quantiles
+from kdfast.diffusion.schedulers.dpm import step_order
+from kdfast.diffusion.schedulers.euler import ancestral_table, euler_table
+from kdfast.diffusion.schedulers.flow import flow_table
 from kdfast.errors import ConfigError
 from kdfast.ops.denoise.eager import COLUMNS
 
-SCHEDULERS: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (
-        DDIMScheduler,
-        DDPMScheduler,
-        DPMSolverMultistepScheduler,
-        EulerAncestralDiscreteScheduler,
-        EulerDiscreteScheduler,
-        FlowMatchEulerDiscreteScheduler,
-        LCMScheduler,
-    )
-}
+SCHEDULERS: dict[str, Any] = {name: getattr(schedulers, name) for name in schedulers.__all__}
 _SCALE = COLUMNS.index("s")
 
 
@@ -104,10 +94,9 @@ def sampler_plan(scheduler: Any, device: torch.device | str, *, eta: float = 0.0
     if type(scheduler) not in SCHEDULERS.values():
         return None
     config = scheduler.config
-    thresholding = bool(config.get("thresholding", False))
-    if thresholding and config.sample_max_value != 1:
+    if needs_quantiles(config):
         return None
-    clip = 1.0 if thresholding else float(config.clip_sample_range) if config.get("clip_sample") else None
+    clip = clip_bound(config)
     device = torch.device(device)
     timesteps = scheduler.timesteps.detach().to(device)
     if isinstance(scheduler, DDIMScheduler):
@@ -124,9 +113,9 @@ def sampler_plan(scheduler: Any, device: torch.device | str, *, eta: float = 0.0
         rows = scheduler._table(clip is not None, torch.device("cpu"), torch.float32)
         return _plan(scheduler, timesteps, rows, stochastic=True, clip=clip)
     if isinstance(scheduler, DPMSolverMultistepScheduler):
-        if thresholding and not config.algorithm_type.endswith("++"):
+        if config.thresholding and not config.algorithm_type.endswith("++"):
             return None
-        return _multistep_plan(scheduler, timesteps, 1.0 if thresholding else None)
+        return _multistep_plan(scheduler, timesteps, clip)
     return _sigma_plan(scheduler, timesteps)
 
 

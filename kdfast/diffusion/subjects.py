@@ -10,7 +10,7 @@ import torch
 
 from kdfast.diffusion.loop import text_denoiser
 from kdfast.diffusion.plans import fused_scheduler
-from kdfast.diffusion.schedulers_common import diffusers
+from kdfast.diffusion.schedulers.common import diffusers
 from kdfast.diffusion.sources import ModelSource, PipelineSource, Prompts, Sampling, prompts_of
 from kdfast.errors import ConfigError
 

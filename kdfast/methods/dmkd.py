@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from kdfast.data.augment import cutmix
 from kdfast.errors import ConfigError
 from kdfast.functional import kd_kl_div
+from kdfast.models.roles import check_networks, chosen_student
 
 __all__ = ["DMKD", "DMKDConfig"]
 
@@ -66,9 +67,12 @@ class DMKD:
     """The method, as a loss for your own loop or as a whole step.
 
     Args:
-        teacher: Frozen here: evaluation mode, no gradients. Needed for :meth:`step` only.
         student: The network that :meth:`step` trains, unless one is given there.
+        teacher: In evaluation mode, none of its parameters requiring grad. Needed for :meth:`step` only.
         config: What to learn from.
+
+    Raises:
+        ValueError: The teacher requires grad or is in training mode, or the student has nothing to learn.
 
     Example:
         In a loop that already has both outputs:
@@ -78,27 +82,28 @@ class DMKD:
 
         Or with CutMix and the teacher's pass left to the method:
 
-        >>> method = DMKD(teacher, student)
+        >>> method = DMKD(student, teacher.eval().requires_grad_(False))
         >>> for batch in loader:
         ...     method.step(batch).backward()
     """
 
     def __init__(
         self,
-        teacher: nn.Module | None = None,
         student: nn.Module | None = None,
+        teacher: nn.Module | None = None,
+        *,
         config: DMKDConfig | None = None,
     ) -> None:
         self.config = config or DMKDConfig()
-        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
-        self.student = student
+        check_networks(student, teacher)
+        self.student, self.teacher = student, teacher
 
     def __call__(
         self,
         student_out: torch.Tensor,
         teacher_out: torch.Tensor | None = None,
-        target: torch.Tensor | None = None,
         *,
+        target: torch.Tensor | None = None,
         mixed_target: torch.Tensor | None = None,
         lam: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
@@ -152,9 +157,7 @@ class DMKD:
             ValueError: There is no student, or no teacher where one is needed.
         """
         images, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
-        student = student or self.student
-        if student is None:
-            raise ValueError("student: got None, accepted: a network, here or when the method is made")
+        student = chosen_student(student, self.student)
         partner, lam = None, None
         if self.config.cutmix_alpha is not None:
             # Seeded from the CPU's generator: resumable with it, and no wait for the device.
@@ -162,7 +165,7 @@ class DMKD:
             generator = torch.Generator(images.device).manual_seed(seed)
             images, partner, lam = cutmix(images, generator, alpha=self.config.cutmix_alpha, one_box=True)
         mixed_target = target[partner] if target is not None and partner is not None else None
-        return self(student(images), self._teach(images), target, mixed_target=mixed_target, lam=lam)
+        return self(student(images), self._teach(images), target=target, mixed_target=mixed_target, lam=lam)
 
     def _teach(self, images: torch.Tensor) -> torch.Tensor | None:
         if self.config.labels == "hard" and self.config.hard_labels == "stored":

@@ -26,6 +26,7 @@ from kdfast.data.boundary import BoundaryPairs, decision_boundary_pairs, random_
 from kdfast.data.regimes import REGIMES, regime
 from kdfast.errors import ConfigError
 from kdfast.functional import kd_kl_div
+from kdfast.models.roles import check_networks, chosen_student
 
 __all__ = ["SurrogateKD", "SurrogateKDConfig"]
 
@@ -94,32 +95,38 @@ class SurrogateKD:
     """The method, as a loss for your own loop or as a whole step.
 
     Args:
-        teacher: Frozen here: evaluation mode, no gradients. Needed for :meth:`step` and :meth:`attack` only.
         student: The network that :meth:`step` trains, unless one is given there.
+        teacher: In evaluation mode, none of its parameters requiring grad. Needed for :meth:`step` and :meth:`attack`
+            only.
         config: What it sees and learns.
         mean: Of each channel, in units of [0, 1]: what both networks' images are normalised by after augmentation.
         std: Likewise. Without either, networks get images in [0, 1].
 
+    Raises:
+        ValueError: The teacher requires grad or is in training mode, or the student has nothing to learn; one of mean
+            and std without the other.
+
     Example:
-        >>> method = SurrogateKD(teacher, student, SurrogateKDConfig(attack=True), mean=mean, std=std)
+        >>> config = SurrogateKDConfig(attack=True)
+        >>> method = SurrogateKD(student, teacher, config=config, mean=mean, std=std)
         >>> for images, labels in loader:  # in [0, 1]
         ...     method.step((images, labels)).backward()
     """
 
     def __init__(
         self,
-        teacher: nn.Module | None = None,
         student: nn.Module | None = None,
-        config: SurrogateKDConfig | None = None,
+        teacher: nn.Module | None = None,
         *,
+        config: SurrogateKDConfig | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         if (mean is None) != (std is None):
             raise ValueError("mean, std: got one of them, accepted: both or neither")
         self.config = config or SurrogateKDConfig()
-        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
-        self.student = student
+        check_networks(student, teacher)
+        self.student, self.teacher = student, teacher
         self._mean = None if mean is None else torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self._std = None if std is None else torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
 
@@ -218,9 +225,7 @@ class SurrogateKD:
             and with the attack ``attack_success``, the share of images that it found a pair for.
         """
         images, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
-        student = student or self.student
-        if student is None:
-            raise ValueError("student: got None, accepted: a network, here or when the method is made")
+        student = chosen_student(student, self.student)
         # Seeded from the CPU's generator: resumable with it, and no wait for the device.
         seed = int(torch.randint(2**62, ()))
         generator = torch.Generator(images.device).manual_seed(seed)

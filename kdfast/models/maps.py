@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Layout", "Resize", "Shared", "as_map", "fit", "frozen", "last_feature", "probe_images"]
+__all__ = ["Layout", "Resize", "Shared", "as_map", "fit", "last_feature", "probe_images"]
 
 Layout = Literal["auto", "channels_first", "channels_last"]
 Resize = Literal["student", "refuse"]
@@ -108,21 +108,6 @@ def probe_images(network: nn.Module) -> Tensor:
     channels = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), 3)
     weight = next(network.parameters())
     return torch.zeros(2, channels, *size, device=weight.device, dtype=weight.dtype)
-
-
-def frozen(teacher: nn.Module) -> nn.Module:
-    """The teacher in evaluation mode.
-
-    Raises:
-        ValueError: Parameters of it require grad.
-    """
-    wanting = [name for name, p in teacher.named_parameters() if p.requires_grad]
-    if wanting:
-        raise ValueError(
-            f"teacher: {len(wanting)} of its parameters require grad ({', '.join(wanting[:3])}, …); a teacher does "
-            "not learn, call teacher.requires_grad_(False)"
-        )
-    return teacher.eval()
 
 
 class Shared(Generic[T]):

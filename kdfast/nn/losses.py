@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed
@@ -31,7 +32,44 @@ __all__ = [
 ]
 
 
-class KDLoss(nn.Module):
+class _Fixed(nn.Module):
+    """A function with its options fixed: each is an attribute, and is handed on by its own name.
+
+    The options are the parameters of ``__init__``, but for those ``apart``; ``hidden`` ones are not printed.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+    apart: ClassVar[tuple[str, ...]] = ()
+    hidden: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if _Fixed in cls.__bases__:  # what is derived from one of these may take what it likes
+            cls.names = tuple(name for name in inspect.signature(cls).parameters if name not in cls.apart)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """An option; ``nn.Module`` would have it be a tensor or a module."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As they are now."""
+        return {name: getattr(self, name) for name in self.names}
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return ", ".join(
+            f"{name}={value!r}" for name, value in self.options.items() if name not in self.hidden
+        )
+
+
+class KDLoss(_Fixed):
     """:func:`kdfast.functional.kd_kl_div` with its options fixed.
 
     Args:
@@ -47,6 +85,8 @@ class KDLoss(nn.Module):
         Two tensors of logits of one shape → a 0-d tensor (for ``reduction="none"``, one value a row).
     """
 
+    apart = ("process_group",)
+
     def __init__(
         self,
         temperature: float = 1.0,
@@ -55,8 +95,7 @@ class KDLoss(nn.Module):
         reduction: Reduction = "batchmean",
         process_group: Any = None,
     ) -> None:
-        super().__init__()
-        self.temperature, self.dim, self.reduction = temperature, dim, reduction
+        super().__init__(temperature=temperature, dim=dim, reduction=reduction)
         self.process_group = process_group
 
     def forward(
@@ -70,12 +109,10 @@ class KDLoss(nn.Module):
         return kd_kl_div(
             student,
             teacher,
-            self.temperature,
-            dim=self.dim,
-            reduction=self.reduction,
             row_weight=row_weight,
             mask=mask,
             divisor=self._mean_divisor(student, mask),
+            **self.options,
         )
 
     def _mean_divisor(self, student: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -87,12 +124,8 @@ class KDLoss(nn.Module):
         # Nothing unmasked on any rank: a loss of 0, not 0/0.
         return total.clamp_(min=1.0) / torch.distributed.get_world_size(self.process_group)
 
-    def extra_repr(self) -> str:
-        """The options."""
-        return f"temperature={self.temperature}, dim={self.dim}, reduction={self.reduction!r}"
 
-
-class DistillationLoss(nn.Module):
+class DistillationLoss(_Fixed):
     """:func:`kdfast.functional.distillation_loss` with its options fixed.
 
     Args:
@@ -109,6 +142,8 @@ class DistillationLoss(nn.Module):
         ``reduction="none"``, one value a row).
     """
 
+    hidden = ("ignore_index",)
+
     def __init__(
         self,
         temperature: float,
@@ -120,10 +155,15 @@ class DistillationLoss(nn.Module):
         dim: int = -1,
         reduction: Reduction = "batchmean",
     ) -> None:
-        super().__init__()
-        self.temperature, self.kd_weight, self.ce_weight = temperature, kd_weight, ce_weight
-        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
-        self.dim, self.reduction = dim, reduction
+        super().__init__(
+            temperature=temperature,
+            kd_weight=kd_weight,
+            ce_weight=ce_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            dim=dim,
+            reduction=reduction,
+        )
 
     def forward(
         self,
@@ -141,28 +181,15 @@ class DistillationLoss(nn.Module):
             student,
             teacher,
             target,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-            label_smoothing=self.label_smoothing,
             mixed_target=mixed_target,
             lam=lam,
-            ignore_index=self.ignore_index,
-            dim=self.dim,
-            reduction=self.reduction,
             row_weight=row_weight,
             mask=mask,
-        )
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return (
-            f"temperature={self.temperature}, kd_weight={self.kd_weight}, ce_weight={self.ce_weight}, "
-            f"label_smoothing={self.label_smoothing}, dim={self.dim}, reduction={self.reduction!r}"
+            **self.options,
         )
 
 
-class JSDLoss(nn.Module):
+class JSDLoss(_Fixed):
     """:func:`kdfast.functional.jsd_loss` with its options fixed.
 
     Args:
@@ -183,8 +210,7 @@ class JSDLoss(nn.Module):
         dim: int = -1,
         reduction: Reduction = "batchmean",
     ) -> None:
-        super().__init__()
-        self.beta, self.temperature, self.dim, self.reduction = beta, temperature, dim, reduction
+        super().__init__(beta=beta, temperature=temperature, dim=dim, reduction=reduction)
 
     def forward(
         self,
@@ -197,22 +223,13 @@ class JSDLoss(nn.Module):
         return jsd_loss(
             student,
             teacher,
-            beta=self.beta,
-            temperature=self.temperature,
-            dim=self.dim,
-            reduction=self.reduction,
             row_weight=row_weight,
             mask=mask,
-        )
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return (
-            f"beta={self.beta}, temperature={self.temperature}, dim={self.dim}, reduction={self.reduction!r}"
+            **self.options,
         )
 
 
-class DKDLoss(nn.Module):
+class DKDLoss(_Fixed):
     """:func:`kdfast.functional.dkd_loss` with its options fixed.
 
     Args:
@@ -238,9 +255,14 @@ class DKDLoss(nn.Module):
         dim: int = -1,
         reduction: Reduction = "batchmean",
     ) -> None:
-        super().__init__()
-        self.alpha, self.beta, self.temperature = alpha, beta, temperature
-        self.ignore_index, self.dim, self.reduction = ignore_index, dim, reduction
+        super().__init__(
+            alpha=alpha,
+            beta=beta,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            dim=dim,
+            reduction=reduction,
+        )
 
     def forward(
         self,
@@ -255,25 +277,13 @@ class DKDLoss(nn.Module):
             student,
             teacher,
             target,
-            alpha=self.alpha,
-            beta=self.beta,
-            temperature=self.temperature,
-            ignore_index=self.ignore_index,
-            dim=self.dim,
-            reduction=self.reduction,
             row_weight=row_weight,
             mask=mask,
-        )
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return (
-            f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, "
-            f"ignore_index={self.ignore_index}, dim={self.dim}, reduction={self.reduction!r}"
+            **self.options,
         )
 
 
-class TopKKDLoss(nn.Module):
+class TopKKDLoss(_Fixed):
     """:func:`kdfast.functional.topk_kd_loss` with its options fixed.
 
     Args:
@@ -289,8 +299,7 @@ class TopKKDLoss(nn.Module):
     def __init__(
         self, temperature: float = 1.0, *, tail: Tail = "bucket", reduction: Reduction = "batchmean"
     ) -> None:
-        super().__init__()
-        self.temperature, self.tail, self.reduction = temperature, tail, reduction
+        super().__init__(temperature=temperature, tail=tail, reduction=reduction)
 
     def forward(
         self,
@@ -306,20 +315,14 @@ class TopKKDLoss(nn.Module):
             student,
             indices,
             logits,
-            temperature=self.temperature,
-            tail=self.tail,
             log_normalizer=log_normalizer,
-            reduction=self.reduction,
             row_weight=row_weight,
             mask=mask,
+            **self.options,
         )
 
-    def extra_repr(self) -> str:
-        """The options."""
-        return f"temperature={self.temperature}, tail={self.tail!r}, reduction={self.reduction!r}"
 
-
-class DISTLoss(nn.Module):
+class DISTLoss(_Fixed):
     """:func:`kdfast.functional.dist_loss` with its options fixed.
 
     Args:
@@ -335,21 +338,14 @@ class DISTLoss(nn.Module):
     def __init__(
         self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, *, dim: int = -1
     ) -> None:
-        super().__init__()
-        self.beta, self.gamma, self.temperature, self.dim = beta, gamma, temperature, dim
+        super().__init__(beta=beta, gamma=gamma, temperature=temperature, dim=dim)
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """The loss of these logits; see :func:`~kdfast.functional.dist_loss`."""
-        return dist_loss(
-            student, teacher, beta=self.beta, gamma=self.gamma, temperature=self.temperature, dim=self.dim
-        )
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}, dim={self.dim}"
+        return dist_loss(student, teacher, **self.options)
 
 
-class FusedLinearKDLoss(nn.Module):
+class FusedLinearKDLoss(_Fixed):
     """:func:`kdfast.functional.fused_linear_kd_loss` with its options fixed.
 
     Args:
@@ -365,8 +361,7 @@ class FusedLinearKDLoss(nn.Module):
     def __init__(
         self, temperature: float = 1.0, *, chunk_rows: int | None = None, reduction: Reduction = "batchmean"
     ) -> None:
-        super().__init__()
-        self.temperature, self.chunk_rows, self.reduction = temperature, chunk_rows, reduction
+        super().__init__(temperature=temperature, chunk_rows=chunk_rows, reduction=reduction)
 
     def forward(
         self,
@@ -383,15 +378,9 @@ class FusedLinearKDLoss(nn.Module):
             student_head.weight,
             teacher_hidden.detach(),
             teacher_head.weight.detach(),
-            temperature=self.temperature,
             student_bias=student_head.bias,
             teacher_bias=None if teacher_head.bias is None else teacher_head.bias.detach(),
-            chunk_rows=self.chunk_rows,
-            reduction=self.reduction,
             row_weight=row_weight,
             mask=mask,
+            **self.options,
         )
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return f"temperature={self.temperature}, chunk_rows={self.chunk_rows}, reduction={self.reduction!r}"

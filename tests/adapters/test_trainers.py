@@ -92,6 +92,10 @@ class Model(nn.Module):
         return SimpleNamespace(logits=logits, loss=loss)
 
 
+def frozen(teacher: Any) -> Any:
+    return teacher.eval().requires_grad_(False)
+
+
 def language_batch() -> dict[str, torch.Tensor]:
     ids = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
@@ -100,7 +104,7 @@ def language_batch() -> dict[str, torch.Tensor]:
 
 
 def test_trainer_loss_weighs_both_parts_over_tokens_that_count() -> None:
-    student, teacher, batch = Model(4), Model(8), language_batch()
+    student, teacher, batch = Model(4), frozen(Model(8)), language_batch()
     loss, outputs = TrainerLoss(teacher, temperature=2.0, kd_weight=0.7, ce_weight=0.3, shift_labels=True)(
         student, batch, return_outputs=True
     )
@@ -115,7 +119,7 @@ def test_trainer_loss_weighs_both_parts_over_tokens_that_count() -> None:
 
 
 def test_trainer_loss_divides_by_the_whole_step() -> None:
-    student, teacher, batch = Model(4), Model(8), language_batch()
+    student, teacher, batch = Model(4), frozen(Model(8)), language_batch()
     kd = TrainerLoss(teacher, kd_weight=1.0, ce_weight=0.0, beta=0.5, shift_labels=True)
     counted = int((batch["labels"][:, 1:] != -100).sum())
     torch.testing.assert_close(kd(student, batch, num_items_in_batch=4 * counted) * 4, kd(student, batch))
@@ -123,12 +127,12 @@ def test_trainer_loss_divides_by_the_whole_step() -> None:
 
 def test_trainer_loss_says_when_labels_are_missing() -> None:
     with pytest.raises(ValueError, match="inputs: the model returned no loss"):
-        TrainerLoss(Model(4))(Model(4), {"input_ids": language_batch()["input_ids"]})
+        TrainerLoss(frozen(Model(4)))(Model(4), {"input_ids": language_batch()["input_ids"]})
 
 
 def test_distiller_keeps_the_teacher_out_of_everything_but_the_loss() -> None:
-    student, teacher = nn.Linear(3, 5), nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5))
-    kd = Distiller(student, teacher, KDLoss(4.0)).train()
+    student, teacher = nn.Linear(3, 5), frozen(nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5)))
+    kd = Distiller(student, teacher, loss=KDLoss(4.0)).train()
     x, _ = draw(6, 3)
     loss = kd.step((x, torch.zeros(6)))
     torch.testing.assert_close(loss, kd_kl_div(student(x), teacher(x).detach(), 4.0))
@@ -145,10 +149,10 @@ def test_distiller_keeps_the_teacher_out_of_everything_but_the_loss() -> None:
 
 
 def test_distiller_hands_the_target_on() -> None:
-    student, teacher = nn.Linear(3, 5), nn.Linear(3, 5)
+    student, teacher = nn.Linear(3, 5), frozen(nn.Linear(3, 5))
     x, _ = draw(6, 3)
     y = torch.arange(6) % 5
-    kd = Distiller(student, teacher, DKDLoss(1.0, 8.0, 4.0), with_target=True)
+    kd = Distiller(student, teacher, loss=DKDLoss(1.0, 8.0, 4.0), with_target=True)
     torch.testing.assert_close(kd.step((x, y)), dkd_loss(student(x), teacher(x), y))
     with pytest.raises(ValueError, match="batch: got 1 tensor"):
         kd.step((x,))

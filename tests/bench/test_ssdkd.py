@@ -40,7 +40,9 @@ def eager(request: pytest.FixtureRequest) -> EagerSSDKD:
 
 def test_the_losses_are_kdfast_s(eager: EagerSSDKD, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student = INPUTS.networks()
-    method = SSDKD(teacher, student, INPUTS.config, image_shape=(3, 8, 8), mean=MEAN, std=STD, batch_size=8)
+    teacher.requires_grad_(False)
+    shape = {"image_shape": (3, 8, 8), "mean": MEAN, "std": STD, "batch_size": 8}
+    method = SSDKD(student, teacher, config=INPUTS.config, **shape)
     views = torch.randn(8, 3, 8, 8)
     targets = torch.arange(8) % 10
     inversion = method.inversion

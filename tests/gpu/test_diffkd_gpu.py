@@ -18,7 +18,7 @@ def made(**config: object) -> DiffKD:
     student, teacher = (network.cuda() for network in networks())
     torch.manual_seed(3)
     fields = {"latent_channels": 8, **config}
-    return DiffKD(student, teacher, config=DiffKDConfig(**fields), images=batch()[0].cuda())  # type: ignore[arg-type]
+    return DiffKD(student, teacher.eval(), config=DiffKDConfig(**fields), images=batch()[0].cuda())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

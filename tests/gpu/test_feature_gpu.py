@@ -71,7 +71,9 @@ def test_a_whole_step_of_kdiffusion_is_captured() -> None:
     networks = [create_model(name, 10).cuda() for name in ("resnet8", "resnet14")]
     images, labels = torch.randn(16, 3, 16, 16, device="cuda"), torch.randint(10, (16,), device="cuda")
     stage, config = Stage("layer3.0.conv2", "layer3", "layer3.0.bn2"), KdiffusionConfig(branches=4)
-    method = Kdiffusion(networks[0], networks[1], [stage], images, config)
+    method = Kdiffusion(
+        networks[0], networks[1].eval().requires_grad_(False), stages=[stage], images=images, config=config
+    )
     parameters = list(method.parameters())
     found: list[Tensor] = []
 

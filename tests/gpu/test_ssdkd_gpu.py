@@ -16,7 +16,15 @@ pytestmark = pytest.mark.gpu
 def make(**values: Any) -> SSDKD:
     teacher, student = (trained(seed).cuda() for seed in (1, 2))
     config = SSDKDConfig(**{**TINY, **values})
-    return SSDKD(teacher, student, config, image_shape=SHAPE, mean=MEAN, std=STD, batch_size=8)
+    return SSDKD(
+        student,
+        teacher.eval().requires_grad_(False),
+        config=config,
+        image_shape=SHAPE,
+        mean=MEAN,
+        std=STD,
+        batch_size=8,
+    )
 
 
 def go(made: SSDKD, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,7 +26,7 @@ def make(name: str, **config: Any) -> Any:
     torch.manual_seed(3)
     student, teacher = networks()
     method = CLASSES[name]
-    return method(student, teacher, method.CONFIG(**config), images=batch()[0])
+    return method(student, teacher, config=method.CONFIG(**config), images=batch()[0])
 
 
 def outputs(method: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -179,7 +179,7 @@ def test_dense_students_learn_too() -> None:
     masks[:, 0] = 255
     for name in CLASSES:
         torch.manual_seed(0)
-        method = CLASSES[name](Dense(4), Dense(6).requires_grad_(False), images=batch()[0])
+        method = CLASSES[name](Dense(4), Dense(6).eval().requires_grad_(False), images=batch()[0])
         loss, parts = method(batch()[0], masks)
         logits = method.student(batch()[0])
         expected = F.cross_entropy(logits, masks, ignore_index=255)
@@ -194,7 +194,10 @@ def test_a_regressor_is_trained_and_not_exported() -> None:
     assert list(make("KD").own_parameters()) == []
     torch.manual_seed(0)
     same = baselines.FitNet(
-        Net(4), Net(4).requires_grad_(False), baselines.FitNetConfig(regressor=False), images=batch()[0]
+        Net(4),
+        Net(4).eval().requires_grad_(False),
+        config=baselines.FitNetConfig(regressor=False),
+        images=batch()[0],
     )
     assert list(same.own_parameters()) == []
     assert bool(same.step(batch()).isfinite())

@@ -403,7 +403,7 @@ def test_networks_of_this_package_need_no_pairs() -> None:
     for student, teacher in (("resnet8", "resnet14"), ("mobilenet_v2", "resnet20")):
         made = DiffKD(
             create_model(student, 5),
-            create_model(teacher, 5).requires_grad_(False),
+            create_model(teacher, 5).eval().requires_grad_(False),
             config=DiffKDConfig(latent_channels=8),
         )
         assert bool(made.step(batch(4, 16)).isfinite())
@@ -418,13 +418,17 @@ A_MAP = Pair("last")
         (ValueError, "did you mean last", lambda: make(Pair("lost"))),
         (ValueError, "no layer 'stim'; did you mean stem", lambda: make(Pair("last", "stim"))),
         (ValueError, "require grad", lambda: make(teacher=Net(6))),
-        (ValueError, "at least one is needed", lambda: DiffKD(*networks(), [])),
+        (ValueError, "at least one is needed", lambda: DiffKD(*networks(), pairs=[])),
         (
             ValueError,
             "more than once; give each a name",
             lambda: make(Pair("last", name="a"), Pair("stem", name="a")),
         ),
-        (ValueError, "5 classes, the teacher's 7", lambda: make(teacher=Net(6, 7).requires_grad_(False))),
+        (
+            ValueError,
+            "5 classes, the teacher's 7",
+            lambda: make(teacher=Net(6, 7).eval().requires_grad_(False)),
+        ),
         (ValueError, "needs at least 2 values a channel", lambda: make(distill="logits").loss_of(1)),
         (KDFastError, "has not run yet", lambda: make().loss()),
         (ConfigError, "steps: got 0", lambda: DiffKDConfig(steps=0)),
@@ -466,7 +470,7 @@ def test_one_map_is_a_batch_and_keeps_its_dimension() -> None:
     """B = 1 with h·w > 1 has enough values a channel."""
     student, teacher = networks()
     student.eval()  # its own batch norm is no business of this test
-    made = DiffKD(student, teacher, [A_MAP], DiffKDConfig(latent_channels=8), images=batch()[0])
+    made = DiffKD(student, teacher, pairs=[A_MAP], config=DiffKDConfig(latent_channels=8), images=batch()[0])
     made.denoising.train()
     student(batch(1)[0])
     made.teacher(batch(1)[0])

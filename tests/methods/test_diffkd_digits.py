@@ -51,7 +51,7 @@ def test_it_is_no_worse_than_plain_kd() -> None:
     teacher = create_model("resnet14", 10)
     train(teacher, teacher.parameters(), lambda b: F.cross_entropy(teacher(b[0]), b[1]), data, 5)
     assert accuracy(teacher, test) > 0.95
-    teacher.requires_grad_(False)
+    teacher.eval().requires_grad_(False)
     reached: dict[str, list[float]] = {"DiffKD": [], "KD": []}
     for seed in range(3):
         torch.manual_seed(seed)

@@ -81,7 +81,7 @@ def test_where_logits_are_read_is_a_choice() -> None:
     for layer in (":output", "fc"):
         torch.random.set_rng_state(state)
         torch.manual_seed(7)
-        student, teacher = Doubled(4), Doubled(6).requires_grad_(False)
+        student, teacher = Doubled(4), Doubled(6).eval().requires_grad_(False)
         method = make(
             student=student, teacher=teacher, distill="logits", teacher_logits=layer, student_logits=layer
         )
@@ -96,7 +96,7 @@ def test_ignored_pixels_do_not_count() -> None:
             return self.fc(self.last(self.stem(x)).movedim(1, -1)).movedim(-1, 1)
 
     torch.manual_seed(0)
-    student, teacher = Dense(4), Dense(6).requires_grad_(False)
+    student, teacher = Dense(4), Dense(6).eval().requires_grad_(False)
     images, _ = batch()
     masks = torch.randint(5, (4, 8, 8))
     masks[:, :4] = 3
@@ -186,7 +186,7 @@ class Tokens(Net):
 @pytest.mark.parametrize("layout", ["tokens", "swin"])
 def test_a_transformer_teaches_a_convolutional_student(layout: str) -> None:
     torch.manual_seed(0)
-    teacher = Tokens(6, layout).requires_grad_(False)
+    teacher = Tokens(6, layout).eval().requires_grad_(False)
     method = make(Pair("last", "norm"), Pair(":output", kind="logits"), teacher=teacher)
     assert method.denoising["feature"].autoencoder.encoder.in_channels == 6
     assert bool(method.step(batch()).isfinite())
@@ -214,7 +214,7 @@ def test_sizes_that_differ_are_brought_together_or_refused() -> None:
 
     torch.manual_seed(0)
     for own, other in ((Coarse(), Net(6)), (Net(4), Coarse())):
-        other.requires_grad_(False)
+        other.eval().requires_grad_(False)
         assert bool(make(student=own, teacher=other).step(batch()).isfinite())
         with pytest.raises(ValueError, match="sizes must match with resize='refuse'"):
             make(student=own, teacher=other, resize="refuse")
@@ -245,7 +245,9 @@ def test_the_last_feature_of_networks_is_known() -> None:
         last_feature(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "student_layer")
     student, teacher = networks()
     with pytest.raises(ValueError, match="pass a batch"):
-        DiffKD(student, nn.Sequential(nn.Linear(7, 2)).requires_grad_(False), [Pair("last", "0")])
+        DiffKD(
+            student, nn.Sequential(nn.Linear(7, 2)).eval().requires_grad_(False), pairs=[Pair("last", "0")]
+        )
     assert DiffKD(student, teacher).denoising["feature"].config == DiffKDConfig()
 
 

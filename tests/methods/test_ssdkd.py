@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kdfast.errors import CheckpointError, ConfigError
 from kdfast.methods import SSDKD, SSDKDConfig
 from kdfast.methods.ssdkd import Generator
-from tests.support.ssdkd import CLASSES, MEAN, SHAPE, STD, TINY, Net, method, run, trained, trajectory
+from tests.support.ssdkd import CLASSES, MEAN, SHAPE, STD, TINY, Net, frozen, method, run, trained, trajectory
 
 #: Views that are the images themselves, so that a test can compute what a step saw.
 PLAIN: dict[str, Any] = {"padding": 0, "flip": False}
@@ -305,9 +305,9 @@ def test_importance_weights_count_in_the_loss_only_when_asked() -> None:
     student, teacher = torch.randn(5, 4), torch.randn(5, 4)
     weight = torch.tensor([2.0, 1, 1, 1, 1])
     plain, weighted = method(), method(weight_in_loss=True)
-    assert torch.equal(plain(student, teacher, weight), plain(student, teacher))
+    assert torch.equal(plain(student, teacher, weight=weight), plain(student, teacher))
     rows = torch.stack([plain(s[None], t[None]) for s, t in zip(student, teacher)])
-    torch.testing.assert_close(weighted(student, teacher, weight), (rows * weight).mean())
+    torch.testing.assert_close(weighted(student, teacher, weight=weight), (rows * weight).mean())
 
 
 @pytest.mark.parametrize(
@@ -384,26 +384,26 @@ def test_a_restored_run_goes_on_exactly(values: dict[str, Any]) -> None:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    teacher, common = trained(1), {"image_shape": SHAPE, "mean": MEAN, "std": STD}
+    teacher, common = frozen(trained(1)), {"image_shape": SHAPE, "mean": MEAN, "std": STD}
     config = SSDKDConfig(**TINY)
     with pytest.raises(ValueError, match=r"image_shape: got \(3, 8\)"):
-        SSDKD(teacher, config=config, image_shape=(3, 8), mean=MEAN, std=STD)
+        SSDKD(None, teacher, config=config, image_shape=(3, 8), mean=MEAN, std=STD)
     with pytest.raises(ValueError, match="with 2 values of mean"):
-        SSDKD(teacher, config=config, image_shape=SHAPE, mean=(0.0, 0.0), std=STD)
+        SSDKD(None, teacher, config=config, image_shape=SHAPE, mean=(0.0, 0.0), std=STD)
     with pytest.raises(ValueError, match="batch_size: got 0"):
-        SSDKD(teacher, config=config, batch_size=0, **common)
+        SSDKD(None, teacher, config=config, batch_size=0, **common)
     with pytest.raises(ValueError, match=r"teacher: gives shape \[2, 192, 1\]"):
-        SSDKD(nn.Sequential(nn.Flatten(), nn.Unflatten(1, (192, 1))), config=config, **common)
-    plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+        SSDKD(None, nn.Sequential(nn.Flatten(), nn.Unflatten(1, (192, 1))).eval(), config=config, **common)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval().requires_grad_(False)
     with pytest.raises(
         ConfigError,
         match=r"bn: got 10\.0, accepted: 0 for this teacher \(network: got Sequential without batch norms",
     ):
-        SSDKD(plain, config=config, **common)
+        SSDKD(None, plain, config=config, **common)
     with pytest.raises(ConfigError, match=r"act: the teacher has no get_classifier\(\)"):
-        SSDKD(plain, trained(2), SSDKDConfig(**TINY, bn=0.0, act=1.0), **common).synthesize()
+        SSDKD(trained(2), plain, config=SSDKDConfig(**TINY, bn=0.0, act=1.0), **common).synthesize()
     with pytest.raises(ValueError, match="student: got None"):
-        SSDKD(teacher, config=config, **common).synthesize()
+        SSDKD(None, teacher, config=config, **common).synthesize()
     with pytest.raises(ValueError, match=r"step: nothing to learn from; call synthesize\(\) first"):
         method().step()
     with pytest.raises(CheckpointError, match="replay differs"):

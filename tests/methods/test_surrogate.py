@@ -38,9 +38,13 @@ class Recorder(nn.Module):
         return self.head(images.flatten(1))
 
 
+def frozen(**options: Any) -> Recorder:
+    return Recorder(**options).eval().requires_grad_(False)
+
+
 @pytest.fixture
 def networks() -> tuple[Recorder, Recorder]:
-    return Recorder().train(), Recorder()
+    return frozen(), Recorder()
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ def test_hard_targets_are_the_teachers_class(targets: Any, smoothing: float) -> 
 def test_a_step_freezes_the_teacher_and_normalises_for_both(networks: Any, batch: Any) -> None:
     teacher, student = networks
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    SurrogateKD(teacher, student, PLAIN, mean=mean, std=std).step(batch).backward()
+    SurrogateKD(student, teacher, config=PLAIN, mean=mean, std=std).step(batch).backward()
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert student.head.weight.grad is not None
@@ -84,7 +88,7 @@ def test_a_step_freezes_the_teacher_and_normalises_for_both(networks: Any, batch
 @pytest.mark.parametrize("change", [{"regime": "standard"}, {"regime": "extreme"}, {"mixup": True}])
 def test_both_see_the_same_changed_images(networks: Any, batch: Any, change: dict[str, Any]) -> None:
     teacher, student = networks
-    SurrogateKD(teacher, student, replace(PLAIN, **change)).step(batch)
+    SurrogateKD(student, teacher, config=replace(PLAIN, **change)).step(batch)
     assert torch.equal(teacher.seen[-1], student.seen[-1])
     assert student.seen[-1].shape == batch[0].shape
     assert not torch.equal(student.seen[-1], batch[0])
@@ -94,14 +98,14 @@ def test_both_see_the_same_changed_images(networks: Any, batch: Any, change: dic
 def test_mixup_blends_pairs_of_augmented_images(networks: Any) -> None:
     teacher, student = networks
     flat = torch.linspace(0, 1, 16).view(16, 1, 1, 1).expand(16, 3, 8, 8).contiguous()
-    SurrogateKD(teacher, student, replace(PLAIN, mixup=True)).step(flat)
+    SurrogateKD(student, teacher, config=replace(PLAIN, mixup=True)).step(flat)
     mixed = student.seen[-1]
     assert torch.allclose(mixed, mixed[:, :1, :1, :1].expand_as(mixed))
     assert mixed[:, 0, 0, 0].mean() == pytest.approx(0.5, abs=0.2)
 
 
 def test_a_step_follows_the_global_generator(networks: Any, batch: Any) -> None:
-    method = SurrogateKD(*networks, SurrogateKDConfig(attack=True, epsilon=0.1, alpha=0.02))
+    method = SurrogateKD(*networks[::-1], config=SurrogateKDConfig(attack=True, epsilon=0.1, alpha=0.02))
     losses = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -121,7 +125,7 @@ def test_the_batch_becomes_the_pairs(networks: Any, batch: Any) -> None:
         "original": {"include_original": True},
     }.items():
         torch.manual_seed(0)
-        _, parts = SurrogateKD(teacher, student, replace(ATTACK, **change)).step_with_parts(batch)
+        _, parts = SurrogateKD(student, teacher, config=replace(ATTACK, **change)).step_with_parts(batch)
         seen[name] = student.seen[-1]
         assert torch.equal(teacher.seen[-1], seen[name])
     found = round(float(parts["attack_success"]) * 16)
@@ -138,7 +142,7 @@ def test_the_batch_becomes_the_pairs(networks: Any, batch: Any) -> None:
 def test_the_attack_starts_from_the_augmented_and_mixed_image(networks: Any, batch: Any) -> None:
     teacher, student = networks
     method = SurrogateKD(
-        teacher, student, replace(ATTACK, regime="standard", mixup=True, include_original=True)
+        student, teacher, config=replace(ATTACK, regime="standard", mixup=True, include_original=True)
     )
     _, parts = method.step_with_parts(batch)
     shown = student.seen[-1]
@@ -154,7 +158,7 @@ def test_stored_targets_are_where_the_images_go(networks: Any, batch: Any) -> No
     teacher, student = networks
     images, _ = batch
     labels = torch.full((16,), 2)
-    method = SurrogateKD(teacher, student, replace(ATTACK, attack_targets="stored", deeper=False))
+    method = SurrogateKD(student, teacher, config=replace(ATTACK, attack_targets="stored", deeper=False))
     method.step((images, labels))
     post = student.seen[-1].chunk(2)[0]
     assert (teacher(post).argmax(1) == 2).all()
@@ -165,17 +169,17 @@ def test_stored_targets_are_where_the_images_go(networks: Any, batch: Any) -> No
 @pytest.mark.parametrize("change", [{"epsilon": 1e-6}, {"threshold": 0.2}])
 def test_zero_successes_teach_the_batch_as_it_is(networks: Any, batch: Any, change: dict[str, Any]) -> None:
     teacher, student = networks
-    loss, parts = SurrogateKD(teacher, student, replace(ATTACK, **change)).step_with_parts(batch)
+    loss, parts = SurrogateKD(student, teacher, config=replace(ATTACK, **change)).step_with_parts(batch)
     assert parts["attack_success"] == 0
     assert torch.equal(student.seen[-1], batch[0])
     loss.backward()
 
 
 def test_a_teacher_of_one_class_is_taught_too(batch: Any) -> None:
-    teacher, student = Recorder(), Recorder()
+    teacher, student = frozen(), Recorder()
     with torch.no_grad():
         teacher.head.bias[1] = 100.0
-    _, parts = SurrogateKD(teacher, student, ATTACK).step_with_parts(batch)
+    _, parts = SurrogateKD(student, teacher, config=ATTACK).step_with_parts(batch)
     assert parts["attack_success"] == 0
 
 
@@ -201,7 +205,7 @@ def test_bad_configs_are_refused(values: dict[str, Any], message: str) -> None:
 
 def test_what_is_missing_is_named(batch: Any) -> None:
     with pytest.raises(ValueError, match="student: got None"):
-        SurrogateKD(Recorder()).step(batch)
+        SurrogateKD(teacher=frozen()).step(batch)
     with pytest.raises(ValueError, match="teacher: got None"):
         SurrogateKD(student=Recorder()).step(batch)
     with pytest.raises(ValueError, match="mean, std: got one of them"):

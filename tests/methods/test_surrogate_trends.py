@@ -47,7 +47,8 @@ class Bench:
         torch.manual_seed(1)
         network = create_model("resnet8", 10)
         settings = SurrogateKDConfig(**{**PLAIN, **config})
-        method = SurrogateKD(self.teacher, network, settings, mean=self.mean, std=self.std)
+        self.teacher.eval().requires_grad_(False)
+        method = SurrogateKD(network, self.teacher, config=settings, mean=self.mean, std=self.std)
         train(network, steps, lambda rows: method.step(images[rows]), len(images))
         return 100 * self.accuracy(network)
 

@@ -36,7 +36,7 @@ def networks() -> tuple[Net, Net]:
     """A student and its frozen teacher, the same in every call."""
     state = torch.random.get_rng_state()
     torch.manual_seed(7)
-    student, teacher = Net(4), Net(6).requires_grad_(False)
+    student, teacher = Net(4), Net(6).eval().requires_grad_(False)
     torch.random.set_rng_state(state)
     return student, teacher
 
@@ -50,8 +50,8 @@ def make(
     return DiffKD(
         student or own,
         teacher or other,
-        pairs or None,
-        DiffKDConfig(**{**SMALL, **config}),
+        pairs=pairs or None,
+        config=DiffKDConfig(**{**SMALL, **config}),
         images=batch()[0],
     )
 

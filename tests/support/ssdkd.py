@@ -58,6 +58,11 @@ def trained(seed: int, *, pixels: bool = False, scale: float = 4.0) -> Net:
     return net
 
 
+def frozen(teacher: Net) -> Net:
+    """As a teacher has to be."""
+    return teacher.eval().requires_grad_(False)
+
+
 def method(
     *, pixels: bool = False, batch_size: int = 8, seed: int = 0, device: str = "cpu", **values: Any
 ) -> SSDKD:
@@ -68,9 +73,9 @@ def method(
             parameter.add_(0.2 * torch.randn_like(parameter))
     config = SSDKDConfig(**{**TINY, **values})
     return SSDKD(
-        teacher.to(device),
         student.to(device),
-        config,
+        frozen(teacher).to(device),
+        config=config,
         image_shape=SHAPE,
         mean=MEAN,
         std=STD,

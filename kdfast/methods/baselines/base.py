@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kdfast.errors import ConfigError
 from kdfast.models import FeatureTaps
-from kdfast.models.maps import Layout, Shared, as_map, frozen, last_feature, probe_images
-from kdfast.training.mixing import MixedBatch, mix_batch, task_loss
+from kdfast.models.maps import Layout, Shared, as_map, last_feature, probe_images
+from kdfast.training.taught import Taught, logits_of
 
 __all__ = ["Baseline", "BaselineConfig", "FeatureBaseline", "FeatureConfig"]
 
@@ -55,12 +55,12 @@ C = TypeVar("C", bound=BaselineConfig)
 F = TypeVar("F", bound="FeatureConfig")
 
 
-class Baseline(nn.Module, Generic[C]):
+class Baseline(Taught, Generic[C]):
     """A student, a frozen teacher, and one term between them.
 
     Args:
         student: Any module; its logits are what it returns.
-        teacher: Any module whose parameters do not require grad; put into evaluation mode here.
+        teacher: Any module in evaluation mode whose parameters do not require grad.
         config: Fields of the method; by default the paper's.
         images: Some inputs ``[B, …]`` for both networks, on their device; only methods with layers of their own look,
             for the features' shapes.
@@ -69,76 +69,41 @@ class Baseline(nn.Module, Generic[C]):
         parts: Of the last loss, detached 0-d tensors: ``task`` and ``kd``.
 
     Example:
-        >>> method = KD(student, teacher.requires_grad_(False))
+        >>> method = KD(student, teacher.eval().requires_grad_(False))
         >>> optimizer = torch.optim.SGD(method.parameters(), lr=0.05)
         >>> method.step((images, labels)).backward()
 
     Raises:
-        ValueError: The teacher requires grad, or a layer does not exist.
+        ValueError: The teacher requires grad or is in training mode, the student has nothing to learn, or a layer does
+            not exist.
     """
 
     CONFIG: type[C]
+    config: C
 
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module,
-        config: C | None = None,
         *,
+        config: C | None = None,
         images: Tensor | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(student, teacher)
         self.config = config or self.CONFIG()
-        self.student = student
-        self._frozen = Shared(frozen(teacher))
-        self.parts: dict[str, Tensor] = {}
         self.prepare(images)
-
-    @property
-    def teacher(self) -> nn.Module:
-        """The frozen teacher."""
-        return self._frozen.value
 
     def prepare(self, images: Tensor | None) -> None:
         """Make what the method has of its own."""
 
-    def term(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+    def term(self, student: Tensor, teacher: Tensor, *, target: Tensor | None) -> Tensor:
         """The method's term, weighted, of the logits (and of features that both networks just computed)."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor, target: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both passes, the task loss and the term.
-
-        Args:
-            images: On the networks' device, ``[B, C, H, W]``.
-            target: int64 labels ``[B]``, or masks ``[B, H, W]`` of a dense student; None leaves the task loss out.
-
-        Returns:
-            The loss and :attr:`parts`.
-        """
-        config = self.config
-        mixed: MixedBatch = mix_batch(images, target, mixup=config.mixup_alpha, cutmix=config.cutmix_alpha)
-        with torch.no_grad():
-            guide = self.teacher(mixed.images)
-        logits = self.student(mixed.images)
-        loss = self.term(logits, guide, target)
+    def distil(self, student_out: Tensor, teacher_out: Any, *, target: Tensor | None) -> Tensor:
+        """:meth:`term` of both networks' logits."""
+        loss = self.term(student_out, logits_of(teacher_out), target=target)
         self.parts = {"kd": loss.detach()}
-        if target is not None:
-            task = task_loss(
-                logits,
-                target,
-                mixed,
-                label_smoothing=config.label_smoothing,
-                ignore_index=config.ignore_index,
-            )
-            self.parts["task"] = task.detach()
-            loss = loss + config.task_weight * task
-        return loss, dict(self.parts)
-
-    def step(self, batch: Any) -> Tensor:
-        """:meth:`forward` of images, or of a pair of images and labels; the loss alone."""
-        images, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
-        loss: Tensor = self(images, target)[0]
         return loss
 
     def own_parameters(self) -> Iterator[nn.Parameter]:

@@ -72,7 +72,7 @@ class FitNet(FeatureBaseline[FitNetConfig]):
             layers = (nn.Conv2d(*channels, 1), nn.BatchNorm2d(channels[1]), nn.ReLU())
             self.regressors.append(nn.Sequential(*layers).to(student.device))
 
-    def term(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+    def term(self, student: Tensor, teacher: Tensor, *, target: Tensor | None) -> Tensor:
         """``weight``·hint, summed over layers, and KL if it has a weight."""
         config = self.config
         loss = student.new_zeros((), dtype=torch.float32)
@@ -104,7 +104,7 @@ class AT(FeatureBaseline[ATConfig]):
 
     CONFIG = ATConfig
 
-    def term(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+    def term(self, student: Tensor, teacher: Tensor, *, target: Tensor | None) -> Tensor:
         """``weight``·Σ over layers."""
         loss = student.new_zeros((), dtype=torch.float32)
         for own, other in self.features():
@@ -138,7 +138,7 @@ class RKD(FeatureBaseline[RKDConfig]):
 
     CONFIG = RKDConfig
 
-    def term(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+    def term(self, student: Tensor, teacher: Tensor, *, target: Tensor | None) -> Tensor:
         """The weighted sum over layers."""
         config = self.config
         loss = student.new_zeros((), dtype=torch.float32)

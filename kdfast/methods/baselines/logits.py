@@ -32,7 +32,7 @@ class KD(Baseline[KDConfig]):
 
     CONFIG = KDConfig
 
-    def term(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+    def term(self, student: Tensor, teacher: Tensor, *, target: Tensor | None) -> Tensor:
         """``weight``·τ²·KL, the mean over samples and pixels."""
         config = self.config
         return config.weight * kd_kl_div(student, teacher, config.temperature, dim=1, reduction="rowmean")
@@ -68,7 +68,7 @@ class DKD(Baseline[DKDConfig]):
                 "mixup_alpha, cutmix_alpha: DKD is defined for one class an image; accepted: null"
             )
 
-    def term(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+    def term(self, student: Tensor, teacher: Tensor, *, target: Tensor | None) -> Tensor:
         """α·TCKD + β·NCKD.
 
         Raises:
@@ -113,7 +113,7 @@ class DIST(Baseline[DISTConfig]):
 
     CONFIG = DISTConfig
 
-    def term(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+    def term(self, student: Tensor, teacher: Tensor, *, target: Tensor | None) -> Tensor:
         """β·inter + γ·intra, times τ²."""
         config = self.config
         return dist_loss(

@@ -13,13 +13,14 @@ from kdfast.errors import KDFastError
 from kdfast.methods.diffkd.config import DiffKDConfig, Pair
 from kdfast.methods.diffkd.denoising import Denoising, Terms
 from kdfast.models import FeatureTaps
-from kdfast.models.maps import Shared, as_map, fit, frozen, last_feature, probe_images
-from kdfast.training.mixing import mix_batch, task_loss
+from kdfast.models.maps import Shared, as_map, fit, last_feature, probe_images
+from kdfast.models.roles import check_teacher
+from kdfast.training.taught import Taught
 
 __all__ = ["DiffKD"]
 
 
-class DiffKD(nn.Module):
+class DiffKD(Taught):
     """Adds the paper's losses to a student's task loss.
 
     Make it first and the optimizer then, over ``method.parameters()``: those are the student's and the method's own
@@ -27,7 +28,7 @@ class DiffKD(nn.Module):
 
     Args:
         student: Any module.
-        teacher: Any module whose parameters do not require grad; put into evaluation mode here.
+        teacher: Any module in evaluation mode whose parameters do not require grad.
         pairs: Where to distil. By default what ``config.distill`` says: the last feature map and the logits.
         config: Fields of the method.
         images: Some inputs ``[B, …]`` for both networks, on their device, of which one pass finds out the shapes; by
@@ -40,7 +41,8 @@ class DiffKD(nn.Module):
             ``gamma_NAME`` of each pair, and ``task`` if the method computed it.
 
     Example:
-        >>> method = DiffKD(student, teacher.requires_grad_(False), pairs=[Pair("layer4"), Pair("fc", kind="logits")])
+        >>> pairs = [Pair("layer4"), Pair("fc", kind="logits")]
+        >>> method = DiffKD(student, teacher.eval().requires_grad_(False), pairs=pairs)
         >>> optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
         >>> logits = student(images)
         >>> with torch.no_grad():
@@ -50,42 +52,34 @@ class DiffKD(nn.Module):
         or, with both passes and the task loss left to it, ``method.step((images, labels))``.
 
     Raises:
-        ValueError: The teacher requires grad, a layer does not exist (close ones are listed) or gives something that
-            is no feature, two pairs have one name.
+        ValueError: The teacher requires grad or is in training mode, the student has nothing to learn, a layer does
+            not exist (close ones are listed) or gives something that is no feature, two pairs have one name.
     """
 
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module,
+        *,
         pairs: Sequence[Pair] | None = None,
         config: DiffKDConfig | None = None,
-        *,
         images: Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.config = config = config or DiffKDConfig()
-        teacher = frozen(teacher)
+        super().__init__(student, teacher)
+        self.config: DiffKDConfig = config or DiffKDConfig()
+        config = self.config
         self.pairs = tuple(pairs) if pairs is not None else _default_pairs(student, teacher, config)
         if not self.pairs:
             raise ValueError("pairs: got none; at least one is needed")
         self.names = _names(self.pairs)
-        self.student = student
         self._taps = FeatureTaps(student, dict.fromkeys(pair.student for pair in self.pairs))
         layers = dict.fromkeys(pair.teacher or pair.student for pair in self.pairs)
-        # Shared: a copy of the method (a moving average of its weights, say) keeps this very teacher.
-        self._frozen = Shared((teacher, FeatureTaps(teacher, layers, detach=True)))
+        self._teacher_taps = Shared(FeatureTaps(teacher, layers, detach=True))
         self.denoising = nn.ModuleDict(self._build(images))
-        self.parts: dict[str, Tensor] = {}
         self._versions: tuple[int, int] | None = None
 
     def _module(self, name: str) -> Denoising:
         return cast(Denoising, self.denoising[name])
-
-    @property
-    def teacher(self) -> nn.Module:
-        """The frozen teacher."""
-        return self._frozen.value[0]
 
     @torch.no_grad()
     def _build(self, images: Tensor | None) -> dict[str, nn.Module]:
@@ -128,7 +122,7 @@ class DiffKD(nn.Module):
         """A pair's activations as maps of one size."""
         other = pair.teacher or pair.student
         student = as_map(self._taps[pair.student], pair.student_layout, pair.student)
-        teacher = as_map(self._frozen.value[1][other], pair.teacher_layout, other)
+        teacher = as_map(self._teacher_taps.value[other], pair.teacher_layout, other)
         if student.shape[0] != teacher.shape[0]:
             raise ValueError(
                 f"pairs: {student.shape[0]} samples went through the student, {teacher.shape[0]} through the teacher"
@@ -150,7 +144,7 @@ class DiffKD(nn.Module):
                 or the teacher is in training mode.
         """
         if self.teacher.training:
-            raise ValueError("teacher: is in training mode; call teacher.eval()")
+            check_teacher(self.teacher)
         config, total = self.config, None
         self._watch()
         self.parts = {}
@@ -174,39 +168,9 @@ class DiffKD(nn.Module):
             raise KDFastError("the method has no pairs")
         return total
 
-    def forward(self, images: Tensor, target: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both passes, the task loss and :meth:`loss`.
-
-        Args:
-            images: On the networks' device, ``[B, C, H, W]``.
-            target: int64 labels ``[B]``, or masks ``[B, H, W]`` of a dense student; None leaves the task loss out.
-
-        Returns:
-            The loss and :attr:`parts`.
-        """
-        config = self.config
-        mixed = mix_batch(images, target, mixup=config.mixup_alpha, cutmix=config.cutmix_alpha)
-        with torch.no_grad():
-            self.teacher(mixed.images)
-        logits = _tensor(self.student(mixed.images))
-        loss = self.loss()
-        if target is not None:
-            task = task_loss(
-                logits,
-                target,
-                mixed,
-                label_smoothing=config.label_smoothing,
-                ignore_index=config.ignore_index,
-            )
-            self.parts["task"] = task.detach()
-            loss = loss + config.task_weight * task
-        return loss, dict(self.parts)
-
-    def step(self, batch: Any) -> Tensor:
-        """:meth:`forward` of images, or of a pair of images and labels; the loss alone."""
-        images, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
-        loss: Tensor = self(images, target)[0]
-        return loss
+    def distil(self, student_out: Tensor, teacher_out: Any, *, target: Tensor | None) -> Tensor:
+        """:meth:`loss`: what counts are the taps."""
+        return self.loss()
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """The method's, without the student's."""
@@ -239,7 +203,7 @@ class DiffKD(nn.Module):
     def close(self) -> None:
         """Take the taps off both networks."""
         self._taps.close()
-        self._frozen.value[1].close()
+        self._teacher_taps.value.close()
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -289,7 +253,7 @@ class DiffKD(nn.Module):
     def _forget(self) -> None:
         """Let go of activations, and of the graph that they hold."""
         self._taps.clear()
-        self._frozen.value[1].clear()
+        self._teacher_taps.value.clear()
 
 
 def _default_pairs(student: nn.Module, teacher: nn.Module, config: DiffKDConfig) -> tuple[Pair, ...]:
@@ -315,14 +279,6 @@ def _names(pairs: tuple[Pair, ...]) -> tuple[str, ...]:
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"pairs: {', '.join(repeated)} more than once; give each a name")
     return names
-
-
-def _tensor(output: Any) -> Tensor:
-    """A network's logits; 🤗 models return a dict or a tuple that begins with them."""
-    if isinstance(output, dict):
-        output = next(iter(output.values()))
-    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return found
 
 
 def _warn(what: str) -> None:

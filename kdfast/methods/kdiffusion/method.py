@@ -19,6 +19,7 @@ from kdfast.methods.kdiffusion.branches import Branches, convert, merge
 from kdfast.methods.kdiffusion.config import KdiffusionConfig, Stage
 from kdfast.methods.kdiffusion.schedule import linear_alpha_hat, reverse_coefficients, reverse_variances
 from kdfast.models import FeatureTaps
+from kdfast.models.roles import check_networks
 
 __all__ = ["Kdiffusion"]
 
@@ -27,25 +28,28 @@ class Kdiffusion(nn.Module):
     """Converts the student in place, and adds the paper's losses to its task loss.
 
     Make it first and the optimizer then, over ``method.parameters()``: those are the student's, branches included,
-    and the bridges'. The teacher is frozen here (evaluation mode, no gradients) and is no submodule.
+    and the bridges'. The teacher is no submodule, and is left as it is.
 
     Args:
         student: Any module; changed in place, see :func:`convert`.
-        teacher: Any module.
+        teacher: Any module in evaluation mode whose parameters do not require grad.
         stages: One for a single-layer, several for a multi-layer distillation, shallow to deep: the last one's
             features are the guided loss's.
         images: Some inputs ``[B, …]`` for both networks, on their device: one pass finds out the features' shapes.
         config: Fields of the method.
         classifier: W of the guided loss, on the pooled last feature; by default the teacher's ``get_classifier()``.
+            It gets no gradient.
 
     Example:
-        >>> method = Kdiffusion(student, teacher, [Stage("layer3.0.conv2", "layer3", "layer3.0.bn2")], images)
+        >>> stages = [Stage("layer3.0.conv2", "layer3", "layer3.0.bn2")]
+        >>> method = Kdiffusion(student, teacher.eval().requires_grad_(False), stages=stages, images=images)
         >>> optimizer = torch.optim.SGD(method.parameters(), lr=0.05)
         >>> method.step((images, labels)).backward()
         >>> merge(student)  # the plain network again
 
     Raises:
-        ValueError: No stages, a layer that does not exist, channels that differ without a bridge, no classifier.
+        ValueError: The teacher requires grad or is in training mode, the student has nothing to learn, no stages, a
+            layer that does not exist, channels that differ without a bridge, no classifier.
         TypeError: A layer that cannot be branched.
     """
 
@@ -53,21 +57,21 @@ class Kdiffusion(nn.Module):
         self,
         student: nn.Module,
         teacher: nn.Module,
+        *,
         stages: Sequence[Stage],
         images: Tensor,
         config: KdiffusionConfig | None = None,
-        *,
         classifier: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self.config = config = config or KdiffusionConfig()
         if not stages:
             raise ValueError("stages: got none; at least one is needed")
+        check_networks(student, teacher)
         self._teacher = (teacher,)  # in a tuple: neither a submodule nor in the state dict
         self.student = student
         self.stages = tuple(stages)
-        with _undone_on_failure(student, teacher, self.stages) as made:
-            teacher.eval().requires_grad_(False)
+        with _undone_on_failure(student, self.stages) as made:
             self._taps = made.enter_context(
                 FeatureTaps(teacher, [stage.teacher for stage in stages], detach=True)
             )
@@ -99,7 +103,7 @@ class Kdiffusion(nn.Module):
                 f"classifier: got {type(classifier).__name__}; the guided loss needs the teacher's nn.Linear "
                 "(or set beta to 0)"
             )
-        return classifier.requires_grad_(False)
+        return classifier
 
     @torch.no_grad()
     def _make_bridges(self, images: Tensor) -> list[nn.Module]:
@@ -238,7 +242,7 @@ class Kdiffusion(nn.Module):
         assert classifier is not None
         gap = estimate.float() - x0.float()
         pooled = gap.flatten(2).mean(2) if gap.dim() > 2 else gap
-        return F.linear(pooled, classifier.weight.float()).square().mean()
+        return F.linear(pooled, classifier.weight.detach().float()).square().mean()
 
     def step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The teacher's pass, the student's pass, the loss.
@@ -315,12 +319,9 @@ class Kdiffusion(nn.Module):
 
 
 @contextmanager
-def _undone_on_failure(
-    student: nn.Module, teacher: nn.Module, stages: Sequence[Stage]
-) -> Iterator[ExitStack]:
-    """Let a failure within the block leave both networks as they were, and close what was entered."""
-    modes = {module: module.training for network in (student, teacher) for module in network.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
+def _undone_on_failure(student: nn.Module, stages: Sequence[Stage]) -> Iterator[ExitStack]:
+    """Let a failure within the block leave the student as it was, and close what was entered."""
+    modes = {module: module.training for module in student.modules()}
     names = {name for stage in stages for name in (stage.op, stage.norm) if name is not None}
     layers = {name: module for name, module in student.named_modules() if name in names}
     with ExitStack() as stack:
@@ -331,8 +332,6 @@ def _undone_on_failure(
                 student.set_submodule(name, layer)
             for module, training in modes.items():
                 module.training = training
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
             raise
         stack.pop_all()  # all went well: what was entered stays
 

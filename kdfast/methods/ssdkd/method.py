@@ -17,6 +17,7 @@ from kdfast.methods.ssdkd.config import SSDKDConfig
 from kdfast.methods.ssdkd.contents import Contents
 from kdfast.methods.ssdkd.inversion import Inversion
 from kdfast.methods.ssdkd.views import Views
+from kdfast.models.roles import check_networks, chosen_student
 from kdfast.replay import PrioritizedReplayBuffer
 
 __all__ = ["SSDKD"]
@@ -33,8 +34,10 @@ class SSDKD:
     ``[B, C, H, W]``, where every pixel has a probability and a class, and an image's priority is its pixels' mean.
 
     Args:
-        teacher: Frozen here: evaluation mode, no gradients.
-        student: What the steps train, unless another is given there.
+        student: What the steps train, unless another is given there; None where every call gives one. Inversion
+            looks at it in evaluation mode, and puts it back into the mode it was in.
+        teacher: In evaluation mode, none of its parameters requiring grad. Its batch norms are hooked during a round
+            of inversion and at no other time.
         config: How images are made, kept, drawn and learned from.
         image_shape: (C, H, W) of the images.
         mean: Per channel, subtracted from images in [0, 1] for both networks.
@@ -44,10 +47,12 @@ class SSDKD:
         device: Where all is; by default the teacher's.
 
     Raises:
+        ValueError: The teacher requires grad or is in training mode, or the student has nothing to learn.
         ConfigError: The teacher lacks what a term of the loss needs.
 
     Example:
-        >>> method = SSDKD(teacher, student, image_shape=(3, 32, 32), mean=mean, std=std)
+        >>> teacher.eval().requires_grad_(False)
+        >>> method = SSDKD(student, teacher, image_shape=(3, 32, 32), mean=mean, std=std)
         >>> for epoch in range(220):
         ...     method.synthesize()
         ...     for _ in range(method.steps if method.ready else 0):
@@ -58,10 +63,10 @@ class SSDKD:
 
     def __init__(
         self,
+        student: nn.Module | None,
         teacher: nn.Module,
-        student: nn.Module | None = None,
-        config: SSDKDConfig | None = None,
         *,
+        config: SSDKDConfig | None = None,
         image_shape: Sequence[int] = (3, 32, 32),
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
@@ -70,8 +75,8 @@ class SSDKD:
         device: torch.device | str | None = None,
     ) -> None:
         self.config = config = config or SSDKDConfig()
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.student, self.batch_size = student, batch_size
+        check_networks(student, teacher)
+        self.student, self.teacher, self.batch_size = student, teacher, batch_size
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, accepted: at least 1")
         if len(image_shape) != 3 or len(mean) != image_shape[0] or len(std) != image_shape[0]:
@@ -143,7 +148,7 @@ class SSDKD:
         Raises:
             ValueError: There is no student.
         """
-        student = _bare(self._student(student))
+        student = _bare(chosen_student(student, self.student))
         images = self.inversion.run(student, self.contents.class_counts())
         stored = images.mul(255).round_().to(torch.uint8)
         if self.buffer is not None:
@@ -181,7 +186,7 @@ class SSDKD:
 
     # --- distillation ---------------------------------------------------------------------------------------
 
-    def __call__(self, student_out: Tensor, teacher_out: Tensor, weight: Tensor | None = None) -> Tensor:
+    def __call__(self, student_out: Tensor, teacher_out: Tensor, *, weight: Tensor | None = None) -> Tensor:
         """The student's loss, T²·KL: the mean over the batch (and pixels).
 
         Args:
@@ -280,7 +285,7 @@ class SSDKD:
         with torch.no_grad():
             taught = self.teacher(seen)
         learned = student(seen)
-        loss = self(learned, taught, drawn.weight)
+        loss = self(learned, taught, weight=drawn.weight)
         scores = kd_statistics(learned, taught, self.config.priority_temperature, dim=1)
         kl = _per_image(scores.kl)
         if self.config.sampling == "priority":
@@ -320,14 +325,8 @@ class SSDKD:
         self._losses.clear()
         self._updates.clear()
 
-    def _student(self, student: nn.Module | None) -> nn.Module:
-        student = student or self.student
-        if student is None:
-            raise ValueError("student: got None, accepted: a network, here or when the method is made")
-        return student
-
     def _ready_student(self, student: nn.Module | None) -> nn.Module:
-        student = self._student(student)
+        student = chosen_student(student, self.student)
         if not self.rounds:
             raise ValueError("step: nothing to learn from; call synthesize() first")
         return student

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -65,3 +66,31 @@ def test_modules_are_the_functions(target: Target) -> None:
     )
     assert "beta=0.3" in repr(knn.JSDLoss(0.3))
     assert "alpha=2.0" in repr(knn.DKDLoss(2.0))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        knn.KDLoss(2.0), knn.DistillationLoss(3.0), knn.JSDLoss(0.3), knn.DKDLoss(2.0), knn.TopKKDLoss(),
+        knn.DISTLoss(), knn.FusedLinearKDLoss(chunk_rows=2),
+    ],
+    ids=lambda made: type(made).__name__,
+)  # fmt: skip
+def test_a_modules_options_are_attributes_that_are_printed_and_handed_on(made: Any) -> None:
+    parameters = inspect.signature(type(made)).parameters
+    assert set(made.options) == set(parameters) - {"process_group"}
+    made.temperature = 7.0
+    assert made.options["temperature"] == 7.0
+    shown = [f"{name}={value!r}" for name, value in made.options.items()]
+    left = ["ignore_index=-100"] if isinstance(made, knn.DistillationLoss) else []
+    assert repr(made) == f"{type(made).__name__}({', '.join(part for part in shown if part not in left)})"
+    assert made.state_dict() == {}
+
+
+def test_a_module_that_is_derived_may_take_what_it_likes() -> None:
+    class Warm(knn.KDLoss):
+        def __init__(self, degrees: float) -> None:
+            super().__init__(degrees + 1)
+
+    s, t = torch.randn(2, 3, 5)
+    assert torch.equal(Warm(3.0)(s, t), knn.KDLoss(4.0)(s, t))

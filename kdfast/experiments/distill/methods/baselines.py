@@ -38,7 +38,7 @@ class BaselineMethod:
         size = setting.described.image_size
         images = torch.zeros(2, 3, size, size, device=setting.accelerator.device)
         try:
-            model = self.METHOD(setting.student, setting.teacher, setting.method, images=images)
+            model = self.METHOD(setting.student, setting.teacher, config=setting.method, images=images)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         return Plan(

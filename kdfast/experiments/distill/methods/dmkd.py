@@ -28,7 +28,7 @@ def build(setting: Setting) -> Plan:
             raise DataError(
                 f"data {data}: has {found} classes, accepted: the teacher's {setting.num_classes}"
             )
-    method = DMKD(setting.teacher, config=config)
+    method = DMKD(teacher=setting.teacher, config=config)
     # What `kdfast report` plots accuracies against, known now, while the set is there.
     settings = {**asdict(config), **describe(data), "student": setting.config.student}
     settings["teacher"] = setting.config.teacher

@@ -88,7 +88,9 @@ def build(setting: Setting) -> Plan:
     size = setting.described.image_size
     images = torch.zeros(2, 3, size, size, device=setting.accelerator.device)
     try:
-        method = Kdiffusion(setting.student, setting.teacher, config.stages, images, config)
+        method = Kdiffusion(
+            setting.student, setting.teacher, stages=config.stages, images=images, config=config
+        )
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
     pictured = setting.config.test_data is not None and config.alpha > 0

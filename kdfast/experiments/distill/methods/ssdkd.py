@@ -41,9 +41,9 @@ def build(setting: Setting) -> Plan:
     size, described = config.image_size or setting.described.image_size, setting.described
     rank = setting.accelerator.process_index
     method = SSDKD(
-        setting.teacher,
         setting.student,
-        setting.method,
+        setting.teacher,
+        config=setting.method,
         image_shape=(described.in_channels, size, size),
         mean=described.mean,
         std=described.std,

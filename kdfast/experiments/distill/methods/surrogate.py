@@ -37,6 +37,6 @@ def build(setting: Setting) -> Plan:
     if config.attack and config.attack_targets == "random" and setting.num_classes < 2:
         raise ConfigError("attack: got true for a teacher of one class, accepted: at least two classes")
     method = SurrogateKD(
-        setting.teacher, config=config, mean=setting.described.mean, std=setting.described.std
+        teacher=setting.teacher, config=config, mean=setting.described.mean, std=setting.described.std
     )
     return Plan(setting.student, lambda model, batch: method.step_with_parts(batch, model), normalised=False)

@@ -17,19 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.diffusion.schedulers_common import (
-    Generators,
-    GuidedStep,
+from kdfast.diffusion.schedulers.base import Generators, GuidedStep, Request
+from kdfast.diffusion.schedulers.common import (
     check_same_channels,
+    clip_bound,
     columns,
     diffusers,
-    draw_noise,
+    needs_quantiles,
     table_cache,
     table_dtype,
-    unguided,
 )
 from kdfast.errors import ConfigError
-from kdfast.ops.denoise import eager as ops
 from kdfast.profiling import annotate
 
 
@@ -40,6 +38,7 @@ class DPMSolverMultistepScheduler(GuidedStep, diffusers.DPMSolverMultistepSchedu
     for float64 inputs, which stay float64.
     """
 
+    OUTPUT = diffusers.schedulers.scheduling_utils.SchedulerOutput
     model_outputs: list[Any]
 
     @annotate("DPMSolverMultistepScheduler.step")
@@ -70,51 +69,32 @@ class DPMSolverMultistepScheduler(GuidedStep, diffusers.DPMSolverMultistepSchedu
             check_same_channels(sample, model_output)
         if variance_noise is not None:
             generator = None  # as in diffusers, which looks at the noise first
-        return self._fused(
-            model_output, timestep, sample, ops.NO_GUIDANCE, generator, variance_noise, None, return_dict
+        request = Request(
+            model_output, timestep, sample, generator=generator, noise=variance_noise, return_dict=return_dict
         )
+        return self._fused(request)
 
-    def _fused(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        guide: ops.Guidance,
-        generator: Generators,
-        noise: Tensor | None,
-        seed: int | Tensor | None,
-        return_dict: bool,
-    ) -> Any:
-        if self.num_inference_steps is None:
-            raise ValueError("num_inference_steps is None: call set_timesteps before step")
-        config = self.config
-        data = config.algorithm_type.endswith("++")
-        if config.thresholding and (config.sample_max_value != 1 or not data):
-            if seed is not None:
-                raise ValueError("seed: not with dynamic thresholding; pass a generator")
-            model_output = unguided(model_output, sample, guide)
-            return super().step(model_output, timestep, sample, generator, noise, return_dict)
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        row, order = int(self.step_index), self._order()
-        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+    def _fused(self, request: Request) -> Any:
+        self._check_timesteps()
+        config, sample = self.config, request.sample
+        if needs_quantiles(config) or (config.thresholding and not config.algorithm_type.endswith("++")):
+            return self._plain_step(request, request.generator, request.noise, takes_noise=True)
+        row, order = self._row(request.timestep), self._order()
+        dtype = torch.promote_types(sample.dtype, request.model_output.dtype)
         if config.algorithm_type.startswith("sde"):
-            noise = draw_noise(sample, sample, guide, generator, noise, seed, torch.float32)
-            noise = None if noise is None else noise.to(device=sample.device)
+            request = request.draw(torch.float32, like=sample)
+            if request.noise is not None:
+                request = request._replace(noise=request.noise.to(device=sample.device))
         else:
-            noise = seed = None
+            request = request.silent()
         history = [self.model_outputs[-at] for at in range(1, order)]
         steps = len(self.sigmas) - 1
-        result = ops.denoise_step(
-            sample,
-            model_output,
-            self._table(sample.device, table_dtype(sample, model_output, *history)),
+        result = self._run(
+            request,
+            self._table(sample.device, table_dtype(sample, request.model_output, *history)),
             (order - 1) * steps + row,
-            guidance=guide,
             history=history,
-            noise=noise,
-            seed=seed,
-            clip=1.0 if config.thresholding else None,
+            clip=clip_bound(config),
             want_x0=True,
             dtype=dtype,
         )
@@ -122,9 +102,7 @@ class DPMSolverMultistepScheduler(GuidedStep, diffusers.DPMSolverMultistepSchedu
         if self.lower_order_nums < config.solver_order:
             self.lower_order_nums += 1
         self._step_index += 1
-        if not return_dict:
-            return (result.y,)
-        return diffusers.schedulers.scheduling_utils.SchedulerOutput(prev_sample=result.y)
+        return self._answer(request, result.y)
 
     def _order(self) -> int:
         """The order of this step: what the history allows, lower at the end, as in diffusers."""

@@ -7,25 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.diffusion.schedulers_common import (
+from kdfast.diffusion.schedulers.base import DrawnStep, Request, VariancePreserving
+from kdfast.diffusion.schedulers.common import (
     BIG,
-    Generators,
-    GuidedStep,
-    check_same_channels,
+    clip_bound,
     columns,
     diffusers,
-    draw_noise,
-    noisy,
+    needs_quantiles,
     row_of,
     table_cache,
     table_dtype,
-    unguided,
 )
-from kdfast.ops.denoise import eager as ops
-from kdfast.profiling import annotate
+from kdfast.ops import denoise as ops
 
 
-class DDPMScheduler(GuidedStep, diffusers.DDPMScheduler):  # type: ignore[misc, name-defined]
+class DDPMScheduler(DrawnStep, VariancePreserving, diffusers.DDPMScheduler):  # type: ignore[misc, name-defined]
     """A drop-in for ``diffusers.DDPMScheduler``: same config, same results, one kernel a step.
 
     A learned range of variances is read beside the prediction, in the same pass. With a timestep on a GPU,
@@ -35,96 +31,38 @@ class DDPMScheduler(GuidedStep, diffusers.DDPMScheduler):  # type: ignore[misc, 
         keep_pred_original: Set to False to leave ``pred_original_sample`` None.
     """
 
+    OUTPUT = diffusers.schedulers.scheduling_ddpm.DDPMSchedulerOutput
     keep_pred_original: bool = True
 
-    @annotate("DDPMScheduler.step")
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """One step back in time; arguments and result as in ``diffusers.DDPMScheduler.step``.
+    def _has_plain_output(self) -> bool:
+        return not self.variance_type.startswith("learned")
 
-        Args:
-            model_output: The model's prediction, of the sample's shape; with a learned variance, twice its
-                channels.
-            timestep: t, one of ``timesteps``: an int or a tensor of one element on any device.
-            sample: x_t, any strides, which the result keeps.
-            generator: Draws the noise, as diffusers would.
-            return_dict: False: a tuple (prev_sample, pred_original_sample).
-
-        Raises:
-            ValueError: A timestep that is not one of ``timesteps``, or shapes that do not fit.
-        """
-        if not self.variance_type.startswith("learned"):
-            check_same_channels(sample, model_output)
-        return self._fused(
-            model_output, timestep, sample, ops.NO_GUIDANCE, generator, None, None, return_dict
-        )
-
-    def _fused(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        guide: ops.Guidance,
-        generator: Generators,
-        noise: Tensor | None,
-        seed: int | Tensor | None,
-        return_dict: bool,
-    ) -> Any:
-        config = self.config
-        if config.thresholding and config.sample_max_value != 1:
-            if noise is not None or seed is not None:
-                raise ValueError("variance_noise, seed: not with dynamic thresholding; pass a generator")
-            model_output = unguided(model_output, sample, guide)
-            return super().step(model_output, timestep, sample, generator, return_dict)
-        clip = 1.0 if config.thresholding else config.clip_sample_range if config.clip_sample else None
-        row = row_of(timestep, sample.device)
-        dtype = table_dtype(sample, model_output, noise)
-        table = self._table(sample.device, dtype)
+    def _fused(self, request: Request) -> Any:
+        if needs_quantiles(self.config):
+            return self._plain_step(request, request.generator, takes_noise=False)
+        row = row_of(request.timestep, request.sample.device)
+        table = self._table(request.sample.device, table_dtype(*request.tensors()))
         if isinstance(row, int) and not (0 <= row < len(table) and self._listed(row)):
             raise ValueError(f"timestep: must be one of the scheduler's timesteps, got {row}")
-        if isinstance(row, int) and row == 0:
-            noise = seed = None
-        else:
-            noise = draw_noise(model_output, sample, guide, generator, noise, seed)
-        learned = self.variance_type == "learned_range" and (noise is not None or seed is not None)
-        if self.variance_type == "learned" and (noise is not None or seed is not None):
-            noise, seed = self._learned_noise(model_output, sample, guide, noise, seed), None
-        result = ops.denoise_step(
-            sample,
-            model_output,
+        request = request.silent() if isinstance(row, int) and row == 0 else request.draw()
+        if self.variance_type == "learned" and request.noisy:
+            request = self._learned_noise(request)
+        result = self._run(
+            request,
             table,
             row,
-            guidance=guide,
-            noise=noise,
-            seed=seed,
-            learned_variance=learned,
-            clip=clip,
+            learned_variance=self.variance_type == "learned_range" and request.noisy,
+            clip=clip_bound(self.config),
             want_x0=self.keep_pred_original,
         )
-        if not return_dict:
-            return result.y, result.x0
-        return diffusers.schedulers.scheduling_ddpm.DDPMSchedulerOutput(
-            prev_sample=result.y, pred_original_sample=result.x0
-        )
+        return self._answer(request, result.y, result.x0)
 
-    def _learned_noise(
-        self,
-        model_output: Tensor,
-        sample: Tensor,
-        guide: ops.Guidance,
-        noise: Tensor | None,
-        seed: int | Tensor | None,
-    ) -> Tensor:
+    def _learned_noise(self, request: Request) -> Request:
         """√v·z, where the model predicts the variance v itself."""
-        if noise is None:
+        if request.noise is None:
             raise ValueError("seed: not with variance_type 'learned'; pass a generator or variance_noise")
-        return ops.predicted_variance(model_output, sample, guide) ** 0.5 * noise
+        variance = ops.predicted_variance(request.model_output, request.sample, request.guide)
+        return request._replace(noise=variance**0.5 * request.noise, seed=None)
 
     def _listed(self, t: int) -> bool:
         if not (self.custom_timesteps or self.num_inference_steps):
@@ -154,16 +92,6 @@ class DDPMScheduler(GuidedStep, diffusers.DDPMScheduler):  # type: ignore[misc, 
                 self.alphas_cumprod, self._previous() if listed else None, prediction, variance
             ),
         )
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ_t·x₀ + √(1 − ᾱ_t)·ε, as in diffusers; the roots are taken in float32 at least."""
-        root, complement = noisy(self.alphas_cumprod, timesteps, original_samples)
-        return root * original_samples + complement * noise
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """v = √ᾱ_t·ε − √(1 − ᾱ_t)·x₀ (Salimans & Ho 2022), as in diffusers."""
-        root, complement = noisy(self.alphas_cumprod, timesteps, sample)
-        return root * noise - complement * sample
 
 
 def x0_columns(alpha: Tensor, prediction_type: str, scheduler: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What the schedulers share: coefficient tables on the device, and the way into the fused step."""
+"""What every scheduler's arithmetic needs: coefficient tables on the device, timesteps as rows, checks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from kdfast.errors import require
-from kdfast.functional.denoise import Order, guidance
-from kdfast.ops.denoise.eager import COLUMNS, Guidance, guided_output
-from kdfast.profiling import annotate
+from kdfast.ops.denoise import COLUMNS
 
 diffusers = require("diffusers", extra="diffusion", feature="kdfast.diffusion")
 
@@ -114,100 +112,16 @@ def check_same_channels(sample: Tensor, model_output: Tensor) -> None:
             )
 
 
-Generators = torch.Generator | list[torch.Generator] | None
+def clip_bound(config: Any) -> float | None:
+    """±Bound of the predicted x₀; dynamic thresholding at a maximum of 1 clamps to ±1, whatever the quantile."""
+    if config.get("thresholding"):
+        return 1.0
+    return float(config.clip_sample_range) if config.get("clip_sample") else None
 
 
-def draw_noise(
-    model_output: Tensor,
-    sample: Tensor,
-    guide: Guidance,
-    generator: Generators,
-    noise: Tensor | None,
-    seed: int | Tensor | None,
-    dtype: torch.dtype | None = None,
-) -> Tensor | None:
-    """The step's noise tensor, or None if the kernel makes it from ``seed``.
-
-    Raises:
-        ValueError: More than one source of noise.
-    """
-    sources = {"generator": generator, "variance_noise": noise, "seed": seed}
-    given = [name for name, value in sources.items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)}: give one source of noise, got {len(given)}")
-    if noise is not None or seed is not None:
-        return noise
-    # Diffusers draws in the shape of the output it steps with: guided, without a variance's channels.
-    plain = guide.scale is None and model_output.shape[1:2] == sample.shape[1:2]
-    return diffusers.utils.torch_utils.randn_tensor(  # type: ignore[no-any-return]
-        model_output.shape if plain else sample.shape,
-        generator=generator,
-        device=model_output.device,
-        dtype=dtype or model_output.dtype,
-    )
-
-
-class GuidedStep:
-    """Adds :meth:`step_cfg` to a scheduler that has a ``_fused`` step."""
-
-    @annotate("scheduler.step_cfg")
-    def step_cfg(
-        self,
-        model_output: Tensor,
-        timestep: int | float | Tensor,
-        sample: Tensor,
-        guidance_scale: float,
-        *,
-        order: Order = "cond_uncond",
-        cfg_channels: int | None = None,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
-        seed: int | Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """Classifier-free guidance and ``step`` in one pass.
-
-        Args:
-            model_output: Both halves of the batch ``[2B, ≥ C, …]``.
-            timestep: As in ``step``.
-            sample: x_t ``[B, C, …]``, or ``[2B, C, …]`` with a row for each half; the result matches it.
-            guidance_scale: g of u + g·(c − u).
-            order: Which half is first: the conditional (DiT) or the unconditional (Stable Diffusion).
-            cfg_channels: Guide only the first channels; None: all. The others come from the conditional half
-                or, for a sample of 2B rows, each from its own.
-            generator: Draws the noise (of the sample's shape) of a stochastic sampler.
-            variance_noise: The noise itself, instead.
-            seed: Make the noise in the kernel instead, keyed by (seed, step, element): an int, or an int64
-                tensor of one element on the sample's device.
-            return_dict: As in ``step``.
-
-        Raises:
-            ValueError: Shapes that do not fit, an unknown ``order``, or two sources of noise.
-        """
-        guide = guidance(guidance_scale, order, cfg_channels)
-        return self._fused(
-            model_output, timestep, sample, guide, generator, variance_noise, seed, return_dict
-        )
-
-    def _fused(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        guide: Guidance,
-        generator: Generators,
-        noise: Tensor | None,
-        seed: int | Tensor | None,
-        return_dict: bool,
-    ) -> Any:
-        raise NotImplementedError
-
-
-def unguided(model_output: Tensor, sample: Tensor, guide: Guidance) -> Tensor:
-    """The output after guidance, for a step that is left to diffusers."""
-    if guide.scale is None:
-        return model_output
-    return guided_output(model_output, sample, guide).to(model_output.dtype)
+def needs_quantiles(config: Any) -> bool:
+    """Whether x₀ is thresholded by a quantile of each image: no linear step."""
+    return bool(config.get("thresholding")) and config.sample_max_value != 1
 
 
 def noisy(schedule: Tensor, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

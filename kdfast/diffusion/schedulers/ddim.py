@@ -7,26 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.diffusion.schedulers_common import (
+from kdfast.diffusion.schedulers.base import FusedStep, Generators, Request, VariancePreserving
+from kdfast.diffusion.schedulers.common import (
     BIG,
     check_same_channels,
+    clip_bound,
     columns,
     diffusers,
-    draw_noise,
-    noisy,
+    needs_quantiles,
     row_of,
     table_cache,
     table_dtype,
-    unguided,
 )
 from kdfast.functional.denoise import Order, guidance
-from kdfast.ops.denoise import eager as ops
 from kdfast.profiling import annotate
 
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
-class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined]
+class DDIMScheduler(FusedStep, VariancePreserving, diffusers.DDIMScheduler):  # type: ignore[misc, name-defined]
     """A drop-in for ``diffusers.DDIMScheduler``: same config, same results, one kernel a step.
 
     Beside :meth:`step` there is :meth:`step_cfg`, which takes the model's doubled output and does
@@ -36,6 +35,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
         keep_pred_original: False leaves ``pred_original_sample`` None: a quarter less traffic.
     """
 
+    OUTPUT = diffusers.schedulers.scheduling_ddim.DDIMSchedulerOutput
     keep_pred_original: bool = True
 
     @annotate("DDIMScheduler.step")
@@ -46,7 +46,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
         sample: Tensor,
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
@@ -66,18 +66,15 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
             ValueError: No ``set_timesteps`` yet, or both ``generator`` and ``variance_noise`` with eta > 0.
         """
         check_same_channels(sample, model_output)
-        return self._fused(
+        request = Request(
             model_output,
             timestep,
             sample,
-            ops.NO_GUIDANCE,
-            eta,
-            use_clipped_model_output,
-            generator,
-            variance_noise,
-            None,
-            return_dict,
+            generator=generator,
+            noise=variance_noise,
+            return_dict=return_dict,
         )
+        return self._ddim(request, eta, use_clipped_model_output)
 
     @annotate("DDIMScheduler.step_cfg")
     def step_cfg(
@@ -90,7 +87,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
         order: Order = "cond_uncond",
         cfg_channels: int | None = None,
         eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         use_clipped_model_output: bool = False,
         variance_noise: Tensor | None = None,
         seed: int | Tensor | None = None,
@@ -118,82 +115,26 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
             ValueError: Shapes that do not fit, an unknown ``order``, or two sources of noise.
         """
         guide = guidance(guidance_scale, order, cfg_channels)
-        return self._fused(
-            model_output,
-            timestep,
-            sample,
-            guide,
-            eta,
-            use_clipped_model_output,
-            generator,
-            variance_noise,
-            seed,
-            return_dict,
-        )
+        request = Request(model_output, timestep, sample, guide, generator, variance_noise, seed, return_dict)
+        return self._ddim(request, eta, use_clipped_model_output)
 
-    def _fused(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        guide: ops.Guidance,
-        eta: float,
-        use_clipped: bool,
-        generator: torch.Generator | list[torch.Generator] | None,
-        noise: Tensor | None,
-        seed: int | Tensor | None,
-        return_dict: bool,
-    ) -> Any:
-        if self.num_inference_steps is None:
-            raise ValueError("num_inference_steps is None: call set_timesteps before step")
-        config = self.config
-        if config.thresholding and config.sample_max_value != 1:
-            return self._thresholded(
-                model_output, timestep, sample, guide, eta, use_clipped, generator, noise, seed, return_dict
+    def _ddim(self, request: Request, eta: float, use_clipped: bool) -> Any:
+        self._check_timesteps()
+        if needs_quantiles(self.config):
+            return self._plain_step(
+                request, eta, use_clipped, request.generator, request.noise, takes_noise=True
             )
-        # Dynamic thresholding at a maximum of 1 clamps to ±1, whatever the quantile.
-        clip = 1.0 if config.thresholding else config.clip_sample_range if config.clip_sample else None
-        if eta > 0:
-            noise = draw_noise(model_output, sample, guide, generator, noise, seed)
-        else:
-            noise = seed = None
-        result = ops.denoise_step(
-            sample,
-            model_output,
-            self._table(
-                eta, use_clipped, clip is not None, sample.device, table_dtype(sample, model_output, noise)
-            ),
-            row_of(timestep, sample.device),
-            guidance=guide,
-            noise=noise,
-            seed=seed,
+        clip = clip_bound(self.config)
+        request = request.draw() if eta > 0 else request.silent()
+        dtype, device = table_dtype(*request.tensors()), request.sample.device
+        result = self._run(
+            request,
+            self._table(eta, use_clipped, clip is not None, device, dtype),
+            row_of(request.timestep, device),
             clip=clip,
             want_x0=self.keep_pred_original,
         )
-        if not return_dict:
-            return result.y, result.x0
-        return diffusers.schedulers.scheduling_ddim.DDIMSchedulerOutput(
-            prev_sample=result.y, pred_original_sample=result.x0
-        )
-
-    def _thresholded(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        guide: ops.Guidance,
-        eta: float,
-        use_clipped: bool,
-        generator: torch.Generator | list[torch.Generator] | None,
-        noise: Tensor | None,
-        seed: int | Tensor | None,
-        return_dict: bool,
-    ) -> Any:
-        """Dynamic thresholding needs a quantile of each image: diffusers' own step, after guidance."""
-        if seed is not None:
-            raise ValueError("seed: not with dynamic thresholding; pass a generator")
-        model_output = unguided(model_output, sample, guide)
-        return super().step(model_output, timestep, sample, eta, use_clipped, generator, noise, return_dict)
+        return self._answer(request, result.y, result.x0)
 
     def _table(
         self, eta: float, use_clipped: bool, clipped: bool, device: torch.device, dtype: torch.dtype
@@ -213,16 +154,6 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined
             sources,
             lambda: ddim_table(*sources, stride, prediction, float(eta), use_clipped, clipped),
         )
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ_t·x₀ + √(1 − ᾱ_t)·ε, as in diffusers; the roots are taken in float32 at least."""
-        root, complement = noisy(self.alphas_cumprod, timesteps, original_samples)
-        return root * original_samples + complement * noise
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """v = √ᾱ_t·ε − √(1 − ᾱ_t)·x₀ (Salimans & Ho 2022), as in diffusers."""
-        root, complement = noisy(self.alphas_cumprod, timesteps, sample)
-        return root * noise - complement * sample
 
 
 def ddim_table(

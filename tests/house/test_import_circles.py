@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What `kernels/` is installed as.
 PACKAGES = {"kdfast": ROOT / "kdfast", "kdfast.kernels": ROOT / "kernels"}
 

@@ -1,0 +1,74 @@
+"""Which network is the student and which the teacher: one rule, by which every method refuses swapped ones.
+
+A student learns, so something of it requires grad. A teacher does not, and is run in evaluation mode. Neither is
+changed behind its owner's back: what does not fit is refused, in a sentence that says what to call.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["check_networks", "check_student", "check_teacher", "chosen_student"]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(name or "the network itself" for name in names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def check_student(student: nn.Module) -> nn.Module:
+    """The student, as it is.
+
+    Raises:
+        ValueError: No parameter of it requires grad.
+    """
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ValueError(
+            f"student: got a {type(student).__name__} of which no parameter requires grad; a student learns, call "
+            "student.requires_grad_(True), or give student first and teacher second"
+        )
+    return student
+
+
+def check_teacher(teacher: nn.Module) -> nn.Module:
+    """The teacher, as it is.
+
+    Raises:
+        ValueError: Parameters of it require grad, or modules of it are in training mode.
+    """
+    wanting = [name for name, p in teacher.named_parameters() if p.requires_grad]
+    if wanting:
+        raise ValueError(
+            f"teacher: {len(wanting)} of its parameters require grad ({_some(wanting)}); a teacher does not learn, "
+            "call teacher.requires_grad_(False)"
+        )
+    training = [name for name, module in teacher.named_modules() if module.training]
+    if training:
+        raise ValueError(
+            f"teacher: {len(training)} of its modules are in training mode ({_some(training)}); a teacher is "
+            "evaluated, call teacher.eval()"
+        )
+    return teacher
+
+
+def check_networks(student: nn.Module | None, teacher: nn.Module | None) -> None:
+    """:func:`check_student` and :func:`check_teacher` of those that are given.
+
+    Raises:
+        ValueError: See there.
+    """
+    if teacher is not None:
+        check_teacher(teacher)
+    if student is not None:
+        check_student(student)
+
+
+def chosen_student(given: nn.Module | None, own: nn.Module | None) -> nn.Module:
+    """The student of one call: the one given there, else the one that the method was made with.
+
+    Raises:
+        ValueError: There is neither, or no parameter of it requires grad.
+    """
+    student = own if given is None else given
+    if student is None:
+        raise ValueError("student: got None, accepted: a network, here or when the method is made")
+    return check_student(student)

@@ -1,0 +1,111 @@
+"""A student and a teacher in one module, whose step is both passes, the task's loss, and what a method adds to it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.models.maps import Shared
+from kdfast.models.roles import check_networks
+from kdfast.training.mixing import mix_batch, task_loss
+
+__all__ = ["Taught", "TaughtConfig", "logits_of"]
+
+
+class TaughtConfig(Protocol):
+    """What :class:`Taught` reads of a method's config."""
+
+    @property
+    def task_weight(self) -> float:
+        """Of the cross-entropy with the labels."""
+
+    @property
+    def label_smoothing(self) -> float:
+        """Of the cross-entropy."""
+
+    @property
+    def mixup_alpha(self) -> float | None:
+        """α of mixup; None does without."""
+
+    @property
+    def cutmix_alpha(self) -> float | None:
+        """α of CutMix; None does without."""
+
+    @property
+    def ignore_index(self) -> int:
+        """Label of pixels that do not count."""
+
+
+class Taught(nn.Module):
+    """Both networks, and a step over them; a method says in :meth:`distil` what it adds to the task's loss.
+
+    Args:
+        student: Any module with something to learn; the only submodule of the two.
+        teacher: Any module in evaluation mode whose parameters do not require grad. Copies of this module (a moving
+            average of its weights, say) share it, and it is not saved.
+
+    Raises:
+        ValueError: The networks are not in these roles; see :mod:`kdfast.models.roles`.
+    """
+
+    config: TaughtConfig
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        check_networks(student, teacher)
+        self.student = student
+        self._teacher = Shared(teacher)
+        self.parts: dict[str, Tensor] = {}
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher."""
+        return self._teacher.value
+
+    def distil(self, student_out: Tensor, teacher_out: Any, *, target: Tensor | None) -> Tensor:
+        """The method's weighted terms of a batch that both networks just ran on; sets :attr:`parts`."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, target: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both passes, the task loss and the method's terms.
+
+        Args:
+            images: On the networks' device, ``[B, C, H, W]``.
+            target: int64 labels ``[B]``, or masks ``[B, H, W]`` of a dense student; None leaves the task loss out.
+
+        Returns:
+            The loss and :attr:`parts`.
+        """
+        config = self.config
+        mixed = mix_batch(images, target, mixup=config.mixup_alpha, cutmix=config.cutmix_alpha)
+        with torch.no_grad():
+            guide = self.teacher(mixed.images)
+        logits = logits_of(self.student(mixed.images))
+        loss = self.distil(logits, guide, target=target)
+        if target is not None:
+            task = task_loss(
+                logits,
+                target,
+                mixed,
+                label_smoothing=config.label_smoothing,
+                ignore_index=config.ignore_index,
+            )
+            self.parts["task"] = task.detach()
+            loss = loss + config.task_weight * task
+        return loss, dict(self.parts)
+
+    def step(self, batch: Any) -> Tensor:
+        """:meth:`forward` of images, or of a pair of images and labels; the loss alone."""
+        images, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
+        loss: Tensor = self(images, target)[0]
+        return loss
+
+
+def logits_of(output: Any) -> Tensor:
+    """A network's logits; 🤗 models return a dict or a tuple that begins with them."""
+    if isinstance(output, dict):
+        output = next(iter(output.values()))
+    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return found
