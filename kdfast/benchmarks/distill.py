@@ -90,7 +90,7 @@ def eager_surrogate(student: nn.Module, teacher: nn.Module, images: torch.Tensor
     return _kl(student(mixed), target, SURROGATE_TEMPERATURE)
 
 
-def _ours_dmkd(teacher: nn.Module, student: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def _ours_dmkd(student: nn.Module, teacher: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     from kdfast.methods import DMKD
     from kdfast.methods.dmkd import DMKDConfig
 
@@ -98,7 +98,7 @@ def _ours_dmkd(teacher: nn.Module, student: nn.Module) -> Callable[[torch.Tensor
     return DMKD(student, teacher, config=config).step
 
 
-def _ours_surrogate(teacher: nn.Module, student: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def _ours_surrogate(student: nn.Module, teacher: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     from kdfast.methods.surrogate import SurrogateKD, SurrogateKDConfig
 
     config = SurrogateKDConfig(temperature=SURROGATE_TEMPERATURE, regime="none", mixup=True)
@@ -151,9 +151,9 @@ class _Networks:
         self, make: Callable[[nn.Module, nn.Module], Callable[[torch.Tensor], torch.Tensor]]
     ) -> Work:
         """A step with its optimiser; returns the loss before it, and the images that it was of."""
-        teacher, student = _Seen(self.pair[0]), copy.deepcopy(self.pair[1])
+        teacher, student = _Seen(self.pair[0]).eval(), copy.deepcopy(self.pair[1])
         optimizer = torch.optim.SGD(student.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
-        loss_of, device = make(teacher, student), self.settings.device
+        loss_of, device = make(student, teacher), self.settings.device
 
         def step(turn: int) -> tuple[torch.Tensor, torch.Tensor]:
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -184,7 +184,7 @@ def _case(
 ) -> Case:
     on_gpu = networks.settings.device == "cuda"
 
-    def eagerly(teacher: nn.Module, student: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    def eagerly(student: nn.Module, teacher: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda images: eager(student, teacher, images)
 
     def with_compiled(make: Any) -> Callable[[nn.Module, nn.Module], Any]:
@@ -192,7 +192,7 @@ def _case(
             raise Absent("compiling two networks takes minutes on a CPU; it is measured on a GPU")
         # Both networks, as one would: the step round them draws random numbers and stays as it is.
         torch._dynamo.reset()
-        return lambda teacher, student: make(torch.compile(teacher), torch.compile(student))
+        return lambda student, teacher: make(torch.compile(student), torch.compile(teacher))
 
     def build(make: Any, compile_networks: bool = False) -> Callable[[], Work]:
         return lambda: networks.training(with_compiled(make) if compile_networks else make)
