@@ -1,4 +1,6 @@
-"""What the bodies of the KL kernels share: row factors, the term that does not cancel, the store of a gradient."""
+"""What bodies over rows of logits share: where rows begin, their factors, log-sum-exps as they are read, the term
+that does not cancel, the store of a gradient.
+"""
 
 import triton
 import triton.language as tl
@@ -37,6 +39,67 @@ def scalar(value, ptr, FROM_MEMORY: tl.constexpr):
     else:
         out = value
     return out
+
+
+@triton.jit
+def finished(upstream_ptr, EARLY_EXIT: tl.constexpr):
+    """Whether the forward launch has written exactly the gradient that is asked for."""
+    done = False
+    if EARLY_EXIT:
+        done = tl.load(upstream_ptr).to(tl.float32) == 1.0
+    return done
+
+
+@triton.jit
+def loss_factor(temperature, temperature_ptr, divisor, divisor_ptr, upstream_ptr,
+                T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr, UPSTREAM: tl.constexpr):  # fmt: skip
+    """(T² over the divisor, times a single upstream value; 1/T; log2(e)/T, for powers of two)."""
+    T = scalar(temperature, temperature_ptr, T_PTR)
+    factor = T * T / scalar(divisor, divisor_ptr, DIVISOR_PTR)
+    if UPSTREAM == 1:
+        factor *= tl.load(upstream_ptr).to(tl.float32)
+    inv_t = 1.0 / T
+    return factor, inv_t, inv_t * 1.4426950408889634
+
+
+@triton.jit
+def in_strides(outer, within, UNIT: tl.constexpr):
+    """A row's coordinates in 64 bits, the outer one in the units that its strides are given in.
+
+    The unit divides every outer stride: the compiler sees the alignment, and loads stay wide.
+    """
+    return tl.cast(outer, tl.int64) * UNIT, tl.cast(within, tl.int64)
+
+
+@triton.jit
+def gradient_row(ptr, outer, within, outer_stride, inner_stride, GRAD: tl.constexpr):
+    """Where a row of a gradient begins; the pointer itself where none is wanted."""
+    row = ptr
+    if GRAD:
+        row += outer * outer_stride + within * inner_stride
+    return row
+
+
+@triton.jit
+def load_logits(row, classes, stride, live):
+    """Logits in float32, -inf where not ``live``."""
+    return tl.load(row + classes * stride, mask=live, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def no_logits(SHAPE: tl.constexpr):
+    """(peak, sum) of a log-sum-exp before its first logit, a lane each.
+
+    The peak is far below any logit, and finite: -inf - -inf would be NaN.
+    """
+    return tl.full(SHAPE, -1e38, tl.float32), tl.zeros(SHAPE, tl.float32)
+
+
+@triton.jit
+def more_logits(peak, total, x, k):
+    """(peak, sum) with one more logit a lane (Milakov & Gimelshein 2018)."""
+    new = tl.maximum(peak, x)
+    return new, total * tl.exp2((peak - new) * k) + tl.exp2((x - new) * k)
 
 
 @triton.jit
