@@ -51,18 +51,6 @@ def finished(upstream_ptr, EARLY_EXIT: tl.constexpr):
 
 
 @triton.jit
-def loss_factor(temperature, temperature_ptr, divisor, divisor_ptr, upstream_ptr,
-                T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr, UPSTREAM: tl.constexpr):  # fmt: skip
-    """(T² over the divisor, times a single upstream value; 1/T; log2(e)/T, for powers of two)."""
-    T = scalar(temperature, temperature_ptr, T_PTR)
-    factor = T * T / scalar(divisor, divisor_ptr, DIVISOR_PTR)
-    if UPSTREAM == 1:
-        factor *= tl.load(upstream_ptr).to(tl.float32)
-    inv_t = 1.0 / T
-    return factor, inv_t, inv_t * 1.4426950408889634
-
-
-@triton.jit
 def in_strides(outer, within, UNIT: tl.constexpr):
     """A row's coordinates in 64 bits, the outer one in the units that its strides are given in.
 
@@ -115,6 +103,33 @@ def row_factor(rows, valid, weight_ptr, mask_ptr, upstream_ptr, factor,
     if UPSTREAM == 2:
         scale *= tl.load(upstream_ptr + rows, mask=valid, other=0.0).to(tl.float32)
     return scale, counts
+
+
+@triton.jit
+def row_scale(
+    rows, valid, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+    T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr,
+    WEIGHT: tl.constexpr, MASK: tl.constexpr, UPSTREAM: tl.constexpr,
+):  # fmt: skip
+    """(c of each row with every factor, whether it counts; 1/T; log2(e)/T).
+
+    Powers of two, so that a scaled logit and its exponential are one instruction each.
+    """
+    T = scalar(temperature, temperature_ptr, T_PTR)
+    factor = T * T / scalar(divisor, divisor_ptr, DIVISOR_PTR)
+    if UPSTREAM == 1:
+        factor *= tl.load(upstream_ptr).to(tl.float32)
+    inv_t = 1.0 / T
+    scale, counts = row_factor(
+        rows, valid, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
+    )
+    return scale, counts, inv_t, inv_t * 1.4426950408889634
+
+
+@triton.jit
+def unnormalised(s, t, k, s_top, t_top):
+    """(log2 of the ratio of p to q, q, p), the latter two without their sums."""
+    return gap_of(s, t, k, t_top - s_top), tl.exp2(s * k - s_top), tl.exp2(t * k - t_top)
 
 
 @triton.jit

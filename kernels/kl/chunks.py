@@ -8,7 +8,7 @@ groups' gradients are written one by one. Equations, bytes and launch plans stan
 import triton
 import triton.language as tl
 
-from ..common.rows import finished, gap_of, loss_factor, near_terms, row_factor, store_gradient
+from ..common.rows import finished, gap_of, near_terms, row_scale, store_gradient, unnormalised
 from ..common.tile import store_losses
 
 
@@ -65,15 +65,13 @@ def kd_kl_chunks_kernel(
     """One read of each logit, one write of each gradient."""
     if finished(upstream_ptr, EARLY_EXIT):
         return
-    factor, inv_t, k = loss_factor(
-        temperature, temperature_ptr, divisor, divisor_ptr, upstream_ptr, T_PTR, DIVISOR_PTR, UPSTREAM
-    )
 
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < num_rows
-    scale, counts = row_factor(
-        rows, valid, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
-    )
+    scale, counts, inv_t, k = row_scale(
+        rows, valid, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+        T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
+    )  # fmt: skip
     # Rows past the end read the last one again: loads need no mask.
     outer = tl.cast(tl.minimum(rows, num_rows - 1), tl.int64)[:, None] * UNIT
     lane = tl.arange(0, WIDTH)[None, :]
@@ -113,9 +111,7 @@ def kd_kl_chunks_kernel(
     cross = tl.zeros([ROWS, WIDTH], tl.float32)
     top_ratio = t_top - s_top
     for c in tl.static_range(CHUNKS):
-        gap = gap_of(s[c], t[c], k, top_ratio)
-        q_c = tl.exp2(s[c] * k - s_top)
-        p_c = tl.exp2(t[c] * k - t_top)
+        gap, q_c, p_c = unnormalised(s[c], t[c], k, s_top, t_top)
         s_acc += q_c
         t_acc += p_c
         cross += p_c * gap

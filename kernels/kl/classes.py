@@ -7,7 +7,7 @@ plain additions. Equations, bytes and launch plans stand in the package.
 import triton
 import triton.language as tl
 
-from ..common.rows import finished, gap_of, in_strides, loss_factor, near_terms, row_factor, store_gradient
+from ..common.rows import finished, gap_of, in_strides, near_terms, row_scale, store_gradient, unnormalised
 from ..common.tile import pixel_rows, store_losses
 
 
@@ -24,14 +24,12 @@ def kd_kl_classes_kernel(
     """One read of each logit, one write of each gradient."""
     if finished(upstream_ptr, EARLY_EXIT):
         return
-    factor, inv_t, k = loss_factor(
-        temperature, temperature_ptr, divisor, divisor_ptr, upstream_ptr, T_PTR, DIVISOR_PTR, UPSTREAM
-    )
 
     rows, valid, outer, within = pixel_rows(inner, PIXELS)
-    scale, counts = row_factor(
-        rows, valid, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
-    )
+    scale, counts, inv_t, k = row_scale(
+        rows, valid, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+        T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
+    )  # fmt: skip
     outer, within = in_strides(outer, within, UNIT)
     s_at = s_ptr + outer * s_outer + within * s_inner
     t_at = t_ptr + outer * t_outer + within * t_inner
@@ -66,9 +64,7 @@ def kd_kl_classes_kernel(
     cross = tl.zeros([PIXELS], tl.float32)
     top_ratio = t_top - s_top
     for c in tl.static_range(V):
-        gap = gap_of(s[c], t[c], k, top_ratio)
-        q_c = tl.exp2(s[c] * k - s_top)
-        p_c = tl.exp2(t[c] * k - t_top)
+        gap, q_c, p_c = unnormalised(s[c], t[c], k, s_top, t_top)
         s_sum += q_c
         t_sum += p_c
         cross += p_c * gap

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common.rows import finished, gap_of, in_strides, loss_factor, near_terms, row_factor, store_gradient
+from ..common.rows import finished, gap_of, in_strides, near_terms, row_scale, store_gradient
 from ..common.tile import over_classes, per_row, store_losses, tile_at, tile_rows
 from .labels import label_gradient, label_loss, labels_of
 
@@ -53,14 +53,12 @@ def kd_kl_tile_kernel(
     """Rows whose class dimension fits in registers: one read of each logit, one write of each gradient."""
     if finished(upstream_ptr, EARLY_EXIT):
         return
-    factor, inv_t, k = loss_factor(
-        temperature, temperature_ptr, divisor, divisor_ptr, upstream_ptr, T_PTR, DIVISOR_PTR, UPSTREAM
-    )
 
     rows, valid, outer, within, classes = tile_rows(num_rows, inner, LAYOUT, CHUNKS, ROWS, WIDTH, INNER_ONE)
-    scale, counts = row_factor(
-        rows, valid, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
-    )
+    scale, counts, inv_t, k = row_scale(
+        rows, valid, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+        T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
+    )  # fmt: skip
     outer, within = in_strides(outer, within, UNIT)
     s_at = tile_at(outer, within, classes, s_outer, s_inner, s_class, LAYOUT)
     t_at = tile_at(outer, within, classes, t_outer, t_inner, t_class, LAYOUT)

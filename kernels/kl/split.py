@@ -12,10 +12,9 @@ from ..common.rows import (
     gradient_row,
     in_strides,
     load_logits,
-    loss_factor,
     more_logits,
     no_logits,
-    row_factor,
+    row_scale,
     scalar,
 )
 from ..common.tile import store_losses
@@ -71,14 +70,12 @@ def kd_kl_split_kernel(
     """Gradients of one part of one row; its first part also has the row's loss."""
     if finished(upstream_ptr, EARLY_EXIT):
         return
-    factor, inv_t, k = loss_factor(
-        temperature, temperature_ptr, divisor, divisor_ptr, upstream_ptr, T_PTR, DIVISOR_PTR, UPSTREAM
-    )
     row, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     outer, within = in_strides(row // inner, row % inner, UNIT)
-    scale, counts = row_factor(
-        row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
-    )
+    scale, counts, inv_t, k = row_scale(
+        row, row < num_rows, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+        T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
+    )  # fmt: skip
     s_row = s_ptr + outer * s_outer + within * s_inner
     t_row = t_ptr + outer * t_outer + within * t_inner
     gs_row = gradient_row(gs_ptr, outer, within, gs_outer, gs_inner, GRAD_S)

@@ -9,11 +9,10 @@ from ..common.rows import (
     gradient_row,
     in_strides,
     load_logits,
-    loss_factor,
     more_logits,
     near_terms,
     no_logits,
-    row_factor,
+    row_scale,
     store_gradient,
 )
 from ..common.tile import store_losses
@@ -84,14 +83,12 @@ def kd_kl_two_pass_kernel(
     """Rows that do not fit on the chip: read once for the log-sum-exps, once more for loss and gradients."""
     if finished(upstream_ptr, EARLY_EXIT):
         return
-    factor, inv_t, k = loss_factor(
-        temperature, temperature_ptr, divisor, divisor_ptr, upstream_ptr, T_PTR, DIVISOR_PTR, UPSTREAM
-    )
     row = tl.program_id(0)
     outer, within = in_strides(row // inner, row % inner, UNIT)
-    scale, counts = row_factor(
-        row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
-    )
+    scale, counts, inv_t, k = row_scale(
+        row, row < num_rows, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+        T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
+    )  # fmt: skip
     s_row = s_ptr + outer * s_outer + within * s_inner
     t_row = t_ptr + outer * t_outer + within * t_inner
 

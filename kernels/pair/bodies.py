@@ -12,10 +12,9 @@ from ..common.rows import (
     finished,
     gradient_row,
     in_strides,
-    loss_factor,
     more_logits,
     no_logits,
-    row_factor,
+    row_scale,
     store_gradient,
 )
 from ..common.tile import over_classes, per_row, store_losses, tile_at, tile_rows
@@ -56,14 +55,12 @@ def pair_tile_kernel(
     """Rows whose class dimension fits in registers: one read of each logit, one write of each gradient."""
     if finished(upstream_ptr, EARLY_EXIT):
         return
-    factor, inv_t, k = loss_factor(
-        temperature, temperature_ptr, divisor, divisor_ptr, upstream_ptr, T_PTR, DIVISOR_PTR, UPSTREAM
-    )
 
     rows, valid, outer, within, classes = tile_rows(num_rows, inner, LAYOUT, CHUNKS, ROWS, WIDTH, INNER_ONE)
-    scale, counts = row_factor(
-        rows, valid, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
-    )
+    scale, counts, inv_t, k = row_scale(
+        rows, valid, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+        T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
+    )  # fmt: skip
     outer, within = in_strides(outer, within, UNIT)
     s_row, t_row = outer * s_outer + within * s_inner, outer * t_outer + within * t_inner
     s_at = per_row(s_row, LAYOUT) + classes * s_class
@@ -185,14 +182,12 @@ def pair_loop_kernel(
     """Rows that do not fit on the chip: log-sum-exps, then the row's sums, then its gradients."""
     if finished(upstream_ptr, EARLY_EXIT):
         return
-    factor, inv_t, k = loss_factor(
-        temperature, temperature_ptr, divisor, divisor_ptr, upstream_ptr, T_PTR, DIVISOR_PTR, UPSTREAM
-    )
     row = tl.program_id(0)
     outer, within = in_strides(row // inner, row % inner, UNIT)
-    scale, counts = row_factor(
-        row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
-    )
+    scale, counts, inv_t, k = row_scale(
+        row, row < num_rows, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+        T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
+    )  # fmt: skip
     s_row = s_ptr + outer * s_outer + within * s_inner
     t_row = t_ptr + outer * t_outer + within * t_inner
     target = row * 0

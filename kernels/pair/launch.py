@@ -40,13 +40,7 @@ def pair_loss(
         alpha: DKD's α.
         beta: β of either loss.
         dim: Class dimension, non-negative.
-        scale: The row factors.
-        reduce: Also sum the rows, in this launch and in a fixed order.
-        want_rows: Store the rows (implied when not ``reduce``).
-        grad_student: Written with the gradient, when given; its own strides.
-        grad_teacher: The same for the teacher.
-        upstream: Multiplies loss and gradients: one value, or contiguous, one a row.
-        exit_if_one: Do nothing if the single upstream value is 1: the gradients are there already.
+        scale: The row factors; the rest as of :func:`kdfast.kernels.kl.kd_kl`.
 
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.

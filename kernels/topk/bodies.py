@@ -3,16 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common.rows import (
-    finished,
-    in_strides,
-    load_logits,
-    loss_factor,
-    more_logits,
-    near_terms,
-    no_logits,
-    row_factor,
-)
+from ..common.rows import finished, in_strides, load_logits, more_logits, near_terms, no_logits, row_scale
 from ..common.tile import store_losses
 
 
@@ -29,14 +20,12 @@ def topk_kernel(
     """One row a program: its log-sum-exp, the k outcomes and the bucket, then the gradient."""
     if finished(upstream_ptr, EARLY_EXIT):
         return
-    factor, inv_t, k = loss_factor(
-        temperature, temperature_ptr, divisor, divisor_ptr, upstream_ptr, T_PTR, DIVISOR_PTR, UPSTREAM
-    )
     row = tl.program_id(0)
     outer, within = in_strides(row // inner, row % inner, UNIT)
-    scale, counts = row_factor(
-        row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
-    )
+    scale, counts, inv_t, k = row_scale(
+        row, row < num_rows, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+        T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
+    )  # fmt: skip
     s_row = s_ptr + outer * s_outer + within * s_inner
 
     # The k outcomes. A negative index is padding, and so is a logit of -inf.

@@ -32,12 +32,7 @@ def topk(
         logits: Of the teacher at those classes, contiguous.
         normalizer: The teacher's log-sum-exp at T of each row, contiguous, or None.
         scale: The row factors.
-        bucket: Whether the other classes are one more outcome.
-        reduce: Also sum the rows, in this launch and in a fixed order.
-        want_rows: Store the rows (implied when not ``reduce``).
-        grad_student: Written with the gradient, when given; its own strides.
-        upstream: Multiplies loss and gradient: one value, or contiguous, one a row.
-        exit_if_one: Do nothing if the single upstream value is 1: the gradient is there already.
+        bucket: Whether the other classes are one more outcome. The rest as of :func:`kdfast.kernels.kl.kd_kl`.
 
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.
