@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
 
+from ..common.plan import BlockPlan
 from ..common.strided import Strides, Walk, contiguous, iteration_order, walk
 
-#: What CUDA allows along the second grid dimension; programs loop over further samples.
-MAX_GRID_Y = 65535
 
-
-@dataclass(frozen=True)
-class FeaturePlan:
-    """What one launch looks like: elements a program, and its warps."""
-
-    block: int
-    num_warps: int
-
-
-def mix_plan(numel: int) -> FeaturePlan:
+def mix_plan(numel: int) -> BlockPlan:
     """Eight elements a thread, so that 16-bit features move 16 bytes a load; ``numel`` of one sample."""
-    return FeaturePlan(1024, 4) if numel >= 4096 else FeaturePlan(256, 1)
+    return BlockPlan(1024, 4) if numel >= 4096 else BlockPlan(256, 1)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -39,18 +27,3 @@ def walked(
     # Four neighbours share a Philox counter where a block holds whole groups of them.
     run = element is not None and plan.rows and element[0] == 1 and not any(s % 4 for s in element[1:])
     return plan, walked, element, run
-
-
-def blocks(plan: Walk, chosen: FeaturePlan) -> tuple[int, dict[str, Any]]:
-    """Programs of one walk, and the compile-time constants that all kernels share."""
-    rows, length = (plan.numel // plan.inner, plan.inner) if plan.rows else (1, plan.numel)
-    constants = {
-        "SIZES": plan.sizes,
-        "NDIM": plan.ndim,
-        "ROWS": plan.rows,
-        "WIDE": plan.wide,
-        "BLOCK": chosen.block,
-        "num_warps": chosen.num_warps,
-        "enable_fp_fusion": True,
-    }
-    return rows * -(-length // chosen.block), constants
