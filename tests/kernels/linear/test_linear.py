@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdfast.functional import fused_linear_kd_loss
-from kdfast.nn import FusedLinearKDLoss
 from kdfast.kernels.linear import default_chunk_rows
+from kdfast.nn import FusedLinearKDLoss
 from kdfast.ops.linear import fused_linear_kd_op
 from kdfast.reference.linear import linear_kd
 from tests.conftest import INTERPRETING, Target
