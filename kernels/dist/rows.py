@@ -1,4 +1,4 @@
-"""Bodies of the DIST kernels. Equations, bytes and launch plan stand in losses_dist.py.
+"""Bodies of the DIST kernels. Equations, bytes and launch plan stand in the package.
 
 What a row needs later is kept as [6, rows]: log2-sum-exp of student and teacher, 1/D, v_s, v_t, ρ.
 What a column needs is kept as [5, V]: mean of q and p, 1/D, v_s, v_t.

@@ -1,4 +1,4 @@
-"""Body of the cached top-k loss. Equations, bytes and launch plan stand in losses_topk.py."""
+"""Body of the cached top-k loss. Equations, bytes and launch plan stand in the package."""
 
 import triton
 import triton.language as tl
