@@ -117,7 +117,8 @@ def eager_dist(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
     def correlation(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
         a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
-        return ((a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)).mean()
+        rho: torch.Tensor = (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)
+        return rho.mean()
 
     q, p = F.softmax(student / TEMPERATURE, -1), F.softmax(teacher / TEMPERATURE, -1)
     return (2 - correlation(q, p, 1) - correlation(q, p, 0)) * TEMPERATURE**2
