@@ -116,7 +116,7 @@ setup(
     package_dir={"kdfast.kernels": "kernels", "kdfast.recipes": "recipes"},
     include_package_data=False,
     package_data={
-        "kdfast": ["py.typed", "report/templates/*"],
+        "kdfast": ["py.typed", "report/templates/*", "dev/templates/*"],
         "kdfast.kernels": ["*.cu"],
         "kdfast.recipes": ["**/*.yaml"],
     },

@@ -340,7 +340,9 @@ def main() -> int:
         "--fast", action="store_true", help="one variant of each family, as in the documentation"
     )
     parser.add_argument("--only", default="", help="variants whose name contains this")
-    parser.add_argument("--out", type=Path, help="file for the table; default: standard output")
+    parser.add_argument(
+        "--out", type=Path, help="file for the table, or a page that ends with one; default: standard output"
+    )
     given = parser.parse_args()
     rows = []
     for variant in VARIANTS:
@@ -349,7 +351,9 @@ def main() -> int:
                 rows += [(variant, report) for report in audit(variant.call, name)]
     text = table(rows)
     if given.out:
-        given.out.write_text(text)
+        # A page keeps what it says above its table.
+        above = given.out.read_text().partition(text[:20])[0] if given.out.is_file() else ""
+        given.out.write_text(above + text)
     else:
         print(text, end="")
     wrong = [fault for variant, report in rows for fault in faults(variant, report)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from itertools import count
 from typing import Any
@@ -9,15 +10,25 @@ from typing import Any
 import pytest
 import torch
 
-from kdfast.benchmarks import Absent, Case, Provider, Settings
+from kdfast.benchmarks import Absent, Case, Provider, Settings, cases_of
 
 
 def rows(suite: str) -> list[Any]:
-    """A parameter for each provider of each case: on the CPU, and marked ``gpu`` on CUDA where there is one."""
+    """A parameter for each provider of each case of a suite that is of no family: whole steps, epochs, data."""
+    return _parameters(lambda settings: import_module(f"kdfast.benchmarks.{suite}").cases(settings))
+
+
+def family(name: str) -> list[Any]:
+    """A parameter for each provider of each case of one family of kernels, whichever suite it is in."""
+    return _parameters(lambda settings: cases_of(name, settings))
+
+
+def _parameters(cases: Callable[[Settings], Iterable[Case]]) -> list[Any]:
+    """On the CPU, and marked ``gpu`` on CUDA where there is one."""
     found = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         marks = [pytest.mark.gpu] if device == "cuda" else []
-        for case in import_module(f"kdfast.benchmarks.{suite}").cases(Settings(device, quick=True)):
+        for case in cases(Settings(device, quick=True)):
             for provider in case.providers:
                 name = f"{case.key.partition('/')[2]} {provider.name} {device}"
                 found.append(pytest.param(case, provider, device, id=name, marks=marks))

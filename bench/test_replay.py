@@ -1,4 +1,4 @@
-"""The replay suite under pytest-benchmark: `make bench BENCH_ARGS="-k ..."`."""
+"""The replay family's cases under pytest-benchmark: `make bench BENCH_ARGS="-k ..."`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from bench import suites
 from kdfast.benchmarks import Case, Provider
 
 
-@pytest.mark.parametrize(("case", "provider", "device"), suites.rows("replay"))
+@pytest.mark.parametrize(("case", "provider", "device"), suites.family("replay"))
 def test_replay(benchmark: Any, case: Case, provider: Provider, device: str) -> None:
     suites.measure(benchmark, case, provider, device)

@@ -1,1 +1,1 @@
-"""Triton kernels of kdfast, one file a family. Imported only when the Triton backend runs."""
+"""Triton kernels of kdfast, a folder a family. The kernels are imported only when the Triton backend runs."""

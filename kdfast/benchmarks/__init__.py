@@ -5,15 +5,17 @@ is timed, one that cannot run says why, and a ratio is only given between sample
 """
 
 from kdfast.benchmarks.case import Absent, Case, Provider, Settings, Traffic
-from kdfast.benchmarks.run import SUITES, make_settings, measure, run, succeeded, write
+from kdfast.benchmarks.run import FAMILIES, SUITES, cases_of, make_settings, measure, run, succeeded, write
 
 __all__ = [
+    "FAMILIES",
     "SUITES",
     "Absent",
     "Case",
     "Provider",
     "Settings",
     "Traffic",
+    "cases_of",
     "make_settings",
     "measure",
     "run",

@@ -65,6 +65,8 @@ class Case:
         items: What one call handles, e.g. 256 rows.
         unit: Of those items.
         working_set: Bytes that one turn touches.
+        family: The family of kernels that it measures, a key of :data:`kdfast.benchmarks.FAMILIES`; empty for whole
+            steps, epochs and data paths, which are of no single one.
     """
 
     suite: str
@@ -76,6 +78,7 @@ class Case:
     items: int = 1
     unit: str = "call"
     working_set: int = 0
+    family: str = ""
 
     @property
     def key(self) -> str:

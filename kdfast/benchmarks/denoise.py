@@ -127,6 +127,7 @@ def _case(name: str, inputs: _Inputs, settings: Settings, providers: tuple[Provi
         items,
         "samples",
         working_set=4 * inputs.size,
+        family="denoise",
     )
 
 
@@ -224,7 +225,17 @@ def _overhead_case(name: str, shape: tuple[int, ...], settings: Settings) -> Cas
         Provider("kdfast", ours, graph=False),
     )
     params = {"scheduler": name.removesuffix("Scheduler"), "shape": "x".join(map(str, shape)), "steps": steps}
-    return Case("denoise", "sampling without the network", params, 1, providers, check, steps, "steps")
+    return Case(
+        "denoise",
+        "sampling without the network",
+        params,
+        1,
+        providers,
+        check,
+        steps,
+        "steps",
+        family="denoise",
+    )
 
 
 def _tail_case(shape: tuple[int, ...], settings: Settings) -> Case:
@@ -288,5 +299,14 @@ def _tail_case(shape: tuple[int, ...], settings: Settings) -> Case:
     )
     params = {"shape": f"{2 * batch}x{2 * channels}x{'x'.join(map(str, rest))}", "dtype": "float32"}
     return Case(
-        "denoise", "DiT tail", params, turns, providers, check, batch, "samples", working_set=6 * size
+        "denoise",
+        "DiT tail",
+        params,
+        turns,
+        providers,
+        check,
+        batch,
+        "samples",
+        working_set=6 * size,
+        family="denoise",
     )

@@ -266,7 +266,16 @@ def _case(piece: _Piece, shape: tuple[int, ...], dtype: torch.dtype, settings: S
     )
     params = {"shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch.")}
     return Case(
-        "feature", piece.name, params, turns, providers, check, shape[0], "samples", working_set=4 * size
+        "feature",
+        piece.name,
+        params,
+        turns,
+        providers,
+        check,
+        shape[0],
+        "samples",
+        working_set=4 * size,
+        family="norm" if piece.name.startswith("BN") else "feature",
     )
 
 

@@ -138,7 +138,17 @@ def _crop_case(inputs: _Crops, settings: Settings) -> Case:
     )
     params = {"shape": "x".join(map(str, inputs.shape)), "dtype": str(inputs.dtype).removeprefix("torch.")}
     name = f"crop, flip, normalise, {BOTH[inputs.trains]}"
-    return Case("images", name, params, inputs.turns, providers, inputs.check, inputs.shape[0], "images")
+    return Case(
+        "images",
+        name,
+        params,
+        inputs.turns,
+        providers,
+        inputs.check,
+        inputs.shape[0],
+        "images",
+        family="images",
+    )
 
 
 class _Features:
@@ -196,4 +206,6 @@ def _statistics_case(inputs: _Features, settings: Settings) -> Case:
     )
     params = {"shape": "x".join(map(str, inputs.shape)), "dtype": "float32"}
     name = f"batch-norm statistics, {BOTH[1]}"
-    return Case("images", name, params, inputs.turns, providers, inputs.check, 1, "call", 2 * inputs.size)
+    return Case(
+        "images", name, params, inputs.turns, providers, inputs.check, 1, "call", 2 * inputs.size, "norm"
+    )

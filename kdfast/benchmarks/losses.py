@@ -1,4 +1,4 @@
-"""Losses from logits to the student's gradient: the KL divergence, and its kin where they differ.
+"""Losses from logits to the student's gradient: the KL divergence, and its kin.
 
 Traffic in moves of one logit tensor (N elements, each read or written once):
 
@@ -6,6 +6,11 @@ Traffic in moves of one logit tensor (N elements, each read or written once):
     compiled    5N    where the class dimension fits a persistent reduction; up to 8N elsewhere, so not given there
     kdfast      3N    on the Triton backend; above 16384 classes 3N or 5N, by launch plan, and so not given
                       (the CPU runs the reference, which is not counted)
+
+DIST, in the same moves: eager 76N (two softmaxes, centred and correlated along both dimensions, and back), kdfast 7N.
+A cached top-k teacher, of whose V logits k ≪ V are read: eager 13N, kdfast 2N (3N where a row leaves the cache).
+Two heads, N their logits and weights not counted: eager 30N (two products write them, the loss, two products read its
+gradient), kdfast 7N, in float32 whatever the heads' dtype. Compiled, none of these three is counted.
 
 Liger's KL starts from log-probabilities: its row has PyTorch's softmaxes before it, since a distillation has, too.
 """
@@ -21,18 +26,59 @@ from torch.nn import functional as F
 from kdfast.backend import triton_available
 from kdfast.benchmarks.case import Absent, Case, Provider, Settings, Traffic, Work, compiled, peer
 from kdfast.benchmarks.environment import turns_for
-from kdfast.functional import dkd_loss, jsd_loss, kd_kl_div
+from kdfast.functional import (
+    dist_loss,
+    dkd_loss,
+    fused_linear_kd_loss,
+    jsd_loss,
+    kd_kl_div,
+    topk_kd_loss,
+)
 
 TEMPERATURE = 4.0
+#: Logits a row that a cache keeps of the teacher's.
+KEPT = 64
 Loss = Callable[..., torch.Tensor]
 
 
 class _Shape(NamedTuple):
-    """One tensor of logits."""
+    """One tensor of logits; ``hidden`` is the width of the heads that make them, where a case begins there."""
 
     dims: tuple[int, ...]
     dtype: torch.dtype
     dim: int = -1
+    hidden: int = 0
+
+
+Draw = Callable[[torch.Generator, _Shape], list[torch.Tensor]]
+
+
+class _Moves(NamedTuple):
+    """Moves of one logit tensor that a provider makes; None where nobody counted."""
+
+    eager: float | None = None
+    compiled: float | None = None
+    ours: float | None = None
+
+
+class _Loss(NamedTuple):
+    """One loss, as people write it and as kdfast has it.
+
+    Attributes:
+        name, family: Of the case.
+        eager, ours: Take the operands, those that are trained first.
+        draw: Makes one turn's operands.
+        trained: How many of them get a gradient.
+        operands: Logit tensors' worth that one turn touches.
+    """
+
+    name: str
+    family: str
+    eager: Loss
+    ours: Loss
+    draw: Draw
+    trained: int = 1
+    operands: int = 3
 
 
 def eager_kl(student: torch.Tensor, teacher: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -66,13 +112,51 @@ def eager_dkd(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor
     return (tckd + 8.0 * nckd) * TEMPERATURE**2
 
 
+def eager_dist(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """DIST (Huang et al. 2022, Eq. 9) at β = γ = 1, in the form of the authors' listing."""
+
+    def correlation(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
+        a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
+        rho: torch.Tensor = (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)
+        return rho.mean()
+
+    q, p = F.softmax(student / TEMPERATURE, -1), F.softmax(teacher / TEMPERATURE, -1)
+    return (2 - correlation(q, p, 1) - correlation(q, p, 0)) * TEMPERATURE**2
+
+
+def eager_topk(
+    student: torch.Tensor, index: torch.Tensor, kept: torch.Tensor, normalizer: torch.Tensor
+) -> torch.Tensor:
+    """KL over the kept classes and one bucket for all others."""
+    log_q = F.log_softmax(student / TEMPERATURE, -1).gather(-1, index)
+    p = (kept / TEMPERATURE - normalizer.unsqueeze(-1)).exp()
+    rest_q, rest_p = (1 - log_q.exp().sum(-1)).clamp_min(1e-7), (1 - p.sum(-1)).clamp_min(0)
+    total = F.kl_div(log_q, p, reduction="sum") + F.kl_div(rest_q.log(), rest_p, reduction="sum")
+    return total / student.shape[0] * TEMPERATURE**2
+
+
+def eager_linear(
+    hidden: torch.Tensor, weight: torch.Tensor, teacher_hidden: torch.Tensor, teacher_weight: torch.Tensor
+) -> torch.Tensor:
+    """Both heads' logits, all at once, and the KL divergence."""
+    return eager_kl(F.linear(hidden, weight), F.linear(teacher_hidden, teacher_weight))
+
+
 def cases(settings: Settings) -> Iterator[Case]:
     """All rows of the suite for this device and size of run."""
     for shape in _kl_shapes(settings):
-        yield _case("kd_kl_div", shape, settings, eager_kl, _kl, kernel_moves=_kl_moves(shape))
+        persistent = shape.dim == -1 and shape.dims[-1] <= 1024
+        moves = _Moves(26, 5 if persistent else None, _kl_moves(shape))
+        yield _case(_Loss("kd_kl_div", "kl", eager_kl, _kl, _pair), shape, settings, moves)
     kin = _Shape(*settings.pick(((8, 10), torch.float32), *2 * (_kin_shape(settings),)))
-    yield _case("jsd_loss", kin, settings, eager_jsd, _jsd, kernel_moves=3.0)
-    yield _case("dkd_loss", kin, settings, eager_dkd, _dkd, kernel_moves=3.0, with_target=True)
+    three = _Moves(ours=3)
+    yield _case(_Loss("jsd_loss", "pair", eager_jsd, _jsd, _pair), kin, settings, three)
+    yield _case(_Loss("dkd_loss", "pair", eager_dkd, _dkd, _pair_and_target), kin, settings, three)
+    yield _case(_Loss("dist_loss", "dist", eager_dist, _dist, _pair), kin, settings, _Moves(76, None, 7))
+    cached = _Loss("topk_kd_loss", "topk", eager_topk, _topk, _cache, operands=2)
+    yield _case(cached, _vocabulary(settings), settings, _Moves(13, None, 2))
+    heads = _Loss("fused_linear_kd_loss", "linear", eager_linear, _linear, _heads, trained=2)
+    yield _case(heads, _vocabulary(settings), settings, _Moves(30, None, 7))
 
 
 def _kl_shapes(settings: Settings) -> list[_Shape]:
@@ -98,6 +182,15 @@ def _kin_shape(settings: Settings) -> tuple[tuple[int, int], torch.dtype]:
     return ((65536, 1000), torch.bfloat16) if settings.device == "cuda" else ((256, 1000), torch.float32)
 
 
+def _vocabulary(settings: Settings) -> _Shape:
+    """A language model's last layer: rows of tokens over many classes."""
+    if settings.tiny:
+        return _Shape((8, 128), torch.float32, hidden=8)
+    if settings.device == "cpu":
+        return _Shape((128, 8192), torch.float32, hidden=128)
+    return _Shape((4096, 32000), torch.bfloat16, hidden=2048)
+
+
 def _kl_moves(shape: _Shape) -> float | None:
     return None if shape.dim == -1 and shape.dims[-1] > 16384 else 3.0
 
@@ -114,98 +207,130 @@ def _dkd(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> 
     return dkd_loss(student, teacher, target, alpha=1.0, beta=8.0, temperature=TEMPERATURE)
 
 
-def _case(
-    name: str,
-    shape: _Shape,
-    settings: Settings,
-    eager: Loss,
-    ours: Loss,
-    *,
-    kernel_moves: float | None,
-    with_target: bool = False,
-) -> Case:
+def _dist(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return dist_loss(student, teacher, temperature=TEMPERATURE)
+
+
+def _topk(
+    student: torch.Tensor, index: torch.Tensor, kept: torch.Tensor, normalizer: torch.Tensor
+) -> torch.Tensor:
+    return topk_kd_loss(student, index, kept, temperature=TEMPERATURE, log_normalizer=normalizer)
+
+
+def _linear(*heads: torch.Tensor) -> torch.Tensor:
+    return fused_linear_kd_loss(*heads, temperature=TEMPERATURE)
+
+
+def _normal(
+    generator: torch.Generator, dims: tuple[int, ...], dtype: torch.dtype, scale: float
+) -> torch.Tensor:
+    return (scale * torch.randn(dims, generator=generator, device=generator.device)).to(dtype)
+
+
+def _pair(generator: torch.Generator, shape: _Shape) -> list[torch.Tensor]:
+    return [_normal(generator, shape.dims, shape.dtype, 3.0) for _ in range(2)]
+
+
+def _pair_and_target(generator: torch.Generator, shape: _Shape) -> list[torch.Tensor]:
+    pair = _pair(generator, shape)
+    target = torch.randint(shape.dims[-1], shape.dims[:-1], generator=generator, device=generator.device)
+    return [*pair, target]
+
+
+def _cache(generator: torch.Generator, shape: _Shape) -> list[torch.Tensor]:
+    student, teacher = _pair(generator, shape)
+    kept = teacher.float().topk(KEPT, -1)
+    return [student, kept.indices, kept.values, torch.logsumexp(teacher.float() / TEMPERATURE, -1)]
+
+
+def _heads(generator: torch.Generator, shape: _Shape) -> list[torch.Tensor]:
+    """Hidden states and weight of the student, then of the teacher; logits of spread 3."""
+    rows, classes = shape.dims
+    return [
+        _normal(generator, (size, shape.hidden), shape.dtype, scale)
+        for _ in range(2)
+        for size, scale in ((rows, 1.0), (classes, 3.0 / shape.hidden**0.5))
+    ]
+
+
+def _case(loss: _Loss, shape: _Shape, settings: Settings, moves: _Moves) -> Case:
     elements = int(torch.Size(shape.dims).numel())
     size = elements * shape.dtype.itemsize
-    turns = turns_for(3 * size, settings.device)
+    turns = turns_for(loss.operands * size, settings.device)
     generator = torch.Generator(settings.device).manual_seed(0)
+    inputs: list[list[torch.Tensor]] = []  # made when the first provider is, shared by all
 
-    def draw() -> tuple[torch.Tensor, ...]:
-        pair = [
-            (3 * torch.randn(shape.dims, generator=generator, device=settings.device)).to(shape.dtype)
-            for _ in range(2)
-        ]
-        if not with_target:
-            return pair[0], pair[1]
-        target = torch.randint(shape.dims[-1], shape.dims[:-1], generator=generator, device=settings.device)
-        return pair[0], pair[1], target
-
-    inputs: list[tuple[torch.Tensor, ...]] = []  # made when the first provider is, shared by all
-
-    def operands() -> list[tuple[torch.Tensor, ...]]:
-        if not inputs:
-            inputs.extend(draw() for _ in range(turns))
-            for student, *_ in inputs:
-                student.requires_grad_()
+    def operands() -> list[list[torch.Tensor]]:
+        while len(inputs) < turns:
+            drawn = loss.draw(generator, shape)
+            inputs.append([x.requires_grad_(i < loss.trained) for i, x in enumerate(drawn)])
         return inputs
 
-    extra = {} if with_target else {"dim": shape.dim}
+    extra = {} if shape.dim == -1 else {"dim": shape.dim}
 
-    def work(loss: Loss) -> Work:
+    def work(function: Loss) -> Work:
         rows = operands()
 
-        def step(turn: int) -> tuple[torch.Tensor, torch.Tensor]:
-            student, *rest = rows[turn % turns]
-            value = loss(student, *rest, **extra)
-            (grad,) = torch.autograd.grad(value, student)
-            return value, grad
+        def step(turn: int) -> tuple[torch.Tensor, ...]:
+            drawn = rows[turn % turns]
+            value = function(*drawn, **extra)
+            return (value, *torch.autograd.grad(value, drawn[: loss.trained]))
 
         return step
 
-    def liger() -> Work:
-        return work(_liger_kl(settings, shape))
-
-    def check(provider: str, result: tuple[torch.Tensor, torch.Tensor]) -> None:
-        student, teacher, *rest = operands()[0]
-        exact = student.detach().double().requires_grad_()
-        want = eager(exact, teacher.detach().double(), *rest, **extra)
-        (want_grad,) = torch.autograd.grad(want, exact)
+    def check(provider: str, result: tuple[torch.Tensor, ...]) -> None:
+        exact = [x.detach().double() if x.is_floating_point() else x for x in operands()[0]]
+        leaves = [x.requires_grad_() for x in exact[: loss.trained]]
+        want = loss.eager(*exact, **extra)
         # Eager half-precision arithmetic rounds after every operation; kdfast in float32 has to do better.
         half = shape.dtype != torch.float32
         loose = half and provider != "kdfast"
         value_rtol = 5e-2 if loose else 1e-4
         torch.testing.assert_close(result[0].double(), want, rtol=value_rtol, atol=1e-6)
-        error = (result[1].double() - want_grad).norm() / want_grad.norm()
         limit = 5e-2 if loose else 5e-3 if half else 1e-4
-        assert float(error) < limit, (
-            f"the gradient is off by {float(error):.2e} of its norm; limit {limit:.0e}"
-        )
+        for got, want_grad in zip(result[1:], torch.autograd.grad(want, leaves), strict=True):
+            error = float((got.double() - want_grad).norm() / want_grad.norm())
+            assert error < limit, f"the gradient is off by {error:.2e} of its norm; limit {limit:.0e}"
 
     on_triton = settings.device == "cuda" and triton_available()
-    counted = name == "kd_kl_div"
-    persistent = shape.dim == -1 and shape.dims[-1] <= 1024
+    counted = size if loss.family != "linear" else 4 * elements  # kdfast's chunks of logits are float32
     providers = [
-        Provider("eager", lambda: work(eager), _moves(26, size) if counted else None),
+        Provider("eager", lambda: work(loss.eager), _moves(moves.eager, size)),
         Provider(
             "torch.compile",
-            lambda: work(compiled(eager)),
-            _moves(5, size) if counted and persistent and settings.device == "cuda" else None,
+            lambda: work(compiled(loss.eager)),
+            _moves(moves.compiled, size) if settings.device == "cuda" else None,
         ),
-        Provider(
-            "kdfast", lambda: work(ours), _moves(kernel_moves, size) if on_triton and kernel_moves else None
-        ),
+        Provider("kdfast", lambda: work(loss.ours), _moves(moves.ours, counted) if on_triton else None),
     ]
-    if counted:
-        providers.insert(2, Provider("Liger", liger, config="PyTorch's softmaxes before it"))
-    dims = "x".join(map(str, shape.dims))
-    params = {"shape": dims, "dtype": str(shape.dtype).removeprefix("torch.")}
+    if loss.family == "kl":
+        liger = Provider(
+            "Liger", lambda: work(_liger_kl(settings, shape)), config="PyTorch's softmaxes before it"
+        )
+        providers.insert(2, liger)
+    params = {"shape": "x".join(map(str, shape.dims)), "dtype": str(shape.dtype).removeprefix("torch.")}
     if shape.dim != -1:
         params["dim"] = str(shape.dim)
-    rows = elements // shape.dims[shape.dim]
-    return Case("losses", name, params, turns, tuple(providers), check, rows, "rows", working_set=3 * size)
+    if loss.family == "linear":
+        params["hidden"] = str(shape.hidden)
+    elif loss.family == "topk":
+        params["kept"] = str(KEPT)
+    return Case(
+        "losses",
+        loss.name,
+        params,
+        turns,
+        tuple(providers),
+        check,
+        elements // shape.dims[shape.dim],
+        "rows",
+        working_set=loss.operands * size,
+        family=loss.family,
+    )
 
 
-def _moves(count: float, size: int) -> Traffic:
-    return Traffic(f"{count:g}N", count * size)
+def _moves(count: float | None, size: int) -> Traffic | None:
+    return None if count is None else Traffic(f"{count:g}N", count * size)
 
 
 def _liger_kl(settings: Settings, shape: _Shape) -> Loss:

@@ -114,7 +114,7 @@ def _case(name: str, inputs: _Inputs, settings: Settings) -> Case:
         providers = (Provider("memcpy of the rows", lambda: _memcpy(inputs), against=""), *providers)
     row = "x".join(map(str, inputs.row)) + " uint8" if inputs.row else "scalar"
     params = {"capacity": inputs.capacity, "batch": inputs.batch, "row": row}
-    return Case("replay", name, params, inputs.turns, providers, check, inputs.batch, "rows")
+    return Case("replay", name, params, inputs.turns, providers, check, inputs.batch, "rows", family="replay")
 
 
 def _work(name: str, buffer: Buffer, inputs: _Inputs) -> Work:
@@ -226,7 +226,7 @@ def _tree_case(name: str, capacity: int, batch: int) -> Case:
 
     providers = (Provider("numpy cumsum, searchsorted", numpy), Provider("kdfast", ours))
     params = {"capacity": capacity, "batch": batch}
-    return Case("replay", name, params, 8, providers, check, batch, "rows")
+    return Case("replay", name, params, 8, providers, check, batch, "rows", family="replay")
 
 
 def _multinomial(inputs: _Inputs) -> Buffer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,38 @@ SUITES = (
     "kdiffusion",
     "ssdkd",
 )
+#: Each family of kernels, and the suites that have cases of it: `bench/test_FAMILY.py` runs those.
+FAMILIES = {
+    "kl": ("losses",),
+    "pair": ("losses",),
+    "dist": ("losses",),
+    "topk": ("losses",),
+    "linear": ("losses",),
+    "denoise": ("denoise",),
+    "replay": ("replay",),
+    "feature": ("feature",),
+    "norm": ("feature", "images"),
+    "images": ("images",),
+    "procedural": ("surrogate",),
+}
 FORMAT = 1
 #: Why a provider has no times: it cannot run here, it raised, its result was not right.
 OUT = ("absent", "failed", "wrong")
 Say = Callable[[str], None]
+
+
+def cases_of(family: str, settings: Settings) -> Iterator[Case]:
+    """The cases of one family of kernels, out of every suite that has some.
+
+    Raises:
+        ConfigError: No such family.
+    """
+    if family not in FAMILIES:
+        raise ConfigError(f"family: got {family}; accepted: {', '.join(FAMILIES)}")
+    for suite in FAMILIES[family]:
+        for case in import_module(f"kdfast.benchmarks.{suite}").cases(settings):
+            if case.family == family:
+                yield case
 
 
 def run(

@@ -91,7 +91,17 @@ def _shaders(side: int, batch: int, antialias: int, settings: Settings) -> Case:
     if settings.device == "cuda":  # on a CPU it is what kdfast is
         providers.insert(1, Provider("eager PyTorch, by operation", eager, graph=False))
     params = {"side": side, "batch": batch, "samples": antialias**2}
-    return Case("surrogate", "shader programs", params, 1, tuple(providers), check, batch, "images")
+    return Case(
+        "surrogate",
+        "shader programs",
+        params,
+        1,
+        tuple(providers),
+        check,
+        batch,
+        "images",
+        family="procedural",
+    )
 
 
 def _leaves(side: int, batch: int, settings: Settings) -> Case:
@@ -117,7 +127,7 @@ def _leaves(side: int, batch: int, settings: Settings) -> Case:
         Provider("kdfast", ours, written, graph=False),
     )
     params = {"side": side, "batch": batch}
-    return Case("surrogate", "dead leaves", params, 1, providers, check, batch, "images")
+    return Case("surrogate", "dead leaves", params, 1, providers, check, batch, "images", family="procedural")
 
 
 def _pillow(side: int, batch: int) -> Work:

@@ -12,19 +12,12 @@ from typing import Any
 import torch
 
 from kdfast.backend import resolve
+from kdfast.kernels.linear import default_chunk_rows
 from kdfast.ops.common.gradients import Value, join_value, split_value
-from kdfast.reference import kl as reference
+from kdfast.reference import linear as reference
 from kdfast.reference.common import compute_dtype
 
 __all__ = ["default_chunk_rows", "fused_linear_kd"]
-
-#: Elements of one network's logits that are alive at a time: 256 MiB in float32.
-CHUNK_ELEMENTS = 2**26
-
-
-def default_chunk_rows(num_classes: int) -> int:
-    """As many rows as :data:`CHUNK_ELEMENTS` allows, in whole tiles of a matrix product, at least one tile."""
-    return max(128, CHUNK_ELEMENTS // max(1, num_classes) // 128 * 128)
 
 
 def fused_linear_kd(
@@ -86,13 +79,7 @@ def _chunk(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One chunk's loss, and its gradient with respect to the student's logits, which it overwrites."""
     if resolve(student, teacher) == "reference":
-        loss = reference.kd_kl(student, teacher, temperature, 1, row_weight, mask, 1.0, True)
-        if not want_gradient:
-            return loss, None
-        one = torch.ones((), dtype=student.dtype, device=student.device)
-        return loss, reference.kd_kl_gradients(one, student, teacher, temperature, 1, row_weight, mask, 1.0)[
-            0
-        ]
+        return reference.logits_kd(student, teacher, temperature, row_weight, mask, want_gradient)
     from kdfast.kernels import kl as kernels
 
     # In place where rows begin on 16 bytes; elsewhere a kernel may read a neighbouring row's edge.

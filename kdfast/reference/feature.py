@@ -21,7 +21,7 @@ def reparam_middle(
     seed: int | Tensor = 0,
     carry: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """``(Σ_k mean((T_k − P_k)²), mean S)``; the recursion and the arguments are those of kernels/feature.py.
+    """``(Σ_k mean((T_k − P_k)²), mean S)``; the recursion and the arguments are those of kernels/feature.
 
     Returns:
         The loss in float32 (float64 when an input is), the mean in the branches' dtype.

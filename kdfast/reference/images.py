@@ -21,7 +21,7 @@ def crop_flip(
     transposed: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What kernels/images.py writes, ``[B, C, *size]``; its equations and arguments.
+    """What kernels/images writes, ``[B, C, *size]``; its equations and arguments.
 
     A gather whose rows and columns are the samples' own: differentiable in x, and by itself when transposed.
     """

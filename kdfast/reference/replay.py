@@ -1,4 +1,4 @@
-"""Prioritized replay on the CPU: the C++ core over torch's memory. The oracle of kernels/replay.py, bit for bit.
+"""Prioritized replay on the CPU: the C++ core over torch's memory. The oracle of kernels/replay, bit for bit.
 
 The state is a handful of tensors that both devices lay out alike (:class:`ReplayState`), so that either can
 continue where the other stopped. State on a GPU can be worked on here too: its bookkeeping is copied over and back.

@@ -1,4 +1,5 @@
-"""Functions that procedural images are made of; kdfast/reference/procedural.py says the same, operation by operation.
+"""Functions that procedural images are made of; kdfast/reference/procedural/arithmetic.py says
+the same, operation by operation.
 
 Division and square root are the correctly rounded ones and nothing may be contracted to a fused multiply-add: an
 image is then the same bits as on a CPU, and chaotic folds do not drift apart.

@@ -9,7 +9,7 @@ sum of the leaves. Powers come from + − × / on float64 in the order of csrc/f
 Bytes moved a drawn row: 2R for the row (R bytes; R + 4·R when normalised from uint8), 256·(8·(levels − 1) + 4)
 for the descent (4.6 KB of L2 reads at three levels), 48 for what describes it. Update: 20 a row, 8 a level.
 
-Launches: one for `sample` (two when rows exceed 16 KB: then the gather has its own, with a program for every
+Launch plan: one launch for `sample` (two when rows exceed 16 KB: then the gather has its own, with a program for every
 8 KB), one for `update`, one for `add`. None of them syncs; each may be captured in a CUDA graph, since what
 changes between replays (draw counter, head of the ring, running maximum) lives in device memory. The draw counter
 advances when the last program of `sample` is done, so every replay draws anew.

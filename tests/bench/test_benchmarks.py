@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from kdfast.benchmarks import Absent, Case, Provider, Settings, Traffic, compare, measure, run
 from kdfast.benchmarks.case import peer
-from kdfast.benchmarks.run import SUITES, make_settings, succeeded, write
+from kdfast.benchmarks.run import FAMILIES, SUITES, cases_of, make_settings, succeeded, write
 from kdfast.benchmarks.table import case_table, markdown, spread
 from kdfast.errors import ConfigError
 from tests.conftest import INTERPRETING
@@ -265,7 +266,6 @@ def test_suites_run_and_agree_on_the_cpu(suite: str, tmp_path: Path) -> None:
 def test_what_is_compiled_too_agrees_with_the_eager_form_on_the_cpu(suite: str) -> None:
     """torch.compile left out: it takes longer than all the others."""
     from dataclasses import replace
-    from importlib import import_module
 
     for row in import_module(f"kdfast.benchmarks.{suite}").cases(make_settings("cpu", quick=True, tiny=True)):
         kept = tuple(provider for provider in row.providers if provider.name != "torch.compile")
@@ -297,6 +297,27 @@ def test_every_suite_is_named_once_and_documented() -> None:
     assert [name for name in SUITES if f"`{name}`" not in page] == []
 
 
-def test_every_suite_has_a_pytest_file() -> None:
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_case_has_a_pytest_file(suite: str) -> None:
+    """Of its family, or of its suite where it is of none; and FAMILIES names the suites that a family is in."""
     bench = Path(__file__).parents[2] / "bench"
-    assert {path.stem.removeprefix("test_") for path in bench.glob("test_*.py")} >= set(SUITES)
+    for found in import_module(f"kdfast.benchmarks.{suite}").cases(
+        make_settings("cpu", quick=True, tiny=True)
+    ):
+        name = found.family or suite
+        assert (bench / f"test_{name}.py").is_file(), f"{found.key}: bench/test_{name}.py is missing"
+        assert not found.family or suite in FAMILIES[found.family], (
+            f"{found.key}: FAMILIES in kdfast/benchmarks/run.py does not say that {suite} has cases of {name}"
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_case(family: str) -> None:
+    found = list(cases_of(family, make_settings("cpu", quick=True, tiny=True)))
+    assert found, f"no case of {family}; docs/pages/benchmarks.md#adding-a-case"
+    assert {case.suite for case in found} == set(FAMILIES[family])
+
+
+def test_an_unknown_family_is_refused() -> None:
+    with pytest.raises(ConfigError, match="family: got speed; accepted: kl, pair"):
+        list(cases_of("speed", TRIAL))

@@ -81,7 +81,7 @@ def test_shell_blocks_name_what_exists() -> None:
                 wrong += [
                     line for word in words[2:] if word.startswith("recipes/") and not (ROOT / word).is_file()
                 ]
-    assert wrong == []
+    assert wrong == [], "README.md and docs/pages name what the Makefile, the command line or recipes/ lack"
 
 
 def test_the_picture_and_its_caption_show_one_run() -> None:
@@ -101,7 +101,8 @@ def test_the_picture_and_its_caption_show_one_run() -> None:
 def test_relative_links_of_the_readme_lead_somewhere() -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text())
     assert len(links) > 10
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    dead = [link for link in links if not (ROOT / link).exists()]
+    assert dead == [], f"README.md links to what is not there: {dead}"
 
 
 def test_the_readme_promises_no_method_that_is_not_there() -> None:
@@ -138,7 +139,8 @@ def test_the_reference_lists_every_public_name(name: str) -> None:
         re.findall(rf"^::: kdfast\.{name}\.(\w+)\.", text, re.MULTILINE)
     )  # a module, by what is in it
     errors = {public for public in module.__all__ if hasattr(kdfast, public)}  # listed under kdfast.errors
-    assert set(module.__all__) - errors - listed == set()
+    lacking = sorted(set(module.__all__) - errors - listed)
+    assert lacking == [], f"docs/pages/api.md lists none of these: ::: kdfast.{name}.NAME for {lacking}"
 
 
 @pytest.mark.xdist_group("docs")

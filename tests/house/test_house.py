@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +15,14 @@ from pathlib import Path
 import pytest
 
 import kdfast
+from tests.support.house import families, missing_rooms
 
 ROOT = Path(__file__).parents[2]
 TOP_LEVEL = {
     *("pyproject.toml", "setup.py", "csrc", "kdfast", "kernels", "tests", "bench", "recipes", "docs"),
     *("README.md", "LICENSE", "CHANGELOG.md", "Makefile", ".ci", ".clang-format", ".gitignore"),
 }
-#: Every folder in kernels/ is a family, but for what they share.
-FAMILIES = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
-FAMILIES.remove("common")
+FAMILIES = families(ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -38,23 +38,95 @@ def test_top_level_is_exactly_this(tracked: list[Path]) -> None:
     assert {path.parts[0] for path in tracked} == TOP_LEVEL
 
 
-def room(path: Path) -> Path | None:
-    """A family's file, or its folder where it has outgrown one."""
-    return next((found for found in (path.with_suffix(".py"), path) if found.exists()), None)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_has_its_four_rooms(family: str) -> None:
-    """kernel, reference, op and public function carry one name, and the tests are the shared suite's."""
-    for floor in ("reference", "ops"):
-        assert room(ROOT / "kdfast" / floor / family), f"kernels/{family} has no kdfast/{floor}/{family}"
-    assert room(ROOT / "kdfast" / "functional" / family) or room(ROOT / "kdfast" / family), (
-        f"kernels/{family} has no public function: kdfast/functional/{family}"
-    )
-    tests = [path.read_text() for path in (ROOT / "tests" / "kernels" / family).glob("test_*.py")]
-    assert any("ConformanceSuite" in text for text in tests), (
-        f"tests/kernels/{family} runs no conformance suite"
-    )
+def test_a_family_has_all_its_rooms(family: str) -> None:
+    """Kernel, reference, op, public function, tests, benchmark and page carry one name."""
+    missing = missing_rooms(ROOT, family)
+    assert missing == [], "\n".join(missing)
+
+
+def test_the_benchmarks_name_every_family() -> None:
+    from kdfast.benchmarks import FAMILIES as measured
+
+    lacking = [name for name in FAMILIES if name not in measured]
+    assert lacking == [], f"FAMILIES in kdfast/benchmarks/run.py lacks {lacking} (docs/pages/benchmarks.md)"
+    without = [name for name in measured if name not in FAMILIES]
+    assert without == [], f"FAMILIES in kdfast/benchmarks/run.py names {without}; kernels/ has no such folder"
+
+
+@pytest.fixture
+def small_house(tmp_path: Path) -> Path:
+    """A tree with one family, `topk`: every file that the rule looks at, copied from this one."""
+    for name in ("kernels/topk", "tests/kernels/topk"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    files = (f"kdfast/{floor}/topk.py" for floor in ("reference", "ops", "functional"))
+    for name in (*files, "bench/test_topk.py", "docs/pages/kernels/topk.md", "docs/mkdocs.yml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    assert (families(tmp_path), missing_rooms(tmp_path, "topk")) == (["topk"], [])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kernels/topk/__init__.py",
+        "kdfast/reference/topk.py",
+        "kdfast/ops/topk.py",
+        "kdfast/functional/topk.py",
+        "tests/kernels/topk/test_topk.py",
+        "bench/test_topk.py",
+        "docs/pages/kernels/topk.md",
+    ],
+)
+def test_a_missing_room_is_named(small_house: Path, name: str) -> None:
+    (small_house / name).unlink()
+    (line,) = missing_rooms(small_house, "topk")
+    assert line.startswith("family topk: ")
+    assert name in line
+    assert "docs/pages/contributing.md#adding-an-op" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "lacks"),
+    [
+        ("kernels/topk/__init__.py", "    bucket ", "the equation"),
+        ("kernels/topk/__init__.py", "Bytes moved", "the bytes moved"),
+        ("kernels/topk/__init__.py", "Launch plan", "the launch plan"),
+        ("kernels/topk/plan.py", "def topk_plan(", "kernels/topk/plan.py"),
+        ("tests/kernels/topk/test_topk.py", "(ConformanceSuite)", "a subclass of ConformanceSuite"),
+        ("bench/test_topk.py", 'suites.family("topk")', "bench/test_topk.py"),
+        ("docs/mkdocs.yml", "- kernels/topk.md", "in the nav"),
+    ],
+)
+def test_a_room_with_nothing_in_it_is_named(small_house: Path, name: str, text: str, lacks: str) -> None:
+    path = small_house / name
+    content = path.read_text()
+    assert text in content
+    if lacks == "the equation":
+        content = re.sub(r"^ {4}.*=.*$", "", content.partition('"""\n\nfrom')[0], flags=re.M) + '"""\n'
+    path.write_text(content.replace(text, "gone"))
+    (line,) = missing_rooms(small_house, "topk")
+    assert lacks in line
+
+
+def test_a_folder_of_kernels_alone_is_no_family(small_house: Path) -> None:
+    """What someone sees who begins with kernels/foo and stops: every other file, by name."""
+    (small_house / "kernels" / "foo").mkdir()
+    (small_house / "kernels" / "foo" / "rows.py").write_text("")
+    assert families(small_house) == ["foo", "topk"]
+    text = "\n".join(missing_rooms(small_house, "foo"))
+    for name in (
+        "kernels/foo/__init__.py",
+        "kdfast/reference/foo.py",
+        "kdfast/ops/foo.py",
+        "kdfast/functional/foo.py",
+        "tests/kernels/foo/test_foo.py",
+        "bench/test_foo.py",
+        "docs/pages/kernels/foo.md",
+        "docs/mkdocs.yml",
+    ):
+        assert f"family foo: {name}" in text
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: path.stem)

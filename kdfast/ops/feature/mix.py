@@ -18,7 +18,7 @@ from kdfast.reference.common import compute_dtype
 
 __all__ = ["noise_mix", "reparam_middle"]
 
-#: More branches than this take the reference; kernels/feature.py says the same.
+#: More branches than this take the reference; kernels/feature says the same.
 MAX_BRANCHES = 64
 
 

@@ -1,6 +1,6 @@
 """Batch norm and what rides on it, in plain PyTorch: the oracle of the tests and the path for CPU and float64.
 
-The equations are those of kernels/norm.py.
+The equations are those of kernels/norm.
 """
 
 from __future__ import annotations

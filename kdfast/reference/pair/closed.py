@@ -1,4 +1,4 @@
-"""JSD and decoupled KD with their gradients in closed form: the same numbers as losses_more.py, in fewer passes.
+"""JSD and decoupled KD with their gradients in closed form: the same numbers as rows.py, in fewer passes.
 
 What CPU tensors take, as kl_closed.py is for the KL divergence. Rows whose student and teacher nearly agree, or that
 hold -inf, are computed again in float64, where what cancels leaves enough.

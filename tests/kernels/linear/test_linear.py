@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,11 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdfast.functional import fused_linear_kd_loss
+from kdfast.kernels.linear import default_chunk_rows
 from kdfast.nn import FusedLinearKDLoss
-from kdfast.ops.linear import default_chunk_rows, fused_linear_kd_op
+from kdfast.ops.linear import fused_linear_kd_op
+from kdfast.reference.linear import linear_kd
 from tests.conftest import INTERPRETING, Target
 from tests.support.conformance import ConformanceSuite, OpCase, assert_verbose_allclose
 
+ROLES = ("student", "teacher")
 KEYS = (
     "student_hidden",
     "student_weight",
@@ -262,6 +267,38 @@ def test_compiles_into_one_graph(target: Target) -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     got, want = (torch.autograd.grad(f(hidden), hidden)[0] for f in (compiled, call))
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 6])
+def test_the_op_is_the_definition_in_any_chunks(target: Target, chunk_rows: int) -> None:
+    """The reference takes all logits at once; the op sees a chunk, and writes gradients itself."""
+    inputs = {key: value.double() for key, value in draw(6, 16).items()}
+    row_weight, mask = torch.linspace(0.5, 2.0, 6), torch.arange(6) != 2
+    leaves = [inputs[f"student_{part}"].requires_grad_() for part in ("hidden", "weight", "bias")]
+    heads = [tuple(inputs.get(f"{who}_{part}") for part in ("hidden", "weight", "bias")) for who in ROLES]
+    want = linear_kd(*heads, 2.0, row_weight, mask, 6.0)
+    rows = {"row_weight": row_weight.to(target.device), "mask": mask.to(target.device)}
+    moved = {key: value.detach().float().to(target.device) for key, value in inputs.items()}
+    own = [moved[f"student_{part}"].requires_grad_() for part in ("hidden", "weight", "bias")]
+    got = fused_linear_kd_loss(**moved, **rows, temperature=2.0, chunk_rows=chunk_rows)
+    assert_verbose_allclose(got, want, rtol=1e-4, atol=1e-5)
+    grads = zip(torch.autograd.grad(got, own), torch.autograd.grad(want, leaves), strict=True)
+    for mine, exact in grads:
+        assert_verbose_allclose(mine, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="no kernel takes part")
+def test_the_definition_is_the_textbook_sum() -> None:
+    inputs = {key: value.double() for key, value in draw(6, 16).items()}
+    heads = [tuple(inputs.get(f"{who}_{part}") for part in ("hidden", "weight", "bias")) for who in ROLES]
+    want = oracle(**inputs, temperature=2.0, reduction="sum")
+    assert_verbose_allclose(linear_kd(*heads, 2.0, None, None, 1.0), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="the other process has Triton loaded")
+def test_the_plan_needs_no_triton() -> None:
+    code = "import sys; sys.modules['triton'] = None; from kdfast.kernels.linear.plan import default_chunk_rows as d"
+    subprocess.run([sys.executable, "-c", f"{code}; assert d(10**9) == 128"], check=True)
 
 
 def test_default_chunks_fit_the_budget() -> None:
