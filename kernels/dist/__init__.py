@@ -13,7 +13,7 @@ when every row's softmax is), 3N for the student's gradient or 4N for both: 4N, 
 rows twice, the second time is from the cache.
 
 Launch plan: tiles of about 2048 elements; a column's rows are split over programs until some 512 of them are busy:
-dist_plan in launch.py. Bodies: rows.py.
+dist_plan in plan.py. Bodies: bodies.py.
 """
 
 from .launch import dist

@@ -93,7 +93,6 @@ def test_a_missing_room_is_named(small_house: Path, name: str) -> None:
         ("kernels/topk/__init__.py", "    bucket ", "the equation"),
         ("kernels/topk/__init__.py", "Bytes moved", "the bytes moved"),
         ("kernels/topk/__init__.py", "Launch plan", "the launch plan"),
-        ("kernels/topk/plan.py", "def topk_plan(", "kernels/topk/plan.py"),
         ("tests/kernels/topk/test_topk.py", "(ConformanceSuite)", "a subclass of ConformanceSuite"),
         ("bench/test_topk.py", 'suites.family("topk")', "bench/test_topk.py"),
         ("docs/mkdocs.yml", "- kernels/topk.md", "in the nav"),
