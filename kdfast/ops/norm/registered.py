@@ -36,8 +36,8 @@ _MSE_SCHEMA = (
 def _norm(flat: Sequence[Any]) -> BatchNorm:
     weight, bias, mean, var, training, eps = flat
     # In training the running statistics take no part here: the caller moves them.
-    running_mean, running_var = (None, None) if training else (mean, var)
-    return BatchNorm(weight, bias, running_mean, running_var, None, training, 0.0, eps)
+    held: tuple[Tensor | None, Tensor | None] = (None, None) if training else (mean, var)
+    return BatchNorm(weight, bias, *held, None, training, 0.0, eps)
 
 
 def _act(flat: Sequence[Any]) -> tuple[BatchNorm, ops.Act]:
