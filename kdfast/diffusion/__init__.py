@@ -5,8 +5,9 @@ Everything here needs ``pip install "kdfast[diffusion]"``; nothing is imported b
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kdfast.lazy import attributes
 
 if TYPE_CHECKING:
     from kdfast.diffusion.accelerate import accelerate_pipeline, restore_pipeline
@@ -50,10 +51,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"kdfast.diffusion.{_MODULES[name]}"), name)
-    raise AttributeError(f"module 'kdfast.diffusion' has no attribute {name!r}")
+__getattr__ = attributes(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

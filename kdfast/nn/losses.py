@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -47,10 +48,11 @@ class _Fixed(nn.Module):
         if _Fixed in cls.__bases__:  # what is derived from one of these may take what it likes
             cls.names = tuple(name for name in inspect.signature(cls).parameters if name not in cls.apart)
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, given: dict[str, Any]) -> None:
+        """``given`` is the ``locals()`` of a module's own ``__init__``, whose parameters are the options."""
         super().__init__()
-        for name, value in options.items():
-            setattr(self, name, value)
+        for name in self.names:
+            setattr(self, name, given[name])
 
     if TYPE_CHECKING:
 
@@ -67,6 +69,23 @@ class _Fixed(nn.Module):
         return ", ".join(
             f"{name}={value!r}" for name, value in self.options.items() if name not in self.hidden
         )
+
+
+class _OfLogits:
+    """A loss of two tensors of logits, with a weight a row and a mask."""
+
+    function: ClassVar[Callable[..., torch.Tensor]]
+    options: dict[str, Any]
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        row_weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of these logits; see the function of the same name."""
+        return type(self).function(student, teacher, row_weight=row_weight, mask=mask, **self.options)
 
 
 class KDLoss(_Fixed):
@@ -95,7 +114,7 @@ class KDLoss(_Fixed):
         reduction: Reduction = "batchmean",
         process_group: Any = None,
     ) -> None:
-        super().__init__(temperature=temperature, dim=dim, reduction=reduction)
+        super().__init__(locals())
         self.process_group = process_group
 
     def forward(
@@ -155,15 +174,7 @@ class DistillationLoss(_Fixed):
         dim: int = -1,
         reduction: Reduction = "batchmean",
     ) -> None:
-        super().__init__(
-            temperature=temperature,
-            kd_weight=kd_weight,
-            ce_weight=ce_weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            dim=dim,
-            reduction=reduction,
-        )
+        super().__init__(locals())
 
     def forward(
         self,
@@ -189,7 +200,7 @@ class DistillationLoss(_Fixed):
         )
 
 
-class JSDLoss(_Fixed):
+class JSDLoss(_OfLogits, _Fixed):
     """:func:`kdfast.functional.jsd_loss` with its options fixed.
 
     Args:
@@ -210,23 +221,9 @@ class JSDLoss(_Fixed):
         dim: int = -1,
         reduction: Reduction = "batchmean",
     ) -> None:
-        super().__init__(beta=beta, temperature=temperature, dim=dim, reduction=reduction)
+        super().__init__(locals())
 
-    def forward(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        row_weight: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The loss of these logits; see :func:`~kdfast.functional.jsd_loss`."""
-        return jsd_loss(
-            student,
-            teacher,
-            row_weight=row_weight,
-            mask=mask,
-            **self.options,
-        )
+    function = staticmethod(jsd_loss)
 
 
 class DKDLoss(_Fixed):
@@ -255,14 +252,7 @@ class DKDLoss(_Fixed):
         dim: int = -1,
         reduction: Reduction = "batchmean",
     ) -> None:
-        super().__init__(
-            alpha=alpha,
-            beta=beta,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            dim=dim,
-            reduction=reduction,
-        )
+        super().__init__(locals())
 
     def forward(
         self,
@@ -273,14 +263,7 @@ class DKDLoss(_Fixed):
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The loss of these logits; see :func:`~kdfast.functional.dkd_loss`."""
-        return dkd_loss(
-            student,
-            teacher,
-            target,
-            row_weight=row_weight,
-            mask=mask,
-            **self.options,
-        )
+        return dkd_loss(student, teacher, target, row_weight=row_weight, mask=mask, **self.options)
 
 
 class TopKKDLoss(_Fixed):
@@ -299,7 +282,7 @@ class TopKKDLoss(_Fixed):
     def __init__(
         self, temperature: float = 1.0, *, tail: Tail = "bucket", reduction: Reduction = "batchmean"
     ) -> None:
-        super().__init__(temperature=temperature, tail=tail, reduction=reduction)
+        super().__init__(locals())
 
     def forward(
         self,
@@ -338,7 +321,7 @@ class DISTLoss(_Fixed):
     def __init__(
         self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, *, dim: int = -1
     ) -> None:
-        super().__init__(beta=beta, gamma=gamma, temperature=temperature, dim=dim)
+        super().__init__(locals())
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """The loss of these logits; see :func:`~kdfast.functional.dist_loss`."""
@@ -361,7 +344,7 @@ class FusedLinearKDLoss(_Fixed):
     def __init__(
         self, temperature: float = 1.0, *, chunk_rows: int | None = None, reduction: Reduction = "batchmean"
     ) -> None:
-        super().__init__(temperature=temperature, chunk_rows=chunk_rows, reduction=reduction)
+        super().__init__(locals())
 
     def forward(
         self,

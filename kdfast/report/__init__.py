@@ -5,8 +5,9 @@ Names are imported on first use, so that ``import kdfast.report`` needs no extra
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kdfast.lazy import attributes
 
 if TYPE_CHECKING:
     from kdfast.report.grid import write_grid
@@ -18,8 +19,4 @@ _HOME = {"grid": ("write_grid",), "page": ("write_report",), "runs": ("Run", "re
 __all__ = ["Run", "read_run", "write_grid", "write_report"]
 
 
-def __getattr__(name: str) -> Any:
-    for module, names in _HOME.items():
-        if name in names:
-            return getattr(importlib.import_module(f"kdfast.report.{module}"), name)
-    raise AttributeError(f"module 'kdfast.report' has no attribute {name!r}")
+__getattr__ = attributes(__name__, {name: module for module, names in _HOME.items() for name in names})

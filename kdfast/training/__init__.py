@@ -5,8 +5,9 @@ Names are imported on first use, so that ``import kdfast.training`` costs nothin
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kdfast.lazy import attributes
 
 if TYPE_CHECKING:
     from kdfast.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -56,8 +57,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    for module, names in _HOME.items():
-        if name in names:
-            return getattr(importlib.import_module(f"kdfast.training.{module}"), name)
-    raise AttributeError(f"module 'kdfast.training' has no attribute {name!r}")
+__getattr__ = attributes(__name__, {name: module for module, names in _HOME.items() for name in names})
