@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 
 from kdfast.functional import (
     dist_loss,
@@ -31,6 +31,10 @@ __all__ = [
     "KDLoss",
     "TopKKDLoss",
 ]
+
+
+#: One value a row, or None.
+Rows = Tensor | None
 
 
 class _Fixed(nn.Module):
@@ -74,16 +78,10 @@ class _Fixed(nn.Module):
 class _OfLogits:
     """A loss of two tensors of logits, with a weight a row and a mask."""
 
-    function: ClassVar[Callable[..., torch.Tensor]]
+    function: ClassVar[Callable[..., Tensor]]
     options: dict[str, Any]
 
-    def forward(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        row_weight: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, row_weight: Rows = None, mask: Rows = None) -> Tensor:
         """The loss of these logits; see the function of the same name."""
         return type(self).function(student, teacher, row_weight=row_weight, mask=mask, **self.options)
 
@@ -117,13 +115,7 @@ class KDLoss(_Fixed):
         super().__init__(locals())
         self.process_group = process_group
 
-    def forward(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        row_weight: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, row_weight: Rows = None, mask: Rows = None) -> Tensor:
         """The loss of these logits; see :func:`~kdfast.functional.kd_kl_div`."""
         return kd_kl_div(
             student,
@@ -134,7 +126,7 @@ class KDLoss(_Fixed):
             **self.options,
         )
 
-    def _mean_divisor(self, student: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    def _mean_divisor(self, student: Tensor, mask: Rows) -> Rows:
         if self.process_group is None or self.reduction in ("sum", "none"):
             return None
         own = reduction_divisor(self.reduction, student, self.dim % student.dim(), mask)
@@ -178,15 +170,15 @@ class DistillationLoss(_Fixed):
 
     def forward(
         self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        target: torch.Tensor | None = None,
+        student: Tensor,
+        teacher: Tensor,
+        target: Rows = None,
         *,
-        mixed_target: torch.Tensor | None = None,
-        lam: float | torch.Tensor | None = None,
-        row_weight: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        mixed_target: Rows = None,
+        lam: float | Rows = None,
+        row_weight: Rows = None,
+        mask: Rows = None,
+    ) -> Tensor:
         """The loss of these logits; see :func:`~kdfast.functional.distillation_loss`."""
         return distillation_loss(
             student,
@@ -255,13 +247,8 @@ class DKDLoss(_Fixed):
         super().__init__(locals())
 
     def forward(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        target: torch.Tensor,
-        row_weight: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, student: Tensor, teacher: Tensor, target: Tensor, row_weight: Rows = None, mask: Rows = None
+    ) -> Tensor:
         """The loss of these logits; see :func:`~kdfast.functional.dkd_loss`."""
         return dkd_loss(student, teacher, target, row_weight=row_weight, mask=mask, **self.options)
 
@@ -286,13 +273,13 @@ class TopKKDLoss(_Fixed):
 
     def forward(
         self,
-        student: torch.Tensor,
-        indices: torch.Tensor,
-        logits: torch.Tensor,
-        log_normalizer: torch.Tensor | None = None,
-        row_weight: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        student: Tensor,
+        indices: Tensor,
+        logits: Tensor,
+        log_normalizer: Rows = None,
+        row_weight: Rows = None,
+        mask: Rows = None,
+    ) -> Tensor:
         """The loss of these logits; see :func:`~kdfast.functional.topk_kd_loss`."""
         return topk_kd_loss(
             student,
@@ -323,7 +310,7 @@ class DISTLoss(_Fixed):
     ) -> None:
         super().__init__(locals())
 
-    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of these logits; see :func:`~kdfast.functional.dist_loss`."""
         return dist_loss(student, teacher, **self.options)
 
@@ -348,13 +335,13 @@ class FusedLinearKDLoss(_Fixed):
 
     def forward(
         self,
-        student_hidden: torch.Tensor,
+        student_hidden: Tensor,
         student_head: nn.Linear,
-        teacher_hidden: torch.Tensor,
+        teacher_hidden: Tensor,
         teacher_head: nn.Linear,
-        row_weight: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        row_weight: Rows = None,
+        mask: Rows = None,
+    ) -> Tensor:
         """The loss of these heads; see :func:`~kdfast.functional.fused_linear_kd_loss`. The teacher is detached."""
         return fused_linear_kd_loss(
             student_hidden,

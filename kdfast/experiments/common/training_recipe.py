@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import annotated_types as at
@@ -113,27 +113,18 @@ class TrainingRecipe:
 
     def trainer_config(self, *, progress: bool = True) -> TrainerConfig:
         """These fields, as the trainer wants them."""
-        return TrainerConfig(
-            epochs=self.epochs,
-            max_steps=self.iterations,
-            seed=self.seed,
-            device=self.device,
-            precision=self.precision,
-            accumulate=self.accumulate,
-            clip_grad_norm=self.clip_grad_norm,
-            ema_decay=self.ema_decay,
-            optimizer=OptimizerConfig(
+        named: dict[str, Any] = {
+            field.name: getattr(self, field.name, None) for field in fields(TrainerConfig)
+        }
+        differing: dict[str, Any] = {
+            "max_steps": self.iterations,
+            "optimizer": OptimizerConfig(
                 self.optimizer, self.lr, self.weight_decay, self.momentum, self.nesterov
             ),
-            schedule=self._schedule(),
-            eval_every=self.eval_every,
-            checkpoint_every=self.checkpoint_every,
-            checkpoint_steps=self.checkpoint_steps,
-            keep=self.keep,
-            log_every=self.log_every,
-            tensorboard=self.tensorboard,
-            progress=progress,
-        )
+            "schedule": self._schedule(),
+            "progress": progress,
+        }
+        return TrainerConfig(**{**named, **differing})
 
     def augmentation(self, image_size: int) -> Augmentation | None:
         """The chain that ``augment`` names, for images of this size."""
