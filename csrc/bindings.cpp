@@ -1,5 +1,6 @@
 // kdfast._C: the bookkeeping of prioritized replay.
 #include "bound.hpp"
+#include "philox_normal.hpp"
 
 PYBIND11_MODULE(_C, module) {
   using namespace kdfast;
@@ -147,4 +148,17 @@ PYBIND11_MODULE(_C, module) {
   module.def("encode_snapshot", &encode, py::arg("sections"), "A snapshot as bytes.");
   module.def("load_snapshot", &load, py::arg("path"), "Sections of a snapshot file, all checksums verified.");
   module.def("decode_snapshot", &views, py::arg("data"), "Sections of a snapshot in memory, likewise.");
+
+  module.def(
+      "normals",
+      [](uint64_t key, uint32_t step, int64_t count) {
+        if (count < 0) throw py::value_error("count: got " + std::to_string(count) + ", accepted: 0 or more");
+        py::array_t<float> out(count);
+        float* const data = out.mutable_data();
+        py::gil_scoped_release release;
+        normals(key, step, count, data);
+        return out;
+      },
+      py::arg("key"), py::arg("step"), py::arg("count"),
+      "Standard normals of a step under a 64-bit key, float32: the bits of kernels/common/normal.py.");
 }

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.reference.philox import normal, normal_rows
+from kdfast.reference.philox import noise, normal_rows
 
 #: Columns of a coefficient table.
 COLUMNS = ("px", "po", "a", "b", "d", "d1", "d2", "d3", "c", "s")
@@ -121,7 +121,7 @@ def _sum(terms: Sequence[tuple[Tensor, Scalar]]) -> Tensor:
 def _noise(seed: int | Tensor, step: int | Tensor, like: Tensor) -> Tensor:
     if isinstance(seed, Tensor) and seed.numel() > 1:
         return normal_rows(seed, int(step), tuple(like.shape[1:])).to(like.dtype)
-    return normal(int(seed), int(step), tuple(like.shape), like.device).to(like.dtype)
+    return noise(seed, int(step), tuple(like.shape), like.device, like.dtype)
 
 
 def denoise_step(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.reference.common import compute_dtype
-from kdfast.reference.philox import normal
+from kdfast.reference.philox import noise
 
 __all__ = ["add_noise_embed", "noise_error", "noise_mix", "noise_mse", "reparam_middle"]
 
@@ -36,7 +36,7 @@ def reparam_middle(
         loss = loss + residual.square().mean()
         behind = residual if carry else residual.detach()
         if noise_scale is not None and k < branches.shape[0] - 1:
-            z = normal(int(seed), k, tuple(x0.shape), x0.device).to(dtype)
+            z = noise(seed, k, tuple(x0.shape), x0.device, dtype)
             behind = behind - noise_scale[k].to(dtype) * z
     return loss, ordered.mean(0).to(branches.dtype)
 
@@ -44,16 +44,14 @@ def reparam_middle(
 def noise_mix(x: Tensor, gamma: Tensor, seed: int | Tensor) -> Tensor:
     """``γ·x + (1 − γ)·ε`` with γ ``[B]``; in x's dtype."""
     dtype = compute_dtype(x, gamma)
-    noise = normal(int(seed), 0, tuple(x.shape), x.device).to(dtype)
     factor = gamma.to(dtype).view(-1, *[1] * (x.dim() - 1))
-    return (factor * x.to(dtype) + (1 - factor) * noise).to(x.dtype)
+    return torch.lerp(noise(seed, 0, tuple(x.shape), x.device, dtype), x.to(dtype), factor).to(x.dtype)
 
 
 def noise_error(prediction: Tensor, seed: int | Tensor) -> Tensor:
     """``ε̂ − ε`` in float32 (float64)."""
     dtype = compute_dtype(prediction)
-    noise = normal(int(seed), 0, tuple(prediction.shape), prediction.device).to(dtype)
-    return prediction.to(dtype) - noise
+    return prediction.to(dtype) - noise(seed, 0, tuple(prediction.shape), prediction.device, dtype)
 
 
 def noise_mse(prediction: Tensor, seed: int | Tensor) -> Tensor:
@@ -66,9 +64,9 @@ def add_noise_embed(
 ) -> Tensor:
     """``√ᾱ_t·x + √(1 − ᾱ_t)·ε + E[t]`` of x ``[B, C, …]``; in x's dtype."""
     dtype = compute_dtype(x)
-    noise = normal(int(seed), 0, tuple(x.shape), x.device).to(dtype)
+    drawn = noise(seed, 0, tuple(x.shape), x.device, dtype)
     bar = alphas_cumprod.to(dtype)[timesteps].view(-1, *[1] * (x.dim() - 1))
-    out = bar.sqrt() * x.to(dtype) + (1 - bar).sqrt() * noise
+    out = torch.addcmul(bar.sqrt() * x.to(dtype), (1 - bar).sqrt(), drawn)
     if embedding is not None:
         out = out + embedding[timesteps].to(dtype).view(*x.shape[:2], *[1] * (x.dim() - 2))
     return out.to(x.dtype)

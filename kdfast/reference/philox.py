@@ -1,11 +1,19 @@
-"""The normals of kernels/common/normal.py in exact mathematics: the same integers, float64 functions."""
+"""The normals of kernels/common/normal.py in exact mathematics: the same integers, float64 functions.
+
+On a CPU float32 ones come from csrc/philox_normal.hpp, which does what the kernel does, operation by operation: some
+forty times as fast, and within 3e-7 of the others.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -49,6 +57,36 @@ def normal_rows(seeds: Tensor, step: int, shape: tuple[int, ...]) -> Tensor:
     """
     rows = _normal(seeds.reshape(-1, 1), step, math.prod(shape), seeds.device)
     return rows.reshape(seeds.numel(), *shape)
+
+
+def noise(
+    seed: int | Tensor, step: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """As :func:`normal`, in ``dtype`` and as fast as the device can.
+
+    Args:
+        seed: 64-bit key.
+        step: 32-bit step.
+        shape: Of the result, whose elements are numbered row-major.
+        device: Where the result lies.
+        dtype: Of the result; float64 has float64 normals, all others are rounded from float32 ones.
+    """
+    extension = _extension()
+    # A mode that watches operators (tracing, fake tensors) has to see some.
+    plain = dtype != torch.float64 and device.type == "cpu" and _get_current_dispatch_mode() is None
+    if extension is None or not plain:
+        return normal(int(seed), step, shape, device).to(dtype)
+    drawn = extension.normals(int(seed) & 0xFFFFFFFFFFFFFFFF, step & _LOW, math.prod(shape))
+    return torch.from_numpy(drawn).view(shape).to(dtype)
+
+
+@functools.cache
+def _extension() -> Any:
+    """``kdfast._C``, or None where it was not built."""
+    try:
+        return importlib.import_module("kdfast._C")
+    except ImportError:
+        return None
 
 
 def _normal(key: int | Tensor, step: int, count: int, device: torch.device) -> Tensor:
