@@ -151,7 +151,7 @@ class _Networks:
         self, make: Callable[[nn.Module, nn.Module], Callable[[torch.Tensor], torch.Tensor]]
     ) -> Work:
         """A step with its optimiser; returns the loss before it, and the images that it was of."""
-        teacher, student = _Seen(self.pair[0]), copy.deepcopy(self.pair[1])
+        teacher, student = _Seen(self.pair[0]).eval(), copy.deepcopy(self.pair[1])
         optimizer = torch.optim.SGD(student.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
         loss_of, device = make(teacher, student), self.settings.device
 
