@@ -70,14 +70,14 @@ def test_the_new_op_passes_its_own_tests(tree: Path, name: str) -> None:
     tests = f"tests/kernels/{family}"
     where = run(tree, "-c", f"import kdfast.kernels.{family}.plan as plan; print(plan.__file__)")
     assert where.startswith(str(tree))
-    passed = run(tree, "-m", "pytest", "-p", "no:xdist", tests)
+    passed = run(tree, "-m", "pytest", "-n0", tests)
     assert " passed" in passed
     assert "failed" not in passed
-    interpreted = run(tree, "-m", "pytest", "-p", "no:xdist", "-m", "interpreter", tests, interpret=True)
+    interpreted = run(tree, "-m", "pytest", "-n0", "-m", "interpreter", tests, interpret=True)
     assert " passed" in interpreted
     run(
         tree,
-        *("-m", "pytest", "-p", "no:xdist", "-k", f"family or room or {family} or api or reference_lists"),
+        *("-m", "pytest", "-n0", "-k", f"family or room or {family} or api or reference_lists"),
         *("tests/house/test_house.py", "tests/house/test_docs.py"),
     )
     code = f"""
