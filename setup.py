@@ -54,7 +54,7 @@ class NinjaBuildExt(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
 
         # -ffp-contract=off: priorities must equal the GPU's bit for bit. No -march=native: wheels travel.
-        # -fno-trapping-math, -fno-math-errno: without them GCC vectorises no comparison and no root; values are the same.
+        # -fno-trapping-math, -fno-math-errno: GCC vectorises a comparison or a root no other way; values are the same.
         includes = [CSRC.resolve(), Path(pybind11.get_include()), *map(Path, self.compiler.include_dirs)]
         cflags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
         cflags += [

@@ -45,6 +45,17 @@ def config_of(
     return build_config(schema, values, source=source)
 
 
+def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A command's ``locals()`` as fields of its config: paths as text, flags that were not given left out."""
+    found = {
+        name: value for name, value in parameters.items() if name not in ("quiet", "as_json", "overrides")
+    }
+    found = {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
+    return {name: value for name, value in found.items() if value not in (None, False, [])} | {
+        "progress": not parameters["quiet"]
+    }
+
+
 def show(result: Mapping[str, Any], as_json: bool) -> None:
     """Print what a command found, once however many processes there are."""
     if os.environ.get("RANK", "0") != "0":  # under torchrun all ranks have the same result

@@ -8,7 +8,7 @@ import typer
 
 from kdfast.cli.guard import guarded
 from kdfast.cli.options import AsJson, Data, Out, Overrides, Quiet, TeacherRun
-from kdfast.cli.values import config_of, show
+from kdfast.cli.values import config_of, given, show
 
 
 @guarded
@@ -33,19 +33,9 @@ def data_report(
     overrides: Overrides = None,
 ) -> None:
     """Say what makes a set good or bad for a teacher, before anyone trains: a page with pictures and a verdict."""
+    options = given(locals())
+    options["students"] = options.pop("student", None)
     from kdfast.experiments.data_report.config import DataReportConfig
     from kdfast.experiments.data_report.run import run
 
-    config = config_of(
-        DataReportConfig,
-        None,
-        overrides,
-        command="data-report",
-        data=data,
-        teacher=teacher,
-        out=str(out),
-        students=student or None,
-        test_data=test_data,
-        progress=not quiet,
-    )
-    show(run(config), as_json)
+    show(run(config_of(DataReportConfig, None, overrides, command="data-report", **options)), as_json)

@@ -9,7 +9,7 @@ import typer
 
 from kdfast.cli.guard import guarded
 from kdfast.cli.options import AsJson, Device, Out, Overrides, Quiet, Resume
-from kdfast.cli.values import config_of, show
+from kdfast.cli.values import config_of, given, show
 
 
 @guarded
@@ -24,19 +24,8 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """Walk the whole path on real digits in minutes: teacher, synthetic images, students, a page of results."""
+    options = given(locals())
     from kdfast.experiments.demo.config import DemoConfig
     from kdfast.experiments.demo.run import run
 
-    config = config_of(
-        DemoConfig,
-        None,
-        overrides,
-        command="demo",
-        out=str(out),
-        resume=resume,
-        seed=seed,
-        device=device,
-        loader=loader,
-        progress=not quiet,
-    )
-    show(run(config), as_json)
+    show(run(config_of(DemoConfig, None, overrides, command="demo", **options)), as_json)

@@ -9,7 +9,7 @@ import typer
 
 from kdfast.cli.guard import guarded
 from kdfast.cli.options import AsJson, Data, Out, Overrides, Quiet, Resume, TeacherRun
-from kdfast.cli.values import config_of, show
+from kdfast.cli.values import config_of, given, show
 
 
 @guarded
@@ -39,22 +39,8 @@ def select(
     overrides: Overrides = None,
 ) -> None:
     """Pick images that cover a teacher's classes evenly, and write them as new shards."""
+    options = given(locals())
     from kdfast.experiments.select.config import SelectConfig
     from kdfast.experiments.select.run import run
 
-    config = config_of(
-        SelectConfig,
-        None,
-        overrides,
-        command="select",
-        data=data,
-        teacher=teacher,
-        out=str(out),
-        budget=budget,
-        shared=None if shared is None else str(shared),
-        long_tail=long_tail,
-        index_only=index_only or None,
-        resume=resume,
-        progress=not quiet,
-    )
-    show(run(config), as_json)
+    show(run(config_of(SelectConfig, None, overrides, command="select", **options)), as_json)
