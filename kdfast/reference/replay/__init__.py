@@ -1,6 +1,8 @@
 """Prioritized replay on the CPU: the C++ core over torch's memory. The oracle of kernels/replay/, bit for bit."""
 
-from .core import (
+from kdfast.reference.replay.core import add, normalized, rebuild, remove, sample, update
+from kdfast.reference.replay.extension import extension
+from kdfast.reference.replay.state import (
     FANOUT,
     Eviction,
     Meta,
@@ -8,16 +10,21 @@ from .core import (
     ReplayBatch,
     ReplayState,
     SumLayout,
-    add,
-    extension,
-    normalized,
-    rebuild,
-    remove,
-    sample,
-    update,
 )
 
 __all__ = [
-    *("FANOUT", "Eviction", "Meta", "PriorityRule", "ReplayBatch", "ReplayState", "SumLayout", "add", "extension"),
-    *("normalized", "rebuild", "remove", "sample", "update"),
+    "FANOUT",
+    "Eviction",
+    "Meta",
+    "PriorityRule",
+    "ReplayBatch",
+    "ReplayState",
+    "SumLayout",
+    "add",
+    "extension",
+    "normalized",
+    "rebuild",
+    "remove",
+    "sample",
+    "update",
 ]
