@@ -109,11 +109,11 @@ def test_what_is_read_is_of_one_moment(eviction: str, tmp_path: Path) -> None:
 
 def test_a_state_is_replaced_at_once() -> None:
     """One thread puts back two states in turn; the others only ever see one of the two."""
-    one, two = (PrioritizedReplayBuffer(20_000, (16,), dtype=torch.int32, num_classes=2) for _ in range(2))
+    one, two = (PrioritizedReplayBuffer(20_000, (128,), dtype=torch.int32, num_classes=2) for _ in range(2))
     for label, buffer in enumerate((one, two)):
-        buffer.extend(torch.full((20_000, 16), label, dtype=torch.int32), [label] * 20_000)
+        buffer.extend(torch.full((20_000, 128), label, dtype=torch.int32), [label] * 20_000)
     states = [one.state_dict(), two.state_dict()]
-    shared = PrioritizedReplayBuffer(20_000, (16,), dtype=torch.int32, num_classes=2)
+    shared = PrioritizedReplayBuffer(20_000, (128,), dtype=torch.int32, num_classes=2)
     shared.load_state_dict(states[0])
 
     def put() -> None:
