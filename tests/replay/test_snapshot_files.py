@@ -191,7 +191,7 @@ def test_any_name_a_file_can_have(name: str, tmp_path: Path) -> None:
 
 
 def test_a_path_with_a_nul_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="path: got .*accepted: a path without NUL"):
+    with pytest.raises(ValueError, match=r"path: got .*accepted: a path without NUL"):
         used().save(f"{tmp_path}/a\0b")
     assert not list(tmp_path.iterdir())
 
