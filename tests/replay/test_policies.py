@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 import kdfast
+from kdfast import _C
+from kdfast.reference.replay import ReplayState
 from kdfast.replay import PrioritizedReplayBuffer, modulation
 from tests.conftest import INTERPRETING, Target
 from tests.replay.test_buffer import make, numbered, small  # helpers
@@ -24,7 +27,7 @@ class Model:
     """What the three policies mean, on a list of (slot, label, priority), oldest first."""
 
     def __init__(self, capacity: int, eviction: str) -> None:
-        self.capacity, self.eviction, self.rows, self.head = capacity, eviction, [], 0
+        self.capacity, self.eviction, self.rows = capacity, eviction, []
 
     def victim(self) -> int:
         if self.eviction == "fifo":
@@ -35,7 +38,8 @@ class Model:
         return min(range(len(labels)), key=lambda at: (-labels.count(labels[at]), at))
 
     def insert(self, label: int, priority: float) -> int:
-        slot = self.rows.pop(self.victim())[0] if len(self.rows) == self.capacity else len(self.rows)
+        free = sorted(set(range(self.capacity)) - {slot for slot, _, _ in self.rows})
+        slot = free[0] if free else self.rows.pop(self.victim())[0]
         self.rows.append((slot, label, priority))
         return slot
 
@@ -58,13 +62,73 @@ def test_evictions_are_the_models(target: Target, eviction: str, capacity: int) 
         assert index.tolist() == expected
         held = np.bincount([label for _, label, _ in model.rows], minlength=5)
         assert buffer.class_counts().tolist() == held.tolist()
-        slots = rng.permutation(len(model.rows))[: min(count, 20)]
+        slots = rng.permutation([slot for slot, _, _ in model.rows])[: min(count, 20)]
         fresh = rng.integers(1, 4, len(slots)).astype(np.float32)
         buffer.update_priority(slots.tolist(), fresh.tolist())
         for slot, priority in zip(slots.tolist(), fresh.tolist(), strict=True):
             model.update(slot, priority)
+        if step % 3 == 1:
+            gone = rng.integers(0, capacity, int(rng.integers(1, capacity + 1))).tolist()
+            buffer.remove(gone)
+            model.rows = [row for row in model.rows if row[0] not in gone]
+            assert len(buffer) == len(model.rows)
+        if step % 5 == 4:  # what is restored goes on alike
+            state = buffer.state_dict()
+            buffer = make(capacity, num_classes=5, eviction=eviction, device=target.device)
+            buffer.load_state_dict(state)
     kept = {slot: priority for slot, _, priority in model.rows}
-    assert buffer._state.delta.tolist()[: len(kept)] == [kept[slot] for slot in sorted(kept)]
+    delta, leaves = buffer._state.delta.tolist(), buffer._state.leaves.tolist()
+    assert {slot: delta[slot] for slot in range(capacity) if leaves[slot]} == kept
+
+
+@pytest.mark.parametrize("eviction", ["fifo", "lowest", "class_balanced"])
+def test_a_free_slot_is_used_before_a_row_leaves(target: Target, eviction: str) -> None:
+    buffer = make(3, num_classes=1, eviction=eviction, device=target.device)
+    buffer.extend(torch.arange(3.0), [0] * 3, [1.0, 2.0, 3.0])
+    buffer.remove([2])
+    assert buffer.extend(torch.tensor([9.0]), [0], [4.0]).tolist() == [2]
+    assert buffer._state.rows.tolist() == [0, 1, 9]
+    assert (len(buffer), buffer.stats().evicted) == (3, 0)
+    buffer.remove([1])
+    assert buffer.extend(torch.tensor([8.0]), [0], [5.0]).tolist() == [1]
+    # Full again: the oldest leave, wherever they lie.
+    assert buffer.extend(torch.tensor([7.0, 6.0]), [0, 0], [6.0, 7.0]).tolist() == [0, 2]
+
+
+def _row_operations(eviction: str, operations: int) -> int:
+    """A buffer and the plain model side by side, one row operation after another."""
+    rng = np.random.default_rng(3)
+    capacity = 60
+    buffer, model = make(capacity, num_classes=5, eviction=eviction), Model(capacity, eviction)
+    done = 0
+    while done < operations:
+        count = int(rng.integers(1, 80))
+        labels, priorities = rng.integers(0, 5, count), rng.integers(1, 9, count).astype(np.float32)
+        index = buffer.extend(torch.zeros(count), labels.tolist(), priorities.tolist())
+        assert index.tolist() == [
+            model.insert(int(label), float(p)) for label, p in zip(labels, priorities, strict=True)
+        ]
+        slots = rng.permutation([slot for slot, _, _ in model.rows])[:40]
+        fresh = rng.integers(1, 9, len(slots)).astype(np.float32)
+        buffer.update_priority(slots.tolist(), fresh.tolist())
+        found = dict(zip(slots.tolist(), fresh.tolist(), strict=True))
+        model.rows = [(slot, label, found.get(slot, p)) for slot, label, p in model.rows]
+        gone = set(rng.integers(0, capacity, int(rng.integers(0, 20))).tolist())
+        buffer.remove(sorted(gone))
+        model.rows = [row for row in model.rows if row[0] not in gone]
+        done += count + len(slots) + len(gone)
+        if done % 7 == 0:
+            assert len(buffer) == len(model.rows)
+            held = np.bincount([label for _, label, _ in model.rows], minlength=5)
+            assert buffer.class_counts().tolist() == held.tolist()
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("eviction", ["fifo", "lowest", "class_balanced"])
+def test_a_million_row_operations_are_the_models(eviction: str) -> None:
+    assert _row_operations(eviction, 1_000_000) >= 1_000_000
 
 
 def test_class_balanced_eviction_levels_the_classes(target: Target) -> None:
@@ -134,6 +198,11 @@ def test_threads_share_a_buffer() -> None:
         ({"alpha": 1.0, "beta": 1.0}, ValueError, "product is 1; accepted: below 1"),
         ({"alpha": 2.0, "beta": 0.6}, ValueError, "product is 1.2; accepted: below 1"),
         ({"scale": 0.0}, ValueError, "scale: got 0.0"),
+        ({"scale": "1"}, TypeError, "scale: got '1'"),
+        ({"strict": 1}, TypeError, "strict: got 1"),
+        ({"eviction": "class_balanced"}, ValueError, "eviction: got 'class_balanced' with num_classes=None"),
+        ({"sample_shape": (1 << 40, 1 << 40)}, ValueError, "capacity, sample_shape: got 4 and"),
+        ({"sample_shape": (1 << 50,)}, MemoryError, "capacity, sample_shape: got 4 and"),
         ({"eviction": "lifo"}, ValueError, "eviction: got 'lifo', accepted: fifo, lowest, class_balanced"),
         ({"duplicates": "first"}, ValueError, "duplicates: got 'first', accepted: last, max"),
         ({"seed": -1}, ValueError, "seed: got -1"),
@@ -311,6 +380,160 @@ def test_streams_wait_for_each_other() -> None:
         batch = buffer.sample(64)
     torch.cuda.synchronize()
     assert torch.equal(batch.samples[:, 0].long(), batch.index)
+
+
+@pytest.mark.gpu
+def test_the_first_call_waits_for_the_stream_of_the_constructor() -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        buffer = make(1000, (1000,), device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        buffer.extend(torch.ones(1000, 1000, device="cuda"))
+        batch = buffer.sample(64)
+    torch.cuda.synchronize()
+    assert bool((batch.samples == 1).all())
+    assert len(buffer) == 1000
+
+
+class FakeStream:
+    """Writes down whom it waits for."""
+
+    def __init__(self, waits: list[Any]) -> None:
+        self.waits = waits
+
+    def wait_stream(self, other: Any) -> None:
+        self.waits.append((self, other))
+
+
+def test_every_call_follows_the_stream_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of streams alone, without a GPU: each call waits for the stream that was used last."""
+    waits: list[Any] = []
+    made, side, current = FakeStream(waits), FakeStream(waits), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(ReplayState, "device", property(lambda self: torch.device("cuda")))
+    current.append(made)
+    buffer = make(8)
+    assert buffer._state.stream is made
+    current.append(side)
+    buffer._state.follow()
+    assert waits == [(side, made)]
+    buffer._state.follow()
+    assert waits == [(side, made)]
+    current.append(made)
+    buffer._state.follow()
+    assert waits[1:] == [(made, side)]
+
+
+def test_launches_of_threads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the order of streams to the launch nobody else comes between."""
+    if not INTERPRETING:
+        pytest.skip("no launches")
+    from kdfast.kernels import replay as kernels
+
+    buffer = numbered(20)
+    inside: list[int] = []
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        inside.append(1)
+        assert len(inside) == 1
+        time.sleep(0.01)
+        inside.pop()
+        return original(*args, **options)
+
+    original = kernels.sample
+    monkeypatch.setattr(kernels, "sample", slowly)
+    errors: list[BaseException] = []
+
+    def draw() -> None:
+        try:
+            for _ in range(5):
+                buffer.sample(4)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=draw) for _ in range(4)]
+    with kdfast.use_backend("triton"):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+    assert buffer.stats().draws == 20
+
+
+test_launches_of_threads_take_turns.pytestmark = [pytest.mark.interpreter]  # type: ignore[attr-defined]
+
+
+# --- settings that change, and inference mode ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "message"),
+    [
+        (math.nan, ValueError, "beta: got nan"),
+        (-1.0, ValueError, "beta: got -1.0"),
+        (math.inf, ValueError, "beta: got inf"),
+        (5, ValueError, "product is 3; accepted: below 1"),
+        ("0.5", TypeError, "beta: got '0.5'"),
+        (True, TypeError, "beta: got True"),
+    ],
+)
+def test_beta_is_checked_when_it_is_assigned(value: Any, kind: type[Exception], message: str) -> None:
+    buffer = make(3)
+    with pytest.raises(kind, match=message):
+        buffer.beta = value
+    assert buffer.beta == 0.4
+    buffer.beta = 1
+    assert buffer.beta == 1.0
+    with pytest.raises(AttributeError):
+        buffer.num_classes = 3  # type: ignore[misc]
+
+
+def test_nothing_is_drawn_after_the_last_row_was_removed(target: Target) -> None:
+    buffer = numbered(3, device=target.device)
+    buffer.remove([0, 1, 2])
+    with pytest.raises(ValueError, match="the buffer is empty"):
+        buffer.sample(2)
+    assert math.isnan(buffer.stats().mean_priority)
+    buffer.extend(torch.ones(1))
+    assert buffer.sample(2).samples.tolist() == [1.0, 1.0]
+
+
+def test_what_was_made_in_inference_mode_works_outside(target: Target) -> None:
+    with torch.inference_mode():
+        buffer = numbered(4, device=target.device)
+        state = buffer.state_dict()
+        again = make(4, device=target.device)
+        again.load_state_dict(state)
+    for one in (buffer, again):
+        one.extend(torch.zeros(2))
+        one.load_state_dict(state)
+        batch = one.sample(3)
+        one.update_priority(batch.index, batch.weight, batch.generation)
+        one.remove([1])
+        assert len(one) == 3
+
+
+def test_normalisations_do_not_pile_up() -> None:
+    buffer = PrioritizedReplayBuffer(2, (3, 2, 2))
+    buffer.extend(torch.zeros(2, 3, 2, 2, dtype=torch.uint8))
+    for k in range(200):
+        buffer.sample(1, normalize=(k / 1000, 1.0))
+    assert len(buffer._affine) <= 64
+
+
+def test_rings_and_histograms_refuse_what_cannot_be() -> None:
+    with pytest.raises(ValueError, match="num_classes: got -3"):
+        _C.RingSlots(5, "fifo", -3)
+    with pytest.raises(ValueError, match="num_classes: got 0, accepted: at least 1"):
+        _C.RingSlots(5, "class_balanced", 0)
+    histogram = _C.ClassHistogram(2)
+    histogram.add(np.array([1, 1]))
+    with pytest.raises(ValueError, match="labels: got 1 more often than it is held, 2"):
+        histogram.remove(np.array([1, 1, 1]))
+    assert histogram.counts.tolist() == [0, 2]
 
 
 def test_the_package_names_the_contract() -> None:
