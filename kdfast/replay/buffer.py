@@ -18,6 +18,8 @@ from kdfast.replay.checks import (
     check_exponents,
     check_int,
     check_real,
+    check_rows,
+    check_update,
     numbers,
 )
 from kdfast.replay.saving import Saving
@@ -42,7 +44,11 @@ class PrioritizedReplayBuffer(Saving):
     sync and fit for CUDA graphs. On a GPU, bad values that only a sync could raise are contained and counted
     (see :meth:`stats`); ``strict=True`` raises.
 
-    Methods may be called from several threads of a process. On CUDA they may be called on several streams.
+    Methods may be called from several threads of a process, and on CUDA on several streams: each is done as a whole,
+    before or after the others'. Not ordered are replays of CUDA graphs, and calls inside ``torch.compile``, whose
+    compiled code may work on copies: order those yourself. A process may fork at any time; forked children and
+    started processes that are handed the buffer draw with seeds of their own (the n-th process the n-th). ``pickle``
+    and ``copy`` give a buffer that goes on as this one would.
 
     Args:
         capacity: Slots, 1 to 2³¹.
@@ -53,10 +59,10 @@ class PrioritizedReplayBuffer(Saving):
         beta: β ≥ 0, with αβ < 1: when weights multiply the priorities, as in SSD-KD, αβ = 1 oscillates and more
             diverges.
         eps: ε ≥ 0.
-        eviction: Who makes room in a full buffer: ``"fifo"`` the oldest, ``"lowest"`` the row of lowest
-            priority, ``"class_balanced"`` the oldest row of the largest class; the older of equals. Rows of one
-            ``extend`` enter one after another. On a GPU the latter two choose their victims on the host, with
-            a sync in ``extend``.
+        eviction: Who makes room in a full buffer: ``"fifo"`` the oldest, ``"lowest"`` the row of lowest priority,
+            ``"class_balanced"`` (with ``num_classes``) the oldest of the largest class; the older of equals. Rows of
+            one ``extend`` enter one after another; free slots are filled first, the lowest first. On a GPU the latter
+            two choose their victims on the host, with a sync in ``extend``.
         device: Where rows and bookkeeping live.
         seed: 0 to 2⁶⁴ − 1.
         strict: Raise on priorities that are not finite (and, on a GPU, on everything else that is otherwise
@@ -67,6 +73,7 @@ class PrioritizedReplayBuffer(Saving):
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of its range.
+        MemoryError: The rows cannot be allocated.
 
     Example:
         >>> buffer = PrioritizedReplayBuffer(5000, (3, 32, 32), num_classes=10)
@@ -227,7 +234,7 @@ class PrioritizedReplayBuffer(Saving):
         if priorities is not None:
             priorities = self._vector("priorities", priorities, torch.float32, count)
         if self._state.strict and ops.on_kernels(self._state):
-            self._check_rows(labels, priorities)
+            check_rows(labels, priorities, self.num_classes)
         return ops.add(self._state, samples, labels, priorities)
 
     @annotate("replay.sample")
@@ -258,8 +265,7 @@ class PrioritizedReplayBuffer(Saving):
         Raises:
             ValueError: The buffer is empty; an argument is out of its range.
         """
-        if not isinstance(batch_size, int) or batch_size < 1 or batch_size > 1 << 31:
-            check_int("batch_size", batch_size, 1, 1 << 31)
+        check_int("batch_size", batch_size, 1, 1 << 31)
         if not self._state.filled:
             raise ValueError("sample: the buffer is empty; extend() it first")
         if beta is None:
@@ -300,7 +306,7 @@ class PrioritizedReplayBuffer(Saving):
         if self._state.strict and ops.on_kernels(self._state):
             with self._state.turns:  # from the check to the write
                 self._state.follow()
-                self._check_update(index, priority, generation)
+                check_update(self._state.leaves, index, priority, generation)
                 ops.update(self._state, index, priority, generation, self._largest)
             return
         ops.update(self._state, index, priority, generation, self._largest)
@@ -372,23 +378,6 @@ class PrioritizedReplayBuffer(Saving):
                 self._affine.clear()
             self._affine[key] = known
         return known
-
-    def _check_rows(self, labels: torch.Tensor | None, priorities: torch.Tensor | None) -> None:
-        """What the C++ core checks on a CPU, for strict buffers on a GPU; it syncs."""
-        most = self.num_classes or 1 << 31
-        if labels is not None and bool(((labels < 0) | (labels >= most)).any()):
-            raise ValueError(f"labels: got one out of range, accepted: 0 to {most - 1}")
-        if priorities is not None and not bool(priorities.isfinite().all()):
-            raise ValueError("priority: got NaN or infinity, accepted: finite values (strict=True)")
-
-    def _check_update(
-        self, index: torch.Tensor, priority: torch.Tensor, generation: torch.Tensor | None
-    ) -> None:
-        if bool(((index < 0) | (index >= self.capacity)).any()):
-            raise ValueError(f"index: got one out of range, accepted: 0 to {self.capacity - 1}")
-        if generation is None and not bool((self._state.leaves[index] != 0).all()):
-            raise ValueError("index: got an empty slot")
-        self._check_rows(None, priority)
 
     def _construct(self, **settings: Any) -> None:
         PrioritizedReplayBuffer.__init__(self, **settings)

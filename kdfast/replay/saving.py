@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from multiprocessing.context import get_spawning_popen  # type: ignore[attr-defined]  # as torch itself asks
+from multiprocessing.context import get_spawning_popen  # as torch itself asks
 from typing import TYPE_CHECKING, Any
 
 import torch

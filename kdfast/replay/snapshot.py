@@ -127,7 +127,7 @@ def _check_consistent(state: ReplayState, found: dict[str, torch.Tensor]) -> Non
     expect(-1 <= highest < _FLOAT_INF_BITS, "the largest priority is no finite number")
     expect(bool((labels >= -1).all()), "a label is negative")
     ages = (inserted - found["generation"][live].long()) % (1 << 32)
-    expect(len(ages.unique()) == filled, "two rows are of one insertion")
+    expect(len(torch.unique(ages)) == filled, "two rows are of one insertion")
     youngest_first = not filled or (int(ages.min()) >= 1 and int(ages.max()) <= inserted)
     expect(inserted >= 1 << 32 or youngest_first, "a row is of an insertion that has not been")
     expect(bool((found["delta"][live] >= 0).all()), "a priority is negative or NaN")
