@@ -119,8 +119,7 @@ class PrioritizedReplayBuffer(Saving):
         check_choice("duplicates", duplicates, ("last", "max"))
         if eviction == "class_balanced" and num_classes is None:
             raise ValueError(
-                "eviction: got 'class_balanced' with num_classes=None, which knows no classes to balance; accepted: "
-                "it with num_classes, or fifo, lowest"
+                "eviction: got 'class_balanced' with num_classes=None; accepted: with num_classes, or fifo, lowest"
             )
         check_exponents(alpha, beta)
         self._beta = float(beta)
