@@ -101,6 +101,7 @@ class _Buffer:
             "delta": meta(self.capacity),
             "generation": meta(self.capacity, dtype=torch.int32),
             "labels": meta(self.capacity, dtype=torch.int32),
+            "order": meta(self.capacity, dtype=torch.int32),
             "rows": meta(self.capacity, *self.row, dtype=torch.uint8),
         }
 
@@ -130,6 +131,7 @@ class _Buffer:
         return replay.add(
             *(t[name] for name in names),
             counts,
+            t["order"],
             t["rows"],
             self.layout,
             samples,

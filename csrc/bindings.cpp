@@ -10,8 +10,9 @@ PYBIND11_MODULE(_C, module) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const std::system_error& error) {
-      errno = error.code().value();
-      PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code().value(), error.what()).ptr());
+      // A path need not be UTF-8.
+      const auto what = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.what()));
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code().value(), what).ptr());
     }
   });
 
@@ -24,32 +25,25 @@ PYBIND11_MODULE(_C, module) {
   for (int word = 0; word < kMetaWords; ++word) meta[names[word]] = word;
   module.attr("META") = meta;
 
-  py::class_<OwnedTree>(module, "PriorityTree",
-                        "Sum tree over u32 fixed-point priorities with u64 sums, fan-out 256.")
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  py::class_<SharedTree>(
+      module, "PriorityTree",
+      "Sum tree over u32 fixed-point priorities with u64 sums, fan-out 256. Threads may share it.")
       .def(py::init<int64_t>(), py::arg("capacity"))
-      .def_property_readonly("capacity", [](const OwnedTree& self) { return self.layout.capacity; })
-      .def_property_readonly("total", [](const OwnedTree& self) { return self.tree.total(); })
+      .def_property_readonly("capacity", [](const SharedTree& self) { return self.layout().capacity; })
+      .def_property_readonly("total", &SharedTree::total)
+      .def_property_readonly("nbytes", &SharedTree::bytes)
       .def_property_readonly(
-          "nbytes", [](const OwnedTree& self) { return self.leaves.size() * 4 + self.sums.size() * 8; })
+          "leaves", [](const SharedTree& self) { return as_array(self.leaves()); }, "A copy of all leaves.")
       .def_property_readonly(
-          "leaves",
-          [](const OwnedTree& self) {
-            return py::array_t<uint32_t>(self.layout.capacity, self.leaves.data());
-          },
-          "A copy of all leaves.")
-      .def_property_readonly(
-          "sums",
-          [](const OwnedTree& self) { return py::array_t<uint64_t>(self.layout.sums, self.sums.data()); },
+          "sums", [](const SharedTree& self) { return as_array(self.sums()); },
           "A copy of all sums, the root first.")
       .def("set", &tree_set, py::arg("index"), py::arg("quantum"), "Set leaves, one after another.")
       .def("find", &tree_find, py::arg("targets"), "The slot whose prefix interval holds each target.")
       .def("sample", &tree_sample, py::arg("count"), py::arg("seed"), py::arg("step") = 0,
            py::arg("stratified") = true, "Draw slots in proportion to their leaves.")
-      .def(
-          "rebuild", [](OwnedTree& self) { self.tree.rebuild(); }, py::call_guard<py::gil_scoped_release>())
-      .def(
-          "consistent", [](const OwnedTree& self) { return self.tree.consistent(); },
-          py::call_guard<py::gil_scoped_release>());
+      .def("rebuild", &SharedTree::rebuild, unlocked)
+      .def("consistent", &SharedTree::consistent, unlocked);
 
   py::class_<ClassHistogramOwner>(module, "ClassHistogram", "Rows held by class, exactly.")
       .def(py::init<int64_t>(), py::arg("num_classes"))
@@ -64,11 +58,18 @@ PYBIND11_MODULE(_C, module) {
            py::arg("eviction") = "fifo", py::arg("num_classes") = 0)
       .def("insert", &slots_insert, py::arg("count"), py::arg("labels") = py::none(),
            py::arg("priority") = py::none(), "The slot of each insertion, in order.")
-      .def("remove", [](OwnedSlots& self,
-                        const Array<int64_t>& index) { self.core->remove(index.size(), index.data()); })
-      .def_property_readonly("live", [](const OwnedSlots& self) { return self.meta[kLive]; })
+      .def("remove",
+           [](OwnedSlots& self, const Array<int64_t>& index) {
+             const int64_t count = index.size();
+             const int64_t* slot = index.data();
+             py::gil_scoped_release release;
+             self.core->remove(count, slot);
+           })
+      .def_property_readonly("live", [](const OwnedSlots& self) { return self.core->word(kLive); })
       .def_property_readonly("generation", [](const OwnedSlots& self) {
-        return py::array_t<uint32_t>(self.layout.capacity, self.generation.data());
+        const std::vector<ReplayCopy> copies = self.core->copy({"generation"});
+        return py::array_t<uint32_t>(self.layout.capacity,
+                                     reinterpret_cast<const uint32_t*>(copies[0].data.get()));
       });
 
   py::class_<BoundCore>(module, "ReplayCore", "The buffer's bookkeeping over arrays that it keeps alive.")
@@ -103,6 +104,11 @@ PYBIND11_MODULE(_C, module) {
       .def(
           "consistent", [](BoundCore& self) { return self.core->consistent(); },
           py::call_guard<py::gil_scoped_release>())
+      .def("copy", &core_copy, py::arg("names"), "Copies of these arrays as bytes, all of one moment.")
+      .def("load", &core_load, py::arg("arrays"), "Replace everything at once.")
+      .def(
+          "word", [](const BoundCore& self, int position) { return self.core->word(position); },
+          py::arg("position"), py::call_guard<py::gil_scoped_release>(), "A word of meta.")
       .def_property_readonly("derived_bytes",
                              [](const BoundCore& self) { return self.core->derived_bytes(); });
 
@@ -146,7 +152,14 @@ PYBIND11_MODULE(_C, module) {
   module.def("save_snapshot", &save, py::arg("path"), py::arg("sections"),
              "Write a snapshot file atomically.");
   module.def("encode_snapshot", &encode, py::arg("sections"), "A snapshot as bytes.");
-  module.def("load_snapshot", &load, py::arg("path"), "Sections of a snapshot file, all checksums verified.");
+  py::class_<SnapshotFile>(module, "SnapshotFile", "A snapshot file whose table has been checked.")
+      .def(py::init(&snapshot_open), py::arg("path"))
+      .def_property_readonly("sizes", &snapshot_sizes, "Bytes of each section.")
+      .def("section", &snapshot_section, py::arg("name"), py::arg("limit"),
+           "One section of at most `limit` bytes, its checksum verified.")
+      .def("read", &snapshot_read, "All sections, all checksums verified.");
+  module.def("sweep_snapshot", &sweep_temporaries, py::arg("path"),
+             "Remove what killed writers of this path left; returns how many files.");
   module.def("decode_snapshot", &views, py::arg("data"), "Sections of a snapshot in memory, likewise.");
 
   module.def(

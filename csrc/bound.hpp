@@ -6,9 +6,11 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <numeric>
 
 #include "replay_core.hpp"
-#include "snapshot.hpp"
+#include "shared_tree.hpp"
+#include "snapshot_file.hpp"
 
 namespace py = pybind11;
 
@@ -37,50 +39,33 @@ const T* optional(const py::object& object, int64_t length, const char* name) {
   return object.is_none() ? nullptr : checked<T>(object, length, name, false);
 }
 
-// An owning PriorityTree, for tests, benchmarks and whoever wants the tree alone.
-struct OwnedTree {
-  explicit OwnedTree(int64_t capacity)
-      : layout(capacity),
-        leaves(layout.capacity),
-        sums(layout.sums),
-        tree(layout, leaves.data(), sums.data()) {}
+template <typename T>
+py::array_t<T> as_array(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<int64_t>(values.size()), values.data());
+}
 
-  TreeLayout layout;
-  std::vector<uint32_t> leaves;
-  std::vector<uint64_t> sums;
-  PriorityTree tree;
-  std::vector<uint64_t> uniform;
-};
-
-py::array_t<int64_t> tree_find(OwnedTree& self, const Array<uint64_t>& targets) {
-  std::vector<uint64_t> rest(targets.data(), targets.data() + targets.size());
-  for (uint64_t target : rest)
-    if (target >= self.tree.total())
-      throw std::invalid_argument("targets: got " + std::to_string(target) + ", accepted: below the total, " +
-                                  std::to_string(self.tree.total()));
+py::array_t<int64_t> tree_find(const SharedTree& self, const Array<uint64_t>& targets) {
   py::array_t<int64_t> slots(targets.size());
   int64_t* out = slots.mutable_data();
+  const uint64_t* target = targets.data();
+  const int64_t count = targets.size();
   py::gil_scoped_release release;
-  self.tree.find(static_cast<int64_t>(rest.size()), rest.data(), out);
+  self.find(count, target, out);
   return slots;
 }
 
-py::array_t<int64_t> tree_sample(OwnedTree& self, int64_t count, uint64_t seed, uint64_t step,
+py::array_t<int64_t> tree_sample(const SharedTree& self, int64_t count, uint64_t seed, uint64_t step,
                                  bool stratified) {
   if (count < 0)
     throw std::invalid_argument("count: got " + std::to_string(count) + ", accepted: at least 0");
-  if (self.tree.total() == 0) throw std::invalid_argument("sample: the tree is empty");
   py::array_t<int64_t> slots(count);
   int64_t* out = slots.mutable_data();
   py::gil_scoped_release release;
-  self.uniform.resize(count);
-  philox_draws(seed, step, count, self.uniform.data());
-  draw_targets(self.tree.total(), count, stratified, self.uniform.data(), self.uniform.data());
-  self.tree.find(count, self.uniform.data(), out);
+  self.sample(count, seed, step, stratified, out);
   return slots;
 }
 
-void tree_set(OwnedTree& self, const Array<int64_t>& index, const Array<uint32_t>& quantum) {
+void tree_set(SharedTree& self, const Array<int64_t>& index, const Array<uint32_t>& quantum) {
   if (index.size() != quantum.size())
     throw std::invalid_argument("quantum: got " + std::to_string(quantum.size()) +
                                 " elements, accepted: " + std::to_string(index.size()));
@@ -88,8 +73,7 @@ void tree_set(OwnedTree& self, const Array<int64_t>& index, const Array<uint32_t
   const int64_t* slot = index.data();
   const uint32_t* value = quantum.data();
   py::gil_scoped_release release;
-  for (int64_t i = 0; i < count; ++i) self.tree.check(slot[i]);
-  for (int64_t i = 0; i < count; ++i) self.tree.set(slot[i], value[i]);
+  self.set(count, slot, value);
 }
 
 struct ClassHistogramOwner {
@@ -106,6 +90,14 @@ struct ClassHistogramOwner {
       if (labels.data()[i] < 0 || labels.data()[i] >= classes)
         throw std::invalid_argument("labels: got " + std::to_string(labels.data()[i]) + ", accepted: 0 to " +
                                     std::to_string(classes - 1));
+    if (!add) {
+      std::vector<int64_t> left = counts;
+      for (int64_t i = 0; i < labels.size(); ++i)
+        if (--left[labels.data()[i]] < 0)
+          throw std::invalid_argument("labels: got " + std::to_string(labels.data()[i]) +
+                                      " more often than it is held, " +
+                                      std::to_string(counts[labels.data()[i]]));
+    }
     for (int64_t i = 0; i < labels.size(); ++i) {
       const auto label = static_cast<int32_t>(labels.data()[i]);
       add ? histogram.add(label) : histogram.remove(label);
@@ -126,21 +118,31 @@ struct OwnedSlots {
         sums(layout.sums),
         delta(capacity),
         labels(capacity, kUnlabelled),
+        order(capacity),
         meta(kMetaWords),
-        counts(std::max<int64_t>(classes, 0)) {
+        counts(accepted(classes, eviction)) {
+    std::iota(order.begin(), order.end(), 0);
     meta[kMaxPriority] = -1;
     // With alpha 1, eps 0 and scale 1 a priority is its own fixed-point mass.
     core = std::make_unique<ReplayCore>(
         capacity, 0, classes, eviction_named(eviction), PriorityRule{1.0, 0.0, 1.0}, true,
         ReplayState{leaves.data(), sums.data(), delta.data(), generation.data(), labels.data(), meta.data(),
-                    counts.data(), nullptr});
+                    counts.data(), order.data(), nullptr});
+  }
+
+  static int64_t accepted(int64_t classes, const std::string& eviction) {
+    const int64_t least = eviction_named(eviction) == Eviction::kClassBalanced ? 1 : 0;
+    if (classes < least)
+      throw std::invalid_argument("num_classes: got " + std::to_string(classes) + ", accepted: at least " +
+                                  std::to_string(least));
+    return classes;
   }
 
   TreeLayout layout;
   std::vector<uint32_t> leaves, generation;
   std::vector<uint64_t> sums;
   std::vector<float> delta;
-  std::vector<int32_t> labels;
+  std::vector<int32_t> labels, order;
   std::vector<int64_t> meta, counts;
   std::unique_ptr<ReplayCore> core;
 };
@@ -158,31 +160,71 @@ py::array_t<int64_t> slots_insert(OwnedSlots& self, int64_t count, const py::obj
   return index;
 }
 
+// The bookkeeping arrays of a state, each of the right dtype and length.
+ReplayState checked_state(const py::dict& arrays, int64_t capacity, int64_t classes, bool writeable) {
+  const TreeLayout layout(capacity);
+  const auto bits = [&](const char* name) {
+    return reinterpret_cast<uint32_t*>(checked<int32_t>(arrays[name], capacity, name, writeable));
+  };
+  ReplayState state{};
+  state.leaves = bits("leaves");
+  state.sums = reinterpret_cast<uint64_t*>(checked<int64_t>(arrays["sums"], layout.sums, "sums", writeable));
+  state.delta = checked<float>(arrays["delta"], capacity, "delta", writeable);
+  state.generation = bits("generation");
+  state.labels = checked<int32_t>(arrays["labels"], capacity, "labels", writeable);
+  state.meta = checked<int64_t>(arrays["meta"], kMetaWords, "meta", writeable);
+  state.class_counts = checked<int64_t>(arrays["class_counts"], classes, "class_counts", writeable);
+  return state;
+}
+
 // ReplayCore over numpy views, which it keeps alive. Batches come as addresses (torch's data_ptr): the caller
 // in kdfast/reference/replay.py has checked dtype, layout and length, and a numpy view of each would cost
 // more than the work.
 struct BoundCore {
   BoundCore(int64_t capacity, int64_t row_bytes, int64_t classes, const std::string& eviction, double alpha,
             double eps, double scale, bool strict, py::dict arrays)
-      : keep(std::move(arrays)) {
-    const TreeLayout layout(capacity);
-    ReplayState state{};
-    state.leaves = reinterpret_cast<uint32_t*>(checked<int32_t>(keep["leaves"], capacity, "leaves"));
-    state.sums = reinterpret_cast<uint64_t*>(checked<int64_t>(keep["sums"], layout.sums, "sums"));
-    state.delta = checked<float>(keep["delta"], capacity, "delta");
-    state.generation =
-        reinterpret_cast<uint32_t*>(checked<int32_t>(keep["generation"], capacity, "generation"));
-    state.labels = checked<int32_t>(keep["labels"], capacity, "labels");
-    state.meta = checked<int64_t>(keep["meta"], kMetaWords, "meta");
-    state.class_counts = checked<int64_t>(keep["class_counts"], classes, "class_counts");
+      : keep(std::move(arrays)), capacity(capacity), row_bytes(row_bytes), classes(classes) {
+    ReplayState state = checked_state(keep, capacity, classes, true);
     if (row_bytes > 0) state.rows = checked<uint8_t>(keep["rows"], capacity * row_bytes, "rows");
+    const int64_t ordered = keep.contains("order") ? py::len(keep["order"]) : 0;
+    if (ordered > 0) state.order = checked<int32_t>(keep["order"], capacity, "order");
     core = std::make_unique<ReplayCore>(capacity, row_bytes, classes, eviction_named(eviction),
                                         PriorityRule{alpha, eps, scale}, strict, state);
   }
 
   py::dict keep;
+  int64_t capacity, row_bytes, classes;
   std::unique_ptr<ReplayCore> core;
 };
+
+// name -> bytes, all copied at one moment; numpy owns them.
+py::dict core_copy(const BoundCore& self, const std::vector<std::string>& names) {
+  std::vector<ReplayCopy> copies;
+  {
+    py::gil_scoped_release release;
+    copies = self.core->copy(names);
+  }
+  py::dict out;
+  for (size_t i = 0; i < names.size(); ++i) {
+    const int64_t bytes = copies[i].bytes;
+    uint8_t* const data = copies[i].data.release();
+    const py::capsule owner(data, [](void* memory) { delete[] static_cast<uint8_t*>(memory); });
+    out[py::str(names[i])] = py::array_t<uint8_t>(bytes, data, owner);
+  }
+  return out;
+}
+
+void core_load(BoundCore& self, const py::dict& arrays) {
+  ReplayState source = checked_state(arrays, self.capacity, self.classes, false);
+  int64_t rows = 0;
+  if (self.row_bytes > 0) {
+    rows = py::len(arrays["rows"]) / self.row_bytes;
+    if (rows > self.capacity) throw std::invalid_argument("rows: got more than the capacity");
+    source.rows = checked<uint8_t>(arrays["rows"], rows * self.row_bytes, "rows", false);
+  }
+  py::gil_scoped_release release;
+  self.core->load(source, rows);
+}
 
 template <typename T>
 T* at(uintptr_t address) {
@@ -243,19 +285,32 @@ py::dict views(const py::array_t<uint8_t>& whole) {
   return out;
 }
 
-py::dict load(const std::string& path) {
-  std::unique_ptr<detail::File> file;
-  uint64_t size = 0;
+std::unique_ptr<SnapshotFile> snapshot_open(const std::string& path) {
+  py::gil_scoped_release release;
+  return std::make_unique<SnapshotFile>(path);
+}
+
+py::dict snapshot_sizes(const SnapshotFile& self) {
+  py::dict out;
+  for (const SectionEntry& entry : self.entries()) out[py::str(entry.name)] = entry.size;
+  return out;
+}
+
+py::bytes snapshot_section(SnapshotFile& self, const std::string& name, uint64_t limit) {
+  std::vector<uint8_t> data;
   {
     py::gil_scoped_release release;
-    file = std::make_unique<detail::File>(path, O_RDONLY);
-    size = file->size();
+    data = self.section(name, limit);
   }
-  py::array_t<uint8_t> whole(static_cast<int64_t>(size));
+  return py::bytes(reinterpret_cast<const char*>(data.data()), data.size());
+}
+
+py::dict snapshot_read(SnapshotFile& self) {
+  py::array_t<uint8_t> whole(static_cast<int64_t>(self.size()));
   uint8_t* data = whole.mutable_data();
   {
     py::gil_scoped_release release;
-    file->read(data, size);
+    self.read(data);
   }
   return views(whole);
 }

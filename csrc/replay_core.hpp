@@ -5,13 +5,16 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "fixed_point.hpp"
+#include "fork_mutex.hpp"
 #include "philox.hpp"
 #include "priority_tree.hpp"
 #include "ring_slots.hpp"
@@ -23,7 +26,8 @@ struct PriorityRule {
 };
 
 // Where the state lies; every pointer stays its owner's. Sizes: leaves, delta, generation, labels [capacity],
-// sums [layout.sums], meta [kMetaWords], class_counts [classes], rows [capacity * row_bytes] or null.
+// sums [layout.sums], meta [kMetaWords], class_counts [classes], order [capacity] (null: not
+// first-in-first-out, or nothing is ever inserted), rows [capacity * row_bytes] or null.
 struct ReplayState {
   uint32_t* leaves;
   uint64_t* sums;
@@ -32,7 +36,14 @@ struct ReplayState {
   int32_t* labels;
   int64_t* meta;
   int64_t* class_counts;
+  int32_t* order;
   uint8_t* rows;
+};
+
+// A copy of one of the state's arrays.
+struct ReplayCopy {
+  std::unique_ptr<uint8_t[]> data;
+  int64_t bytes = 0;
 };
 
 struct SampleOut {
@@ -63,7 +74,7 @@ class ReplayCore {
         layout_(capacity),
         tree_(layout_, state.leaves, state.sums),
         histogram_(classes, state.class_counts),
-        slots_(policy, tree_, histogram_, state.meta, state.generation, state.labels),
+        slots_(policy, tree_, histogram_, state.meta, state.generation, state.labels, state.order),
         row_bytes_(row_bytes),
         rule_(rule),
         strict_(strict) {}
@@ -72,7 +83,7 @@ class ReplayCore {
   // `priority` null: the running maximum. Nothing is written when an argument is refused.
   void add(int64_t count, const uint8_t* source, const int64_t* labels, const float* priority,
            int64_t* index) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkMutex> lock(mutex_);
     if (labels != nullptr) check_labels(count, labels);
     if (priority != nullptr && strict_) check_finite(count, priority);
     const float fallback = running_max();
@@ -94,7 +105,7 @@ class ReplayCore {
   }
 
   void sample(int64_t count, double beta, bool stratified, const Normalize& normalize, const SampleOut& out) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkMutex> lock(mutex_);
     const uint64_t total = tree_.total();
     if (total == 0) throw std::invalid_argument("sample: the buffer is empty; extend() it first");
     uniform_.resize(count);
@@ -119,7 +130,7 @@ class ReplayCore {
   // are not finite. Of duplicates the last counts, or with `largest` the largest.
   void update(int64_t count, const int64_t* index, const float* priority, const int64_t* generation,
               bool largest) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkMutex> lock(mutex_);
     for (int64_t i = 0; i < count; ++i) {
       tree_.check(index[i]);
       if (generation == nullptr && tree_.leaf(index[i]) == 0)
@@ -148,27 +159,83 @@ class ReplayCore {
 
   // Empty these slots; slots that are empty already are left so.
   void remove(int64_t count, const int64_t* index) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkMutex> lock(mutex_);
     for (int64_t i = 0; i < count; ++i) tree_.check(index[i]);
+    const int64_t before = state_.meta[kLive];
     for (int64_t i = 0; i < count; ++i)
       if (tree_.leaf(index[i]) != 0) evict(index[i]);
+    if (state_.meta[kLive] != before) slots_.vacated(count, index);
   }
 
   // Recompute all sums, and everything that is derived from the shared state.
   void rebuild() {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkMutex> lock(mutex_);
     tree_.rebuild();
     slots_.rebuild();
   }
 
+  // Copies of these arrays, all of one moment. "rows" stops at the last slot in use.
+  std::vector<ReplayCopy> copy(const std::vector<std::string>& names) const {
+    std::vector<ReplayCopy> copies;
+    copies.reserve(names.size());
+    const std::lock_guard<ForkMutex> lock(mutex_);
+    for (const std::string& name : names) {
+      const auto [data, bytes] = array(name);
+      // Not value-initialised: these are overwritten, and may be the size of the buffer.
+      copies.push_back({std::unique_ptr<uint8_t[]>(new uint8_t[bytes]), bytes});
+      if (bytes > 0) std::memcpy(copies.back().data.get(), data, bytes);
+    }
+    return copies;
+  }
+
+  // Replace everything by `source`, of which `rows` rows are there. The caller has checked that it is
+  // consistent.
+  void load(const ReplayState& source, int64_t rows) {
+    const std::lock_guard<ForkMutex> lock(mutex_);
+    const int64_t capacity = layout_.capacity;
+    std::copy_n(source.leaves, capacity, state_.leaves);
+    std::copy_n(source.sums, layout_.sums, state_.sums);
+    std::copy_n(source.delta, capacity, state_.delta);
+    std::copy_n(source.generation, capacity, state_.generation);
+    std::copy_n(source.labels, capacity, state_.labels);
+    std::copy_n(source.meta, int64_t{kMetaWords}, state_.meta);
+    if (histogram_.classes() > 0) std::copy_n(source.class_counts, histogram_.classes(), state_.class_counts);
+    if (rows * row_bytes_ > 0) std::memcpy(state_.rows, source.rows, rows * row_bytes_);
+    slots_.replaced();
+  }
+
+  int64_t word(int position) const {
+    if (position < 0 || position >= kMetaWords) throw std::out_of_range("no such word");
+    const std::lock_guard<ForkMutex> lock(mutex_);
+    return state_.meta[position];
+  }
+
   bool consistent() {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkMutex> lock(mutex_);
     return tree_.consistent();
   }
 
-  int64_t derived_bytes() const { return slots_.bytes(); }
+  int64_t derived_bytes() const {
+    const std::lock_guard<ForkMutex> lock(mutex_);
+    return slots_.bytes();
+  }
 
  private:
+  std::pair<const void*, int64_t> array(const std::string& name) const {
+    const int64_t capacity = layout_.capacity;
+    if (name == "leaves") return {state_.leaves, capacity * 4};
+    if (name == "sums") return {state_.sums, layout_.sums * 8};
+    if (name == "delta") return {state_.delta, capacity * 4};
+    if (name == "generation") return {state_.generation, capacity * 4};
+    if (name == "labels") return {state_.labels, capacity * 4};
+    if (name == "meta") return {state_.meta, kMetaWords * 8};
+    if (name == "class_counts") return {state_.class_counts, histogram_.classes() * 8};
+    if (name != "rows") throw std::invalid_argument("no array is called '" + name + "'");
+    int64_t used = capacity;
+    while (used > 0 && tree_.leaf(used - 1) == 0) --used;
+    return {state_.rows, used * row_bytes_};
+  }
+
   void check_labels(int64_t count, const int64_t* labels) const {
     const int64_t most = histogram_.classes() > 0 ? histogram_.classes() : int64_t{1} << 31;
     for (int64_t i = 0; i < count; ++i)
@@ -275,7 +342,7 @@ class ReplayCore {
   int64_t row_bytes_;
   PriorityRule rule_;
   bool strict_;
-  std::mutex mutex_;
+  mutable ForkMutex mutex_;
   std::vector<uint64_t> uniform_, target_;
   std::vector<uint32_t> quantum_;
   std::vector<double> mass_;

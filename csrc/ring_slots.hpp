@@ -2,6 +2,11 @@
 //
 // A row is known by (slot, generation): the generation is the running number of its insertion (mod 2^32), so
 // it tells a row from those that had the slot before, and orders rows by age.
+//
+// All policies fill free slots first, the lowest first. First-in-first-out keeps all slots in a ring,
+// `order`: from the head on the free ones, ascending, then the rows from the oldest to the newest. The next
+// slot is always the head's, so that a GPU's programs can take theirs at once. Without removals `order` is
+// the identity.
 #pragma once
 
 #include <algorithm>
@@ -15,12 +20,12 @@
 
 namespace kdfast {
 
-// The words of the buffer's state that both devices read and write; kdfast/reference/replay.py and
-// kernels/replay.py name the same positions.
+// The words of the buffer's state that both devices read and write; kdfast/reference/replay/ and
+// kernels/replay/ name the same positions.
 enum Meta : int {
   kSeed,
   kStep,         // draws made so far
-  kHead,         // next slot of the ring
+  kHead,         // fifo: position in `order` of the next slot; else: no free slot lies below this one
   kLive,         // rows held
   kInserted,     // rows ever inserted
   kMaxPriority,  // bits of the largest float32 |delta| seen, -1 before the first
@@ -49,20 +54,21 @@ inline Eviction eviction_named(const std::string& name) {
 class RingSlots {
  public:
   RingSlots(Eviction policy, const PriorityTree& tree, const ClassHistogram& histogram, int64_t* meta,
-            const uint32_t* generation, const int32_t* labels)
+            const uint32_t* generation, const int32_t* labels, int32_t* order)
       : policy_(policy),
         tree_(tree),
         histogram_(histogram),
         meta_(meta),
         generation_(generation),
         labels_(labels),
+        order_(order),
         capacity_(tree.layout().capacity) {
     rebuild();
   }
 
   // The slot for the next row: a free one while there is any, else the policy's victim.
   int64_t allocate() {
-    if (policy_ == Eviction::kFifo) return advance_head();
+    if (policy_ == Eviction::kFifo) return order_[advance_head()];
     if (meta_[kLive] < capacity_) {
       while (tree_.leaf(meta_[kHead]) != 0) advance_head();
       return advance_head();
@@ -82,6 +88,31 @@ class RingSlots {
     if (policy_ == Eviction::kClassBalanced) unlink(slot);
   }
 
+  // These slots were emptied on request, all at once.
+  void vacated(int64_t count, const int64_t* slot) {
+    if (policy_ == Eviction::kFifo) {
+      std::vector<int32_t> rows;
+      rows.reserve(meta_[kLive]);
+      for (int64_t k = 0, at = meta_[kHead]; k < capacity_; ++k, at = after(at))
+        if (tree_.leaf(order_[at]) != 0) rows.push_back(order_[at]);
+      arrange(rows);
+    } else {
+      for (int64_t i = 0; i < count; ++i) meta_[kHead] = std::min(meta_[kHead], slot[i]);
+    }
+  }
+
+  // The shared state was replaced as a whole.
+  void replaced() {
+    if (policy_ == Eviction::kFifo) {
+      arrange(oldest_first<int32_t>());
+    } else if (meta_[kLive] < capacity_) {
+      int64_t free = 0;
+      while (free + 1 < capacity_ && tree_.leaf(free) != 0) ++free;
+      meta_[kHead] = std::min(meta_[kHead], free);
+    }
+    rebuild();
+  }
+
   // The slot's priority has changed.
   void touched(int64_t slot) {
     if (policy_ == Eviction::kLowest) stale_[slot >> kFanoutBits] = 1;
@@ -96,11 +127,7 @@ class RingSlots {
     } else if (policy_ == Eviction::kClassBalanced) {
       next_.assign(capacity_, -1);
       queue_.assign(histogram_.classes() + 1, Queue{});
-      std::vector<int64_t> slots;
-      for (int64_t slot = 0; slot < capacity_; ++slot)
-        if (tree_.leaf(slot) != 0) slots.push_back(slot);
-      std::sort(slots.begin(), slots.end(), [this](int64_t a, int64_t b) { return age(a) > age(b); });
-      for (int64_t slot : slots) push(slot);
+      for (const int64_t slot : oldest_first<int64_t>()) push(slot);
     }
   }
 
@@ -118,10 +145,36 @@ class RingSlots {
   // Insertions since the row in `slot` came; right as long as that is below 2^32.
   uint32_t age(int64_t slot) const { return static_cast<uint32_t>(meta_[kInserted]) - generation_[slot]; }
 
+  template <typename Slot>
+  std::vector<Slot> oldest_first() const {
+    std::vector<Slot> slots;
+    slots.reserve(meta_[kLive]);
+    for (int64_t slot = 0; slot < capacity_; ++slot)
+      if (tree_.leaf(slot) != 0) slots.push_back(static_cast<Slot>(slot));
+    std::sort(slots.begin(), slots.end(), [this](Slot a, Slot b) { return age(a) > age(b); });
+    return slots;
+  }
+
+  int64_t after(int64_t position) const { return position + 1 == capacity_ ? 0 : position + 1; }
+
   int64_t advance_head() {
-    const int64_t slot = meta_[kHead];
-    meta_[kHead] = slot + 1 == capacity_ ? 0 : slot + 1;
-    return slot;
+    const int64_t position = meta_[kHead];
+    meta_[kHead] = after(position);
+    return position;
+  }
+
+  // Write `order`: the free slots from the head on, then these rows.
+  void arrange(const std::vector<int32_t>& rows) {
+    int64_t at = meta_[kHead];
+    for (int64_t slot = 0; slot < capacity_; ++slot) {
+      if (tree_.leaf(slot) != 0) continue;
+      order_[at] = static_cast<int32_t>(slot);
+      at = after(at);
+    }
+    for (const int32_t slot : rows) {
+      order_[at] = slot;
+      at = after(at);
+    }
   }
 
   bool goes_before(int64_t a, int64_t b) const {
@@ -193,6 +246,7 @@ class RingSlots {
   int64_t* meta_;
   const uint32_t* generation_;
   const int32_t* labels_;
+  int32_t* order_;
   int64_t capacity_;
   std::vector<int32_t> block_lowest_;
   std::vector<uint8_t> stale_;

@@ -8,19 +8,12 @@
 // up to 64 bits in a row: no single damaged byte passes. The decoder trusts nothing it has not bounded.
 #pragma once
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <system_error>
 #include <vector>
 
 namespace kdfast {
@@ -91,58 +84,6 @@ T get(const uint8_t* data) {
   return value;
 }
 
-class File {
- public:
-  File(const std::string& path, int flags)
-      : path_(path), handle_(::open(path.c_str(), flags | O_CLOEXEC, 0644)) {
-    if (handle_ < 0) fail("cannot open");
-  }
-  File(const File&) = delete;
-  File& operator=(const File&) = delete;
-  ~File() {
-    if (handle_ >= 0) ::close(handle_);
-  }
-
-  void write(const uint8_t* data, uint64_t size) {
-    while (size > 0) {
-      const ssize_t done = ::write(handle_, data, std::min<uint64_t>(size, 1 << 30));
-      if (done < 0 && errno == EINTR) continue;
-      if (done < 0) fail("cannot write");
-      data += done;
-      size -= static_cast<uint64_t>(done);
-    }
-  }
-
-  void read(uint8_t* data, uint64_t size) {
-    while (size > 0) {
-      const ssize_t done = ::read(handle_, data, std::min<uint64_t>(size, 1 << 30));
-      if (done < 0 && errno == EINTR) continue;
-      if (done < 0) fail("cannot read");
-      if (done == 0) throw SnapshotError(path_ + ": became shorter while it was read");
-      data += done;
-      size -= static_cast<uint64_t>(done);
-    }
-  }
-
-  uint64_t size() {
-    struct stat info;
-    if (::fstat(handle_, &info) != 0) fail("cannot read");
-    return static_cast<uint64_t>(info.st_size);
-  }
-
-  void sync() {
-    if (::fsync(handle_) != 0) fail("cannot write");
-  }
-
- private:
-  [[noreturn]] void fail(const char* what) {
-    throw std::system_error(errno, std::generic_category(), path_ + ": " + what);
-  }
-
-  std::string path_;
-  int handle_;
-};
-
 }  // namespace detail
 
 // The header, table and table checksum for these sections.
@@ -173,35 +114,14 @@ inline std::vector<uint8_t> snapshot_head(const std::vector<Section>& sections) 
   return head;
 }
 
-// Write to a temporary file beside `path`, sync it, and rename it into place: a crash leaves the old file.
-inline void write_snapshot(const std::string& path, const std::vector<Section>& sections) {
-  const std::string temporary = path + ".tmp." + std::to_string(::getpid());
-  const std::string::size_type slash = path.find_last_of('/');
-  const std::string directory = slash == std::string::npos ? "." : path.substr(0, std::max<size_t>(slash, 1));
-  try {
-    detail::File file(temporary, O_WRONLY | O_CREAT | O_TRUNC);
-    const std::vector<uint8_t> head = snapshot_head(sections);
-    const uint8_t zeros[kSnapshotAlign] = {};
-    file.write(head.data(), head.size());
-    uint64_t at = head.size();
-    for (const Section& section : sections) {
-      file.write(zeros, detail::aligned(at) - at);
-      file.write(section.data, section.size);
-      at = detail::aligned(at) + section.size;
-    }
-    if (sections.empty()) file.write(zeros, detail::aligned(at) - at);
-    file.sync();
-    if (std::rename(temporary.c_str(), path.c_str()) != 0)
-      throw std::system_error(errno, std::generic_category(), path + ": cannot be put in place");
-    detail::File(directory, O_RDONLY | O_DIRECTORY).sync();
-  } catch (...) {
-    ::unlink(temporary.c_str());
-    throw;
-  }
-}
+// What the table says of one section.
+struct SectionEntry {
+  std::string name;
+  uint64_t offset = 0, size = 0, crc = 0;
+};
 
-// The sections of a snapshot in memory, all checks done; they point into `data`.
-inline std::vector<Section> decode_snapshot(const uint8_t* data, uint64_t size) {
+// Bytes of header, table and the table's checksum, as the first kSnapshotHeader bytes of a file say.
+inline uint64_t snapshot_head_size(const uint8_t* data, uint64_t size) {
   using detail::get;
   if (size < kSnapshotHeader + 8) throw SnapshotError("truncated: " + std::to_string(size) + " bytes");
   if (std::memcmp(data, kSnapshotMagic, sizeof kSnapshotMagic) != 0)
@@ -211,35 +131,61 @@ inline std::vector<Section> decode_snapshot(const uint8_t* data, uint64_t size) 
     throw SnapshotError("snapshot version " + std::to_string(version) + "; this build reads version " +
                         std::to_string(kSnapshotVersion));
   if (count > kSnapshotMaxSections) throw SnapshotError("damaged: " + std::to_string(count) + " sections");
-  const uint64_t table_end = kSnapshotHeader + count * kSnapshotEntry;
-  if (size < table_end + 8) throw SnapshotError("truncated inside the section table");
+  const uint64_t head = kSnapshotHeader + count * kSnapshotEntry + 8;
+  if (size < head) throw SnapshotError("truncated inside the section table");
+  return head;
+}
+
+// The table of a file of `size` bytes, whose head is in memory: sections follow each other and end with the
+// file.
+inline std::vector<SectionEntry> decode_table(const uint8_t* data, uint64_t size) {
+  using detail::get;
+  const uint64_t head = snapshot_head_size(data, size), table_end = head - 8;
   if (get<uint64_t>(data + table_end) != Crc64::of(data, table_end))
     throw SnapshotError("damaged: checksum mismatch in the header");
   if (get<uint64_t>(data + 16) != size)
     throw SnapshotError("truncated or extended: " + std::to_string(size) + " bytes, written as " +
                         std::to_string(get<uint64_t>(data + 16)));
+  std::vector<SectionEntry> entries;
+  uint64_t at = head;
+  for (const uint8_t* entry = data + kSnapshotHeader; entry < data + table_end; entry += kSnapshotEntry) {
+    const uint8_t* name_end = std::find(entry, entry + kSnapshotName, 0);
+    if (name_end == entry || !std::all_of(entry, name_end, [](uint8_t c) { return c > 32 && c < 127; }))
+      throw SnapshotError("damaged: section " + std::to_string(entries.size()) + " has no printable name");
+    const std::string name(entry, name_end);
+    if (!std::all_of(name_end, entry + kSnapshotName, [](uint8_t c) { return c == 0; }))
+      throw SnapshotError("damaged: section '" + name + "' has bytes after its name");
+    for (const SectionEntry& other : entries)
+      if (other.name == name) throw SnapshotError("damaged: section '" + name + "' is there twice");
+    const uint64_t offset = get<uint64_t>(entry + kSnapshotName),
+                   length = get<uint64_t>(entry + kSnapshotName + 8);
+    if (offset != detail::aligned(at) || offset > size || length > size - offset)
+      throw SnapshotError("damaged: section '" + name + "' lies outside the file");
+    entries.push_back({name, offset, length, get<uint64_t>(entry + kSnapshotName + 16)});
+    at = offset + length;
+  }
+  if (size - at > kSnapshotAlign)  // fewer are padding, which must be zero
+    throw SnapshotError("damaged: bytes after the last section");
+  return entries;
+}
+
+// The sections of a snapshot in memory, all checks done; they point into `data`.
+inline std::vector<Section> decode_snapshot(const uint8_t* data, uint64_t size) {
   std::vector<Section> sections;
-  uint64_t at = table_end + 8;
+  uint64_t at = 0;
   const auto check_padding = [&](uint64_t end) {
     for (; at < end; ++at)
       if (data[at] != 0)
         throw SnapshotError("damaged: padding at byte " + std::to_string(at) + " is not zero");
   };
-  for (uint32_t i = 0; i < count; ++i) {
-    const uint8_t* entry = data + kSnapshotHeader + i * kSnapshotEntry;
-    const uint8_t* name_end = std::find(entry, entry + kSnapshotName, 0);
-    if (name_end == entry || !std::all_of(entry, name_end, [](uint8_t c) { return c > 32 && c < 127; }))
-      throw SnapshotError("damaged: section " + std::to_string(i) + " has no printable name");
-    const std::string name(entry, name_end);
-    const uint64_t offset = get<uint64_t>(entry + kSnapshotName),
-                   length = get<uint64_t>(entry + kSnapshotName + 8);
-    if (offset != detail::aligned(at) || offset > size || length > size - offset)
-      throw SnapshotError("damaged: section '" + name + "' lies outside the file");
-    check_padding(offset);
-    if (get<uint64_t>(entry + kSnapshotName + 16) != Crc64::of(data + offset, length))
-      throw SnapshotError("damaged: checksum mismatch in section '" + name + "'");
-    sections.push_back({name, data + offset, length});
-    at = offset + length;
+  const std::vector<SectionEntry> entries = decode_table(data, size);
+  at = snapshot_head_size(data, size);
+  for (const SectionEntry& entry : entries) {
+    check_padding(entry.offset);
+    if (entry.crc != Crc64::of(data + entry.offset, entry.size))
+      throw SnapshotError("damaged: checksum mismatch in section '" + entry.name + "'");
+    sections.push_back({entry.name, data + entry.offset, entry.size});
+    at = entry.offset + entry.size;
   }
   check_padding(size);
   return sections;

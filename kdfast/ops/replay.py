@@ -7,13 +7,13 @@ First-in-first-out buffers live wholly on their device. The other evictions choo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from kdfast.backend import get_backend, interpreting, resolve
 from kdfast.reference import replay as reference
-from kdfast.reference.replay import ReplayBatch, ReplayState
+from kdfast.reference.replay import ReplayBatch, ReplayState, forks
 
 __all__ = ["add", "on_kernels", "rebuild", "remove", "sample", "update"]
 
@@ -43,7 +43,11 @@ def sample(
     from kdfast.kernels import replay as kernels
 
     layout = (state.layout.offsets, state.layout.counts)
-    return ReplayBatch(*kernels.sample(*_sample_state(state), layout, batch_size, beta, stratified, affine))
+    with state.turns:
+        state.follow()
+        return ReplayBatch(
+            *kernels.sample(*_sample_state(state), layout, batch_size, beta, stratified, affine)
+        )
 
 
 def update(
@@ -64,10 +68,12 @@ def update(
         return
     from kdfast.kernels import replay as kernels
 
-    state.foreign_writes = True
     layout = (state.layout.offsets, state.layout.counts)
     rule = (state.rule.alpha, state.rule.eps, state.rule.scale)
-    kernels.update(*_update_state(state), layout, index, priority, generation, rule, largest)
+    with state.turns:
+        state.follow()
+        kernels.update(*_update_state(state), layout, index, priority, generation, rule, largest)
+        state.foreign_writes = True
 
 
 def add(
@@ -77,28 +83,41 @@ def add(
     priority: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Insert rows; see :func:`kdfast.reference.replay.add`. One launch a ``capacity`` of rows."""
-    if state.eviction != "fifo" or not on_kernels(state):
-        return reference.add(state, samples, labels, priority)
+    if not on_kernels(state):
+        index = reference.add(state, samples, labels, priority)
+        state.filled = state.filled or samples.shape[0] > 0
+        return index
+    with state.turns:
+        state.filled = state.filled or samples.shape[0] > 0
+        if state.eviction != "fifo":
+            return reference.add(state, samples, labels, priority)
+        state.follow()
+        return _add_on_kernels(state, samples, labels, priority)
+
+
+def _add_on_kernels(
+    state: ReplayState, samples: torch.Tensor, labels: torch.Tensor | None, priority: torch.Tensor | None
+) -> torch.Tensor:
     from kdfast.kernels import replay as kernels
 
-    state.foreign_writes = True
     layout = (state.layout.offsets, state.layout.counts)
     rule = (state.rule.alpha, state.rule.eps, state.rule.scale)
+    memory = (*_update_state(state), state.labels, state.class_counts, state.order, state.rows)
     parts = []
     for start in range(0, samples.shape[0], state.capacity):
         part = slice(start, start + state.capacity)
         batch = [None if t is None else t[part] for t in (samples, labels, priority)]
-        parts.append(
-            kernels.add(
-                *_update_state(state), state.labels, state.class_counts, state.rows, layout, *batch, rule
-            )
-        )
+        parts.append(kernels.add(*memory, layout, *batch, rule))
+        state.foreign_writes = True
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=state.device)
 
 
 def remove(state: ReplayState, index: torch.Tensor) -> None:
     """Empty slots; a rare call, always in the C++ core."""
-    reference.remove(state, index)
+    with state.turns:
+        reference.remove(state, index)
+        if on_kernels(state):  # which cannot refuse to draw from nothing
+            state.filled = state.live() > 0
 
 
 def rebuild(state: ReplayState) -> None:
@@ -108,8 +127,10 @@ def rebuild(state: ReplayState) -> None:
         return
     from kdfast.kernels import replay as kernels
 
-    state.foreign_writes = True
-    kernels.rebuild(state.leaves, state.sums, (state.layout.offsets, state.layout.counts))
+    with state.turns:
+        state.follow()
+        state.foreign_writes = True
+        kernels.rebuild(state.leaves, state.sums, (state.layout.offsets, state.layout.counts))
 
 
 def _sample_state(state: ReplayState) -> tuple[torch.Tensor, ...]:
@@ -134,7 +155,13 @@ def _borrowed(
     rows: torch.Tensor | None = None,
     rule: tuple[float, float, float] = (0.0, 0.0, 1.0),
 ) -> ReplayState:
-    """A state over the tensors that an op got; what it does not use is filled with empty memory."""
+    """The buffer's state that an op got the tensors of, so that its locks hold.
+
+    The compiler may hand over copies instead; then a state over them, what is not used filled with empty memory.
+    """
+    own = forks.owner(meta, leaves)
+    if own is not None:
+        return cast(ReplayState, own)
     capacity, device = leaves.numel(), leaves.device
     return ReplayState(
         leaves=leaves,

@@ -9,7 +9,7 @@ import torch
 
 from kdfast.ops import replay as ops
 from kdfast.profiling import annotate
-from kdfast.reference.replay import Eviction, Meta, PriorityRule, ReplayState
+from kdfast.reference.replay import Eviction, PriorityRule, ReplayState
 from kdfast.replay import snapshot
 from kdfast.replay.checks import (
     affine_of,
@@ -18,6 +18,8 @@ from kdfast.replay.checks import (
     check_exponents,
     check_int,
     check_real,
+    check_rows,
+    check_update,
     numbers,
 )
 from kdfast.replay.saving import Saving
@@ -25,6 +27,9 @@ from kdfast.replay.types import ReplayBatch, ReplayStats, TopK
 
 PerChannel = float | Sequence[float] | torch.Tensor
 Normalize = tuple[PerChannel, PerChannel]
+
+#: Pairs of ``normalize`` whose tables are kept.
+_AFFINE_KEPT = 64
 
 
 class PrioritizedReplayBuffer(Saving):
@@ -39,7 +44,11 @@ class PrioritizedReplayBuffer(Saving):
     sync and fit for CUDA graphs. On a GPU, bad values that only a sync could raise are contained and counted
     (see :meth:`stats`); ``strict=True`` raises.
 
-    Methods may be called from several threads of a process. On CUDA they may be called on several streams.
+    Methods may be called from several threads of a process, and on CUDA on several streams: each is done as a whole,
+    before or after the others'. Not ordered are replays of CUDA graphs, and calls inside ``torch.compile``, whose
+    compiled code may work on copies: order those yourself. A process may fork at any time; forked children and
+    started processes that are handed the buffer draw with seeds of their own (the n-th process the n-th). ``pickle``
+    and ``copy`` give a buffer that goes on as this one would.
 
     Args:
         capacity: Slots, 1 to 2³¹.
@@ -50,10 +59,10 @@ class PrioritizedReplayBuffer(Saving):
         beta: β ≥ 0, with αβ < 1: when weights multiply the priorities, as in SSD-KD, αβ = 1 oscillates and more
             diverges.
         eps: ε ≥ 0.
-        eviction: Who makes room in a full buffer: ``"fifo"`` the oldest, ``"lowest"`` the row of lowest
-            priority, ``"class_balanced"`` the oldest row of the largest class; the older of equals. Rows of one
-            ``extend`` enter one after another. On a GPU the latter two choose their victims on the host, with
-            a sync in ``extend``.
+        eviction: Who makes room in a full buffer: ``"fifo"`` the oldest, ``"lowest"`` the row of lowest priority,
+            ``"class_balanced"`` (with ``num_classes``) the oldest of the largest class; the older of equals. Rows of
+            one ``extend`` enter one after another; free slots are filled first, the lowest first. On a GPU the latter
+            two choose their victims on the host, with a sync in ``extend``.
         device: Where rows and bookkeeping live.
         seed: 0 to 2⁶⁴ − 1.
         strict: Raise on priorities that are not finite (and, on a GPU, on everything else that is otherwise
@@ -64,6 +73,7 @@ class PrioritizedReplayBuffer(Saving):
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of its range.
+        MemoryError: The rows cannot be allocated.
 
     Example:
         >>> buffer = PrioritizedReplayBuffer(5000, (3, 32, 32), num_classes=10)
@@ -99,16 +109,21 @@ class PrioritizedReplayBuffer(Saving):
         if num_classes is not None:
             check_int("num_classes", num_classes, 1, 1 << 31)
         check_int("seed", seed, 0, (1 << 64) - 1)
-        for name, value in (("alpha", alpha), ("beta", beta), ("eps", eps)):
+        for name, value in (("alpha", alpha), ("beta", beta), ("eps", eps), ("scale", scale)):
             check_real(name, value)
+        if not isinstance(strict, bool):
+            raise TypeError(f"strict: got {strict!r}, accepted: True or False")
         if not 0 < scale <= 2.0**32:
             raise ValueError(f"scale: got {scale}, accepted: above 0, at most 2^32")
         check_choice("eviction", eviction, get_args(Eviction))
         check_choice("duplicates", duplicates, ("last", "max"))
+        if eviction == "class_balanced" and num_classes is None:
+            raise ValueError(
+                "eviction: got 'class_balanced' with num_classes=None; accepted: with num_classes, or fifo, lowest"
+            )
         check_exponents(alpha, beta)
-        self.beta = float(beta)
-        self.num_classes = num_classes
-        self._seed = seed
+        self._beta = float(beta)
+        self._num_classes = num_classes
         self._largest = duplicates == "max"
         self._state = ReplayState.allocate(
             capacity,
@@ -119,11 +134,8 @@ class PrioritizedReplayBuffer(Saving):
             seed=seed,
             eviction=eviction,
             rule=PriorityRule(float(alpha), float(eps), float(scale)),
-            strict=bool(strict),
+            strict=strict,
         )
-        self._filled = False
-        self._on_cuda = self._state.device.type == "cuda"
-        self._stream: Any = None
         self._affine: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
     # --- what it is -----------------------------------------------------------------------------------------
@@ -149,6 +161,22 @@ class PrioritizedReplayBuffer(Saving):
         return self._state.device
 
     @property
+    def num_classes(self) -> int | None:
+        """Classes counted; None: labels are kept, not counted."""
+        return self._num_classes
+
+    @property
+    def beta(self) -> float:
+        """β of draws that name none. Assign to it to anneal: at least 0, finite, αβ < 1."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        check_real("beta", value)
+        check_exponents(self._state.rule.alpha, value)
+        self._beta = float(value)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the bookkeeping, rows apart."""
         tensors: int = sum(getattr(self._state, name).nbytes for name in ReplayState.BOOKKEEPING)
@@ -156,7 +184,7 @@ class PrioritizedReplayBuffer(Saving):
 
     def __len__(self) -> int:
         """Rows held. On a GPU this waits for the device."""
-        return int(self._state.meta[Meta.LIVE])
+        return self._state.live()
 
     def __repr__(self) -> str:
         rule = self._state.rule
@@ -204,12 +232,9 @@ class PrioritizedReplayBuffer(Saving):
             labels = self._vector("labels", labels, torch.int64, count)
         if priorities is not None:
             priorities = self._vector("priorities", priorities, torch.float32, count)
-        self._order_streams()
         if self._state.strict and ops.on_kernels(self._state):
-            self._check_rows(labels, priorities)
-        index = ops.add(self._state, samples, labels, priorities)
-        self._filled = self._filled or count > 0
-        return index
+            check_rows(labels, priorities, self.num_classes)
+        return ops.add(self._state, samples, labels, priorities)
 
     @annotate("replay.sample")
     def sample(
@@ -239,17 +264,15 @@ class PrioritizedReplayBuffer(Saving):
         Raises:
             ValueError: The buffer is empty; an argument is out of its range.
         """
-        if not isinstance(batch_size, int) or batch_size < 1 or batch_size > 1 << 31:
-            check_int("batch_size", batch_size, 1, 1 << 31)
-        if not self._filled:
+        check_int("batch_size", batch_size, 1, 1 << 31)
+        if not self._state.filled:
             raise ValueError("sample: the buffer is empty; extend() it first")
         if beta is None:
-            beta = self.beta
+            beta = self._beta
         else:
             check_real("beta", beta)
             check_exponents(self._state.rule.alpha, beta)
         affine = None if normalize is None else self._normalization(normalize)
-        self._order_streams()
         drawn = ops.sample(self._state, batch_size, beta, stratified, affine)
         if max_normalize:
             drawn = drawn._replace(weight=drawn.weight / drawn.weight.max())
@@ -279,9 +302,12 @@ class PrioritizedReplayBuffer(Saving):
         priority = self._vector("priority", priority, torch.float32, index.numel())
         if generation is not None:
             generation = self._vector("generation", generation, torch.int64, index.numel())
-        self._order_streams()
         if self._state.strict and ops.on_kernels(self._state):
-            self._check_update(index, priority, generation)
+            with self._state.turns:  # from the check to the write
+                self._state.follow()
+                check_update(self._state.leaves, index, priority, generation)
+                ops.update(self._state, index, priority, generation, self._largest)
+            return
         ops.update(self._state, index, priority, generation, self._largest)
 
     # --- looking inside -------------------------------------------------------------------------------------
@@ -295,7 +321,6 @@ class PrioritizedReplayBuffer(Saving):
         Raises:
             ValueError: An index is out of range.
         """
-        self._order_streams()
         ops.remove(self._state, self._vector("index", index, torch.int64, None))
 
     def class_counts(self) -> torch.Tensor:
@@ -306,8 +331,7 @@ class PrioritizedReplayBuffer(Saving):
         """
         if self.num_classes is None:
             raise ValueError("class_counts: the buffer was made with num_classes=None, which counts nothing")
-        self._order_streams()
-        return self._state.class_counts.clone()
+        return self._state.copies("class_counts")["class_counts"]
 
     def top_k(self, k: int) -> TopK:
         """The rows of the ``k`` highest priorities (all, if there are fewer), the lower slot first of equals.
@@ -316,23 +340,21 @@ class PrioritizedReplayBuffer(Saving):
             ValueError: ``k`` is negative.
         """
         check_int("k", k, 0, 1 << 31)
-        self._order_streams()
-        mass = self._state.leaves.long() & 0xFFFFFFFF
-        k = min(k, len(self))
+        now = self._state.copies("leaves", "delta")
+        mass = now["leaves"].long() & 0xFFFFFFFF
+        k = min(k, int((mass > 0).sum()))
         # Ranks are unique, so that every device returns the same rows: 32 bits of mass, 31 of slot.
         slots = torch.arange(self.capacity, device=self.device)
         index = ((mass << 31) | (self.capacity - 1 - slots)).topk(k).indices
-        return TopK(index, self._state.delta[index])
+        return TopK(index, now["delta"][index])
 
     def stats(self) -> ReplayStats:
         """Counters and moments, read now. On a GPU this waits for the device."""
-        self._order_streams()
         return ReplayStats.of(self._state)
 
     @annotate("replay.rebuild")
     def rebuild(self) -> None:
         """Recompute all sums from the leaves. They are exact at all times: this changes nothing, and proves it."""
-        self._order_streams()
         ops.rebuild(self._state)
 
     # --- arguments ------------------------------------------------------------------------------------------
@@ -344,36 +366,20 @@ class PrioritizedReplayBuffer(Saving):
         """(gain, bias) of float(x)·gain + bias, computed once a pair."""
         mean, std = map(numbers, normalize)
         key = (mean, std)
-        if key not in self._affine:
+        known = self._affine.get(key)
+        if known is None:
             channels = self.sample_shape[0] if self.sample_shape else 0
-            gain, bias = affine_of(mean, std, channels, 255.0 if self.dtype == torch.uint8 else 1.0)
-            self._affine[key] = gain.to(self.device), bias.to(self.device)
-        return self._affine[key]
+            with torch.inference_mode(False):
+                gain, bias = affine_of(mean, std, channels, 255.0 if self.dtype == torch.uint8 else 1.0)
+                known = gain.to(self.device), bias.to(self.device)
+            # A graph under capture goes on reading the tensors, so that only a CPU's may be forgotten.
+            if self._state.on_cpu and len(self._affine) >= _AFFINE_KEPT:
+                self._affine.clear()
+            self._affine[key] = known
+        return known
 
-    def _check_rows(self, labels: torch.Tensor | None, priorities: torch.Tensor | None) -> None:
-        """What the C++ core checks on a CPU, for strict buffers on a GPU; it syncs."""
-        most = self.num_classes or 1 << 31
-        if labels is not None and bool(((labels < 0) | (labels >= most)).any()):
-            raise ValueError(f"labels: got one out of range, accepted: 0 to {most - 1}")
-        if priorities is not None and not bool(priorities.isfinite().all()):
-            raise ValueError("priority: got NaN or infinity, accepted: finite values (strict=True)")
-
-    def _check_update(
-        self, index: torch.Tensor, priority: torch.Tensor, generation: torch.Tensor | None
-    ) -> None:
-        if bool(((index < 0) | (index >= self.capacity)).any()):
-            raise ValueError(f"index: got one out of range, accepted: 0 to {self.capacity - 1}")
-        if generation is None and not bool((self._state.leaves[index] != 0).all()):
-            raise ValueError("index: got an empty slot")
-        self._check_rows(None, priority)
-
-    def _order_streams(self) -> None:
-        """On CUDA, what follows on this stream runs after what other streams were given to do with the buffer."""
-        if self._on_cuda and not torch.cuda.is_current_stream_capturing():
-            stream = torch.cuda.current_stream(self.device)
-            if self._stream is not None and self._stream != stream:
-                stream.wait_stream(self._stream)
-            self._stream = stream
+    def _construct(self, **settings: Any) -> None:
+        PrioritizedReplayBuffer.__init__(self, **settings)
 
     def _config(self) -> dict[str, Any]:
         state = self._state
@@ -383,11 +389,11 @@ class PrioritizedReplayBuffer(Saving):
             "dtype": str(self.dtype).removeprefix("torch."),
             "num_classes": self.num_classes,
             "alpha": state.rule.alpha,
-            "beta": self.beta,
+            "beta": self._beta,
             "eps": state.rule.eps,
             "scale": state.rule.scale,
             "eviction": state.eviction,
-            "seed": self._seed,
+            "seed": state.seed,
             "strict": state.strict,
             "duplicates": "max" if self._largest else "last",
             "device": self.device.type,

@@ -89,3 +89,23 @@ def affine_of(
         raise ValueError(f"normalize: got {mean} and {std}, accepted: finite means, positive deviations")
     means, stds = (torch.tensor(x, dtype=torch.float64).expand(channels) for x in (mean, std))
     return (1 / (unit * stds)).float(), (-means / stds).float()
+
+
+def check_rows(labels: torch.Tensor | None, priorities: torch.Tensor | None, num_classes: int | None) -> None:
+    """What the C++ core checks of rows on a CPU, for strict buffers on a GPU; it syncs."""
+    most = num_classes or 1 << 31
+    if labels is not None and bool(((labels < 0) | (labels >= most)).any()):
+        raise ValueError(f"labels: got one out of range, accepted: 0 to {most - 1}")
+    if priorities is not None and not bool(priorities.isfinite().all()):
+        raise ValueError("priority: got NaN or infinity, accepted: finite values (strict=True)")
+
+
+def check_update(
+    leaves: torch.Tensor, index: torch.Tensor, priority: torch.Tensor, generation: torch.Tensor | None
+) -> None:
+    """The same of an update."""
+    if bool(((index < 0) | (index >= leaves.numel())).any()):
+        raise ValueError(f"index: got one out of range, accepted: 0 to {leaves.numel() - 1}")
+    if generation is None and not bool((leaves[index] != 0).all()):
+        raise ValueError("index: got an empty slot")
+    check_rows(None, priority, None)

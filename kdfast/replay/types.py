@@ -66,9 +66,10 @@ class ReplayStats:
 
     @classmethod
     def of(cls, state: ReplayState) -> ReplayStats:
-        """Read a state."""
-        meta = {word: int(value) for word, value in zip(Meta, state.meta.tolist(), strict=True)}
-        mass = (state.leaves.long() & 0xFFFFFFFF).double()
+        """Read a state, all of it at one moment."""
+        now = state.copies("meta", "leaves", "delta")
+        meta = {word: int(value) for word, value in zip(Meta, now["meta"].tolist(), strict=True)}
+        mass = (now["leaves"].long() & 0xFFFFFFFF).double()
         squares = float((mass * mass).sum())
         bits = meta[Meta.MAX_PRIORITY]
         largest = float(torch.tensor(bits, dtype=torch.int32).view(torch.float32)) if bits >= 0 else math.nan
@@ -79,7 +80,7 @@ class ReplayStats:
             evicted=meta[Meta.EVICTED],
             draws=meta[Meta.STEP],
             max_priority=largest,
-            mean_priority=float(state.delta[state.leaves != 0].double().mean()),
+            mean_priority=float(now["delta"][now["leaves"] != 0].double().mean()),
             effective_size=float(mass.sum()) ** 2 / squares if squares else 0.0,
             non_finite=meta[Meta.NON_FINITE],
             stale=meta[Meta.STALE],

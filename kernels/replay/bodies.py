@@ -1,4 +1,4 @@
-"""Kernel bodies of replay.py: the equations, bytes and launch plans stand there.
+"""Kernel bodies: the equations, bytes and launch plans stand there.
 
 State arrives as int32 and int64 tensors whose bits are u32 and u64 (torch has few operations on unsigned types).
 α, β, ε and the scale arrive as the bits of float64.
@@ -155,11 +155,14 @@ def replay_sample(  # type: ignore[no-untyped-def]
     mass, live = total.to(tl.float64), tl.load(meta + LIVE).to(tl.float64)
     beta = beta_bits.to(tl.int64).to(tl.float64, bitcast=True)
     weight = fixed_pow(mass / (live * quantum), beta)
+    probability = quantum / mass
+    if total == 0:  # a graph replayed after all rows were removed: draws of no row, which count for nothing
+        weight, probability = quantum * 0, quantum * 0
     tl.store(out_index + draw, slot, mask=valid)
     tl.store(out_labels + draw, tl.load(labels + slot).to(tl.int64), mask=valid)
     tl.store(out_generation + draw, _u32(tl.load(generation + slot)), mask=valid)
     tl.store(out_weight + draw, weight.to(tl.float32), mask=valid)
-    tl.store(out_probability + draw, (quantum / mass).to(tl.float32), mask=valid)
+    tl.store(out_probability + draw, probability.to(tl.float32), mask=valid)
     if GATHER:
         _copy_rows(rows, out_rows, slot, draw, valid, gain, bias, 0, words, words, plane, BLOCK, AFFINE)
 
@@ -259,19 +262,20 @@ def replay_update(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["count", "capacity", "classes", "alpha_bits", "eps_bits", "scale_bits"])
 def replay_add(  # type: ignore[no-untyped-def]
-    meta, leaves, sums, delta, generation, labels, class_counts, rows,
+    meta, leaves, sums, delta, generation, labels, class_counts, order, rows,
     source, row_labels, priority, index,
     count, capacity, classes, words, alpha_bits, eps_bits, scale_bits,
     offset1, offset2, offset3, count1, count2, count3,
     LEVELS: tl.constexpr, LABELS: tl.constexpr, PRIORITY: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program, into the slots from the ring's head on; count ≤ capacity keeps the slots distinct."""
+    """ROWS rows a program, into the ring's slots from its head on; count ≤ capacity keeps the slots distinct."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     inside = row < count
     head, inserted = tl.load(meta + HEAD), tl.load(meta + INSERTED)
-    slot = head + row
-    slot = tl.where(slot >= capacity, slot - capacity, slot)
+    position = head + row
+    position = tl.where(position >= capacity, position - capacity, position)
+    slot = tl.load(order + position, mask=inside, other=0).to(tl.int64)
     tl.store(index + row, slot, mask=inside)
 
     # The running maximum before this batch stands in for priorities that are absent or not finite.

@@ -32,7 +32,8 @@ def _levels(offsets: tuple[int, ...], counts: tuple[int, ...]) -> dict[str, int]
 def words(rows: torch.Tensor) -> torch.Tensor:
     """Rows as ``[n, words]`` of int32 where they divide into that, else bytes, so that copies are wide."""
     flat = rows.reshape(rows.shape[0], -1).view(torch.uint8)
-    aligned = flat.shape[1] % 4 == 0 and flat.data_ptr() % 4 == 0
+    # Rows of no elements have nothing to widen, and no stride that divides.
+    aligned = flat.shape[1] > 0 and flat.shape[1] % 4 == 0 and flat.data_ptr() % 4 == 0
     return flat.view(torch.int32) if aligned else flat
 
 
@@ -146,6 +147,7 @@ def add(
     generation: torch.Tensor,
     labels: torch.Tensor,
     class_counts: torch.Tensor,
+    order: torch.Tensor,
     rows: torch.Tensor,
     layout: tuple[tuple[int, ...], tuple[int, ...]],
     samples: torch.Tensor,
@@ -167,7 +169,7 @@ def add(
         launch(
             bodies.replay_add,
             (triton.cdiv(count, plan.rows),),
-            meta, leaves, sums, delta, generation, labels, class_counts, target,
+            meta, leaves, sums, delta, generation, labels, class_counts, order, target,
             source, index if row_labels is None else row_labels, delta if priority is None else priority, index,
             count, capacity, class_counts.numel(), source.shape[1], *map(double_bits, rule),
             **_levels(*layout),

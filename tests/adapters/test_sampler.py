@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import kdfast
 from kdfast.adapters import PrioritySampler, torchrl_sampler
 from kdfast.errors import MissingExtraError
 from kdfast.replay import PrioritizedReplayBuffer
 from tests.conftest import INTERPRETING
 
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="nothing here launches a kernel")
+pytestmark = pytest.mark.interpreter if INTERPRETING else []  # on the kernels too: rows of no elements
+
+
+@pytest.fixture(autouse=True)
+def _backend() -> Iterator[None]:
+    with kdfast.use_backend("triton" if INTERPRETING else "reference"):
+        yield
 
 
 def filled(capacity: int = 8, rows: int = 6, **options: Any) -> PrioritySampler:

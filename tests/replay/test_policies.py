@@ -15,7 +15,7 @@ import torch
 import kdfast
 from kdfast.replay import PrioritizedReplayBuffer, modulation
 from tests.conftest import INTERPRETING, Target
-from tests.replay.test_buffer import make, numbered, small  # helpers
+from tests.replay.test_buffer import make, small  # helpers
 
 # --- who leaves ----------------------------------------------------------------------------------------------
 
@@ -24,7 +24,7 @@ class Model:
     """What the three policies mean, on a list of (slot, label, priority), oldest first."""
 
     def __init__(self, capacity: int, eviction: str) -> None:
-        self.capacity, self.eviction, self.rows, self.head = capacity, eviction, [], 0
+        self.capacity, self.eviction, self.rows = capacity, eviction, []
 
     def victim(self) -> int:
         if self.eviction == "fifo":
@@ -35,7 +35,8 @@ class Model:
         return min(range(len(labels)), key=lambda at: (-labels.count(labels[at]), at))
 
     def insert(self, label: int, priority: float) -> int:
-        slot = self.rows.pop(self.victim())[0] if len(self.rows) == self.capacity else len(self.rows)
+        free = sorted(set(range(self.capacity)) - {slot for slot, _, _ in self.rows})
+        slot = free[0] if free else self.rows.pop(self.victim())[0]
         self.rows.append((slot, label, priority))
         return slot
 
@@ -58,13 +59,73 @@ def test_evictions_are_the_models(target: Target, eviction: str, capacity: int) 
         assert index.tolist() == expected
         held = np.bincount([label for _, label, _ in model.rows], minlength=5)
         assert buffer.class_counts().tolist() == held.tolist()
-        slots = rng.permutation(len(model.rows))[: min(count, 20)]
+        slots = rng.permutation([slot for slot, _, _ in model.rows])[: min(count, 20)]
         fresh = rng.integers(1, 4, len(slots)).astype(np.float32)
         buffer.update_priority(slots.tolist(), fresh.tolist())
         for slot, priority in zip(slots.tolist(), fresh.tolist(), strict=True):
             model.update(slot, priority)
+        if step % 3 == 1:
+            gone = rng.integers(0, capacity, int(rng.integers(1, capacity + 1))).tolist()
+            buffer.remove(gone)
+            model.rows = [row for row in model.rows if row[0] not in gone]
+            assert len(buffer) == len(model.rows)
+        if step % 5 == 4:  # what is restored goes on alike
+            state = buffer.state_dict()
+            buffer = make(capacity, num_classes=5, eviction=eviction, device=target.device)
+            buffer.load_state_dict(state)
     kept = {slot: priority for slot, _, priority in model.rows}
-    assert buffer._state.delta.tolist()[: len(kept)] == [kept[slot] for slot in sorted(kept)]
+    delta, leaves = buffer._state.delta.tolist(), buffer._state.leaves.tolist()
+    assert {slot: delta[slot] for slot in range(capacity) if leaves[slot]} == kept
+
+
+@pytest.mark.parametrize("eviction", ["fifo", "lowest", "class_balanced"])
+def test_a_free_slot_is_used_before_a_row_leaves(target: Target, eviction: str) -> None:
+    buffer = make(3, num_classes=1, eviction=eviction, device=target.device)
+    buffer.extend(torch.arange(3.0), [0] * 3, [1.0, 2.0, 3.0])
+    buffer.remove([2])
+    assert buffer.extend(torch.tensor([9.0]), [0], [4.0]).tolist() == [2]
+    assert buffer._state.rows.tolist() == [0, 1, 9]
+    assert (len(buffer), buffer.stats().evicted) == (3, 0)
+    buffer.remove([1])
+    assert buffer.extend(torch.tensor([8.0]), [0], [5.0]).tolist() == [1]
+    # Full again: the oldest leave, wherever they lie.
+    assert buffer.extend(torch.tensor([7.0, 6.0]), [0, 0], [6.0, 7.0]).tolist() == [0, 2]
+
+
+def _row_operations(eviction: str, operations: int) -> int:
+    """A buffer and the plain model side by side, one row operation after another."""
+    rng = np.random.default_rng(3)
+    capacity = 60
+    buffer, model = make(capacity, num_classes=5, eviction=eviction), Model(capacity, eviction)
+    done = 0
+    while done < operations:
+        count = int(rng.integers(1, 80))
+        labels, priorities = rng.integers(0, 5, count), rng.integers(1, 9, count).astype(np.float32)
+        index = buffer.extend(torch.zeros(count), labels.tolist(), priorities.tolist())
+        assert index.tolist() == [
+            model.insert(int(label), float(p)) for label, p in zip(labels, priorities, strict=True)
+        ]
+        slots = rng.permutation([slot for slot, _, _ in model.rows])[:40]
+        fresh = rng.integers(1, 9, len(slots)).astype(np.float32)
+        buffer.update_priority(slots.tolist(), fresh.tolist())
+        found = dict(zip(slots.tolist(), fresh.tolist(), strict=True))
+        model.rows = [(slot, label, found.get(slot, p)) for slot, label, p in model.rows]
+        gone = set(rng.integers(0, capacity, int(rng.integers(0, 20))).tolist())
+        buffer.remove(sorted(gone))
+        model.rows = [row for row in model.rows if row[0] not in gone]
+        done += count + len(slots) + len(gone)
+        if done % 7 == 0:
+            assert len(buffer) == len(model.rows)
+            held = np.bincount([label for _, label, _ in model.rows], minlength=5)
+            assert buffer.class_counts().tolist() == held.tolist()
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("eviction", ["fifo", "lowest", "class_balanced"])
+def test_a_million_row_operations_are_the_models(eviction: str) -> None:
+    assert _row_operations(eviction, 1_000_000) >= 1_000_000
 
 
 def test_class_balanced_eviction_levels_the_classes(target: Target) -> None:
@@ -134,6 +195,11 @@ def test_threads_share_a_buffer() -> None:
         ({"alpha": 1.0, "beta": 1.0}, ValueError, "product is 1; accepted: below 1"),
         ({"alpha": 2.0, "beta": 0.6}, ValueError, "product is 1.2; accepted: below 1"),
         ({"scale": 0.0}, ValueError, "scale: got 0.0"),
+        ({"scale": "1"}, TypeError, "scale: got '1'"),
+        ({"strict": 1}, TypeError, "strict: got 1"),
+        ({"eviction": "class_balanced"}, ValueError, "eviction: got 'class_balanced' with num_classes=None"),
+        ({"sample_shape": (1 << 40, 1 << 40)}, ValueError, "capacity, sample_shape: got 4 and"),
+        ({"sample_shape": (1 << 50,)}, MemoryError, "capacity, sample_shape: got 4 and"),
         ({"eviction": "lifo"}, ValueError, "eviction: got 'lifo', accepted: fifo, lowest, class_balanced"),
         ({"duplicates": "first"}, ValueError, "duplicates: got 'first', accepted: last, max"),
         ({"seed": -1}, ValueError, "seed: got -1"),
@@ -270,47 +336,6 @@ def test_modulation_takes_the_buffers_counts(target: Target) -> None:
 def test_modulation_refuses(args: tuple[Any, ...], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         modulation(*args)
-
-
-# --- CUDA only -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-def test_graph_replays_draw_anew() -> None:
-    buffer = numbered(5000, torch.rand(5000) + 0.1, device="cuda")
-    static = buffer.sample(256)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            static = buffer.sample(256)
-            buffer.update_priority(static.index, static.weight, static.generation)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            static = buffer.sample(256)
-            buffer.update_priority(static.index, static.weight, static.generation)
-    seen = set()
-    for _ in range(1000):
-        graph.replay()
-        seen.add(tuple(static.index.tolist()))
-    assert len(seen) == 1000
-    before = buffer._state.sums.clone()
-    buffer.rebuild()
-    assert torch.equal(before, buffer._state.sums)
-
-
-@pytest.mark.gpu
-def test_streams_wait_for_each_other() -> None:
-    buffer = make(1000, (1000,), device="cuda")
-    rows = torch.arange(1000.0, device="cuda").expand(1000, 1000).t().contiguous()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(10_000_000)
-        buffer.extend(rows)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        batch = buffer.sample(64)
-    torch.cuda.synchronize()
-    assert torch.equal(batch.samples[:, 0].long(), batch.index)
 
 
 def test_the_package_names_the_contract() -> None:

@@ -116,7 +116,7 @@ def update(s: ReplayState, largest: bool = False) -> Callable[[Any], Any]:
 
 def add(s: ReplayState) -> Callable[[Any], Any]:
     layout = (s.layout.offsets, s.layout.counts)
-    tensors = (s.meta, s.leaves, s.sums, s.delta, s.generation, s.labels, s.class_counts, s.rows)
+    tensors = (s.meta, s.leaves, s.sums, s.delta, s.generation, s.labels, s.class_counts, s.order, s.rows)
     rows = torch.zeros(4, *s.rows.shape[1:], dtype=torch.uint8)
     labels = torch.zeros(4, dtype=torch.int64)
     return lambda kernels: kernels.add(*tensors, layout, rows, labels, torch.zeros(4), RULE)

@@ -173,7 +173,9 @@ class Twin:
             assert torch.equal(getattr(self.here, name).cpu(), getattr(self.there, name)), name
 
 
-def random_operations(twin: Twin, steps: int, batch: int, generator: torch.Generator) -> int:
+def random_operations(
+    twin: Twin, steps: int, batch: int, generator: torch.Generator, *, removals: bool = False
+) -> int:
     """Inserts, draws and updates with bad values among them; returns how many rows were touched."""
     capacity, touched = twin.there.capacity, 0
     for step in range(steps):
@@ -189,6 +191,10 @@ def random_operations(twin: Twin, steps: int, batch: int, generator: torch.Gener
             drawn = twin.call(ops.sample, count, BETA, kind != 2)
             generation = drawn.generation + (noise > 8)  # some are stale
             twin.call(ops.update, drawn.index, noise, generation if kind == 3 else None, kind == 2)
+        if removals and step % 5 == 3:
+            twin.call(ops.remove, torch.randint(0, capacity, (count,), generator=generator))
+            if not twin.there.live():
+                twin.call(ops.add, torch.zeros(1, *twin.there.rows.shape[1:], dtype=twin.there.rows.dtype))
         touched += count
         assert int(twin.there.sums[0]) == int((twin.there.leaves.long() & 0xFFFFFFFF).sum())
     return touched
@@ -203,6 +209,31 @@ def test_random_operations_are_bitwise_equal_to_the_core(
     twin.compare()
     twin.call(ops.rebuild)
     twin.compare()
+
+
+@pytest.mark.parametrize("eviction", ["fifo", "lowest", "class_balanced"])
+@pytest.mark.parametrize("capacity", [1, 7, 300])
+def test_with_removals_too(target: Target, capacity: int, eviction: str, generator: torch.Generator) -> None:
+    twin = Twin(target, capacity, (3,), torch.uint8, eviction=eviction)
+    random_operations(twin, 24, 40, generator, removals=True)
+    twin.compare()
+
+
+def test_rows_of_no_elements(target: Target, generator: torch.Generator) -> None:
+    twin = Twin(target, 5, (0,), torch.uint8)
+    random_operations(twin, 8, 4, generator)
+    twin.compare()
+
+
+def test_a_tree_without_rows_is_drawn_from_as_nothing(target: Target) -> None:
+    """What a graph that is replayed after the last removal does, since it cannot refuse."""
+    if target.backend == "reference":
+        pytest.skip("the CPU raises")
+    state = filled(torch.ones(4, device=target.device))
+    ops.remove(state, torch.arange(4, device=target.device))
+    drawn = ops.sample(state, 3, BETA)
+    assert drawn.weight.tolist() == drawn.probability.tolist() == [0.0] * 3
+    assert not state.filled
 
 
 @pytest.mark.slow
