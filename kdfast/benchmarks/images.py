@@ -136,6 +136,8 @@ def _crop_case(inputs: _Crops, settings: Settings) -> Case:
         Provider("torch.compile", lambda: plain(compiled(eager_crop))(), graph=not inputs.trains),
         Provider("kdfast", lambda: built(ours), traffic, graph=not inputs.trains),
     )
+    if settings.device == "cuda" and settings.quick and not settings.tiny:
+        providers = providers[1:]  # a thousand launches a call: seconds of a GPU, to say what everybody knows
     params = {"shape": "x".join(map(str, inputs.shape)), "dtype": str(inputs.dtype).removeprefix("torch.")}
     name = f"crop, flip, normalise, {BOTH[inputs.trains]}"
     return Case("images", name, params, inputs.turns, providers, inputs.check, inputs.shape[0], "images")

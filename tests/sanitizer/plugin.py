@@ -1,0 +1,131 @@
+"""Run tests marked ``gpu`` without a GPU, and fail on accesses out of bounds, races between programs, unwritten memory.
+
+    python -m pytest -p tests.sanitizer.plugin --sanitize 90 -m "gpu and not slow" tests/kernels
+
+ttsem executes the IR that Triton compiles, program after program, on CPU tensors that say they are on a GPU, and keeps
+a log of every access. This plugin opens its session (in each worker, under xdist), answers the questions to
+``torch.cuda`` that it leaves open, tells it what tickets order (order.py), leaves out what needs a real device, and
+sums up by kernel and line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sanitizer.machine import MULTIPROCESSORS, pretend
+from tests.sanitizer.order import respecting_tickets
+
+ROOT = Path(__file__).parents[2]
+#: Test names that say: this needs torch's CUDA build, and a device that captures, compiles or copies beside the host.
+NEEDS_A_DEVICE = ("opcheck", "compile", "captur", "graph", "stream", "sync", "autocast", "memory")
+#: Dtypes that add nothing here: float64 runs the reference, and half precisions differ in conversions only.
+SAME_ACCESSES = ("float64", "float16")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sanitizer")
+    group.addoption("--sanitize", type=int, metavar="CC", help="compute capability: 80, 90 or 100")
+    group.addoption("--sanitize-thorough", action="store_true", help="with every dtype")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    capability = config.getoption("--sanitize")
+    if capability is None:
+        raise pytest.UsageError("--sanitize: a compute capability is needed: 80, 90 or 100")
+    if capability not in MULTIPROCESSORS:
+        raise pytest.UsageError(f"--sanitize: got {capability}; accepted: {sorted(MULTIPROCESSORS)}")
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Summary(None), "sanitizer-summary")
+        return  # the workers run the tests
+    os.environ["KDFAST_MACHINE"] = f"{capability}:{MULTIPROCESSORS[capability]}"
+    stack = contextlib.ExitStack()
+    state = stack.enter_context(session(capability))
+    config.pluginmanager.register(Summary(state), "sanitizer-summary")
+    config.add_cleanup(stack.close)
+
+
+@contextlib.contextmanager
+def session(capability: int) -> Iterator[Any]:
+    """While open, every launch of this process is executed and checked."""
+    from ttsem import sanitize
+
+    plain = sanitize.pidraces.find_race
+    sanitize.pidraces.find_race = respecting_tickets(plain)
+    try:
+        with sanitize.session(capability, "<pytest>") as state:
+            undo = pretend(capability)
+            try:
+                yield state
+            finally:
+                undo()
+    finally:
+        sanitize.pidraces.find_race = plain
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    thorough = config.getoption("--sanitize-thorough")
+    kept, left = [], []
+    for item in items:
+        function = item.name.partition("[")[0]
+        words = item.name.partition("[")[2].rstrip("]").split("-")
+        real = any(word in function for word in NEEDS_A_DEVICE)
+        twice = not thorough and any(word in SAME_ACCESSES for word in words)
+        (left if real or twice else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    error = call.excinfo.value if call.excinfo else None
+    fault = getattr(error, "fault", None)
+    if fault is not None:
+        source = Path(fault.source_file)
+        where = source.relative_to(ROOT) if source.is_relative_to(ROOT) else source
+        report.user_properties.append(("fault", (fault.kind, f"{where}:{fault.source_line}", fault.kernel)))
+    return report
+
+
+class Summary:
+    """Counts launches and faults, across workers too, and prints them last."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+        self.launches = self.unchecked = 0
+        self.faults: Counter[tuple[str, str, str]] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties:
+            if name == "fault":
+                self.faults[tuple(value)] += 1  # type: ignore[index]
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.state is not None:
+            self.launches, self.unchecked = self.state.launches, self.state.races_unchecked
+            output = getattr(session.config, "workeroutput", None)
+            if output is not None:
+                output["sanitizer"] = [self.launches, self.unchecked]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        launches, unchecked = getattr(node, "workeroutput", {}).get("sanitizer", (0, 0))
+        self.launches += launches
+        self.unchecked += unchecked
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        terminalreporter.section("sanitizer")
+        terminalreporter.write_line(
+            f"{self.launches} launches executed, {self.unchecked} of them too large to search for races"
+        )
+        for (kind, where, kernel), count in sorted(self.faults.items()):
+            terminalreporter.write_line(f"{kind}: {where} in {kernel} ({count} tests)")
+        if not self.faults:
+            terminalreporter.write_line("no access out of bounds, no race, no read of unwritten memory")
