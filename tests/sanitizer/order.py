@@ -16,6 +16,8 @@ from typing import Any
 Entry = tuple[Any, ...]
 #: How Triton's IR writes a memory order of acquire and release.
 ACQUIRE_RELEASE = ("sem = 4", "acq_rel")
+#: Stands for every program but the one that came last.
+OTHERS = "another"
 
 
 def is_ticket(entry: Entry) -> bool:
@@ -27,7 +29,7 @@ def parts(log: list[Entry]) -> Iterator[list[Entry]]:
     """Sub-logs that together hold every pair of accesses that no ticket orders, and none that one does.
 
     First everything but what the last program to take a ticket did after it. Then, for each such program, that, with
-    what the others did after *their* tickets, and with all that those did who never took one.
+    what the others did after *their* tickets, and with all that those did who never took this one.
     """
     taken: dict[int, dict[Any, int]] = {}  # address of a ticket -> program -> where in the log it took it, at last
     for at, entry in enumerate(log):
@@ -51,7 +53,7 @@ def parts(log: list[Entry]) -> Iterator[list[Entry]]:
         low, high = min(span[0] for span in spans), max(span[1] for span in spans)
         # Which of the others' accesses the ticket came after: those before their own, of any ticket of the group.
         unordered = [
-            entry
+            (OTHERS, *entry[1:])  # as one: what they do to each other is for the first part to find
             for at, entry in enumerate(log)
             if entry[0] != last
             and at > max(group.get(entry[0], -1) for group in groups)
