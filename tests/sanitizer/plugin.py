@@ -27,12 +27,18 @@ ROOT = Path(__file__).parents[2]
 NEEDS_A_DEVICE = ("opcheck", "compile", "captur", "graph", "stream", "sync", "autocast", "memory")
 #: Dtypes that add nothing here: float64 runs the reference, and half precisions differ in conversions only.
 SAME_ACCESSES = ("float64", "float16")
+#: Tests of a hundred thousand rows, or of bits that every layout shares: minutes each where a lane is a Python number.
+TOO_LONG = (
+    "test_a_hundred_thousand_rows_of_random_operations",
+    "test_three_levels_are_bitwise_equal_to_the_core",
+    "test_any_layout_gives_the_same_step",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sanitizer")
     group.addoption("--sanitize", type=int, metavar="CC", help="compute capability: 80, 90 or 100")
-    group.addoption("--sanitize-thorough", action="store_true", help="with every dtype")
+    group.addoption("--sanitize-thorough", action="store_true", help="with every dtype, and the long ones")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,7 +81,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         function = item.name.partition("[")[0]
         words = item.name.partition("[")[2].rstrip("]").split("-")
-        real = any(word in function for word in NEEDS_A_DEVICE)
+        real = any(word in function for word in NEEDS_A_DEVICE) or (function in TOO_LONG and not thorough)
         twice = not thorough and any(word in SAME_ACCESSES for word in words)
         (left if real or twice else kept).append(item)
     items[:] = kept
