@@ -33,6 +33,7 @@ for word in "$@"; do
   esac
 done
 PYTHON=${PYTHON:-python3}
+[[ $OUT == /* ]] || OUT=$PWD/$OUT
 if [[ -e $OUT/results.jsonl && ! $RESUME ]]; then
   echo "gpu_campaign: $OUT holds a campaign; --resume goes on with it, or name another folder" >&2
   exit 2
@@ -65,23 +66,5 @@ if compgen -G "$WHEELS/*.whl" > /dev/null; then
     "$WHEELS"/*.whl || echo "gpu_campaign: the wheels of $WHEELS could not be installed; their rows will say so" >&2
 fi
 
-"$PYTHON" - "$DRY" << 'E' || exit 1
-import sys
-try:
-    import torch, triton
-except ImportError as error:
-    sys.exit(f"gpu_campaign: {sys.executable}: {error}")
-if not sys.argv[1] and not torch.cuda.is_available():
-    sys.exit("gpu_campaign: torch finds no CUDA device; --dry-run tries every step on a CPU")
-E
-# Before OUT is made: a wrong part must not leave a folder behind.
-(
-  cd "$STAGE" || exit
-  "$PYTHON" -c 'import os; from bench.campaign.plan import chosen; chosen(os.environ.get("PARTS", ""))' 2>&1 |
-    sed -n 's/^ValueError: /gpu_campaign: /p' >&2
-  exit "${PIPESTATUS[0]}"
-) || exit 2
-mkdir -p "$OUT" "$CACHE" || exit 2
-OUT=$(cd "$OUT" && pwd)
 [[ $DRY ]] && echo "dry run on a CPU: nothing that is timed here means anything"
-cd "$STAGE" && "$PYTHON" -m bench.campaign "$OUT" "$STAGE" ${DRY:+"$DRY"}
+mkdir -p "$CACHE" && cd "$STAGE" && "$PYTHON" -m bench.campaign "$OUT" "$STAGE" ${DRY:+"$DRY"}

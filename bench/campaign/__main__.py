@@ -30,6 +30,11 @@ def main() -> int:
     except ValueError as error:
         print(f"gpu_campaign: {error}", file=sys.stderr)
         return 2
+    lacking = missing(dry=given.dry)
+    if lacking:
+        print(f"gpu_campaign: {lacking}", file=sys.stderr)
+        return 1
+    given.out.mkdir(parents=True, exist_ok=True)
     if given.dry:  # a CPU may be slow, and shared
         parts, budget = tuple(replace(part, seconds=DRY * part.seconds) for part in parts), DRY * budget
     journal = Journal(given.out / "results.jsonl")
@@ -39,6 +44,18 @@ def main() -> int:
     print("\n".join(["", "== summary ==", *summary(journal), *(f"{n:<12} {v}" for n, v in verdicts.items())]))
     print(f"python -m bench.collect {given.out} makes tables of it.")
     return 0 if all(verdict == OK or verdict.startswith("absent") for verdict in verdicts.values()) else 1
+
+
+def missing(*, dry: bool) -> str:
+    """What stands against a campaign here; nothing, as a rule."""
+    try:
+        import torch
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"{sys.executable}: {error}"
+    if not dry and not torch.cuda.is_available():
+        return "torch finds no CUDA device; --dry-run tries every step on a CPU"
+    return ""
 
 
 def summary(journal: Journal) -> list[str]:
