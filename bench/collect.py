@@ -32,7 +32,9 @@ def result_of(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     environments = [record for record in records if record.get("kind") == "environment"]
     if not environments:
-        raise ConfigError("collect: no environment in results.jsonl; the campaign ended before its first part did")
+        raise ConfigError(
+            "collect: no environment in results.jsonl; the campaign ended before its first part did"
+        )
     names = sorted({record["name"] for record in environments})
     if len(names) > 1:
         raise ConfigError(f"collect: rows of {' and of '.join(names)} in one results.jsonl")
@@ -48,7 +50,11 @@ def result_of(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if record.get("kind") in ("error", "crash")
     ]
     told = {key: value for key, value in environments[-1].items() if key != "kind"}
-    return {**told, "cases": sorted(best.values(), key=lambda row: SUITES.index(row["suite"])), "errors": errors}
+    return {
+        **told,
+        "cases": sorted(best.values(), key=lambda row: SUITES.index(row["suite"])),
+        "errors": errors,
+    }
 
 
 def _timed(row: dict[str, Any]) -> int:
@@ -63,7 +69,10 @@ def checks(records: Sequence[dict[str, Any]]) -> str:
     parts = {record["part"]: record for record in records if record.get("kind") == "part"}
     lines = ["# What was checked", "", "| Part | Verdict | Seconds |", "|---|---|---|"]
     lines += [f"| {name} | {part['verdict']} | {part['seconds']:.0f} |" for name, part in parts.items()]
-    lines += ["", f"Tests: {', '.join(f'{count} {name}' for name, count in sorted(counts.items())) or 'none'}."]
+    lines += [
+        "",
+        f"Tests: {', '.join(f'{count} {name}' for name, count in sorted(counts.items())) or 'none'}.",
+    ]
     lines += ["", "| Against float64 | Error | Limit |", "|---|---|---|"]
     lines += [f"| {name} | {_figure(row['error'])} | {row.get('limit', '')} |" for name, row in smoke.items()]
     for record in tests.values():

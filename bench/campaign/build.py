@@ -21,7 +21,15 @@ def main() -> int:
     folders = [stage / "csrc", *cpp_extension.include_paths(), sysconfig.get_path("include")]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     fresh, target = stage / "kdfast" / "_C.new", stage / "kdfast" / f"_C{suffix}"
-    options = "-std=c++17 -O3 -fPIC -shared -fvisibility=hidden -ffp-contract=off -pthread".split()
+    options = [
+        "-std=c++17",
+        "-O3",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        "-pthread",
+    ]
     sources = sorted(map(str, (stage / "csrc").glob("*.cpp")))
     words = [compiler, *options, *(f"-I{folder}" for folder in folders), *sources, "-o", str(fresh)]
     code = subprocess.run(words, check=False).returncode

@@ -6,6 +6,7 @@ a worker that crashes and a driver that is killed lose the case in their hands a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -57,7 +58,9 @@ def campaign(
         say(f"== {part.name}: at {start:.0f} s, for {max(0.0, left):.0f} s")
         verdict = execute(part, left) if left >= LEAST else NO_TIME
         seconds = clock() - began - start
-        journal.append({"kind": "part", "part": part.name, "verdict": verdict, "at": start, "seconds": seconds})
+        journal.append(
+            {"kind": "part", "part": part.name, "verdict": verdict, "at": start, "seconds": seconds}
+        )
         say(f"   {part.name}: {verdict} after {seconds:.0f} s")
         verdicts[part.name] = verdict
     return verdicts
@@ -145,8 +148,12 @@ class Shell:
         if tool is None:
             return "absent: ncu is not installed"
         # The first launch of each kernel of ours; a count of launches would be spent on the first family alone.
-        kernels = "regex:^(kd_|pair_|dist_|topk_|denoise|bn_|noise_|add_noise|embedding_|reparam|replay_|crop)"
-        sections = [f"--section={s}" for s in ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis")]
+        kernels = (
+            "regex:^(kd_|pair_|dist_|topk_|denoise|bn_|noise_|add_noise|embedding_|reparam|replay_|crop)"
+        )
+        sections = [
+            f"--section={s}" for s in ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis")
+        ]
         words = [tool, "--clock-control", "none", "--kernel-id", f"::{kernels}:1", *sections]
         csv = ["--csv", "--log-file", str(self.out / "ncu.csv")]
         return self._once([*words, *csv, *self._smoke_command(), "--large"], until)
@@ -164,7 +171,15 @@ class Shell:
         return OK if verdict == "failed with 1" else verdict  # tests that fail are results, each in its row
 
     def _worker(self, part: Part, kind: str, share: str = "0/1") -> list[str]:
-        words = [self.python, "-m", "bench.campaign.worker", kind, part.name, "--rows", str(self.journal.path)]
+        words = [
+            self.python,
+            "-m",
+            "bench.campaign.worker",
+            kind,
+            part.name,
+            "--rows",
+            str(self.journal.path),
+        ]
         return [*words, "--share", share, *(["--dry"] if self.dry else [])]
 
     def _smoke_command(self) -> list[str]:
@@ -231,10 +246,8 @@ class Shell:
             return None
         finally:
             for process in running:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
                 process.wait()
 
 

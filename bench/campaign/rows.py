@@ -32,7 +32,9 @@ class Rows:
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         # Nobody runs a test before all have collected, so that all workers read the same rows.
-        passed = {r["id"] for r in self.journal.records() if r.get("kind") == "test" and r["outcome"] == "passed"}
+        passed = {
+            r["id"] for r in self.journal.records() if r.get("kind") == "test" and r["outcome"] == "passed"
+        }
         left = [item for item in items if item.nodeid in passed]
         items[:] = [item for item in items if item.nodeid not in passed]
         if left:

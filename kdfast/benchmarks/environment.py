@@ -109,7 +109,12 @@ def _gpu() -> dict[str, Any]:
     query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
     try:
         answer = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={smi_id(properties, index)}"],
+            [
+                "nvidia-smi",
+                f"--query-gpu={query}",
+                "--format=csv,noheader",
+                f"--id={smi_id(properties, index)}",
+            ],
             capture_output=True,
             text=True,
             check=True,

@@ -78,7 +78,9 @@ def _case(rows: int, hidden: int, classes: int, settings: Settings) -> Case:
         limit = 5e-2 if dtype != torch.float32 else 1e-4
         for name, got, want in zip(("hidden states", "weight"), result[1:], wanted[1:], strict=True):
             error = float((got.double() - want).norm() / want.norm())
-            assert error < limit, f"the gradient of {name} is off by {error:.2e} of its norm; limit {limit:.0e}"
+            assert error < limit, (
+                f"the gradient of {name} is off by {error:.2e} of its norm; limit {limit:.0e}"
+            )
 
     providers = (
         Provider("eager", lambda: work(eager_heads), graph=False),

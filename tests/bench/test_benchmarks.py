@@ -156,7 +156,9 @@ def test_a_kill_costs_the_case_in_hand_alone(tmp_path: Path, monkeypatch: pytest
 
     def stopped(settings: Settings) -> Any:
         yield case(Provider("kdfast", sleeping(1e-4)))
-        assert len(json.loads((tmp_path / "results.json").read_text())["cases"]) == 1  # before the next is begun
+        assert (
+            len(json.loads((tmp_path / "results.json").read_text())["cases"]) == 1
+        )  # before the next is begun
         raise KeyboardInterrupt
 
     monkeypatch.setattr(replay, "cases", stopped)

@@ -56,7 +56,15 @@ def test_the_first_eight_minutes_are_in_order(tmp_path: Path) -> None:
     made = Made()
     verdicts = ran(made, Journal(tmp_path / "rows"))
     starts = {name: start for name, start, _ in made.ran}
-    wanted = {"environment": 0, "smoke": 12, "warm": 30, "losses": 90, "denoise": 135, "replay": 160, "feature": 180}
+    wanted = {
+        "environment": 0,
+        "smoke": 12,
+        "warm": 30,
+        "losses": 90,
+        "denoise": 135,
+        "replay": 160,
+        "feature": 180,
+    }
     wanted |= {"linear": 220, "ncu": 250, "tests": 275, "steps": 380, "sanitizer": 460}
     assert {name: starts[name] for name in wanted} == wanted
     assert [name for name, verdict in verdicts.items() if verdict == OK][: len(wanted)] == list(wanted)
@@ -117,13 +125,13 @@ def test_the_most_wanted_cases_come_first_and_exist() -> None:
     """On a GPU's sizes: the keys are made there, too, and no tensor is."""
     from kdfast.benchmarks import losses
 
-    keys = [
-        f"losses/kd_kl_div[{_named(shape)}]" for shape in losses._kl_shapes(Settings("cuda", quick=True))
-    ]
+    keys = [f"losses/kd_kl_div[{_named(shape)}]" for shape in losses._kl_shapes(Settings("cuda", quick=True))]
     keys += ["losses/jsd_loss[x]", "losses/dkd_loss[x]"]
     (part,) = chosen("losses")
     order = part.order(reversed(keys))
-    assert [next(head for head in LOSSES if key.startswith(head)) for key in order[: len(LOSSES)]] == list(LOSSES)
+    assert [next(head for head in LOSSES if key.startswith(head)) for key in order[: len(LOSSES)]] == list(
+        LOSSES
+    )
     assert set(order) == set(keys)
     assert Part("x", 1, "time", first=("b", "a"), only=True).order(["a1", "c", "b1"]) == ["b1", "a1"]
 
@@ -166,7 +174,13 @@ def test_processes_append_side_by_side(tmp_path: Path) -> None:
 
 def begin(out: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
     cache = os.environ.get("CACHE", str(out.parent / "cache"))
-    given = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PROCESSES": "2", "CACHE": cache, **environment}
+    given = {
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "PROCESSES": "2",
+        "CACHE": cache,
+        **environment,
+    }
     return subprocess.Popen(
         ["bash", str(SCRIPT), str(out), *words],
         env={**os.environ, **given},
@@ -241,7 +255,9 @@ def test_the_whole_campaign_survives_a_kill_after_each_part_and_twenty_more(tmp_
                 break
         kill(process)
         kills += 1
-        parts = len({r["part"] for r in rows(out) if r["kind"] == "part" and r["verdict"] not in (LATE, NO_TIME)})
+        parts = len(
+            {r["part"] for r in rows(out) if r["kind"] == "part" and r["verdict"] not in (LATE, NO_TIME)}
+        )
         assert not known - results(out), "a finished row was lost"
         known = results(out)
         assert kills < 60
@@ -254,7 +270,11 @@ def test_the_whole_campaign_survives_a_kill_after_each_part_and_twenty_more(tmp_
 
 def test_the_script_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for words, environment in (([str(out), "--fast"], {}), ([], {}), ([str(out), "--dry-run"], {"PARTS": "speed"})):
+    for words, environment in (
+        ([str(out), "--fast"], {}),
+        ([], {}),
+        ([str(out), "--dry-run"], {"PARTS": "speed"}),
+    ):
         done = subprocess.run(
             ["bash", str(SCRIPT), *words],
             env={**os.environ, "PYTHON": sys.executable, **environment},

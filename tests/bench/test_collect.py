@@ -38,7 +38,12 @@ ENVIRONMENT: dict[str, Any] = {
 def case(suite: str, name: str, part: str, **seconds: list[float]) -> dict[str, Any]:
     providers = [{"name": who, "config": "", "seconds": {"events": times}} for who, times in seconds.items()]
     row = {"suite": suite, "case": name, "key": f"{suite}/{name}[]", "params": {}, "items": 1, "unit": "call"}
-    return {"kind": "case", "part": part, "key": row["key"], "row": {**row, "turns": 1, "providers": providers}}
+    return {
+        "kind": "case",
+        "part": part,
+        "key": row["key"],
+        "row": {**row, "turns": 1, "providers": providers},
+    }
 
 
 RECORDS = [
@@ -50,7 +55,14 @@ RECORDS = [
     case("losses", "kl", "again", kdfast=[2e-6, 2e-6]),
     case("replay", "sample", "again", kdfast=[3e-6, 3e-6]),
     {"kind": "test", "part": "tests", "id": "t.py::a", "outcome": "passed", "seconds": 1.0},
-    {"kind": "test", "part": "tests", "id": "t.py::b", "outcome": "failed", "seconds": 1.0, "text": "E off by 3"},
+    {
+        "kind": "test",
+        "part": "tests",
+        "id": "t.py::b",
+        "outcome": "failed",
+        "seconds": 1.0,
+        "text": "E off by 3",
+    },
     {"kind": "crash", "part": "feature", "key": "feature/mix[]"},
     {"kind": "part", "part": "tests", "verdict": "ran out of its time", "at": 3.0, "seconds": 105.0},
 ]
@@ -95,9 +107,9 @@ def test_what_is_no_measurement_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "nvidia-h100-80gb-hbm3").exists()
 
 
-def prepared(dest: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def prepared(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(ROOT / "bench" / "gpu_prepare.sh"), *([str(dest)] if words != ("",) else []), *filter(None, words)],
+        ["bash", str(ROOT / "bench" / "gpu_prepare.sh"), *map(str, words)],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -111,7 +123,9 @@ def test_what_travels_is_small_and_says_its_revision(tmp_path: Path) -> None:
     done = prepared(tmp_path / "go", LEAVE_OUT_WHEELS="1")
     assert done.returncode == 0, done.stderr
     tree = tmp_path / "go" / "tree"
-    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    head = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    )
     assert (tree / "REVISION").read_text().strip().rstrip("+") == head.stdout.strip()
     assert sum(path.stat().st_size for path in tree.rglob("*") if path.is_file()) < 20 << 20
     assert (tree / "bench" / "gpu_campaign.sh").exists()
@@ -128,7 +142,9 @@ def test_wheels_are_those_of_the_list(tmp_path: Path) -> None:
         f"#!{sys.executable}\nimport json, pathlib, sys\n"
         "folder = pathlib.Path(sys.argv[sys.argv.index('-d') + 1])\nfolder.mkdir(parents=True, exist_ok=True)\n"
         "(folder / 'a.whl').write_bytes(bytes(SIZE))\n"
-        f"pathlib.Path({str(tmp_path / 'said')!r}).write_text(json.dumps(sys.argv[1:]))\n".replace("SIZE", "10")
+        f"pathlib.Path({str(tmp_path / 'said')!r}).write_text(json.dumps(sys.argv[1:]))\n".replace(
+            "SIZE", "10"
+        )
     )
     pip.chmod(0o755)
     done = prepared(tmp_path / "go", PIP=str(pip))
@@ -146,4 +162,4 @@ def test_wheels_are_those_of_the_list(tmp_path: Path) -> None:
     parts = sorted((tmp_path / "go" / "dali").glob("a.whl.part-*"))
     assert [path.stat().st_size for path in parts] == [48 << 20, 22 << 20]
     assert prepared(tmp_path / "go", "--fast").returncode == 2
-    assert prepared(tmp_path / "go", "").returncode == 2
+    assert prepared().returncode == 2

@@ -24,7 +24,7 @@ class Properties:
     total_memory: int = 80 << 30
     L2_cache_size: int = 50 << 20
     warp_size: int = 32
-    gcnArchName: str = ""  # noqa: N815
+    gcnArchName: str = ""
 
 
 class Stream:

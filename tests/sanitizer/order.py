@@ -31,7 +31,9 @@ def parts(log: list[Entry]) -> Iterator[list[Entry]]:
     First everything but what the last program to take a ticket did after it. Then, for each such program, that, with
     what the others did after *their* tickets, and with all that those did who never took this one.
     """
-    taken: dict[int, dict[Any, int]] = {}  # address of a ticket -> program -> where in the log it took it, at last
+    taken: dict[
+        int, dict[Any, int]
+    ] = {}  # address of a ticket -> program -> where in the log it took it, at last
     for at, entry in enumerate(log):
         if is_ticket(entry):
             for address in entry[3]:

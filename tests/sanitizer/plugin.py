@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,10 +95,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     error = call.excinfo.value if call.excinfo else None
     fault = getattr(error, "fault", None)
     if fault is not None:
-        source = Path(fault.source_file)
-        where = source.relative_to(ROOT) if source.is_relative_to(ROOT) else source
-        report.user_properties.append(("fault", (fault.kind, f"{where}:{fault.source_line}", fault.kernel)))
+        report.user_properties.append(("fault", (fault.kind, place(fault), fault.kernel)))
     return report
+
+
+def place(fault: Any) -> str:
+    """File and line of a fault; of one in an inlined function, its own and not the caller's."""
+    inlined = re.search(r'callsite\("([^"]+)":(\d+)', fault.op)
+    file, line = inlined.groups() if inlined else (fault.source_file, fault.source_line)
+    source = Path(file)
+    return f"{source.relative_to(ROOT) if source.is_relative_to(ROOT) else source}:{line}"
 
 
 class Summary:

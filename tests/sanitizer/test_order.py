@@ -34,7 +34,14 @@ def pairs(log: list[tuple[Any, ...]]) -> Any:
 
 find = respecting_tickets(pairs)
 #: Two programs store a partial sum each and take a ticket; the last one loads both and stores the result.
-REDUCTION = [access(0, "w", 100), ticket(0), access(1, "w", 104), ticket(1), access(1, "r", 100), access(1, "w", 200)]
+REDUCTION = [
+    access(0, "w", 100),
+    ticket(0),
+    access(1, "w", 104),
+    ticket(1),
+    access(1, "r", 100),
+    access(1, "w", 200),
+]
 
 
 def test_a_reduction_by_whoever_comes_last_is_no_race() -> None:
