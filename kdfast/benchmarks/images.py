@@ -130,7 +130,7 @@ def _crop_case(inputs: _Crops, settings: Settings) -> Case:
     fused = settings.device == "cuda" and triton_available()
     count = 16 if inputs.trains else 5
     traffic = Traffic(f"{count}N", count * inputs.elements) if fused else None
-    providers = (
+    providers: tuple[Provider, ...] = (
         Provider("eager, image by image", plain(eager_crop_each), graph=False),
         Provider("eager, one gather", plain(eager_crop), graph=not inputs.trains),
         Provider("torch.compile", lambda: plain(compiled(eager_crop))(), graph=not inputs.trains),

@@ -65,7 +65,8 @@ def _case(rows: int, hidden: int, classes: int, settings: Settings) -> Case:
 
         def step(turn: int) -> Result:
             value = loss(student, weight, teacher, teacher_weight)
-            return value, *torch.autograd.grad(value, (student, weight))
+            grad, grad_weight = torch.autograd.grad(value, (student, weight))
+            return value, grad, grad_weight
 
         return step
 
@@ -96,7 +97,7 @@ def _exact(student: Tensor, teacher: Tensor, weight: Tensor, teacher_weight: Ten
     wide, wide_teacher = weight.detach().double(), teacher_weight.double()
     value = torch.zeros((), dtype=torch.float64, device=weight.device)
     grad_weight, grads = torch.zeros_like(wide), []
-    for some, same in zip(student.detach().split(PART), teacher.split(PART), strict=True):
+    for some, same in zip(torch.split(student.detach(), PART), torch.split(teacher, PART), strict=True):
         x = some.double()
         log_q = torch.log_softmax(x @ wide.T, -1)
         log_p = torch.log_softmax(same.double() @ wide_teacher.T, -1)
