@@ -39,10 +39,14 @@ if [[ -e $OUT/results.jsonl && ! $RESUME ]]; then
   exit 2
 fi
 
-STAGE=$(mktemp -d)
-trap 'rm -rf "$STAGE"' EXIT
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 CACHE=${CACHE:-${TMPDIR:-/tmp}/kdfast-campaign-cache-$(id -u)}
+STAGE=$CACHE/stage-$$
+for old in "$CACHE"/stage-*; do # of campaigns that were killed
+  kill -0 "${old##*-}" 2> /dev/null || rm -rf "$old"
+done
+mkdir -p "$STAGE" || exit 1
+trap 'rm -rf "$STAGE"' EXIT
 export TRITON_CACHE_DIR=$CACHE/triton TORCHINDUCTOR_CACHE_DIR=$CACHE/inductor
 KDFAST_COMMIT=$(git -C "$ROOT" rev-parse HEAD 2> /dev/null || cat "$ROOT/REVISION" 2> /dev/null || true)
 export KDFAST_COMMIT
@@ -67,4 +71,4 @@ if compgen -G "$WHEELS/*.whl" > /dev/null; then
 fi
 
 [[ $DRY ]] && echo "dry run on a CPU: nothing that is timed here means anything"
-mkdir -p "$CACHE" && cd "$STAGE" && "$PYTHON" -m bench.campaign "$OUT" "$STAGE" ${DRY:+"$DRY"}
+cd "$STAGE" && "$PYTHON" -m bench.campaign "$OUT" "$STAGE" ${DRY:+"$DRY"}

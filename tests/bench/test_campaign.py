@@ -247,25 +247,27 @@ def test_the_whole_campaign_survives_a_kill_after_each_part_and_twenty_more(tmp_
     parts, wanted = 0, chosen(os.environ.get("PARTS", ""))
     while kills < 20 or parts < len(wanted):
         process = begin(out, "--dry-run", "--resume")
-        end = time.monotonic() + (moments.uniform(1, 40) if kills < 20 else 900)
+        seen, more, end = len(rows(out)), moments.randint(0, 4), time.monotonic() + 900
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
-            done = sum(record["kind"] == "part" for record in rows(out))
-            if kills >= 20 and done > parts:  # the random ones are over: one after each part
+            now = rows(out)
+            if kills < 20 and len(now) - seen >= more:
+                time.sleep(moments.choice((0, moments.random(), 3 * moments.random())))
+                break
+            if sum(record["kind"] == "part" for record in now) > parts and kills >= 20:
                 break
         kill(process)
         kills += 1
-        parts = len(
-            {r["part"] for r in rows(out) if r["kind"] == "part" and r["verdict"] not in (LATE, NO_TIME)}
-        )
+        done = (r["part"] for r in rows(out) if r["kind"] == "part" and r["verdict"] not in (LATE, NO_TIME))
+        parts = len(set(done))
         assert not known - results(out), "a finished row was lost"
         known = results(out)
+        print(f"kill {kills}: {len(known)} rows, {parts} parts done", flush=True)
         assert kills < 60
     assert set(known.values()) == {1}, "a row was measured twice"
     suites = {suite for part in wanted for suite in part.suites if part.kind == "time"}
     assert {key.partition("/")[0] for part, key in known if part not in ("tests", "warm")} == suites
     assert {path.name for path in out.iterdir()} <= FILES
-    print(f"{kills} kills, {len(known)} rows")
 
 
 def test_the_script_refuses_what_it_does_not_know(tmp_path: Path) -> None:

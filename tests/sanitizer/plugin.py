@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,17 @@ from tests.sanitizer.order import respecting_tickets
 
 ROOT = Path(__file__).parents[2]
 #: Test names that say: this needs torch's CUDA build, and a device that captures, compiles or copies beside the host.
-NEEDS_A_DEVICE = ("opcheck", "compile", "captur", "graph", "stream", "sync", "autocast", "memory")
+NEEDS_A_DEVICE = (
+    "opcheck",
+    "compile",
+    "captur",
+    "graph",
+    "stream",
+    "sync",
+    "autocast",
+    "memory",
+    "never_exist",
+)
 #: Dtypes that add nothing here: float64 runs the reference, and half precisions differ in conversions only.
 SAME_ACCESSES = ("float64", "float16")
 #: Tests of a hundred thousand rows, or of bits that every layout shares: minutes each where a lane is a Python number.
@@ -33,7 +44,10 @@ TOO_LONG = (
     "test_a_hundred_thousand_rows_of_random_operations",
     "test_three_levels_are_bitwise_equal_to_the_core",
     "test_any_layout_gives_the_same_step",
+    "shape1-1-dtype1-class_tuple",  # 40 classes of one pixel each in a program: 20 GB of unrolled IR
 )
+#: Bytes that a process may map: what outgrows it fails in Python, and not by the machine's own judgement.
+MEMORY = 16 << 30
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,6 +66,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Summary(None), "sanitizer-summary")
         return  # the workers run the tests
     os.environ["KDFAST_MACHINE"] = f"{capability}:{MULTIPROCESSORS[capability]}"
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if hard == resource.RLIM_INFINITY or hard > MEMORY:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, hard))
     stack = contextlib.ExitStack()
     state = stack.enter_context(session(capability))
     config.pluginmanager.register(Summary(state), "sanitizer-summary")
@@ -82,9 +99,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         function = item.name.partition("[")[0]
         words = item.name.partition("[")[2].rstrip("]").split("-")
-        real = any(word in function for word in NEEDS_A_DEVICE) or (function in TOO_LONG and not thorough)
+        real = any(word in function for word in NEEDS_A_DEVICE)
+        long = not thorough and any(name in item.name for name in TOO_LONG)
         twice = not thorough and any(word in SAME_ACCESSES for word in words)
-        (left if real or twice else kept).append(item)
+        (left if real or twice or long else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
 
