@@ -4,6 +4,7 @@
 #   PYTHON    the interpreter that .venv is made with                      make test PYTHON=python3.12
 #   TORCH     what pip installs as torch: another release, or a wheel      make test TORCH=torch==2.11.0
 #   VENV      where the virtual environment lives                          make test VENV=/tmp/venv
+#   SANITIZE_PYTHON  what .venv-sanitize is made with; 3.12 or newer       make sanitize SANITIZE_PYTHON=python3.13
 #   JOBS      test processes                                               make test JOBS=8
 #   DEMO_OUT  where the demo goes; run again, it goes on where it stopped  make demo DEMO_OUT=out/other
 #   DEMO_ARGS further options of the demo                                  make demo DEMO_ARGS="--seed 1" DEMO_OUT=out/1
@@ -17,6 +18,8 @@ DEMO_OUT ?= out/demo
 BENCH_OUT ?= out/bench
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+SANITIZE_PYTHON ?= python3.12
+SANITIZE_ARGS ?=
 TORCH ?= $(shell sed -n '/^torch==/p' tests/constraints.txt)
 
 BIN := $(VENV)/bin
@@ -31,7 +34,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all test-gpu lint format imports docs bench clean distclean
+.PHONY: help install demo test test-all test-gpu sanitize lint format imports docs bench clean distclean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -74,6 +77,23 @@ test-all: $(STAMP) ## Run the tests with the slow ones, and the GPU's where ther
 test-gpu: $(STAMP) ## Run the tests that need a GPU
 	$(PY) -m pytest -m gpu tests
 
+# Its own environment: ttsem checks the IR of the Triton that it was written for, on a newer Python than kdfast needs.
+.venv-sanitize/.installed: tests/sanitizer/requirements.txt setup.py $(CPP)
+	@$(SANITIZE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "ttsem needs Python 3.12 or newer; say which: make sanitize SANITIZE_PYTHON=python3.13")'
+	$(SANITIZE_PYTHON) -m venv .venv-sanitize
+	.venv-sanitize/bin/python -m pip install -q -r tests/sanitizer/requirements.txt
+	.venv-sanitize/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Planted faults first: a checker that finds nothing in them would find nothing anywhere.
+SANITIZED := OMP_NUM_THREADS=1 .venv-sanitize/bin/python -m pytest -o addopts= -p no:cacheprovider -q --tb=short \
+  --show-capture=no -m "gpu and not slow" -n $(JOBS) --dist load -p tests.sanitizer.plugin $(SANITIZE_ARGS)
+sanitize: .venv-sanitize/.installed ## Check the kernels for races, bounds and unwritten memory, without a GPU
+	$(SANITIZED) --sanitize 90 tests/sanitizer/planted.py
+	$(SANITIZED) --sanitize 90 tests/kernels
+	$(SANITIZED) --sanitize 80 -k "gradients" tests/kernels
+	$(SANITIZED) --sanitize 100 -k "gradients" tests/kernels
+
 lint: $(STAMP) imports ## Check formatting, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -102,5 +122,5 @@ clean: ## Remove what builds leave behind
 	rm -rf build dist out docs/site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find kdfast kernels tests bench recipes -name __pycache__ -prune -exec rm -rf {} +
 
-distclean: clean ## Remove those and .venv
-	rm -rf $(VENV) kdfast/_C*.so
+distclean: clean ## Remove those and the virtual environments
+	rm -rf $(VENV) .venv-sanitize kdfast/_C*.so

@@ -18,6 +18,9 @@ _PACKAGES = (
     *("nvidia-dali-cuda130", "nvidia-dali-cuda120", "pillow", "webdataset", "simplejpeg"),
 )
 
+#: What bench/gpu_prepare.sh writes the revision into, since a copy of the tree has no history.
+REVISION = "REVISION"
+
 
 def describe(device: str) -> dict[str, Any]:
     """Machine, versions and revision; no host name, no path."""
@@ -44,12 +47,15 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str | None:
-    """The checkout's revision, with ``+`` when files differ from it; None outside a checkout."""
+    """The checkout's revision, with ``+`` when files differ from it; of a copy what its :data:`REVISION` says."""
     if os.environ.get("KDFAST_COMMIT"):
         return os.environ["KDFAST_COMMIT"]
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
-        return None
+        try:
+            return (root / REVISION).read_text().strip() or None
+        except OSError:
+            return None
     try:
         git = ["git", "-C", str(root)]
         head = subprocess.run(
@@ -80,8 +86,18 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
+def smi_id(properties: Any, index: int) -> str:
+    """How nvidia-smi, which does not know CUDA_VISIBLE_DEVICES, is asked about torch's device ``index``."""
+    uuid = getattr(properties, "uuid", None)
+    if uuid is not None:
+        return f"GPU-{str(uuid).removeprefix('GPU-')}"
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[index] if index < len(visible) else str(index)
+
+
 def _gpu() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(0)
+    index = torch.cuda.current_device()
+    properties = torch.cuda.get_device_properties(index)
     found: dict[str, Any] = {
         "gpu": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
@@ -93,7 +109,12 @@ def _gpu() -> dict[str, Any]:
     query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
     try:
         answer = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
+            [
+                "nvidia-smi",
+                f"--query-gpu={query}",
+                "--format=csv,noheader",
+                f"--id={smi_id(properties, index)}",
+            ],
             capture_output=True,
             text=True,
             check=True,

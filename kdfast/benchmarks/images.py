@@ -130,12 +130,14 @@ def _crop_case(inputs: _Crops, settings: Settings) -> Case:
     fused = settings.device == "cuda" and triton_available()
     count = 16 if inputs.trains else 5
     traffic = Traffic(f"{count}N", count * inputs.elements) if fused else None
-    providers = (
+    providers: tuple[Provider, ...] = (
         Provider("eager, image by image", plain(eager_crop_each), graph=False),
         Provider("eager, one gather", plain(eager_crop), graph=not inputs.trains),
         Provider("torch.compile", lambda: plain(compiled(eager_crop))(), graph=not inputs.trains),
         Provider("kdfast", lambda: built(ours), traffic, graph=not inputs.trains),
     )
+    if settings.device == "cuda" and settings.quick and not settings.tiny:
+        providers = providers[1:]  # a thousand launches a call: seconds of a GPU, to say what everybody knows
     params = {"shape": "x".join(map(str, inputs.shape)), "dtype": str(inputs.dtype).removeprefix("torch.")}
     name = f"crop, flip, normalise, {BOTH[inputs.trains]}"
     return Case(

@@ -9,14 +9,14 @@ Traffic in moves of one logit tensor (N elements, each read or written once):
 
 DIST, in the same moves: eager 76N (two softmaxes, centred and correlated along both dimensions, and back), kdfast 7N.
 A cached top-k teacher, of whose V logits k ≪ V are read: eager 13N, kdfast 2N (3N where a row leaves the cache).
-Two heads, N their logits and weights not counted: eager 30N (two products write them, the loss, two products read its
-gradient), kdfast 7N, in float32 whatever the heads' dtype. Compiled, none of these three is counted.
+Compiled, neither is counted. Two heads without their logits are a suite of their own, linear.py.
 
 Liger's KL starts from log-probabilities: its row has PyTorch's softmaxes before it, since a distillation has, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -29,7 +29,6 @@ from kdfast.benchmarks.environment import turns_for
 from kdfast.functional import (
     dist_loss,
     dkd_loss,
-    fused_linear_kd_loss,
     jsd_loss,
     kd_kl_div,
     topk_kd_loss,
@@ -42,12 +41,11 @@ Loss = Callable[..., torch.Tensor]
 
 
 class _Shape(NamedTuple):
-    """One tensor of logits; ``hidden`` is the width of the heads that make them, where a case begins there."""
+    """One tensor of logits."""
 
     dims: tuple[int, ...]
     dtype: torch.dtype
     dim: int = -1
-    hidden: int = 0
 
 
 Draw = Callable[[torch.Generator, _Shape], list[torch.Tensor]]
@@ -66,9 +64,8 @@ class _Loss(NamedTuple):
 
     Attributes:
         name, family: Of the case.
-        eager, ours: Take the operands, those that are trained first.
+        eager, ours: Take the operands, the one that is trained first.
         draw: Makes one turn's operands.
-        trained: How many of them get a gradient.
         operands: Logit tensors' worth that one turn touches.
     """
 
@@ -77,7 +74,6 @@ class _Loss(NamedTuple):
     eager: Loss
     ours: Loss
     draw: Draw
-    trained: int = 1
     operands: int = 3
 
 
@@ -91,7 +87,7 @@ def eager_kl(student: torch.Tensor, teacher: torch.Tensor, dim: int = -1) -> tor
 def eager_jsd(student: torch.Tensor, teacher: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """Jensen-Shannon at β = 1/2, with log-probabilities as people mix them."""
     log_q, log_p = F.log_softmax(student / TEMPERATURE, dim), F.log_softmax(teacher / TEMPERATURE, dim)
-    log_m = torch.logsumexp(torch.stack((log_p, log_q)), 0) - torch.log(torch.tensor(2.0)).to(log_p)
+    log_m = torch.logsumexp(torch.stack((log_p, log_q)), 0) - math.log(2)
     both = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True) + F.kl_div(
         log_m, log_q, reduction="batchmean", log_target=True
     )
@@ -135,13 +131,6 @@ def eager_topk(
     return total / student.shape[0] * TEMPERATURE**2
 
 
-def eager_linear(
-    hidden: torch.Tensor, weight: torch.Tensor, teacher_hidden: torch.Tensor, teacher_weight: torch.Tensor
-) -> torch.Tensor:
-    """Both heads' logits, all at once, and the KL divergence."""
-    return eager_kl(F.linear(hidden, weight), F.linear(teacher_hidden, teacher_weight))
-
-
 def cases(settings: Settings) -> Iterator[Case]:
     """All rows of the suite for this device and size of run."""
     for shape in _kl_shapes(settings):
@@ -155,8 +144,6 @@ def cases(settings: Settings) -> Iterator[Case]:
     yield _case(_Loss("dist_loss", "dist", eager_dist, _dist, _pair), kin, settings, _Moves(76, None, 7))
     cached = _Loss("topk_kd_loss", "topk", eager_topk, _topk, _cache, operands=2)
     yield _case(cached, _vocabulary(settings), settings, _Moves(13, None, 2))
-    heads = _Loss("fused_linear_kd_loss", "linear", eager_linear, _linear, _heads, trained=2)
-    yield _case(heads, _vocabulary(settings), settings, _Moves(30, None, 7))
 
 
 def _kl_shapes(settings: Settings) -> list[_Shape]:
@@ -166,15 +153,20 @@ def _kl_shapes(settings: Settings) -> list[_Shape]:
         # CIFAR-100 and ImageNet at the papers' batch.
         quick = [_Shape((64, 100), torch.float32), _Shape((256, 1000), torch.float32)]
         return quick if settings.quick else [*quick, _Shape((64, 32000), torch.float32)]
-    # ImageNet in a large batch, CIFAR-100, a language model's vocabulary, Cityscapes' 19 classes.
+    # In the order in which one wants them: ImageNet in a large batch and in a usual one, CIFAR-100, language models'
+    # vocabularies, Cityscapes' 19 classes.
     quick = [
         _Shape((65536, 1000), torch.bfloat16),
-        _Shape((65536, 1000), torch.float32),
+        _Shape((256, 1000), torch.float32),
         _Shape((128, 100), torch.float32),
         _Shape((4096, 32000), torch.bfloat16),
+        _Shape((1024, 128256), torch.bfloat16),
+        _Shape((8, 19, 256, 512), torch.float32, 1),
         _Shape((8, 19, 256, 512), torch.bfloat16, 1),
+        _Shape((8192, 16384), torch.bfloat16),
+        _Shape((65536, 1000), torch.float32),
     ]
-    more = [(1024, 1000), (8192, 8192), (8192, 16384), (1024, 128256)]
+    more = [(1024, 1000), (8192, 8192), (8192, 32000)]
     return quick if settings.quick else [*quick, *(_Shape(dims, torch.bfloat16) for dims in more)]
 
 
@@ -185,10 +177,10 @@ def _kin_shape(settings: Settings) -> tuple[tuple[int, int], torch.dtype]:
 def _vocabulary(settings: Settings) -> _Shape:
     """A language model's last layer: rows of tokens over many classes."""
     if settings.tiny:
-        return _Shape((8, 128), torch.float32, hidden=8)
+        return _Shape((8, 128), torch.float32)
     if settings.device == "cpu":
-        return _Shape((128, 8192), torch.float32, hidden=128)
-    return _Shape((4096, 32000), torch.bfloat16, hidden=2048)
+        return _Shape((128, 8192), torch.float32)
+    return _Shape((4096, 32000), torch.bfloat16)
 
 
 def _kl_moves(shape: _Shape) -> float | None:
@@ -217,10 +209,6 @@ def _topk(
     return topk_kd_loss(student, index, kept, temperature=TEMPERATURE, log_normalizer=normalizer)
 
 
-def _linear(*heads: torch.Tensor) -> torch.Tensor:
-    return fused_linear_kd_loss(*heads, temperature=TEMPERATURE)
-
-
 def _normal(
     generator: torch.Generator, dims: tuple[int, ...], dtype: torch.dtype, scale: float
 ) -> torch.Tensor:
@@ -243,16 +231,6 @@ def _cache(generator: torch.Generator, shape: _Shape) -> list[torch.Tensor]:
     return [student, kept.indices, kept.values, torch.logsumexp(teacher.float() / TEMPERATURE, -1)]
 
 
-def _heads(generator: torch.Generator, shape: _Shape) -> list[torch.Tensor]:
-    """Hidden states and weight of the student, then of the teacher; logits of spread 3."""
-    rows, classes = shape.dims
-    return [
-        _normal(generator, (size, shape.hidden), shape.dtype, scale)
-        for _ in range(2)
-        for size, scale in ((rows, 1.0), (classes, 3.0 / shape.hidden**0.5))
-    ]
-
-
 def _case(loss: _Loss, shape: _Shape, settings: Settings, moves: _Moves) -> Case:
     elements = int(torch.Size(shape.dims).numel())
     size = elements * shape.dtype.itemsize
@@ -263,7 +241,7 @@ def _case(loss: _Loss, shape: _Shape, settings: Settings, moves: _Moves) -> Case
     def operands() -> list[list[torch.Tensor]]:
         while len(inputs) < turns:
             drawn = loss.draw(generator, shape)
-            inputs.append([x.requires_grad_(i < loss.trained) for i, x in enumerate(drawn)])
+            inputs.append([x.requires_grad_(i == 0) for i, x in enumerate(drawn)])
         return inputs
 
     extra = {} if shape.dim == -1 else {"dim": shape.dim}
@@ -274,13 +252,13 @@ def _case(loss: _Loss, shape: _Shape, settings: Settings, moves: _Moves) -> Case
         def step(turn: int) -> tuple[torch.Tensor, ...]:
             drawn = rows[turn % turns]
             value = function(*drawn, **extra)
-            return (value, *torch.autograd.grad(value, drawn[: loss.trained]))
+            return (value, *torch.autograd.grad(value, drawn[:1]))
 
         return step
 
     def check(provider: str, result: tuple[torch.Tensor, ...]) -> None:
         exact = [x.detach().double() if x.is_floating_point() else x for x in operands()[0]]
-        leaves = [x.requires_grad_() for x in exact[: loss.trained]]
+        leaves = [x.requires_grad_() for x in exact[:1]]
         want = loss.eager(*exact, **extra)
         # Eager half-precision arithmetic rounds after every operation; kdfast in float32 has to do better.
         half = shape.dtype != torch.float32
@@ -293,7 +271,6 @@ def _case(loss: _Loss, shape: _Shape, settings: Settings, moves: _Moves) -> Case
             assert error < limit, f"the gradient is off by {error:.2e} of its norm; limit {limit:.0e}"
 
     on_triton = settings.device == "cuda" and triton_available()
-    counted = size if loss.family != "linear" else 4 * elements  # kdfast's chunks of logits are float32
     providers = [
         Provider("eager", lambda: work(loss.eager), _moves(moves.eager, size)),
         Provider(
@@ -301,7 +278,7 @@ def _case(loss: _Loss, shape: _Shape, settings: Settings, moves: _Moves) -> Case
             lambda: work(compiled(loss.eager)),
             _moves(moves.compiled, size) if settings.device == "cuda" else None,
         ),
-        Provider("kdfast", lambda: work(loss.ours), _moves(moves.ours, counted) if on_triton else None),
+        Provider("kdfast", lambda: work(loss.ours), _moves(moves.ours, size) if on_triton else None),
     ]
     if loss.family == "kl":
         liger = Provider(
@@ -311,9 +288,7 @@ def _case(loss: _Loss, shape: _Shape, settings: Settings, moves: _Moves) -> Case
     params = {"shape": "x".join(map(str, shape.dims)), "dtype": str(shape.dtype).removeprefix("torch.")}
     if shape.dim != -1:
         params["dim"] = str(shape.dim)
-    if loss.family == "linear":
-        params["hidden"] = str(shape.hidden)
-    elif loss.family == "topk":
+    if loss.family == "topk":
         params["kept"] = str(KEPT)
     return Case(
         "losses",

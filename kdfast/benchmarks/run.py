@@ -14,11 +14,13 @@ import torch
 
 from kdfast.benchmarks import environment, timing
 from kdfast.benchmarks.case import Absent, Case, Provider, Settings, Work
+from kdfast.benchmarks.journal import replace
 from kdfast.errors import ConfigError, MissingExtraError
 
 #: In the order in which they run; each is a module beside this one, with `cases(settings)`.
 SUITES = (
     "losses",
+    "linear",
     "denoise",
     "feature",
     "images",
@@ -37,7 +39,7 @@ FAMILIES = {
     "pair": ("losses",),
     "dist": ("losses",),
     "topk": ("losses",),
-    "linear": ("losses",),
+    "linear": ("linear",),
     "denoise": ("denoise",),
     "replay": ("replay",),
     "feature": ("feature",),
@@ -74,7 +76,7 @@ def run(
         suites: Of :data:`SUITES`.
         settings: Device, size and patience.
         say: Called with a line for each finished case.
-        out: Where to :func:`write` after each suite: what a time limit ends loses no more than one.
+        out: Where to :func:`write` after each case: what a kill ends loses the case that was being measured.
 
     Returns:
         JSON-able: environment, copy bandwidth, and a row for each case with raw samples of each provider.
@@ -98,32 +100,41 @@ def run(
             "name": environment.device_name(settings.device),
             "quick": settings.quick,
             "tiny": settings.tiny,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "environment": environment.describe(settings.device),
-            "copy_bytes_per_second": timing.copy_bandwidth(settings),
+            **measured_on(settings),
             "cases": [],
             "errors": [],
         }
         for suite in suites:
-            _run_suite(suite, settings, result, say)
-            if out is not None:
-                write(result, out, plots=False)
+            _run_suite(suite, settings, result, say, out)
     finally:
         torch.set_num_threads(threads)
     return result
 
 
-def _run_suite(suite: str, settings: Settings, result: dict[str, Any], say: Say) -> None:
+def measured_on(settings: Settings) -> dict[str, Any]:
+    """When and on what: the part of a result that every row of it shares."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": environment.describe(settings.device),
+        "copy_bytes_per_second": timing.copy_bandwidth(settings),
+    }
+
+
+def _run_suite(suite: str, settings: Settings, result: dict[str, Any], say: Say, out: Path | None) -> None:
     try:
         for case in import_module(f"kdfast.benchmarks.{suite}").cases(settings):
             row = measure(case, settings)
             result["cases"].append(row)
-            say(_line(row))
+            if out is not None:
+                write(result, out, plots=False)
+            say(line_of(row))
             if settings.device == "cuda":
                 torch.cuda.empty_cache()
     except Exception as error:  # the other suites' results are worth keeping
         result["errors"].append(f"{suite}: {type(error).__name__}: {error}")
         say(f"{suite} stopped: {type(error).__name__}: {error}")
+        if out is not None:
+            write(result, out, plots=False)
 
 
 def make_settings(device: str, *, quick: bool, tiny: bool = False) -> Settings:
@@ -140,9 +151,15 @@ def succeeded(result: dict[str, Any]) -> bool:
     return not result["errors"] and not broken and not any("wrong" in provider for provider in providers)
 
 
-def measure(case: Case, settings: Settings) -> dict[str, Any]:
-    """Check, then time, every provider of a case that can take part."""
-    works: dict[str, Work] = {}
+def measure(case: Case, settings: Settings, *, timed: bool = True) -> dict[str, Any]:
+    """Check, then time, every provider of a case that can take part.
+
+    Args:
+        case: What to measure.
+        settings: Device, size and patience.
+        timed: False: only build, check and call twice, which fills the caches of compilers and says who is right.
+    """
+    timers: dict[str, timing.Timers] = {}
     described: list[dict[str, Any]] = []
     for provider in case.providers:
         entry: dict[str, Any] = {"name": provider.name, "config": provider.config}
@@ -152,14 +169,16 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
             entry |= {"formula": provider.traffic.formula, "bytes": provider.traffic.num_bytes}
         described.append(entry)
         try:
-            works[provider.name] = _checked(case, provider, settings, entry)
+            work = _checked(case, provider, settings, entry, timed=timed)
+            if timed:
+                timers[provider.name] = timing.prepare(case, provider, work, settings)
         except Absent as reason:
             entry["absent"] = str(reason)
         except AssertionError as error:
             entry["wrong"] = " ".join(str(error).split())[:300]
         except Exception as error:  # a peer that breaks is told of, and not timed
             entry["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    for name, samples in timing.collect(case, works, settings).items():
+    for name, samples in timing.collect(timers, settings).items():
         next(entry for entry in described if entry["name"] == name)["seconds"] = samples
     return {
         "key": case.key,
@@ -174,20 +193,29 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _checked(case: Case, provider: Provider, settings: Settings, entry: dict[str, Any]) -> Work:
+def _checked(
+    case: Case, provider: Provider, settings: Settings, entry: dict[str, Any], *, timed: bool
+) -> Work:
     work = provider.build()
     case.check(provider.name, work(0))
-    if settings.device == "cuda":
+    if not timed:
+        work(0)
+        timing.synchronize(settings.device)
+        entry["right"] = True
+    elif settings.device == "cuda":
         entry |= timing.cuda_facts(work)
     return work
 
 
-def _line(row: dict[str, Any]) -> str:
+def line_of(row: dict[str, Any]) -> str:
+    """One case in one line: who took how long, or why not."""
     parts = []
     for provider in row["providers"]:
         if "seconds" in provider:
             kind = next(kind for kind in timing.KINDS if kind in provider["seconds"])
             parts.append(f"{provider['name']} {statistics.median(provider['seconds'][kind]) * 1e6:.1f} µs")
+        elif "right" in provider:
+            parts.append(f"{provider['name']} right")
         else:
             parts.append(f"{provider['name']} {next(why for why in OUT if why in provider).upper()}")
     return f"{row['key']}: {', '.join(parts)}"
@@ -199,8 +227,8 @@ def write(result: dict[str, Any], out: Path, *, plots: bool = True) -> list[Path
 
     out.mkdir(parents=True, exist_ok=True)
     files = [out / "results.json", out / "results.md"]
-    files[0].write_text(json.dumps(result, indent=1) + "\n")
-    files[1].write_text(markdown(result))
+    replace(files[0], json.dumps(result, indent=1) + "\n")
+    replace(files[1], markdown(result))
     if plots:
         from kdfast.benchmarks.plots import draw
 

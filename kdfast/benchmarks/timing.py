@@ -21,6 +21,8 @@ from kdfast.benchmarks.case import Case, Provider, Settings, Work
 cuda: Any = torch.cuda
 
 Samples = dict[str, list[float]]
+#: By kind: takes one sample.
+Timers = dict[str, Callable[[], float]]
 #: From the most telling kind of sample to the least.
 KINDS = ("graph", "events", "wall")
 #: No sample repeats a call more often.
@@ -33,30 +35,62 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def collect(case: Case, works: Mapping[str, Work], settings: Settings) -> dict[str, Samples]:
-    """Seconds a call, for each provider and kind of sample; providers alternate within each round."""
-    timers: dict[tuple[str, str], Callable[[], float]] = {}
-    for provider in case.providers:
-        if provider.name in works:
-            for kind, timer in _timers(case, provider, works[provider.name], settings).items():
-                timers[provider.name, kind] = timer
-    samples: dict[str, Samples] = {name: {} for name in works}
-    for _ in range(settings.samples):
-        for (name, kind), timer in timers.items():
-            samples[name].setdefault(kind, []).append(timer())
-    return samples
+def prepare(case: Case, provider: Provider, work: Work, settings: Settings) -> Timers:
+    """How to take a sample of each kind; a captured graph's results are checked first.
 
-
-def _timers(case: Case, provider: Provider, work: Work, settings: Settings) -> dict[str, Callable[[], float]]:
+    Raises:
+        AssertionError: The graph computes something else than the calls that it was captured from.
+    """
     calls = _calibrate(case, work, settings)
     if settings.device != "cuda":
         return {"wall": lambda: _wall(work, calls)}
-    timers = {"events": lambda: _events(lambda: _loop(work, calls), calls)}
-    graph = _capture(case, work) if provider.graph else None
-    if graph is not None:
+    timers: Timers = {"events": lambda: _events(lambda: _loop(work, calls), calls)}
+    captured = _capture(case, work) if provider.graph else None
+    if captured is not None:
+        graph, first = captured
+        check_replay(case, provider.name, graph.replay, first)
+        torch.cuda.synchronize()
         repeats = max(1, calls // case.turns)
         timers["graph"] = lambda: _events(lambda: _replay(graph, repeats), repeats * case.turns)
     return timers
+
+
+def check_replay(case: Case, name: str, replay: Callable[[], Any], first: Any) -> None:
+    """See that a replay writes the results of turn 0, which are overwritten before it.
+
+    A graph that recorded nothing would time as infinitely fast, and leave whatever its memory held.
+
+    Raises:
+        AssertionError: It does not, or what it writes is wrong.
+    """
+    with torch.no_grad():
+        for tensor in _tensors(first):
+            spoiled = tensor.detach()
+            if 0 in spoiled.stride():  # expanded from fewer elements: not to be written
+                continue
+            spoiled.fill_(float("nan") if spoiled.is_floating_point() else 1)
+    replay()
+    try:
+        case.check(name, first)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise AssertionError(f"as a captured graph: {type(error).__name__}: {text}") from error
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, tuple | list) else []
+
+
+def collect(timers: Mapping[str, Timers], settings: Settings) -> dict[str, Samples]:
+    """Seconds a call, for each provider and kind of sample; providers alternate within each round."""
+    samples: dict[str, Samples] = {name: {} for name in timers}
+    for _ in range(settings.samples):
+        for name, kinds in timers.items():
+            for kind, timer in kinds.items():
+                samples[name].setdefault(kind, []).append(timer())
+    return samples
 
 
 def _calibrate(case: Case, work: Work, settings: Settings) -> int:
@@ -101,8 +135,8 @@ def _replay(graph: Any, repeats: int) -> None:
         graph.replay()
 
 
-def _capture(case: Case, work: Work) -> Any | None:
-    """A graph of one call a turn, or None where the work synchronises or allocates on the host."""
+def _capture(case: Case, work: Work) -> tuple[Any, Any] | None:
+    """A graph of one call a turn and turn 0's results in it; None where the work synchronises."""
     side = cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -113,12 +147,13 @@ def _capture(case: Case, work: Work) -> Any | None:
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
-            for turn in range(case.turns):
+            first = work(0)  # kept, so that no later turn takes its memory
+            for turn in range(1, case.turns):
                 work(turn)
     except Exception:  # whatever cannot be captured is timed with events alone
         torch.cuda.synchronize()
         return None
-    return graph
+    return graph, first
 
 
 def cuda_facts(work: Work) -> dict[str, Any]:

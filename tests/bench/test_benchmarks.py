@@ -8,15 +8,17 @@ import time
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from kdfast.benchmarks import Absent, Case, Provider, Settings, Traffic, compare, measure, run
+from kdfast.benchmarks import Absent, Case, Provider, Settings, Traffic, compare, environment, measure, run
 from kdfast.benchmarks.case import peer
-from kdfast.benchmarks.run import FAMILIES, SUITES, cases_of, make_settings, succeeded, write
+from kdfast.benchmarks.run import FAMILIES, SUITES, cases_of, line_of, make_settings, succeeded, write
 from kdfast.benchmarks.table import case_table, markdown, spread
+from kdfast.benchmarks.timing import check_replay
 from kdfast.errors import ConfigError
 from tests.conftest import INTERPRETING
 
@@ -150,18 +152,125 @@ def test_a_provider_is_compared_with_the_one_configured_like_it() -> None:
     assert "| 1.50× |" in lines["eager compiled"]
 
 
-def test_a_time_limit_costs_the_last_suite_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_costs_the_case_in_hand_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kdfast.benchmarks import replay
 
     def stopped(settings: Settings) -> Any:
+        yield case(Provider("kdfast", sleeping(1e-4)))
+        assert (
+            len(json.loads((tmp_path / "results.json").read_text())["cases"]) == 1
+        )  # before the next is begun
         raise KeyboardInterrupt
-        yield
 
     monkeypatch.setattr(replay, "cases", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run(["data", "replay"], make_settings("cpu", quick=True, tiny=True), say=len, out=tmp_path)
+        run(["replay"], TRIAL, say=len, out=tmp_path)
     kept = json.loads((tmp_path / "results.json").read_text())
-    assert {row["suite"] for row in kept["cases"]} == {"data"}
+    assert [row["key"] for row in kept["cases"]] == ["losses/wait[n=1]"]
+    assert "losses" in (tmp_path / "results.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.md"]
+
+
+def test_a_check_alone_times_nothing() -> None:
+    calls: list[int] = []
+
+    def counting() -> Any:
+        return lambda turn: calls.append(turn) or 0
+
+    found = measure(case(Provider("kdfast", counting), Provider("gone", absent)), TRIAL, timed=False)
+    assert entry(found, "kdfast") == {"name": "kdfast", "config": "", "right": True}
+    assert calls == [0, 0]
+    assert "absent" in entry(found, "gone")
+    assert "kdfast right, gone ABSENT" in line_of(found)
+
+
+class TestReplay:
+    """A captured graph is believed when it writes what the calls wrote."""
+
+    def case(self) -> Case:
+        def check(name: str, result: Any) -> None:
+            torch.testing.assert_close(result[0], torch.arange(3.0))
+            assert result[1].tolist() == [4, 5]
+
+        return Case("losses", "graph", {}, 1, (), check)
+
+    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.arange(3.0).requires_grad_(), torch.tensor([4, 5])
+
+    def test_one_that_writes_them_passes(self) -> None:
+        outputs = self.outputs()
+
+        def replay() -> None:
+            with torch.no_grad():
+                outputs[0].copy_(torch.arange(3.0))
+                outputs[1].copy_(torch.tensor([4, 5]))
+
+        check_replay(self.case(), "kdfast", replay, outputs)
+
+    def test_one_that_recorded_nothing_does_not(self) -> None:
+        """Its memory held the right numbers, from a call before."""
+        with pytest.raises(AssertionError, match="as a captured graph"):
+            check_replay(self.case(), "kdfast", lambda: None, self.outputs())
+
+    def test_integers_count_too(self) -> None:
+        outputs = self.outputs()
+
+        def replay() -> None:
+            with torch.no_grad():
+                outputs[0].copy_(torch.arange(3.0))
+
+        with pytest.raises(AssertionError, match="as a captured graph"):
+            check_replay(self.case(), "kdfast", replay, outputs)
+
+
+def test_nvidia_smi_is_asked_about_the_gpu_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It numbers all GPUs of the machine, and torch those that CUDA_VISIBLE_DEVICES names."""
+    bare, named = SimpleNamespace(), SimpleNamespace(uuid="8a3c")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-77")
+    assert environment.smi_id(named, 0) == "GPU-8a3c"
+    assert environment.smi_id(bare, 0) == "3"
+    assert environment.smi_id(bare, 1) == "GPU-77"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert environment.smi_id(bare, 1) == "1"
+
+
+def test_a_copy_of_the_tree_says_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KDFAST_COMMIT", raising=False)
+    monkeypatch.setattr(environment.kdfast, "__file__", str(tmp_path / "kdfast" / "__init__.py"))
+    assert environment.commit() is None
+    (tmp_path / environment.REVISION).write_text("abc123+\n")
+    assert environment.commit() == "abc123+"
+
+
+def test_eager_jsd_copies_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a tensor made of a number is a wait in each call, and no graph can be captured round it."""
+    from kdfast.benchmarks import losses
+
+    pair = [torch.randn(4, 7) for _ in range(2)]
+    want = losses.eager_jsd(*pair)
+    monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: pytest.fail("a copy from the host"))
+    torch.testing.assert_close(losses.eager_jsd(*pair), want)
+
+
+def test_surrogate_pictures_are_checked_once_a_case_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdfast.benchmarks import surrogate
+
+    drawn: list[int] = []
+    plain = surrogate.render_shaders
+
+    def counting(codes: Any, values: Any, rates: Any, which: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        drawn.append(len(which))
+        return plain(codes, values, rates, which, *rest, **more)
+
+    monkeypatch.setattr(surrogate, "render_shaders", counting)
+    row = surrogate._shaders(4, 12, 1, make_settings("cpu", quick=True, tiny=True))
+    result = row.providers[-1].build()(0)
+    drawn.clear()
+    row.check("kdfast", result)
+    row.check("eager", result)
+    assert drawn == [surrogate.CHECKED]
+    with pytest.raises(AssertionError, match="differ"):
+        row.check("kdfast", result.flip(-1))
 
 
 def test_spread_is_half_the_interquartile_distance() -> None:

@@ -1,0 +1,162 @@
+"""Run tests marked ``gpu`` without a GPU, and fail on accesses out of bounds, races between programs, unwritten memory.
+
+    python -m pytest -p tests.sanitizer.plugin --sanitize 90 -m "gpu and not slow" tests/kernels
+
+ttsem executes the IR that Triton compiles, program after program, on CPU tensors that say they are on a GPU, and keeps
+a log of every access. This plugin opens its session (in each worker, under xdist), answers the questions to
+``torch.cuda`` that it leaves open, tells it what tickets order (order.py), leaves out what needs a real device, and
+sums up by kernel and line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sanitizer.machine import MULTIPROCESSORS, pretend
+from tests.sanitizer.order import respecting_tickets
+
+ROOT = Path(__file__).parents[2]
+#: Test names that say: this needs torch's CUDA build, and a device that captures, compiles or copies beside the host.
+NEEDS_A_DEVICE = (
+    "opcheck",
+    "compile",
+    "captur",
+    "graph",
+    "stream",
+    "sync",
+    "autocast",
+    "memory",
+    "never_exist",
+)
+#: Dtypes that add nothing here: float64 runs the reference, and half precisions differ in conversions only.
+SAME_ACCESSES = ("float64", "float16")
+#: Tests of a hundred thousand rows, or of bits that every layout shares: minutes each where a lane is a Python number.
+TOO_LONG = (
+    "test_a_hundred_thousand_rows_of_random_operations",
+    "test_three_levels_are_bitwise_equal_to_the_core",
+    "test_any_layout_gives_the_same_step",
+    "shape1-1-dtype1-class_tuple",  # 40 classes of one pixel each in a program: 20 GB of unrolled IR
+)
+#: Bytes that a process may map: what outgrows it fails in Python, and not by the machine's own judgement.
+MEMORY = 16 << 30
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sanitizer")
+    group.addoption("--sanitize", type=int, metavar="CC", help="compute capability: 80, 90 or 100")
+    group.addoption("--sanitize-thorough", action="store_true", help="with every dtype, and the long ones")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    capability = config.getoption("--sanitize")
+    if capability is None:
+        raise pytest.UsageError("--sanitize: a compute capability is needed: 80, 90 or 100")
+    if capability not in MULTIPROCESSORS:
+        raise pytest.UsageError(f"--sanitize: got {capability}; accepted: {sorted(MULTIPROCESSORS)}")
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Summary(None), "sanitizer-summary")
+        return  # the workers run the tests
+    os.environ["KDFAST_MACHINE"] = f"{capability}:{MULTIPROCESSORS[capability]}"
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if hard == resource.RLIM_INFINITY or hard > MEMORY:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, hard))
+    stack = contextlib.ExitStack()
+    state = stack.enter_context(session(capability))
+    config.pluginmanager.register(Summary(state), "sanitizer-summary")
+    config.add_cleanup(stack.close)
+
+
+@contextlib.contextmanager
+def session(capability: int) -> Iterator[Any]:
+    """While open, every launch of this process is executed and checked."""
+    from ttsem import sanitize
+
+    plain = sanitize.pidraces.find_race
+    sanitize.pidraces.find_race = respecting_tickets(plain)
+    try:
+        with sanitize.session(capability, "<pytest>") as state:
+            undo = pretend(capability)
+            try:
+                yield state
+            finally:
+                undo()
+    finally:
+        sanitize.pidraces.find_race = plain
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    thorough = config.getoption("--sanitize-thorough")
+    kept, left = [], []
+    for item in items:
+        function = item.name.partition("[")[0]
+        words = item.name.partition("[")[2].rstrip("]").split("-")
+        real = any(word in function for word in NEEDS_A_DEVICE)
+        long = not thorough and any(name in item.name for name in TOO_LONG)
+        twice = not thorough and any(word in SAME_ACCESSES for word in words)
+        (left if real or twice or long else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    error = call.excinfo.value if call.excinfo else None
+    fault = getattr(error, "fault", None)
+    if fault is not None:
+        report.user_properties.append(("fault", (fault.kind, place(fault), fault.kernel)))
+    return report
+
+
+def place(fault: Any) -> str:
+    """File and line of a fault; of one in an inlined function, its own and not the caller's."""
+    inlined = re.search(r'callsite\("([^"]+)":(\d+)', fault.op)
+    file, line = inlined.groups() if inlined else (fault.source_file, fault.source_line)
+    source = Path(file)
+    return f"{source.relative_to(ROOT) if source.is_relative_to(ROOT) else source}:{line}"
+
+
+class Summary:
+    """Counts launches and faults, across workers too, and prints them last."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+        self.launches = self.unchecked = 0
+        self.faults: Counter[tuple[str, str, str]] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties:
+            if name == "fault":
+                self.faults[tuple(value)] += 1  # type: ignore[index]
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.state is not None:
+            self.launches, self.unchecked = self.state.launches, self.state.races_unchecked
+            output = getattr(session.config, "workeroutput", None)
+            if output is not None:
+                output["sanitizer"] = [self.launches, self.unchecked]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        launches, unchecked = getattr(node, "workeroutput", {}).get("sanitizer", (0, 0))
+        self.launches += launches
+        self.unchecked += unchecked
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        terminalreporter.section("sanitizer")
+        terminalreporter.write_line(
+            f"{self.launches} launches executed, {self.unchecked} of them too large to search for races"
+        )
+        for (kind, where, kernel), count in sorted(self.faults.items()):
+            terminalreporter.write_line(f"{kind}: {where} in {kernel} ({count} tests)")
+        if not self.faults:
+            terminalreporter.write_line("no access out of bounds, no race, no read of unwritten memory")
