@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdfast.errors import require
+from kdfast.reference.replay import extension
 from kdfast.replay import PrioritizedReplayBuffer
 
 __all__ = ["PrioritySampler", "torchrl_sampler"]
@@ -125,6 +127,8 @@ class PrioritySampler:
         for other in folder.glob("sampler-*.kdfast"):
             if other.name != f"sampler-{self._next}.kdfast":
                 other.unlink()
+        for left in folder.glob("sampler-*.kdfast.tmp-*"):  # by writers that were killed
+            extension().sweep_snapshot(os.fsencode(folder / left.name.split(".tmp-")[0]))
 
     def loads(self, path: str | Path) -> None:
         """Read it back."""

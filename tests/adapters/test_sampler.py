@@ -108,6 +108,12 @@ def test_saved_and_put_back_it_goes_on(way: str, tmp_path: Path) -> None:
     assert torch.equal(sampler.sample(None, 16)[0], other.sample(None, 16)[0])
 
 
+def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / "sampler-3.kdfast.tmp-0123456789abcdef").write_text("half")
+    filled().dumps(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["sampler-6.kdfast"]
+
+
 def test_without_torchrl_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "torchrl"]:
         monkeypatch.delitem(sys.modules, name)
