@@ -1,4 +1,4 @@
-"""Few rows of a large vocabulary, which several programs share: the gradient must not land on logits still to be read."""
+"""Few rows of a large vocabulary, shared by several programs: no gradient may land on logits still to be read."""
 
 from __future__ import annotations
 
