@@ -150,8 +150,11 @@ def check(device: str, rows: Path | None) -> int:
     """Every call against float64, a line and a row each; how many were wrong."""
     from kdfast.benchmarks.journal import Journal
 
-    wrong = 0
+    wrong, known = 0, Journal(rows).records() if rows is not None else []
+    right = {row["name"] for row in known if row.get("kind") == "smoke" and row["right"]}
     for name, function, operands in calls(device):
+        if name in right:  # before the campaign was killed
+            continue
         row: dict[str, Any] = {"kind": "smoke", "part": "smoke", "name": name}
         try:
             found, limit = error_of(function, operands)

@@ -15,7 +15,7 @@ import os
 import re
 import resource
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,29 @@ def session(capability: int) -> Iterator[Any]:
     sanitize.pidraces.find_race = respecting_tickets(plain)
     try:
         with sanitize.session(capability, "<pytest>") as state:
-            undo = pretend(capability)
+            undo, plan = pretend(capability), planning_for(capability)
             try:
                 yield state
             finally:
+                plan()
                 undo()
     finally:
         sanitize.pidraces.find_race = plain
+
+
+def planning_for(capability: int) -> Callable[[], None]:
+    """Have launch plans made for that GPU although tensors lie on the CPU; returns what undoes it."""
+    from kdfast.kernels import machine
+
+    plain = machine.Machine
+    machine.Machine = lambda *_: plain(  # type: ignore[assignment,misc]
+        capability, MULTIPROCESSORS[capability], machine.triton_version()
+    )
+
+    def undo() -> None:
+        machine.Machine = plain  # type: ignore[misc]
+
+    return undo
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
