@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdfast.data.manifest import write_atomic
+from kdfast.disk import write_atomic
 from kdfast.errors import DataError
 from kdfast.reference.procedural.shaders import SLOTS, Op
 
