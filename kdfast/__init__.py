@@ -17,6 +17,7 @@ from kdfast.errors import (
     MissingExtraError,
     ShardError,
 )
+from kdfast.version import __version__
 
 if TYPE_CHECKING:
     from kdfast import data as data
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from kdfast.backend import get_backend as get_backend
     from kdfast.backend import set_backend as set_backend
     from kdfast.backend import use_backend as use_backend
-
-__version__ = "0.1.0"
 
 _LAZY = ("data", "diffusion", "functional", "methods", "models", "nn", "replay")
 _BACKEND = ("get_backend", "set_backend", "use_backend")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 import kdfast
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+os.environ.pop("KDFAST_BACKEND", None)  # a test says which backend it means
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,16 @@ def _deterministic() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     kdfast.backend._choice = None
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT and SIGTERM with their default handlers: a run in the background or under nohup inherits them ignored."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-import kdfast
+from kdfast.version import __version__
 
 _PACKAGES = (
     *("torch", "triton", "numpy", "diffusers", "liger-kernel", "cpprb", "torchrl", "tensordict"),
@@ -22,7 +22,7 @@ _PACKAGES = (
 def describe(device: str) -> dict[str, Any]:
     """Machine, versions and revision; no host name, no path."""
     found: dict[str, Any] = {
-        "kdfast": kdfast.__version__,
+        "kdfast": __version__,
         "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -47,7 +47,7 @@ def commit() -> str | None:
     """The checkout's revision, with ``+`` when files differ from it; None outside a checkout."""
     if os.environ.get("KDFAST_COMMIT"):
         return os.environ["KDFAST_COMMIT"]
-    root = Path(kdfast.__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:

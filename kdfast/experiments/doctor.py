@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-import kdfast
 from kdfast.backend import get_backend, resolve
 from kdfast.errors import KDFastError
+from kdfast.version import __version__
 
 _CORE = ("torch", "numpy", "triton")
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+).*;.*extra == ['\"]([\w-]+)['\"]")
@@ -85,7 +85,7 @@ def run() -> Report:
 
 
 def _versions(report: Report) -> None:
-    report.versions["kdfast"] = kdfast.__version__
+    report.versions["kdfast"] = __version__
     report.versions["python"] = platform.python_version()
     for name in _CORE:
         report.versions[name] = _version(name) or "missing"

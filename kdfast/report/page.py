@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import kdfast
 from kdfast.errors import DataError, require
 from kdfast.report import denoising, inversion, plots, reverse
 from kdfast.report.runs import METRICS, Run, read_run
 from kdfast.report.studies import studies
+from kdfast.version import __version__
 
 _DEMO_KEYS = ("teacher_accuracy", "student_accuracy", "student_hard_label_accuracy", "student_noise_accuracy")
 _DEMO_NAMES = (
@@ -136,7 +136,7 @@ def render_pages(pages: Sequence[Page], target: Path, *, title: str, sources: Se
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True
     )
     html = environment.get_template("report.html.j2").render(
-        title=title, pages=pages, sources=sources, version=kdfast.__version__
+        title=title, pages=pages, sources=sources, version=__version__
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     _save_plots(target.parent / "plots", pages)

@@ -32,7 +32,10 @@ class Interrupt:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Interrupt]:
-    """Remember SIGINT and SIGTERM instead of dying of them; a second one takes effect at once."""
+    """Remember SIGINT and SIGTERM instead of dying of them; a second one takes effect at once.
+
+    One that is ignored stays ignored: a run in the background of a script, say, is not for Ctrl-C to stop.
+    """
     flag = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield flag  # only the main thread may set handlers
@@ -43,7 +46,9 @@ def deferred_interrupt() -> Iterator[Interrupt]:
             raise KeyboardInterrupt
         flag.signal = number
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Nor is a handler taken over that Python did not set (None): it could not be put back.
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, remember) for number in heard}
     try:
         yield flag
     finally:

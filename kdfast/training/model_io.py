@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-import kdfast
 from kdfast.errors import CheckpointError, require
 from kdfast.models import create_model
 from kdfast.training import files
 from kdfast.training.checkpoint import read_json, read_tensors
+from kdfast.version import __version__
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -65,7 +65,7 @@ def save_model(directory: str | Path, model: nn.Module, config: ModelConfig) -> 
     # Cloned: safetensors refuses tied weights, and a reader without kdfast wants each under its own name.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     files.write_file(folder / WEIGHTS, serialize(state))
-    files.write_json(folder / CONFIG, {"kdfast": kdfast.__version__, **asdict(config)})
+    files.write_json(folder / CONFIG, {"kdfast": __version__, **asdict(config)})
     return folder
 
 

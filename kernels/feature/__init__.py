@@ -27,6 +27,6 @@ bodies.py.
 """
 
 from . import noise
-from .launch import noise_mix, noise_mix_backward, reparam_middle
+from .launch import MAX_BRANCHES, noise_mix, noise_mix_backward, reparam_middle
 
-__all__ = ["noise", "noise_mix", "noise_mix_backward", "reparam_middle"]
+__all__ = ["MAX_BRANCHES", "noise", "noise_mix", "noise_mix_backward", "reparam_middle"]

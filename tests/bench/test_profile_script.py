@@ -60,7 +60,7 @@ def test_with_nsys_and_a_gpu_it_is_nsys(tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
     said = tmp_path / "said"
-    (tools / "nsys").write_text(f'#!/bin/bash\necho "$KDFAST_PROFILE $*" >> {said}\n')
+    (tools / "nsys").write_text(f'#!/bin/bash\necho "$KDFAST_PROFILE $*" >> "{said}"\n')
     (tools / "python").write_text("#!/bin/bash\nexit 0\n")  # torch.cuda.is_available(): yes
     for tool in tools.iterdir():
         tool.chmod(0o755)

@@ -54,7 +54,8 @@ def test_the_losses_are_kdfast_s(eager: EagerSSDKD, monkeypatch: pytest.MonkeyPa
     inversion._watch(False)
     torch.testing.assert_close(eager.inversion_loss(views, targets), want, rtol=1e-4, atol=1e-4)
     learned, taught = torch.randn(2, 8, 10).unbind()
-    torch.testing.assert_close(eager.loss(learned, taught), method(learned, taught), rtol=1e-5, atol=1e-6)
+    # T² = 400 times a small difference of float32 logarithms: 2e-5 apart at some seeds.
+    torch.testing.assert_close(eager.loss(learned, taught), method(learned, taught), rtol=1e-4, atol=2e-4)
 
 
 def test_an_epoch_fills_the_buffer_and_moves_the_student(eager: EagerSSDKD) -> None:

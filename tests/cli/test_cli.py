@@ -56,6 +56,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = [*TINY, "image_size=8", "lr=0.1", "batch_size=64"]
     result = call("teach", "--data", "digits", "--model", "resnet8", "--out", out, "-q", "--json", *values)
     assert result.exit_code == 0, result.output
+    # Chance is 0.1; 0.90 … 0.97 over 11 seeds and 4 roundings (avx512, avx2, no vectors, without oneDNN), 17 runs.
     assert json.loads(result.stdout)["accuracy"] > 0.5
     return out
 
@@ -145,6 +146,7 @@ def test_seeds_report_mean_and_deviation(tmp_path: Path, teacher: Path, shards: 
     assert summary["accuracy_std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
 
 
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_checkpoints_exits_130_and_resumes_to_the_same(
     tmp_path: Path, teacher: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +305,7 @@ def test_without_typer_it_says_which_extra_brings_it() -> None:
     )
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.slow
 def test_ctrl_c_from_a_terminal(tmp_path: Path) -> None:
     words = [

@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 from kdfast.cli.app import app
 from kdfast.data.segmentation import IGNORE, is_segmentation_folder, open_segmentation
 from kdfast.errors import ConfigError, DataError
-from kdfast.experiments import distill, teach
-from kdfast.experiments.augmentation import Augmentation, scale_crop
-from kdfast.experiments.recipe import build_config
-from kdfast.experiments.teach import TeachConfig
+from kdfast.experiments.common.augmentation import Augmentation, scale_crop
+from kdfast.experiments.common.recipe import build_config
+from kdfast.experiments.distill import run as distill
+from kdfast.experiments.teach import run as teach
+from kdfast.experiments.teach.config import TeachConfig
 from kdfast.training.mixing import task_loss
 
 

@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 from kdfast.cli.app import app
 from kdfast.data import ShardWriter, relative_entropy
 from kdfast.data.quality import class_spread, duplicate_groups, effective_directions, picture_hashes
-from kdfast.experiments import data_report, data_verdict, teacher_view
-from kdfast.experiments.data_report import DataReportConfig
+from kdfast.experiments.common import teacher_view
+from kdfast.experiments.data_report import run as data_report
+from kdfast.experiments.data_report import verdict as data_verdict
+from kdfast.experiments.data_report.config import DataReportConfig
 from kdfast.models import create_model
 from kdfast.training.model_io import ModelConfig, save_model
 from tests.experiments.test_select import CLASSES, ByColour, flat
@@ -106,7 +108,7 @@ def test_a_plane_is_drawn_with_its_boundaries_and_students(root: Path) -> None:
 def test_options_change_what_is_looked_at(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kdfast.experiments import data_page
+    from kdfast.experiments.data_report import page as data_page
 
     monkeypatch.setattr(teacher_view, "load_model", lambda path: ByColour())
     monkeypatch.setattr(data_page, "build", lambda *a: data_page.Page("nothing"))

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import kdfast
 from kdfast.data import ShardLoader, read_manifest
 from kdfast.errors import ConfigError, MissingExtraError
-from kdfast.experiments import demo
+from kdfast.experiments.demo import run as demo
 from kdfast.training import load_model
 
 SMALL = demo.DemoConfig(
@@ -81,13 +82,20 @@ def test_the_students_learned_from_the_shards(finished: tuple[Path, dict[str, An
     assert "loader: dali" in recipe
 
 
-def test_resuming_a_finished_demo_changes_nothing(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_resuming_a_finished_demo_changes_nothing(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, result = finished
     before = numbers(out)
-    started = time.monotonic()
+
+    def trained(*_: object, **__: object) -> None:
+        raise AssertionError("a step was taken")
+
+    monkeypatch.setattr(torch.Tensor, "backward", trained)
     assert demo.run(replace(SMALL, out=str(out), resume=True)) == result
     assert numbers(out) == before
-    assert time.monotonic() - started < 20
+    with pytest.raises(AssertionError, match="a step was taken"):  # what a fresh one does
+        demo.run(replace(SMALL, out=str(tmp_path / "fresh")))
 
 
 def test_a_demo_is_not_overwritten(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -192,7 +200,8 @@ def test_a_killed_demo_ends_in_the_same_numbers(
 @pytest.mark.slow
 def test_in_full_soft_labels_beat_hard_ones(tmp_path: Path) -> None:
     result = demo.run(demo.DemoConfig(out=str(tmp_path / "out"), device="cpu", progress=False))
-    assert result["teacher_accuracy"] >= 0.97
+    # With seeds 0, 1 and 2, in percent: soft 98.1, 97.8, 98.1, hard 90.3, 90.0, 85.6, noise 10.0, 33.6, 9.7.
+    assert result["teacher_accuracy"] >= 0.95
     assert result["student_accuracy"] >= 0.9
     assert result["student_accuracy"] > result["student_hard_label_accuracy"] + 0.01
     assert result["student_accuracy"] > result["student_noise_accuracy"] + 0.3

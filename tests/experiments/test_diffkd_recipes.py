@@ -14,8 +14,8 @@ from kdfast.data import ShardWriter
 from kdfast.data.segmentation import IGNORE, open_segmentation
 from kdfast.data.shapes import CLASSES, main, write_shapes
 from kdfast.errors import ConfigError
-from kdfast.experiments import distill
-from kdfast.experiments.recipe import load_recipe
+from kdfast.experiments.common.recipe import load_recipe
+from kdfast.experiments.distill import run as distill
 from kdfast.methods.diffkd import DiffKDConfig
 from kdfast.models import create_model
 from kdfast.report import write_report

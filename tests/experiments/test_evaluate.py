@@ -12,9 +12,9 @@ from torch import nn
 
 from kdfast.data.datasets import InMemoryImages, LabelledImages
 from kdfast.errors import DataError
-from kdfast.experiments.augmentation import Augmentation, resized_crop
-from kdfast.experiments.common import channel_statistics
-from kdfast.experiments.image_batches import ImageBatches
+from kdfast.experiments.common.augmentation import Augmentation, resized_crop
+from kdfast.experiments.common.held_out import channel_statistics
+from kdfast.experiments.common.image_batches import ImageBatches
 from kdfast.training import MetricsLog, evaluate_classification, evaluate_segmentation, read_metrics
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from kdfast.errors import ConfigError
-from kdfast.experiments import distill
-from kdfast.experiments.common import fingerprint, summarise
-from kdfast.experiments.distill import DistillConfig
-from kdfast.experiments.recipe import build_config, check_keys, load_recipe, parse_overrides, to_yaml
-from kdfast.experiments.synth import SynthConfig
-from kdfast.experiments.teach import TeachConfig
+from kdfast.experiments.common.recipe import build_config, check_keys, load_recipe, parse_overrides, to_yaml
+from kdfast.experiments.common.results import fingerprint, summarise
+from kdfast.experiments.distill import run as distill
+from kdfast.experiments.distill.config import DistillConfig
+from kdfast.experiments.synth.config import SynthConfig
+from kdfast.experiments.teach.config import TeachConfig
 from kdfast.methods import DMKDConfig
 from kdfast.models import create_model
 

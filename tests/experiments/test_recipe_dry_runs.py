@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kdfast.data import ShardWriter
-from kdfast.experiments import distill
-from kdfast.experiments.recipe import load_recipe
+from kdfast.experiments.common.recipe import load_recipe
+from kdfast.experiments.distill import run as distill
 from kdfast.models import create_model
 from kdfast.training.model_io import ModelConfig, save_model
 from tests.support.shards import pictures

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from kdfast.cli.app import app
 from kdfast.data import ShardLoader, ShardWriter, read_manifest, relative_entropy, select_long_tail
 from kdfast.data.records import ShardRecords
-from kdfast.experiments import teacher_view
+from kdfast.experiments.common import teacher_view
 from kdfast.training.model_io import ModelConfig, save_model
 from tests.support.shards import good, label, tar
 
@@ -259,7 +259,7 @@ def test_a_stopped_selection_goes_on_to_the_same_set(
     assert call(*command).exit_code == 130
     assert read_manifest(tmp_path / "new").num_samples == 24
     looked = []
-    monkeypatch.setattr("kdfast.experiments.select.view", lambda *a, **k: looked.append(1))
+    monkeypatch.setattr("kdfast.experiments.select.run.view", lambda *a, **k: looked.append(1))
     assert call(*command, "--resume").exit_code == 0
     assert looked == []  # the teacher's predictions were kept
     assert records(tmp_path / "new") == records(tmp_path / "whole")

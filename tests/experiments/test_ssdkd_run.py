@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from kdfast.errors import ConfigError, DataError, KDFastError
-from kdfast.experiments import distill
-from kdfast.experiments.method_ssdkd import PICTURE, PhaseClock, class_rows
-from kdfast.experiments.recipe import load_recipe
-from kdfast.experiments.training_data import some_of
+from kdfast.experiments.common.recipe import load_recipe
+from kdfast.experiments.distill import run as distill
+from kdfast.experiments.distill.data import some_of
+from kdfast.experiments.distill.methods.ssdkd import PICTURE, PhaseClock, class_rows
 from kdfast.methods import DMKDConfig, SSDKDConfig
 from kdfast.models import create_model
 from kdfast.report import write_report
@@ -241,6 +241,7 @@ def test_the_report_draws_what_the_run_left(finished: Path, tmp_path: Path, teac
     assert "Accuracy by data scale" not in same
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_stopped_run_goes_on_exactly(tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of an epoch: buffer, generator, random numbers and place are all in the checkpoint."""
     from kdfast.methods.ssdkd import SSDKD

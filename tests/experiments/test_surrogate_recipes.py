@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from kdfast.experiments import distill, select, synth, teach
-from kdfast.experiments.recipe import build_config, check_keys, load_recipe, parse_overrides
+from kdfast.experiments.common.recipe import build_config, check_keys, load_recipe, parse_overrides
+from kdfast.experiments.distill import run as distill
+from kdfast.experiments.select import run as select
+from kdfast.experiments.synth import run as synth
+from kdfast.experiments.teach import run as teach
 from kdfast.methods import SurrogateKDConfig
 from kdfast.models import create_model
 from kdfast.training.model_io import ModelConfig

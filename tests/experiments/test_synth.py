@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 from kdfast.data import ShardLoader, read_manifest
 from kdfast.data.surrogate.uniform import uniform_noise
 from kdfast.errors import CheckpointError, ConfigError, ShardError
-from kdfast.experiments import diffusion_model, synth
-from kdfast.experiments.diffusion_model import DiffusionConfig, NoisyBatches, build_dit
+from kdfast.experiments.diffusion_model import run as diffusion_model
+from kdfast.experiments.diffusion_model.batches import NoisyBatches
+from kdfast.experiments.diffusion_model.config import DiffusionConfig
+from kdfast.experiments.diffusion_model.run import build_dit
+from kdfast.experiments.synth import run as synth
 
 TINY = DiffusionConfig(
     image_size=8, heads=2, head_dim=8, layers=1, epochs=2, steps_per_epoch=3, batch_size=16, device="cpu"

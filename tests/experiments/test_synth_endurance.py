@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from kdfast.data import read_manifest
-from kdfast.experiments import diffusion_model, synth
-from kdfast.experiments.diffusion_model import DiffusionConfig, build_dit
+from kdfast.experiments.diffusion_model import run as diffusion_model
+from kdfast.experiments.diffusion_model.config import DiffusionConfig
+from kdfast.experiments.diffusion_model.run import build_dit
+from kdfast.experiments.synth import run as synth
 from tests.diffusion.test_synthesizer import contents, synthesizer, write
 
 

@@ -18,7 +18,7 @@ from kdfast.diffusion import DDIMScheduler, Synthesizer
 from kdfast.diffusion.notes import noted
 from kdfast.diffusion.plans import fused_scheduler
 from kdfast.errors import CheckpointError, ConfigError, DataError
-from kdfast.experiments import synth
+from kdfast.experiments.synth import run as synth
 from tests.support.diffusion import dit_pipeline, stable_diffusion, tiny_dit
 
 NAMES = ("cat", "dog", "red fox")
@@ -264,7 +264,7 @@ def test_bad_values_are_named_by_the_users_key(
 
 
 def test_guidance_below_one_and_an_empty_list_of_names_are_refused(text_folder: Path, tmp_path: Path) -> None:
-    from kdfast.experiments.recipe import build_config
+    from kdfast.experiments.common.recipe import build_config
 
     values = {"out": str(tmp_path), "weights": "w", "guidance_scale": 0.5}
     with pytest.raises(ConfigError, match=r"guidance_scale: got 0\.5, accepted: greater than or equal to 1"):

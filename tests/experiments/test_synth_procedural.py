@@ -15,7 +15,8 @@ from PIL import Image
 from kdfast.data import ShardLoader, read_manifest, surrogate
 from kdfast.data.surrogate.leaves import leaves as draw_leaves
 from kdfast.errors import ConfigError, DataError, MissingExtraError, ShardError
-from kdfast.experiments import synth, synth_procedural
+from kdfast.experiments.synth import procedural as synth_procedural
+from kdfast.experiments.synth import run as synth
 from tests.data.test_glsl import BROKEN, CONVENTIONS, folder_of, needs_egl
 
 SMALL = {"images": 14, "image_size": 8, "batch_size": 4, "samples_per_shard": 6, "image_format": "png"}

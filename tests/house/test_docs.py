@@ -107,7 +107,7 @@ def test_relative_links_of_the_readme_lead_somewhere() -> None:
 def test_the_readme_promises_no_method_that_is_not_there() -> None:
     """A method is offered exactly when its class can be imported, and complete only when a recipe can name it."""
     import kdfast.methods
-    from kdfast.experiments.methods import METHODS, get_method
+    from kdfast.experiments.distill.methods import METHODS, get_method
 
     in_recipes = {get_method(name).METHOD.__name__ for name in METHODS}
 

@@ -325,20 +325,19 @@ def test_the_command_alone_names_its_extra(built: Built, tmp_path: Path) -> None
 
 
 def test_import_is_quick_and_pulls_in_nothing(built: Built, tmp_path: Path) -> None:
-    """Beside torch, `import kdfast` costs well under a second and loads no optional package."""
+    """Beside torch, `import kdfast` loads a handful of its own modules, and no optional package."""
     code = """
-    import json, sys, time
+    import json, sys
     import torch
     before = set(sys.modules)
-    start = time.process_time()
     import kdfast
-    seconds = time.process_time() - start
-    print(json.dumps([seconds, sorted({name.split(".")[0] for name in set(sys.modules) - before})]))
+    print(json.dumps(sorted(set(sys.modules) - before)))
     """
-    runs = [json.loads(python(built.site, code, tmp_path)) for _ in range(2)]
-    assert min(seconds for seconds, _ in runs) < 0.2
-    loaded = set(runs[0][1]) - set(sys.stdlib_module_names)
-    assert loaded == {"kdfast"}
+    loaded = json.loads(python(built.site, code, tmp_path))
+    assert {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names) == {"kdfast"}
+    assert (
+        len(loaded) <= 10
+    )  # kdfast and kdfast.errors; time would depend on the machine and on who else uses it
 
 
 def lint_imports(site: Path) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdfast.errors import ConfigError
-from kdfast.experiments.augmentation import Augmentation, color_jitter
+from kdfast.experiments.common.augmentation import Augmentation, color_jitter
 from kdfast.methods import baselines
 from kdfast.methods.baselines.features import angle_loss, attention_map, distance_loss
 from kdfast.training.mixing import MixedBatch, mix_batch, task_loss

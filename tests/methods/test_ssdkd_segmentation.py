@@ -68,7 +68,8 @@ def test_the_students_loss_is_the_mean_over_pixels() -> None:
     weight = torch.tensor([1.0, 3.0])
     rows = F.kl_div((student / 20).log_softmax(1), (teacher / 20).softmax(1), reduction="none").sum(1)
     want = 400 * (rows * weight[:, None, None]).mean()
-    torch.testing.assert_close(made(student, teacher, weight), want)
+    # T² = 400 times a small difference of float32 logarithms: 2e-5 apart at some seeds.
+    torch.testing.assert_close(made(student, teacher, weight), want, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kdfast.data import ShardWriter
 from kdfast.errors import ConfigError, DataError
-from kdfast.experiments import distill
+from kdfast.experiments.distill import run as distill
 from kdfast.methods import SurrogateKD, SurrogateKDConfig
 from kdfast.models import create_model
 from kdfast.training import read_metrics

@@ -69,7 +69,8 @@ def test_it_learns_a_half_and_half_picture() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert (model(images).argmax(1) == target).float().mean() > 0.9
+    # Chance is 0.5; 0.964 … 0.996 over 11 seeds and 4 roundings, 17 runs.
+    assert (model(images).argmax(1) == target).float().mean() > 0.75
 
 
 def test_a_batch_of_one_is_refused_in_training_and_served_in_eval() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kdfast.errors import DataError
-from kdfast.experiments import reporting
+from kdfast.experiments import report as reporting
 from kdfast.report import read_run, write_grid, write_report
 from kdfast.report.plots import bars, curves
 

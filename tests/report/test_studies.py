@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from kdfast.data import ShardWriter
-from kdfast.experiments import distill, evaluate
-from kdfast.experiments.recipe import build_config
-from kdfast.experiments.synthetic_set import ProbabilityVariance, describe
+from kdfast.experiments.common.recipe import build_config
+from kdfast.experiments.common.synthetic_set import ProbabilityVariance, describe
+from kdfast.experiments.distill import run as distill
+from kdfast.experiments.evaluate import run as evaluate
 from kdfast.methods.dmkd import DMKDConfig
 from kdfast.models import create_model
 from kdfast.report import read_run, write_report

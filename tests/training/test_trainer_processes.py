@@ -103,6 +103,7 @@ DISTRIBUTED = """
 """
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_resume(tmp_path: Path) -> None:
     file = tmp_path / "two.py"

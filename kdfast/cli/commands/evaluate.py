@@ -1,0 +1,55 @@
+"""``kdfast eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdfast.cli.guard import guarded
+from kdfast.cli.options import AsJson, Device, Quiet
+from kdfast.cli.values import config_of, show
+
+
+@guarded
+def evaluate(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Directory of a finished run.", metavar="CKPT", show_default=False)
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits, a folder (of classes, or images/ and masks/), hf:NAME, or shards.",
+            metavar="NAME|DIR",
+            show_default=False,
+        ),
+    ],
+    split: Annotated[str, typer.Option(help="train, test or all.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 256,
+    device: Device = "auto",
+    loader: Annotated[str, typer.Option(help="For shards: dali or torch.")] = "dali",
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the result here, for a report.", metavar="DIR")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a trained network: top-1 and top-5 accuracy, or mIoU on images with masks."""
+    from kdfast.experiments.evaluate.config import EvalConfig
+    from kdfast.experiments.evaluate.run import run
+
+    config = config_of(
+        EvalConfig,
+        None,
+        None,
+        command="eval",
+        checkpoint=checkpoint,
+        data=data,
+        split=split,
+        batch_size=batch_size,
+        device=device,
+        loader=loader,
+        out=None if out is None else str(out),
+    )
+    show(run(config, progress=not quiet), as_json)

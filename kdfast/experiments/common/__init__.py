@@ -1,0 +1,1 @@
+"""What several commands read: recipes, result directories, images in batches, and sets as a teacher sees them."""

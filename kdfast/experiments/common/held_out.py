@@ -1,0 +1,70 @@
+"""Held-out images, and how good a network is on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdfast.data.datasets import LabelledImages, load_dataset
+from kdfast.data.segmentation import SegmentationFolder, open_segmentation
+from kdfast.experiments.common.image_batches import ImageBatches
+from kdfast.training.evaluate import class_accuracies, evaluate_classification, evaluate_segmentation
+from kdfast.training.model_io import ModelConfig
+
+Labelled = LabelledImages | SegmentationFolder
+
+
+class Evaluator:
+    """Accuracy, or mIoU where labels are masks, on held-out images: what the trainer calls after an epoch."""
+
+    def __init__(
+        self, dataset: Labelled, config: ModelConfig, *, batch_size: int, trainer_rank: tuple[int, int]
+    ) -> None:
+        rank, world = trainer_rank
+        self._config = config
+        self._measure = (
+            evaluate_segmentation if isinstance(dataset, SegmentationFolder) else evaluate_classification
+        )
+        self._batches = ImageBatches(
+            dataset, batch_size, mean=config.mean, std=config.std, shuffle=False, rank=rank, world_size=world
+        )
+
+    def __call__(self, network: nn.Module) -> dict[str, float]:
+        """Evaluate the network where it is."""
+        device = next(network.parameters()).device
+        return self._measure(network, self._batches, num_classes=self._config.num_classes, device=device)
+
+    def by_class(self, network: nn.Module) -> dict[str, float]:
+        """Accuracy by class name, of classes that there are images of; empty for segmentation."""
+        if self._measure is evaluate_segmentation:
+            return {}
+        device = next(network.parameters()).device
+        count = self._config.num_classes
+        values = class_accuracies(network, self._batches, num_classes=count, device=device)
+        names = self._config.classes or tuple(map(str, range(count)))
+        return {name: round(value, 6) for name, value in zip(names, values) if value == value}
+
+
+def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of uint8 ``[N, C, H, W]``, in units of [0, 1].
+
+    A channel that does not vary gets 1, so that dividing by it is harmless.
+    """
+    values = images.double() / 255
+    mean, std = values.mean((0, 2, 3)), values.std((0, 2, 3))
+    std = torch.where(std > 1e-6, std, 1.0)
+    return tuple(round(float(v), 6) for v in mean), tuple(round(float(v), 6) for v in std)
+
+
+def held_out(
+    source: str | None, model: ModelConfig, label_column: str | None = None, *, task: str = "classification"
+) -> Labelled | None:
+    """The test split of a source, which must have the network's classes."""
+    if source is None:
+        return None
+    common: dict[str, Any] = {"image_size": model.image_size, "num_classes": model.num_classes}
+    if task == "segmentation":
+        return open_segmentation(source, "test", **common)
+    return load_dataset(source, "test", label_column=label_column, **common)

@@ -1,0 +1,99 @@
+"""The result directory: what it holds, when it may be gone on in, and what several of them say together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdfast.errors import ConfigError
+from kdfast.experiments.common.recipe import to_yaml
+from kdfast.training import files
+from kdfast.training.config import TrainResult
+from kdfast.training.model_io import ModelConfig, save_model
+from kdfast.training.trainer import Trainer
+
+RECIPE = "recipe.yaml"
+METRICS = "metrics.json"
+#: The folders of a diffusion model, as diffusers names them.
+TRANSFORMER, SCHEDULER = "transformer", "scheduler"
+
+# What may change between a run and its resumption: it moves the work, not the result.
+_FREE = {
+    "device",
+    "workers",
+    "keep",
+    "log_every",
+    "tensorboard",
+    "eval_every",
+    "checkpoint_every",
+    "checkpoint_steps",
+}
+
+
+def fingerprint(*configs: Any) -> dict[str, Any]:
+    """What a resumed run must agree on, as JSON would hold it."""
+    merged = {key: value for config in configs for key, value in asdict(config).items() if key not in _FREE}
+    result: dict[str, Any] = json.loads(json.dumps(merged))
+    return result
+
+
+def out_directory(out: str | Path) -> Path:
+    """The result directory, which need not be there yet.
+
+    Raises:
+        ConfigError: It is a file.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out: got {folder}, which is a file, accepted: a directory")
+    return folder
+
+
+def open_run(out: str | Path, *configs: Any, resume: bool, main: bool = True) -> Path:
+    """Make the result directory and write the recipe into it.
+
+    Raises:
+        ConfigError: It holds a run already and ``resume`` is false, or it cannot be a directory.
+    """
+    folder = out_directory(out)
+    if main:
+        if not resume and ((folder / "checkpoints").exists() or (folder / METRICS).exists()):
+            raise ConfigError(
+                f"--out: {folder} holds a run already; go on with --resume, or choose another directory"
+            )
+        with files.reporting_disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        files.write_file(folder / RECIPE, to_yaml(*configs))
+    return folder
+
+
+def close_run(
+    folder: Path, trainer: Trainer, result: TrainResult, model: ModelConfig, **facts: Any
+) -> dict[str, Any]:
+    """Write the network and ``metrics.json``, last: its presence says that the run is finished."""
+    metrics = {**result.metrics, "steps": result.steps, "images": result.images, **facts}
+    metrics["seconds"] = round(result.seconds, 3)
+    if trainer.accelerator.is_main_process:
+        save_model(folder, result.model, model)
+        files.write_json(folder / METRICS, metrics)
+    trainer.accelerator.wait_for_everyone()
+    return metrics
+
+
+def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and sample standard deviation over seeds of every metric that all runs have."""
+    names = [name for name in runs[0] if all(isinstance(run.get(name), (int, float)) for run in runs)]
+    summary: dict[str, Any] = {"seeds": [run["seed"] for run in runs]}
+    for name in names:
+        if name in ("seed", "steps", "images"):
+            continue
+        values = torch.tensor([float(run[name]) for run in runs], dtype=torch.float64)
+        summary[name] = [float(value) for value in values]
+        summary[f"{name}_mean"] = float(values.mean())
+        summary[f"{name}_std"] = float(values.std()) if len(runs) > 1 else 0.0
+    return summary

@@ -1,0 +1,1 @@
+"""``kdfast distill``: from a recipe to a trained student."""

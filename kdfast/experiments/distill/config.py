@@ -1,0 +1,43 @@
+"""What a recipe of ``kdfast distill`` says, whatever its method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kdfast.experiments.common.bounds import Count
+from kdfast.experiments.common.training_recipe import TrainingRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(TrainingRecipe):
+    """Who teaches whom, on which images. The fields of the method's own config stand beside these in a recipe.
+
+    Attributes:
+        method: One of :data:`kdfast.experiments.distill.plan.METHODS`.
+        teacher: Directory of a trained network, or ``timm:NAME`` or ``torchvision:NAME`` for theirs with its weights.
+        student: Name for :func:`kdfast.models.create_model`.
+        task: ``classification``, or ``segmentation``, for which data are images beside PNG masks.
+        data: What to train on: a directory of shards, or real labelled images (``digits``, a folder, ``hf:NAME``). Not
+            needed by a method that makes its own.
+        test_data: Held-out real images to measure on: ``digits``, a folder, or ``hf:NAME``; ``None`` measures nothing.
+        label_column: For ``hf:`` data with several class columns, which one to use.
+        data_images: Take only so many of real, labelled images, as many of each class, and keep them in memory.
+        image_size: Side the networks see; by default the teacher's.
+        load_size: Side the images are decoded to, before ``augment``; by default ``image_size``.
+        loader: ``dali``, or ``torch`` for the plain loader.
+        on_error: ``raise`` at a damaged image, or ``skip`` and list it.
+    """
+
+    method: str = "dmkd"
+    teacher: str
+    student: str
+    task: Literal["classification", "segmentation"] = "classification"
+    data: str | None = None
+    test_data: str | None = None
+    label_column: str | None = None
+    data_images: Count | None = None
+    image_size: Count | None = None
+    load_size: Count | None = None
+    loader: Literal["dali", "torch"] = "dali"
+    on_error: Literal["raise", "skip"] = "raise"

@@ -1,0 +1,39 @@
+"""``method: dmkd``: the student learns the teacher's outputs on images that were made beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from kdfast.errors import DataError
+from kdfast.experiments.common.synthetic_set import describe, shard_classes
+from kdfast.experiments.distill.plan import Plan, Setting
+from kdfast.methods.dmkd import DMKD, DMKDConfig
+
+CONFIG = DMKDConfig
+METHOD = DMKD
+NEEDS_DATA = True
+
+
+def build(setting: Setting) -> Plan:
+    """Check that stored labels, where they count, are the teacher's classes.
+
+    Raises:
+        DataError: They are not.
+    """
+    config: DMKDConfig = setting.method
+    data = setting.config.data
+    if config.labels != "soft" and config.hard_labels == "stored":
+        found = shard_classes(data)
+        if found is not None and found != setting.num_classes:
+            raise DataError(
+                f"data {data}: has {found} classes, accepted: the teacher's {setting.num_classes}"
+            )
+    method = DMKD(setting.teacher, config=config)
+    # What `kdfast report` plots accuracies against, known now, while the set is there.
+    settings = {**asdict(config), **describe(data), "student": setting.config.student}
+    settings["teacher"] = setting.config.teacher
+    return Plan(
+        setting.student,
+        lambda model, batch: method.step(batch, model),
+        facts=lambda: {"settings": settings},
+    )

@@ -1,0 +1,145 @@
+"""``kdfast distill``: from a recipe to a trained student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kdfast.errors import ConfigError
+from kdfast.experiments.common.held_out import Evaluator, held_out
+from kdfast.experiments.common.networks import build_network, load_teacher
+from kdfast.experiments.common.recipe import build_config, check_keys
+from kdfast.experiments.common.results import METRICS, close_run, fingerprint, open_run, summarise
+from kdfast.experiments.distill.config import DistillConfig
+from kdfast.experiments.distill.data import open_training_data
+from kdfast.experiments.distill.methods import METHODS, get_method
+from kdfast.experiments.distill.plan import Setting
+from kdfast.training import files
+from kdfast.training.accelerator import make_accelerator
+from kdfast.training.rng import seed_everything
+from kdfast.training.trainer import Trainer
+
+
+def parse(values: Mapping[str, Any], *, source: str = "recipe") -> tuple[DistillConfig, Any]:
+    """A recipe's values as the common config and the method's.
+
+    Raises:
+        ConfigError: For an unknown method, an unknown key (with the nearest known one) or an invalid value.
+    """
+    name = values.get("method", "dmkd")
+    if name not in METHODS:
+        # Keys come first: a slip in one of them is likelier than a method that does not exist.
+        check_keys(values, DistillConfig, *(get_method(each).CONFIG for each in METHODS), source=source)
+        raise ConfigError(f"{source}: method: got {name!r}, accepted: {', '.join(METHODS)}")
+    method = get_method(name)
+    check_keys(values, DistillConfig, method.CONFIG, source=source)
+    config = build_config(DistillConfig, values, source=source)
+    if config.data is None and method.NEEDS_DATA:
+        raise ConfigError(
+            f"{source}: data: missing; accepted: a directory of shards (kdfast synth makes them), digits, a folder of "
+            "images, hf:NAME"
+        )
+    return config, build_config(method.CONFIG, values, source=source)
+
+
+def run(
+    config: DistillConfig,
+    method_config: Any,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Distil one student.
+
+    Args:
+        config: Networks, data and training.
+        method_config: The method's own config.
+        out: Result directory, as :func:`kdfast.experiments.teach.run.run` fills it.
+        resume: Go on from its latest checkpoint.
+        dry_run: Build everything, take one real optimiser step, write nothing.
+        progress: Show a progress bar.
+
+    Returns:
+        What ``metrics.json`` holds; of a dry run the ``loss``.
+
+    Raises:
+        ConfigError: A network is unknown, or ``out`` holds another run.
+        DataError: The shards or the test images cannot be used, or have other classes than the teacher.
+        CheckpointError: The teacher cannot be read.
+        TrainingInterrupted: On Ctrl-C, after a checkpoint.
+    """
+    teacher, taught = load_teacher(config.teacher, config.data)
+    described = replace(
+        taught,
+        model=config.student,
+        image_size=config.image_size or taught.image_size,
+        options=config.model_options(),
+    )
+    accelerator = make_accelerator(config.device, config.precision)
+    rank = (accelerator.process_index, accelerator.num_processes)
+    test = held_out(config.test_data, described, config.label_column, task=config.task)
+    seed_everything(config.seed)
+    student = build_network(described).to(accelerator.device)
+    teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+    setting = Setting(
+        config, method_config, teacher, student, described, accelerator, taught.num_classes, dry_run
+    )
+    with ExitStack() as stack:
+        plan = get_method(config.method).build(setting)
+        fed = described if plan.normalised else replace(described, mean=(0.0,) * 3, std=(1.0,) * 3)
+        batches = plan.batches or open_training_data(config, fed, accelerator, stack)
+        evaluator = None if test is None else Evaluator(test, described, batch_size=256, trainer_rank=rank)
+        folder = None
+        if not dry_run:
+            folder = open_run(out, config, method_config, resume=resume, main=accelerator.is_main_process)
+        trainer = Trainer(
+            plan.model,
+            plan.step,
+            config.trainer_config(progress=progress),
+            out=folder,
+            evaluate=None if evaluator is None else lambda model: evaluator(plan.student(model)),
+            fingerprint=fingerprint(config, method_config),
+            name="distill",
+        )
+        if folder is None:
+            return {"loss": trainer.dry_run(batches)}
+        result = trainer.fit(batches, resume=resume)
+        result = replace(result, model=plan.student(result.model))
+        facts = dict(plan.facts())
+        if skipped := getattr(batches, "quarantined", ()):
+            facts["quarantined"] = len(skipped)
+        if evaluator is not None and (by_class := evaluator.by_class(result.model)):
+            facts["class_accuracy"] = by_class
+        if accelerator.is_main_process:
+            plan.leave(folder)
+        return close_run(folder, trainer, result, described, seed=config.seed, **facts)
+
+
+def run_seeds(
+    config: DistillConfig,
+    method_config: Any,
+    out: str | Path,
+    *,
+    seeds: int,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Distil once for each of ``seeds`` seeds, from the recipe's on, into ``out/seed-N``.
+
+    Returns:
+        What ``out/metrics.json`` holds: every metric's values, ``…_mean`` and ``…_std`` (sample standard deviation).
+    """
+    root = Path(out)
+    runs = []
+    for seed in range(config.seed, config.seed + seeds):
+        one = replace(config, seed=seed)
+        runs.append(run(one, method_config, root / f"seed-{seed}", resume=resume, progress=progress))
+    summary = summarise(runs)
+    if make_accelerator(config.device, config.precision).is_main_process:
+        files.write_json(root / METRICS, summary)
+    return summary

@@ -1,0 +1,1 @@
+"""``kdfast eval``: how good a saved network is."""

@@ -1,0 +1,30 @@
+"""What ``kdfast eval`` is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to measure on what.
+
+    Attributes:
+        checkpoint: Directory of a finished run, its ``model.safetensors``, or ``timm:NAME`` or ``torchvision:NAME``.
+        data: ``digits``, a folder of images, ``hf:NAME``, a directory of shards, or a folder of ``images/`` and
+            ``masks/`` (see :mod:`kdfast.data.segmentation`).
+        split: ``train``, ``test`` or ``all``; shards have no splits.
+        batch_size: Images a batch.
+        device: ``auto`` takes the GPU if there is one.
+        loader: For shards: ``dali`` or ``torch``.
+        out: Keep the result in this directory, for ``kdfast report``.
+    """
+
+    checkpoint: str
+    data: str
+    split: Literal["train", "test", "all"] = "test"
+    batch_size: int = 256
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    loader: Literal["dali", "torch"] = "dali"
+    out: str | None = None

@@ -1,0 +1,93 @@
+"""``kdfast eval``: how good a saved network is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdfast.data.datasets import load_dataset
+from kdfast.data.loader import ShardLoader
+from kdfast.data.manifest import is_shard_folder
+from kdfast.data.segmentation import is_segmentation_folder, open_segmentation
+from kdfast.errors import DataError
+from kdfast.experiments.common.image_batches import ImageBatches
+from kdfast.experiments.common.networks import load_teacher
+from kdfast.experiments.common.results import METRICS
+from kdfast.experiments.common.synthetic_set import ProbabilityVariance, describe
+from kdfast.experiments.evaluate.config import EvalConfig
+from kdfast.training import files
+from kdfast.training.accelerator import make_accelerator
+from kdfast.training.evaluate import evaluate_classification, evaluate_segmentation
+from kdfast.training.model_io import ModelConfig
+from kdfast.training.progress import Progress
+
+
+def run(config: EvalConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Measure.
+
+    Returns:
+        ``accuracy``, ``top5_accuracy`` (from six classes on) and ``images``; for images with masks ``miou``,
+        ``pixel_accuracy`` and ``images``. On shards also ``probability_variance``, how sharp the outputs are: the
+        variance of an image's class probabilities, averaged over images; and ``settings``, how they were sampled.
+
+    Raises:
+        CheckpointError: The network cannot be read.
+        DataError: The data cannot be used, or has other classes.
+    """
+    device = make_accelerator(config.device).device
+    model, model_config = load_teacher(config.checkpoint, config.data)
+    model.to(device)
+    variance, settings = ProbabilityVariance(), describe(config.data)
+    with ExitStack() as stack:
+        batches, images = _open(config, model_config, device, stack)
+        bar = stack.enter_context(Progress(enabled=progress)).task("eval", total=images, unit="img")
+
+        def counted() -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+            for batch in batches:
+                yield batch
+                bar.advance(len(batch[1]))
+
+        known: dict[str, Any] = {"num_classes": model_config.num_classes, "device": device}
+        if is_segmentation_folder(config.data):
+            metrics = evaluate_segmentation(model, counted(), **known)
+        else:
+            metrics = evaluate_classification(model, counted(), observe=variance.update, **known)
+    result: dict[str, Any] = {**metrics, "images": images}
+    if settings:
+        result |= {
+            "probability_variance": variance.compute(),
+            "settings": {**settings, "network": config.checkpoint},
+        }
+    if config.out is not None:
+        with files.reporting_disk(Path(config.out)):
+            Path(config.out).mkdir(parents=True, exist_ok=True)
+        files.write_json(Path(config.out) / METRICS, result)
+    return result
+
+
+def _open(config: EvalConfig, model: ModelConfig, device: torch.device, stack: ExitStack) -> tuple[Any, int]:
+    common: dict[str, Any] = {"mean": model.mean, "std": model.std, "shuffle": False, "device": device}
+    if is_segmentation_folder(config.data):
+        masked = open_segmentation(
+            config.data, config.split, image_size=model.image_size, num_classes=model.num_classes
+        )
+        return ImageBatches(masked, config.batch_size, **common), len(masked)
+    if is_shard_folder(config.data):
+        shards = stack.enter_context(
+            ShardLoader(
+                config.data, config.batch_size, image_size=model.image_size, loader=config.loader, **common
+            )
+        )
+        if shards.num_classes not in (None, model.num_classes):
+            raise DataError(
+                f"data {config.data}: has {shards.num_classes} classes, accepted: {model.num_classes}, the network's"
+            )
+        return shards, shards.num_samples
+    dataset = load_dataset(
+        config.data, config.split, image_size=model.image_size, num_classes=model.num_classes
+    )
+    return ImageBatches(dataset, config.batch_size, **common), len(dataset)

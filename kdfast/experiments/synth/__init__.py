@@ -1,0 +1,1 @@
+"""``kdfast synth``: labelled synthetic images, written as shards."""

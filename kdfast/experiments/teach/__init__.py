@@ -1,0 +1,1 @@
+"""``kdfast teach``: a network, trained on real, labelled images."""

@@ -1,0 +1,34 @@
+"""What a recipe of ``kdfast teach`` says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kdfast.experiments.common.bounds import Count
+from kdfast.experiments.common.training_recipe import TrainingRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachConfig(TrainingRecipe):
+    """What to train, on what.
+
+    Attributes:
+        data: ``digits``, a folder, or ``hf:NAME``: see :func:`kdfast.data.load_dataset`.
+        model: Name for :func:`kdfast.models.create_model`.
+        image_size: Side of the images in pixels.
+        test_data: Where held-out images come from (its test split); by default ``data``.
+        task: ``classification``, or ``segmentation``, for which data are images beside PNG masks.
+        num_classes: How many classes the data must have; by default any number.
+        label_column: For ``hf:`` sets with several class columns, which one to use.
+        pretrained: For ``timm:`` networks: begin with timm's weights, and replace the classifier.
+    """
+
+    data: str
+    task: Literal["classification", "segmentation"] = "classification"
+    model: str = "resnet20"
+    image_size: Count = 32
+    test_data: str | None = None
+    num_classes: Count | None = None
+    label_column: str | None = None
+    pretrained: bool = False
