@@ -53,10 +53,11 @@ def read_regular(path: str | os.PathLike[str], *, limit: int = MAX_BYTES) -> byt
     """
     # Not blocking: opening a named pipe to read waits for a writer otherwise.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode):
+        os.close(descriptor)
+        raise OSError(f"is {_kind(facts.st_mode)}, not a file")
     with open(descriptor, "rb") as stream:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise OSError(f"is {_kind(facts.st_mode)}, not a file")
         if facts.st_size > limit:
             raise OSError(f"has {facts.st_size} bytes, accepted: at most {limit}")
         # Not more than was measured: the file may grow, or (in /proc) say that it has none.
@@ -220,6 +221,15 @@ class Fields:
             top = f" to {high}" if high < 2**63 - 1 else " or more"
             self.refuse(name, f"a whole number, {low}{top}")
         return value
+
+    def integers(self, name: str, low: int, high: int) -> list[int]:
+        """A list of whole numbers in [low, high]."""
+        value = self.raw(name)
+        if not isinstance(value, (list, tuple)) or not all(
+            type(entry) is int and low <= entry <= high for entry in value
+        ):
+            self.refuse(name, f"a list of whole numbers, {low} to {high}")
+        return list(value)
 
     def number(self, name: str) -> float:
         """A finite number."""

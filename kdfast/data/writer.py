@@ -228,12 +228,13 @@ class ShardWriter:
         else:
             self._release()
 
-    def _release(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def _release(self, *, wait: bool = True) -> None:
+        self._pool.shutdown(wait, cancel_futures=True)
         self._pending.clear()
         self._lock.release()
         self._state = "closed"
-        _open_writers.discard(self)
+        with contextlib.suppress(TypeError):  # while it is being collected no reference to it can be made
+            _open_writers.discard(self)
 
     def _abandon(self) -> None:
         """Nobody closed this writer and nobody can any more: keep its images, and say so."""
@@ -244,7 +245,7 @@ class ShardWriter:
             if waiting:
                 self._publish()
         finally:
-            self._release()
+            self._release(wait=False)  # it may be an encoder that dropped the last reference
         warnings.warn(
             f"ShardWriter on {self.directory} was never closed; its last {waiting} images are written now, but the set "
             "is not marked complete: leave its `with` block, or call close()",
