@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdfast.data.decoder import Decoder, DecoderConfig
 from kdfast.data.preflight import Fault, RecordTable, check_shards
@@ -120,6 +121,11 @@ class ShardLoader:
     def num_classes(self) -> int | None:
         """As the manifest says; ``None`` if it does not."""
         return self._table.num_classes
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The classes that its images are of, int64, ascending, each once."""
+        return np.unique(self._table.label)
 
     @property
     def quarantined(self) -> list[Fault]:
