@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdfast.data.labelled import LabelledImages, hold_out, pillow, reporting_images, rgb_tensor
+from kdfast.data.labelled import LabelledImages, add_files, hold_out, pillow, reporting_images, rgb_tensor
 from kdfast.errors import DataError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -45,6 +46,9 @@ class ImageFolder(LabelledImages):
         path = self.paths[index]
         with reporting_images(path), self._image.open(path) as image:
             return rgb_tensor(image, self.image_size), int(self.labels[index])
+
+    def _contents(self, digest: Any) -> None:
+        add_files(digest, self.paths, Path(self.source))
 
     def select(self, indices: Tensor) -> ImageFolder:
         """The data set of these images alone, in this order."""

@@ -46,6 +46,10 @@ class HuggingFaceImages(LabelledImages):
         self.table, self.image_column = table, image_column
         self.labels, self.classes, self.source, self.image_size = labels, classes, source, image_size
 
+    def _contents(self, digest: Any) -> None:
+        # The library's own, of the rows and of what was done to them.
+        digest.update(str(getattr(self.table, "_fingerprint", "")).encode())
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Decode image ``index``; see :class:`~kdfast.data.labelled.LabelledImages`."""
         label = int(self.labels[index])

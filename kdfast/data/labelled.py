@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from kdfast.data.headers import MAX_PIXELS
 from kdfast.errors import DataError, require
 
 _HELD_OUT = 0.2
+_READ_WHOLE = 256 << 20  # bytes of a folder up to which its files are looked into
 # What Pillow and its plugins raise on damaged files: SyntaxError for broken PNG chunks, the last ones for short files.
 _DAMAGE = (
     *(OSError, ValueError, SyntaxError, zlib.error, struct.error, EOFError),
@@ -52,6 +55,16 @@ class LabelledImages(Dataset[tuple[Tensor, int]], ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def fingerprint(self) -> str:
+        """What tells this data set from any other, so that results of one are not taken for the other's."""
+        digest = hashlib.sha256("\0".join((type(self).__name__, *self.classes)).encode("utf-8", "replace"))
+        digest.update(self.labels.numpy().tobytes())
+        self._contents(digest)
+        return digest.hexdigest()[:32]
+
+    def _contents(self, digest: Any) -> None:
+        """Add what is in the images, or what stands for it."""
+
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Image ``index`` and its label.
@@ -73,6 +86,9 @@ class InMemoryImages(LabelledImages):
 
     def __init__(self, images: Tensor, labels: Tensor, classes: tuple[str, ...], source: str) -> None:
         self.images, self.labels, self.classes, self.source = images, labels, classes, source
+
+    def _contents(self, digest: Any) -> None:
+        digest.update(self.images.contiguous().numpy().data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Image ``index`` (a view) and its label."""
@@ -118,6 +134,19 @@ def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
         count = max(1, round(_HELD_OUT * len(members))) if len(members) > 1 else 0
         test[rng.permutation(members)[:count]] = True
     return torch.from_numpy(np.flatnonzero(~test)), torch.from_numpy(np.flatnonzero(test))
+
+
+def add_files(digest: Any, files: Sequence[Path], root: Path) -> None:
+    """Names and sizes of files, and what is in them as far as that is read in a second or two.
+
+    Neither times nor the folder's own place: a set that was copied is the same set.
+    """
+    sizes = [os.stat(path).st_size for path in files]
+    whole = sum(sizes) <= _READ_WHOLE
+    for path, size in zip(files, sizes):
+        digest.update(f"{os.path.relpath(path, root)}\0{size}\0".encode("utf-8", "surrogateescape"))
+        if whole:
+            digest.update(path.read_bytes())
 
 
 def pillow(feature: str) -> Any:

@@ -7,6 +7,7 @@ DIR/classes.txt                     optional: a class name a line
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdfast.data.folders import IMAGE_SUFFIXES
-from kdfast.data.labelled import check_pixels, pillow, reporting_images, rgb_tensor
+from kdfast.data.labelled import add_files, check_pixels, pillow, reporting_images, rgb_tensor
 from kdfast.documents import read_text
 from kdfast.errors import DataError
 
@@ -64,6 +65,12 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
     def num_classes(self) -> int:
         """How many classes there are, seen or not."""
         return len(self.classes)
+
+    def fingerprint(self) -> str:
+        """What tells this data set from any other."""
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        add_files(digest, [path for pair in self.pairs for path in pair], Path(self.source))
+        return digest.hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self.pairs)
