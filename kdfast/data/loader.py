@@ -212,7 +212,9 @@ class ShardLoader:
                 there = shown(given.raw(name)) if name in given else "not"
                 raise CheckpointError(f"loader state: {name} is {there} there, {mine!r} here")
         epoch = given.integer("epoch", 0)
-        batch = given.integer("batch", 0, len(self) - 1)
+        batch = given.integer("batch", 0)
+        if batch >= len(self):
+            raise CheckpointError(f"loader state: epoch {epoch}, batch {batch} is not a place in this set")
         dropped = given.integers("dropped", 0, len(self._table) - 1)
         if self._running is not None:
             self._running.close()
