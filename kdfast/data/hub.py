@@ -199,7 +199,7 @@ def _numbered(
     labels, kind = _labels(table, column, source), table.features[column]
     if not named or not isinstance(kind, library.ClassLabel) or tuple(kind.names) == classes:
         return labels
-    used = set(labels.unique().tolist())
+    used = set(labels.tolist())
     return torch.from_numpy(class_mapping(kind.names, classes, used, source))[labels]
 
 

@@ -72,4 +72,4 @@ def shard_class_names(data: str | Path) -> tuple[str, ...]:
 def _used(dataset: LabelledImages | SegmentationFolder) -> set[int]:
     if isinstance(dataset, SegmentationFolder):
         return set(range(dataset.num_classes))
-    return set(dataset.labels.unique().tolist())
+    return set(dataset.labels.tolist())
