@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import ParamSpec
 
 import typer
@@ -30,7 +33,8 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with stoppable():
+                command(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
         except BrokenPipeError:
@@ -45,6 +49,33 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(USAGE if isinstance(error, ConfigError) else FAILED) from None
 
     return run
+
+
+class Stopped(KeyboardInterrupt):
+    """A command that has no checkpoint to write was told to stop, by a signal other than Ctrl-C's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.signal = number
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """End on a closed terminal's or a batch system's signal as on Ctrl-C: locks dropped, files whole, a line said."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    wanted = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = {n: signal.signal(n, stop) for n in wanted if signal.getsignal(n) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def say(line: str) -> None:
@@ -66,7 +97,9 @@ def _describe(error: Exception) -> str:
 def _interrupted(interrupt: KeyboardInterrupt) -> int:
     checkpoint = getattr(interrupt, "checkpoint", None)
     if checkpoint is None:
-        say("interrupted")
+        say(
+            "interrupted; what was finished is kept, and --resume goes on from there where the command has it"
+        )
     else:
         say(f"interrupted; the checkpoint {checkpoint} is written, go on with --resume")
     number = getattr(interrupt, "signal", signal.SIGINT)

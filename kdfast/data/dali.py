@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdfast.data.codec import decode
+from kdfast.data.codec import decode, encoder
 from kdfast.data.decoder import Decoded, DecoderConfig
-from kdfast.data.reader import RecordReader
-from kdfast.errors import require
+from kdfast.data.reader import RecordLost, RecordReader
+from kdfast.errors import ShardError, require
 
 # One batch with the consumer, one done, one under way.
 _AHEAD = 2
@@ -51,8 +51,12 @@ class DaliDecoder:
                     # The pipeline is gone with all that was under way, so that is fed again, without the
                     # culprits.
                     self.close()
-                    if not sum(batch.drop_undecodable() for batch in ahead):
-                        raise error
+                    if not sum([batch.drop_undecodable() for batch in ahead]) and not sum(
+                        [batch.reencode() for batch in ahead]
+                    ):
+                        raise ShardError(
+                            f"DALI ended without a record that it could not decode: {error}"
+                        ) from error
                     waiting.extendleft(reversed(ahead))
                     ahead.clear()
                 else:
@@ -66,9 +70,7 @@ class DaliDecoder:
         self._pipeline = None
 
     def _feed(self, batch: _Batch) -> None:
-        batch.encoded = [
-            np.frombuffer(self._reader.read(record), np.uint8) for record in batch.records.tolist()
-        ]
+        batch.read(self._reader)
         if batch.encoded:
             if self._pipeline is None:
                 self._pipeline = _build(self._config)
@@ -104,6 +106,36 @@ class _Batch:
     records: NDArray[np.int64]
     encoded: list[NDArray[np.uint8]] = field(default_factory=list)
     failures: list[tuple[int, str]] = field(default_factory=list)
+
+    clean: dict[int, bytes] = field(default_factory=dict)
+
+    def read(self, reader: RecordReader) -> None:
+        """Take the files' bytes from the shards; a record whose shard has shrunk is one that failed."""
+        self.encoded, lost = [], []
+        for record in self.records.tolist():
+            try:
+                data = self.clean.get(record) or reader.read(record)
+            except ShardError as error:
+                lost.append((record, error.reason if isinstance(error, RecordLost) else str(error)))
+            else:
+                self.encoded.append(np.frombuffer(data, np.uint8))
+        self.records = self.records[~np.isin(self.records, [record for record, _ in lost])]
+        self.failures += lost
+
+    def reencode(self) -> int:
+        """Where DALI ends over files that are sound by our own decoder: give it the same pixels as plain PNGs.
+
+        Returns:
+            How many it had not been given so before.
+        """
+        encode = encoder("png", 100)
+        fresh = {
+            record: encode(decode(data.tobytes(), strict=True))
+            for record, data in zip(self.records.tolist(), self.encoded)
+            if record not in self.clean
+        }
+        self.clean |= fresh
+        return len(fresh)
 
     def drop_undecodable(self) -> int:
         """Leave out the records that do not decode one by one; returns how many."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdfast.data.labelled import LabelledImages, hold_out, pillow, rgb_tensor
+from kdfast.data.labelled import LabelledImages, add_files, hold_out, pillow, reporting_images, rgb_tensor
 from kdfast.errors import DataError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -43,12 +44,11 @@ class ImageFolder(LabelledImages):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Decode image ``index``; see :class:`~kdfast.data.labelled.LabelledImages`."""
         path = self.paths[index]
-        try:
-            with self._image.open(path) as image:
-                return rgb_tensor(image, self.image_size), int(self.labels[index])
-        except (OSError, ValueError, SyntaxError, self._image.DecompressionBombError) as error:
-            # Pillow raises all of these on damaged files, SyntaxError for broken PNG chunks.
-            raise DataError(f"cannot read image {path}: {error}") from error
+        with reporting_images(path), self._image.open(path) as image:
+            return rgb_tensor(image, self.image_size), int(self.labels[index])
+
+    def _contents(self, digest: Any) -> None:
+        add_files(digest, self.paths, Path(self.source))
 
     def select(self, indices: Tensor) -> ImageFolder:
         """The data set of these images alone, in this order."""
@@ -94,22 +94,35 @@ def open_folder(root: Path, split: str, image_size: int | None) -> ImageFolder:
 
 
 def _split_folder(root: Path, split: str) -> Path | None:
-    for name in _SPLIT_FOLDERS[split]:
+    found = _subfolders(root)
+    for alias in _SPLIT_FOLDERS[split]:
         # A class may be called "train" (one of CIFAR-100's is): a split holds folders, a class holds images.
-        if (root / name).is_dir() and _subfolders(root / name):
-            return root / name
+        spelled = [name for name in found if name.lower() == alias and _subfolders(root / name)]
+        if len(spelled) > 1:
+            raise DataError(
+                f"{root} holds {' and '.join(spelled)}; only one of them can be the {split} split"
+            )
+        if spelled:
+            return root / spelled[0]
     return None
 
 
 def _subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in entries if entry.is_dir() and not _hidden(entry.name))
+
+
+def _hidden(name: str) -> bool:
+    """What file managers and notebooks leave behind: ``.ipynb_checkpoints``, ``._photo.jpg``, ``__MACOSX``."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = _subfolders(folder)
     form = f"{folder}/CLASS/IMAGE"
-    if names and set(names) <= {name for aliases in _SPLIT_FOLDERS.values() for name in aliases}:
+    if names and {name.lower() for name in names} <= {
+        name for aliases in _SPLIT_FOLDERS.values() for name in aliases
+    }:
         # Otherwise train/ and test/ folders of loose images would pass for two classes.
         raise DataError(
             f"{folder / names[0]} holds no class subfolders; the form is {folder / names[0]}/CLASS/IMAGE"
@@ -144,8 +157,23 @@ def _scan(folder: Path, classes: tuple[str, ...], image_size: int | None, *, com
 
 
 def _images_below(folder: Path) -> list[Path]:
-    files = (Path(directory, name) for directory, _, names in os.walk(folder) for name in names)
-    return sorted(f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
+    """Links are followed, as in torchvision and timm, but no folder is read twice: links may go round in circles."""
+    found: list[Path] = []
+    waiting, visited = [folder] if folder.is_dir() else [], set()
+    while waiting:
+        here = waiting.pop()
+        if (place := os.path.realpath(here)) in visited:
+            continue
+        visited.add(place)
+        with os.scandir(here) as entries:
+            for entry in entries:
+                if _hidden(entry.name):
+                    continue
+                if entry.is_dir():
+                    waiting.append(Path(entry.path))
+                elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+                    found.append(Path(entry.path))
+    return sorted(found)
 
 
 def _concatenate(parts: list[ImageFolder], source: str) -> ImageFolder:

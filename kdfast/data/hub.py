@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.data.labelled import LabelledImages, hold_out, pillow, rgb_tensor
+from kdfast.data.labelled import LabelledImages, hold_out, pillow, reporting_images, rgb_tensor
+from kdfast.data.naming import class_mapping
 from kdfast.errors import DataError, require
 
 # Where a data set has several class columns (CIFAR-100 has two), the finest one is what papers report.
 _LABEL_NAMES = ("label", "labels", "fine_label")
 _TEST_NAMES = ("test", "validation", "valid", "val")
+# A label beyond is a slip (an identifier taken for a class), and a network of so many classes fits nowhere.
+_MOST_CLASSES = 1 << 20
 
 
 class HuggingFaceImages(LabelledImages):
@@ -43,6 +46,10 @@ class HuggingFaceImages(LabelledImages):
         self.table, self.image_column = table, image_column
         self.labels, self.classes, self.source, self.image_size = labels, classes, source, image_size
 
+    def _contents(self, digest: Any) -> None:
+        # The library's own, of the rows and of what was done to them.
+        digest.update(str(getattr(self.table, "_fingerprint", "")).encode())
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Decode image ``index``; see :class:`~kdfast.data.labelled.LabelledImages`."""
         label = int(self.labels[index])
@@ -51,11 +58,11 @@ class HuggingFaceImages(LabelledImages):
         where = f"{index} of {self.source}" + (f" ({path})" if path else "")
         if data is None and path is None:
             raise DataError(f"image {where} is missing")
-        try:
-            with self._image.open(path if data is None else io.BytesIO(data)) as image:
-                return rgb_tensor(image, self.image_size), label
-        except (OSError, ValueError, SyntaxError, self._image.DecompressionBombError) as error:
-            raise DataError(f"cannot read image {where}: {error}") from error
+        with (
+            reporting_images(where),
+            self._image.open(path if data is None else io.BytesIO(data)) as image,
+        ):
+            return rgb_tensor(image, self.image_size), label
 
 
 def open_hugging_face(
@@ -84,19 +91,27 @@ def open_hugging_face(
     test_name = next((known for known in _TEST_NAMES if known in tables), None)
     if split == "all":
         names = [known for known in ("train", test_name) if known in tables] or list(tables)
-        table = library.concatenate_datasets([tables[known] for known in names])
+        chosen = [tables[known] for known in names]
     elif split == "test" and test_name is not None:
-        table = tables[test_name]
+        chosen = [tables[test_name]]
     elif "train" in tables:
         table = tables["train"]
         if test_name is None:
-            labels, _ = _labels(library, table, label_column, source)
+            labels = _labels(table, label_column, source)
             table = table.select(dict(zip(("train", "test"), hold_out(labels)))[split].tolist())
+        chosen = [table]
     else:
         raise DataError(f"{source} has no {split} split; it has {', '.join(tables)}")
-    labels, classes = _labels(library, table, label_column, source)
-    table = table.select_columns([image_column]).cast_column(image_column, library.Image(decode=False))
-    return HuggingFaceImages(table, image_column, labels, classes, f"{source}[{split}]", image_size)
+    classes, named = _classes(library, tables, label_column, source)
+    labels = torch.cat([_numbered(library, table, label_column, source, classes, named) for table in chosen])
+    pictures = [
+        table.select_columns([image_column]).cast_column(image_column, library.Image(decode=False))
+        for table in chosen
+    ]
+    table = pictures[0] if len(pictures) == 1 else library.concatenate_datasets(pictures)
+    dataset = HuggingFaceImages(table, image_column, labels, classes, f"{source}[{split}]", image_size)
+    dataset.named = named
+    return dataset
 
 
 def _tables(library: Any, name: str) -> dict[str, Any]:
@@ -152,15 +167,40 @@ def _label_column(library: Any, table: Any, source: str, asked: str | None) -> s
     raise DataError(f"{source} has no label column; its columns are {_describe(table)}")
 
 
-def _labels(library: Any, table: Any, column: str, source: str) -> tuple[Tensor, tuple[str, ...]]:
+def _labels(table: Any, column: str, source: str) -> Tensor:
     values = table[column][:]
     if any(value is None or value < 0 for value in values):
         raise DataError(f"{source} has images without a label in column {column!r}")
-    labels = torch.tensor(values, dtype=torch.int64)
-    kind = table.features[column]
-    if isinstance(kind, library.ClassLabel):
-        return labels, tuple(kind.names)
-    return labels, tuple(str(label) for label in range(int(labels.max()) + 1 if len(labels) else 0))
+    if values and max(values) >= _MOST_CLASSES:
+        raise DataError(
+            f"{source} has label {max(values)} in column {column!r}, accepted: below {_MOST_CLASSES}"
+        )
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _classes(library: Any, tables: dict[str, Any], column: str, source: str) -> tuple[tuple[str, ...], bool]:
+    """The classes of all splits as the train split (or the first) numbers them, and whether they have names."""
+    ordered = sorted(tables, key=lambda name: name != "train")
+    kinds = [tables[name].features.get(column) for name in ordered]
+    if isinstance(kinds[0], library.ClassLabel):
+        return tuple(kinds[0].names), True
+    # Numbers: a test split may lack the highest one.
+    columns = [_labels(table, column, source) for table in tables.values() if column in table.features]
+    count = max((int(labels.max()) + 1 for labels in columns if len(labels)), default=0)
+    return tuple(str(label) for label in range(count)), False
+
+
+def _numbered(
+    library: Any, table: Any, column: str, source: str, classes: tuple[str, ...], named: bool
+) -> Tensor:
+    """A split's labels as numbers in ``classes``: by name where its own order is another."""
+    if column not in table.features:
+        raise DataError(f"{source}: a split has no column {column!r}; its columns are {_describe(table)}")
+    labels, kind = _labels(table, column, source), table.features[column]
+    if not named or not isinstance(kind, library.ClassLabel) or tuple(kind.names) == classes:
+        return labels
+    used = set(labels.tolist())
+    return torch.from_numpy(class_mapping(kind.names, classes, used, source))[labels]
 
 
 def _describe(table: Any) -> str:

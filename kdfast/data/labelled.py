@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import struct
+import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kdfast.data.headers import MAX_PIXELS
 from kdfast.errors import DataError, require
 
 _HELD_OUT = 0.2
+_READ_WHOLE = 256 << 20  # bytes of a folder up to which its files are looked into
+# What Pillow and its plugins raise on damaged files: SyntaxError for broken PNG chunks, the last ones for short files.
+_DAMAGE = (
+    *(OSError, ValueError, SyntaxError, zlib.error, struct.error, EOFError),
+    *(IndexError, KeyError, TypeError, AttributeError, OverflowError, NotImplementedError, MemoryError),
+)
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]], ABC):
@@ -24,11 +38,14 @@ class LabelledImages(Dataset[tuple[Tensor, int]], ABC):
         source: What the data set was loaded from, for messages.
         classes: Class names; a label is an index into them.
         labels: All labels, int64 ``[N]``, known without decoding an image.
+        named: Whether ``classes`` are names; else they are numbers that nobody named.
     """
 
     source: str
     classes: tuple[str, ...]
     labels: Tensor
+    #: Whether the classes have names, or only numbers that stand for them.
+    named: bool = True
 
     @property
     def num_classes(self) -> int:
@@ -37,6 +54,16 @@ class LabelledImages(Dataset[tuple[Tensor, int]], ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """What tells this data set from any other, so that results of one are not taken for the other's."""
+        digest = hashlib.sha256("\0".join((type(self).__name__, *self.classes)).encode("utf-8", "replace"))
+        digest.update(self.labels.numpy().tobytes())
+        self._contents(digest)
+        return digest.hexdigest()[:32]
+
+    def _contents(self, digest: Any) -> None:
+        """Add what is in the images, or what stands for it."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -59,6 +86,9 @@ class InMemoryImages(LabelledImages):
 
     def __init__(self, images: Tensor, labels: Tensor, classes: tuple[str, ...], source: str) -> None:
         self.images, self.labels, self.classes, self.source = images, labels, classes, source
+
+    def _contents(self, digest: Any) -> None:
+        digest.update(self.images.contiguous().numpy().data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Image ``index`` (a view) and its label."""
@@ -83,7 +113,9 @@ def to_memory(dataset: LabelledImages) -> InMemoryImages:
                 f"{tuple(image.shape[1:])}); load it with an image_size"
             )
         images[index] = image
-    return InMemoryImages(images, dataset.labels, dataset.classes, dataset.source)
+    kept = InMemoryImages(images, dataset.labels, dataset.classes, dataset.source)
+    kept.named = dataset.named
+    return kept
 
 
 def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,19 +136,70 @@ def hold_out(labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.flatnonzero(~test)), torch.from_numpy(np.flatnonzero(test))
 
 
+def add_files(digest: Any, files: Sequence[Path], root: Path) -> None:
+    """Names and sizes of files, and what is in them as far as that is read in a second or two.
+
+    Neither times nor the folder's own place: a set that was copied is the same set.
+    """
+    sizes = [os.stat(path).st_size for path in files]
+    whole = sum(sizes) <= _READ_WHOLE
+    for path, size in zip(files, sizes):
+        digest.update(f"{os.path.relpath(path, root)}\0{size}\0".encode("utf-8", "surrogateescape"))
+        if whole:
+            digest.update(path.read_bytes())
+
+
 def pillow(feature: str) -> Any:
     """``PIL.Image``, or an error that says which extra brings it."""
     return require("PIL.Image", extra="train", feature=feature)
 
 
-def rgb_tensor(image: Any, image_size: int | None) -> Tensor:
-    """A PIL image as uint8 ``[3, H, W]``; ``image_size`` resizes the shorter side and crops the centre.
+@contextmanager
+def reporting_images(where: str | Path) -> Iterator[None]:
+    """Turn whatever Pillow raises on a damaged or oversized file into a :class:`DataError` that names it."""
+    from PIL import Image
 
-    16-bit greys keep their upper 8 bits, palettes and alpha become plain RGB.
+    try:
+        yield
+    except (*_DAMAGE, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read image {where}: {error or type(error).__name__}") from error
+
+
+def check_pixels(image: Any) -> None:
+    """Look at an opened image's size before it is decoded.
+
+    Raises:
+        ValueError: It claims more than :data:`~kdfast.data.headers.MAX_PIXELS`.
+    """
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"it claims {width}x{height} pixels, accepted: at most {MAX_PIXELS}")
+
+
+def rgb_tensor(image: Any, image_size: int | None) -> Tensor:
+    """A PIL image as uint8 ``[3, H, W]``, upright; ``image_size`` resizes the shorter side and crops the centre.
+
+    16-bit greys keep their upper 8 bits, floats from 0 to 1 are spread over 0 to 255, palettes and alpha become plain
+    RGB. A turn that EXIF asks for is taken, as in shards.
+
+    Raises:
+        ValueError: Too many pixels, or numbers of which nobody can say what is white.
     """
     from PIL import Image, ImageOps
 
-    if image.mode.startswith("I"):
+    check_pixels(image)
+    kind = image.format
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise ValueError(
+                "it has floating-point pixels outside of 0 to 1; save it with 8 or 16 bits a channel"
+            )
+        image = Image.fromarray((255 * values).round().astype(np.uint8))
+    elif image.mode == "I" and kind == "TIFF":
+        raise ValueError("it has 32 bits a channel; accepted: 8 or 16, or floats from 0 to 1")
+    elif image.mode.startswith("I"):
         # Pillow's own conversion clips at 255 and turns such images white.
         image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) // 256).astype(np.uint8))
     image = image.convert("RGB")

@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdfast.data.decoder import Decoder, DecoderConfig
 from kdfast.data.preflight import Fault, RecordTable, check_shards
 from kdfast.data.reader import RecordReader
 from kdfast.data.schedule import Schedule
+from kdfast.documents import Fields, shown
 from kdfast.errors import CheckpointError, ShardError
 from kdfast.profiling import annotate, each
 
@@ -121,6 +123,11 @@ class ShardLoader:
         return self._table.num_classes
 
     @property
+    def labels(self) -> NDArray[np.int64]:
+        """The classes that its images are of, int64, ascending, each once."""
+        return np.unique(self._table.label)
+
+    @property
     def quarantined(self) -> list[Fault]:
         """What ``on_error="skip"`` left out: shard, key (empty for the shard itself) and reason."""
         return [*self._table.faults, *self._found]
@@ -199,16 +206,20 @@ class ShardLoader:
         Raises:
             CheckpointError: The state belongs to other data, another order, or another share.
         """
+        given = Fields(dict(state) if isinstance(state, Mapping) else state, "loader state", CheckpointError)
         for name, mine in self._identity().items():
-            if name not in state or state[name] != mine:
-                raise CheckpointError(f"loader state: {name} is {state.get(name)!r} there, {mine!r} here")
-        epoch, batch, dropped = state["epoch"], state["batch"], state["dropped"]
-        if epoch < 0 or not 0 <= batch < len(self) or not all(0 <= i < len(self._table) for i in dropped):
+            if name not in given or given.raw(name) != mine:
+                there = shown(given.raw(name)) if name in given else "not"
+                raise CheckpointError(f"loader state: {name} is {there} there, {mine!r} here")
+        epoch = given.integer("epoch", 0)
+        batch = given.integer("batch", 0)
+        if batch >= len(self):
             raise CheckpointError(f"loader state: epoch {epoch}, batch {batch} is not a place in this set")
+        dropped = given.integers("dropped", 0, len(self._table) - 1)
         if self._running is not None:
             self._running.close()
-        self._epoch, self._batch, self._settled = int(epoch), int(batch), True
-        for record in set(dropped) - self._dropped:
+        self._epoch, self._batch, self._settled = epoch, batch, True
+        for record in sorted(set(dropped) - self._dropped):
             self._dropped.add(record)
             self._found.append(self._table.fault(record, "was left out before the checkpoint"))
 

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import hashlib
-import json
 import os
+import stat
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast.data.codec import EXTENSIONS, decode, measure
-from kdfast.data.manifest import MANIFEST, ShardInfo, read_manifest, write_atomic
-from kdfast.data.tar import Member, TarFault, index_text, members
+from kdfast.data.codec import EXTENSIONS, MAX_FILE_BYTES, decode
+from kdfast.data.manifest import MANIFEST, ShardInfo, read_manifest
+from kdfast.data.measures import Measures
+from kdfast.data.tar import Member, index_text
+from kdfast.data.untar import TarFault, members
+from kdfast.documents import read_regular
 from kdfast.errors import ShardError
-
-# Raised whenever what a verdict says could change for the same bytes.
-_CACHE_VERSION = 1
 
 
 class Fault(NamedTuple):
@@ -39,7 +40,7 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a walk over one shard found; it depends on the shard's bytes alone, so its checksum caches it.
+    """What a walk over one shard found; it depends on the shard's bytes alone.
 
     Attributes:
         records: ``(key, image offset, image size, label, height, width)`` of each sound record.
@@ -92,17 +93,18 @@ class RecordTable:
 def check_shards(directory: str | os.PathLike[str], *, on_error: str = "raise") -> RecordTable:
     """Check every shard of a set once: checksum, tar structure, image headers, labels, index.
 
-    A set is what its manifest lists; a folder of WebDataset tars without a manifest is taken as it is. What a
-    shard's bytes say is cached beside it in ``.preflight/``, by checksum, where the folder can be written. A
-    shard whose checksum is not the manifest's is salvaged under ``"skip"``: each of its images is decoded in
-    full, strictly.
+    A set is what its manifest lists; a folder of WebDataset tars without a manifest is taken as it is. How large a
+    shard's images are is kept beside it in ``.preflight/``, by checksum, where the folder can be written; labels and
+    places always come from the shard itself. A shard whose checksum is not the manifest's is salvaged under
+    ``"skip"``: each of its images is decoded in full, strictly.
 
     Args:
         directory: A folder of shards.
         on_error: ``"raise"`` for the first fault, ``"skip"`` to leave faulty records out and list them.
 
     Raises:
-        ShardError: There are no shards; ``"raise"`` and something is wrong; or nothing sound is left.
+        ShardError: There are no shards; ``"raise"`` and something is wrong; nothing sound is left; or the disk fails
+            while a shard is read, which leaving it out would hide.
     """
     folder = Path(directory)
     shards, num_classes = _shards(folder)
@@ -166,26 +168,65 @@ def _examine(folder: Path, shard: ShardInfo) -> tuple[Verdict, str]:
     """The verdict on one shard, with the faults that its surroundings add, and the checksum it has now."""
     path = folder / shard.file
     try:
-        with open(path, "rb") as stream:
+        with open_shard(path) as stream:
             actual = _sha256(stream)
             altered = bool(shard.sha256) and actual != shard.sha256
-            verdict = None if altered else _cached(folder, actual)
-            if verdict is None:
-                verdict = _walk(stream, strict=altered)
-                if not altered:
-                    _cache(folder, actual, verdict)
-    except OSError as error:
+            measures = Measures(folder, actual)
+            verdict = _walk(stream, measures, strict=altered)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         return Verdict([], [("", f"cannot be read: {error.strerror or error}")], ""), ""
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not altered:
+        measures.keep()
     faults = []
     if altered:
         faults.append(
             ("", f"its SHA-256 is {actual[:16]}…, the manifest says {shard.sha256[:16]}…: it was changed")
         )
-    with contextlib.suppress(OSError):
-        text = (folder / shard.index).read_bytes()
-        if hashlib.sha256(text).hexdigest() != verdict.index and not altered:
-            faults.append(("", f"its index {shard.index} is stale: it does not describe this tar"))
+    elif shard.sha256:
+        faults += _contradictions(shard, verdict)
+    text = _index_of(folder / shard.index)
+    if text is not None and hashlib.sha256(text).hexdigest() != verdict.index and not altered:
+        faults.append(("", f"its index {shard.index} is stale: it does not describe this tar"))
     return Verdict(verdict.records, faults + list(verdict.faults), verdict.index), actual
+
+
+def _contradictions(shard: ShardInfo, verdict: Verdict) -> list[tuple[str, str]]:
+    """Where the manifest and the very bytes that it vouches for say different things."""
+    if verdict.faults:
+        return []
+    counts = Counter(label for _, _, _, label, _, _ in verdict.records)
+    if shard.samples != len(verdict.records):
+        return [("", f"holds {len(verdict.records)} images, the manifest says {shard.samples}")]
+    told = {int(label): count for label, count in shard.class_counts.items()}
+    if told and told != counts:
+        label = min(label for label in told.keys() | counts.keys() if told.get(label, 0) != counts[label])
+        return [
+            ("", f"holds {counts[label]} images of class {label}, the manifest says {told.get(label, 0)}")
+        ]
+    return []
+
+
+def open_shard(path: Path) -> BinaryIO:
+    """Open a tar for reading; not a pipe or a device, which would never end.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    # Not blocking: opening a named pipe to read waits for a writer otherwise.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileNotFoundError(errno.ENOENT, "it is a folder, a pipe or a device, not a file", str(path))
+    return open(descriptor, "rb")
+
+
+def _index_of(path: Path) -> bytes | None:
+    try:
+        return read_regular(path)
+    except OSError:
+        return None
 
 
 def _sha256(stream: BinaryIO) -> str:
@@ -195,7 +236,7 @@ def _sha256(stream: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _walk(stream: BinaryIO, *, strict: bool) -> Verdict:
+def _walk(stream: BinaryIO, measures: Measures, *, strict: bool) -> Verdict:
     samples: dict[str, list[Member]] = {}
     repeated: set[str] = set()
     faults: list[tuple[str, str]] = []
@@ -216,50 +257,36 @@ def _walk(stream: BinaryIO, *, strict: bool) -> Verdict:
     records = []
     for key, parts in samples.items():
         try:
-            records.append((key, *_record(stream, parts, strict=strict)))
+            records.append((key, *_record(stream, parts, measures, strict=strict)))
         except ValueError as error:
             faults.append((key, str(error)))
     index = hashlib.sha256(index_text(list(samples.values()))).hexdigest()
     return Verdict(records, faults, index)
 
 
-def _record(stream: BinaryIO, parts: Sequence[Member], *, strict: bool) -> tuple[int, int, int, int, int]:
+def _record(
+    stream: BinaryIO, parts: Sequence[Member], measures: Measures, *, strict: bool
+) -> tuple[int, int, int, int, int]:
     images = [part for part in parts if part.extension in EXTENSIONS]
     labels = [part for part in parts if part.extension == "i32"]
+    if faults := [f"its .{part.extension} {part.fault}" for part in (*images, *labels) if part.fault]:
+        raise ValueError(faults[0])
     if len(images) != 1:
         raise ValueError(f"has {len(images)} images (.{', .'.join(EXTENSIONS)}); must have one")
     if not labels:
         raise ValueError("has no label (.i32)")
-    data = _read(stream, labels[0])
-    if len(data) != 4:
-        raise ValueError(f"its label has {len(data)} bytes; an int32 has 4")
-    label = int.from_bytes(data, "little", signed=True)
-    image = _read(stream, images[0])
-    height, width = measure(image)
+    if labels[0].size != 4:
+        raise ValueError(f"its label has {labels[0].size} bytes; an int32 has 4")
+    image = images[0]
+    if image.size > MAX_FILE_BYTES:
+        raise ValueError(f"its image has {image.size} bytes, accepted: at most {MAX_FILE_BYTES}")
+    label = int.from_bytes(_read(stream, labels[0]), "little", signed=True)
+    height, width = measures.of(image.offset, image.size, lambda: _read(stream, image))
     if strict:
-        decode(image, strict=True)
-    return images[0].offset, images[0].size, label, height, width
+        decode(_read(stream, image), strict=True)
+    return image.offset, image.size, label, height, width
 
 
 def _read(stream: BinaryIO, member: Member) -> bytes:
     stream.seek(member.offset)
     return stream.read(member.size)
-
-
-def _cached(folder: Path, checksum: str) -> Verdict | None:
-    try:
-        document = json.loads((folder / ".preflight" / f"{checksum}.json").read_text())
-        if document.pop("version") != _CACHE_VERSION:
-            return None
-        records = [tuple(record) for record in document["records"]]
-        return Verdict(records, [tuple(fault) for fault in document["faults"]], document["index"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _cache(folder: Path, checksum: str, verdict: Verdict) -> None:
-    # A read-only folder is walked again each time; so is a full disk.
-    with contextlib.suppress(OSError):
-        (folder / ".preflight").mkdir(exist_ok=True)
-        text = json.dumps({"version": _CACHE_VERSION, **asdict(verdict)}, separators=(",", ":"))
-        write_atomic(folder / ".preflight" / f"{checksum}.json", text.encode())

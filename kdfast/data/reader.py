@@ -6,11 +6,26 @@ import contextlib
 import os
 from collections import OrderedDict
 
-from kdfast.data.preflight import RecordTable
+from kdfast.data.preflight import Fault, RecordTable
 from kdfast.errors import ShardError
 
 # Well below the usual limit of 1024 open files a process, which the caller needs too.
 _OPEN_SHARDS = 128
+
+
+class RecordLost(ShardError):
+    """A shard has shrunk or gone since it was checked.
+
+    Attributes:
+        reason: Of the fault, without shard and key.
+    """
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(str(fault))
+        self.reason = fault.reason
+
+    def __reduce__(self) -> tuple[type[ShardError], tuple[str]]:
+        return ShardError, (str(self),)
 
 
 class RecordReader:
@@ -32,9 +47,9 @@ class RecordReader:
         try:
             data = os.pread(self._descriptor(int(table.shard[record])), size, int(table.offset[record]))
         except OSError as error:
-            raise ShardError(str(table.fault(record, f"cannot be read: {error.strerror}"))) from error
+            raise RecordLost(table.fault(record, f"cannot be read: {error.strerror}")) from error
         if len(data) != size:
-            raise ShardError(str(table.fault(record, "the shard was cut short after it was checked")))
+            raise RecordLost(table.fault(record, "the shard was cut short after it was checked"))
         return data
 
     def _descriptor(self, shard: int) -> int:

@@ -105,7 +105,7 @@ class LabelledRecords:
         self._dataset, self._device = dataset, torch.device(device)
         self.labels: Indices = dataset.labels.numpy()
         self.classes = tuple(dataset.classes)
-        self.fingerprint = f"{dataset.source}:{len(dataset)}"
+        self.fingerprint = f"{dataset.source}:{len(dataset)}:{dataset.fingerprint()}"
 
     def batches(self, indices: Indices, batch_size: int) -> Iterator[tuple[Indices, torch.Tensor]]:
         """See :class:`ImageRecords`.

@@ -7,6 +7,7 @@ DIR/classes.txt                     optional: a class name a line
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdfast.data.folders import IMAGE_SUFFIXES
-from kdfast.data.labelled import pillow, rgb_tensor
+from kdfast.data.labelled import add_files, check_pixels, pillow, reporting_images, rgb_tensor
+from kdfast.documents import read_text
 from kdfast.errors import DataError
 
 __all__ = ["IGNORE", "SegmentationFolder", "is_segmentation_folder", "open_segmentation"]
 
 IGNORE = 255
+_CLASSES = "classes.txt"
+_ORIENTATION = 0x0112  # EXIF's
 _SPLITS = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid")}
 _TEST_SHARE = 5  # without split folders every fifth image is for test
 
@@ -45,6 +49,10 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         source: str,
         image_size: int | None = None,
     ) -> None:
+        #: Whether the classes have names, or only the masks' numbers.
+        self.named = True
+        #: int64, the number to give for each of a mask's; ``None`` leaves them.
+        self.lookup: Tensor | None = None
         self._pillow = pillow("decoding a segmentation folder")
         self.pairs, self.classes, self.source, self.image_size = (
             list(pairs.items()),
@@ -58,6 +66,12 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         """How many classes there are, seen or not."""
         return len(self.classes)
 
+    def fingerprint(self) -> str:
+        """What tells this data set from any other."""
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        add_files(digest, [path for pair in self.pairs for path in pair], Path(self.source))
+        return digest.hexdigest()[:32]
+
     def __len__(self) -> int:
         return len(self.pairs)
 
@@ -69,7 +83,9 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         """
         image_file, mask_file = self.pairs[index]
         with _open(self._pillow, image_file) as image, _open(self._pillow, mask_file) as mask:
-            if image.size != mask.size:
+            if image.size == mask.size:
+                image.getexif().pop(_ORIENTATION, None)  # the mask was drawn on the picture as it is stored
+            elif _upright_size(image) != mask.size:
                 raise DataError(
                     f"mask {mask_file}: is {mask.size}, its image {image_file.name} is {image.size}"
                 )
@@ -77,12 +93,17 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
                 rgb_tensor(image, self.image_size),
                 _mask_tensor(mask, mask_file, self.image_size),
             )
-        wrong = labels[(labels >= self.num_classes) & (labels != IGNORE)]
+        count = self.num_classes if self.lookup is None else len(self.lookup)
+        wrong = labels[((labels < 0) | (labels >= count)) & (labels != IGNORE)]
         if wrong.numel():
             raise DataError(
-                f"mask {mask_file}: holds class {int(wrong.max())}, accepted: 0…{self.num_classes - 1}, and "
+                f"mask {mask_file}: holds class {int(wrong.max())}, accepted: 0…{count - 1}, and "
                 f"{IGNORE} for pixels that do not count"
             )
+        if self.lookup is not None:
+            table = torch.full((256,), IGNORE)
+            table[: len(self.lookup)] = self.lookup
+            labels = table[labels]
         return pixels, labels
 
 
@@ -126,7 +147,9 @@ def open_segmentation(
     if not chosen:
         raise DataError(f"{root}: holds no {split} image")
     classes = _classes(root, everything, num_classes)
-    return SegmentationFolder(chosen, classes, str(root), image_size)
+    opened = SegmentationFolder(chosen, classes, str(root), image_size)
+    opened.named = (root / _CLASSES).exists()
+    return opened
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -152,9 +175,12 @@ def _pairs(folder: Path) -> dict[Path, Path]:
 
 
 def _classes(root: Path, pairs: Mapping[Path, Path], num_classes: int | None) -> tuple[str, ...]:
-    listed = root / "classes.txt"
+    listed = root / _CLASSES
     if listed.exists():
-        names = tuple(line.strip() for line in listed.read_text().splitlines() if line.strip())
+        text = read_text(listed, error=DataError, limit=1 << 20)
+        names = tuple(line.strip() for line in text.splitlines() if line.strip())
+        if not names or len(set(names)) < len(names):
+            raise DataError(f"{listed}: names {len(names)} classes, accepted: at least one, each once")
         if num_classes not in (None, len(names)):
             raise DataError(f"{listed}: names {len(names)} classes, expected {num_classes}")
         return names
@@ -173,13 +199,16 @@ def _classes(root: Path, pairs: Mapping[Path, Path], num_classes: int | None) ->
 
 
 def _open(image: Any, path: Path) -> Any:
-    try:
+    with reporting_images(path):
         opened = image.open(path)
+        check_pixels(opened)
         opened.load()
-    except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
-        # Pillow raises all of these on damaged files, SyntaxError for broken PNG chunks.
-        raise DataError(f"cannot read image {path}: {error}") from error
     return opened
+
+
+def _upright_size(image: Any) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8) else (width, height)
 
 
 def _mask_tensor(mask: Any, path: Path, image_size: int | None) -> Tensor:

@@ -1,12 +1,11 @@
-"""Shards as WebDataset tars, and the index file that DALI's own reader asks for."""
+"""Shards as WebDataset tars, written, and described for DALI's own reader."""
 
 from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import BinaryIO
 
 BLOCK = 512
 
@@ -23,17 +22,23 @@ class Record:
 
 @dataclass(frozen=True)
 class Member:
-    """One file of a sample inside a tar: where its data starts, and how long it is."""
+    """One file of a sample inside a tar: where its data starts, and how long it is.
+
+    Attributes:
+        key: The sample's name: the file's up to its first dot, with its folder; what is no UTF-8 is written out.
+        extension: What follows that dot, in lower case.
+        offset: Where its data starts.
+        size: How many bytes those are.
+        name: As the archive has it; bytes that are no UTF-8 as lone surrogates, as Python's file names have them.
+        fault: Why the file cannot be used; empty if it can.
+    """
 
     key: str
     extension: str
     offset: int
     size: int
     name: str
-
-
-class TarFault(ValueError):
-    """The archive ends or stops making sense before its end marker; what was read before that is sound."""
+    fault: str = ""
 
 
 def pack(records: Iterable[Record], extension: str) -> tuple[memoryview, bytes]:
@@ -69,40 +74,4 @@ def index_text(samples: list[list[Member]]) -> bytes:
         " ".join(f"{part.extension} {part.offset} {part.size} {part.name}" for part in sample)
         for sample in samples
     ]
-    return ("\n".join(lines) + "\n").encode()
-
-
-def members(stream: BinaryIO) -> Iterator[Member]:
-    """Walk the regular files of a tar, USTAR, GNU or PAX.
-
-    Raises:
-        TarFault: The archive is truncated or garbled; raised after the sound members were yielded.
-    """
-    size = stream.seek(0, io.SEEK_END)
-    stream.seek(0)
-    end = 0
-    try:
-        # tarfile resolves the PAX and GNU headers that carry long names.
-        archive = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115 - the stream is the caller's
-        while (entry := archive.next()) is not None:
-            # Or a long-lived walk would hold every header it has seen.
-            archive.members = []  # type: ignore[attr-defined]
-            if not entry.isreg():
-                end = entry.offset_data
-                continue
-            end = entry.offset_data + entry.size
-            if end > size:
-                raise TarFault(f"tar is truncated inside {entry.name!r}: {end - size} bytes are missing")
-            folder, _, name = entry.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            key = f"{folder}/{stem}" if folder else stem
-            yield Member(key, extension.lower(), entry.offset_data, entry.size, entry.name)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise TarFault(f"tar cannot be read after byte {end} of {size}: {error}") from error
-    # tarfile takes the end of the file, or garbage in place of a header, for the end of the archive.
-    end = -(-end // BLOCK) * BLOCK
-    stream.seek(end)
-    marker = stream.read(BLOCK)
-    if marker != bytes(BLOCK):
-        what = "garbled" if len(marker) == BLOCK else "truncated"
-        raise TarFault(f"tar is {what} at byte {end} of {size}: no end-of-archive marker")
+    return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kdfast.data.codec import Image, decode
 from kdfast.data.decoder import Decoded, DecoderConfig
-from kdfast.data.reader import RecordReader
+from kdfast.data.reader import RecordLost, RecordReader
 from kdfast.errors import require
 
 
@@ -42,7 +42,11 @@ class TorchDecoder:
             yield Decoded(batch[~np.isin(batch, bad)], images.sub_(mean).div_(std), failures)
 
     def close(self) -> None:
-        """Nothing to hand back: workers end with the loader."""
+        """End the worker processes."""
+        workers = getattr(self._batches, "_iterator", None)
+        if workers is not None:
+            workers._shutdown_workers()
+            self._batches._iterator = None
 
 
 class _Plan(Sampler[NDArray[np.int64]]):
@@ -67,7 +71,10 @@ class _Batches(Dataset[tuple[torch.Tensor, list[tuple[int, str]]]]):
         failures: list[tuple[int, str]] = []
         for record in batch.tolist():
             try:
-                image = decode(self._reader.read(record))
+                # Strictly, as DALI does: what one loader takes the other takes.
+                image = decode(self._reader.read(record), strict=True)
+            except RecordLost as lost:
+                failures.append((record, lost.reason))
             except ValueError as error:
                 failures.append((record, str(error)))
             else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import fcntl
 import hashlib
+import io
 import json
 import os
 import re
+import warnings
+import weakref
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,11 +24,16 @@ import torch
 from numpy.typing import NDArray
 
 from kdfast.data.codec import encoder, measure
-from kdfast.data.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_atomic
-from kdfast.data.tar import Record, members, pack
+from kdfast.data.manifest import JOURNAL, MANIFEST, Manifest, ShardInfo, read_manifest
+from kdfast.data.tar import Record, pack
+from kdfast.data.untar import members
+from kdfast.disk import Lock, write_atomic
 from kdfast.errors import ShardError
 
-_OURS = re.compile(r"(shard-\d{6}\.(tar|idx)|manifest\.json)(\.tmp)?")
+#: What a writer makes, whole or unfinished (``.tmp`` is how versions up to 0.1 called that).
+_OURS = re.compile(r"(\.tmp-\w+-\w+-)?(shard-\d{6,}\.(tar|idx)|manifest\.json)(\.tmp)?|manifest\.journal")
+#: Shards up to which the manifest is simply written anew for each.
+_SMALL = 64
 # Encoding a small image takes microseconds; handing over a task takes about as long.
 _CHUNK = 32
 
@@ -109,18 +117,25 @@ class ShardWriter:
         )
         with _reported(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.directory)
+            self._lock = Lock(
+                self.directory / ".lock",
+                what=str(self.directory),
+                error=ShardError,
+                who="another ShardWriter",
+            )
         try:
             self._manifest = _claim(self.directory, settings, resume)
             self._pending: list[Record | Future[list[Record]]] = []
             self._running: deque[Future[list[Record]]] = deque()
             self._accepted = self._manifest.num_samples
             self._short: ShardInfo | None = None
+            self._journalled = 0
             self._reopen_short_shard()
             self._sweep()
         except BaseException:
-            os.close(self._lock)
+            self._lock.release()
             raise
+        _open_writers.add(self)
         self._pool = ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 8), "kdfast-encode")
         self._state: Literal["open", "failed", "closed"] = "open"
 
@@ -213,12 +228,34 @@ class ShardWriter:
         else:
             self._release()
 
-    def _release(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def _release(self, *, wait: bool = True) -> None:
+        self._pool.shutdown(wait, cancel_futures=True)
         self._pending.clear()
-        if self._state != "closed":
-            os.close(self._lock)
+        self._lock.release()
         self._state = "closed"
+        with contextlib.suppress(TypeError):  # while it is being collected no reference to it can be made
+            _open_writers.discard(self)
+
+    def _abandon(self) -> None:
+        """Nobody closed this writer and nobody can any more: keep its images, and say so."""
+        if getattr(self, "_state", "closed") != "open":
+            return
+        waiting = self._accepted - self.manifest.num_samples
+        try:
+            if waiting:
+                self._publish()
+        finally:
+            self._release(wait=False)  # it may be an encoder that dropped the last reference
+        warnings.warn(
+            f"ShardWriter on {self.directory} was never closed; its last {waiting} images are written now, but the set "
+            "is not marked complete: leave its `with` block, or call close()",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self._abandon()
 
     def _records(
         self,
@@ -260,31 +297,43 @@ class ShardWriter:
             self._short = None
             self._write_manifest()
         with _reported(self.directory / info.file):
-            write_atomic(self.directory / info.index, index)
-            write_atomic(self.directory / info.file, tar)
+            write_atomic(self.directory / info.index, index, alone=True)
+            write_atomic(self.directory / info.file, tar, alone=True)
         self._manifest = replace(self._manifest, shards=(*self._manifest.shards, info))
-        self._write_manifest()
+        # Rewriting it for every shard would cost the square of their number.
+        if len(self._manifest.shards) <= max(_SMALL, 2 * self._journalled):
+            self._write_manifest()
+        else:
+            with _reported(self.directory / JOURNAL):
+                self._manifest.add_last(self.directory)
+            self._journalled += 1
         self._pending.clear()
         self._running.clear()
 
     def _write_manifest(self) -> None:
         with _reported(self.directory / MANIFEST):
             self.manifest.write(self.directory)
+        self._journalled = 0
 
     def _reopen_short_shard(self) -> None:
         """Take a short last shard back into memory, so that the set grows as if it had never been closed."""
         shards = self._manifest.shards
         if not shards or shards[-1].samples == self._manifest.samples_per_shard:
             return
+        # Read once, so that what is checked is what is kept.
+        path = self.directory / shards[-1].file
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != shards[-1].sha256:
+            raise _changed(path)
         records: dict[str, dict[str, bytes]] = {}
-        with open(self.directory / shards[-1].file, "rb") as stream:
-            found = list(members(stream))
-            for member in found:
-                stream.seek(member.offset)
-                records.setdefault(member.key, {})[member.extension] = stream.read(member.size)
+        for member in members(io.BytesIO(data)):
+            content = data[member.offset : member.offset + member.size]
+            records.setdefault(member.key, {})[member.extension] = content
         # Sorted: the written order, which a shuffled shard does not keep.
         for key in sorted(records):
             parts = records[key]
+            if not {self._manifest.image_format, "i32"} <= parts.keys():
+                raise ShardError(f"{path}: key {key!r} has no .{self._manifest.image_format} or no .i32")
             image = parts[self._manifest.image_format]
             self._pending.append(Record(key, image, parts["i32"], parts.get("json")))
         self._manifest, self._short = replace(self._manifest, shards=shards[:-1]), shards[-1]
@@ -299,15 +348,14 @@ class ShardWriter:
                 path.unlink()
 
 
-def _lock(directory: Path) -> int:
-    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        # The kernel drops it with the process, however that ends.
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise ShardError(f"{directory}: another ShardWriter is writing here") from None
-    return descriptor
+#: Not garbage collected before the interpreter's end: atexit sees to them.
+_open_writers: weakref.WeakSet[ShardWriter] = weakref.WeakSet()
+
+
+@atexit.register
+def _abandon_all() -> None:
+    for writer in list(_open_writers):
+        writer._abandon()
 
 
 def _claim(directory: Path, settings: Manifest, resume: bool) -> Manifest:
@@ -334,13 +382,35 @@ def _claim(directory: Path, settings: Manifest, resume: bool) -> Manifest:
             f"{name} is {_short(theirs[name])} there, {_short(ours[name])} here" for name in different
         )
         raise ShardError(f"{directory}: belongs to another run, so it cannot be resumed: {facts}")
-    for shard in present.shards:
-        path = directory / shard.file
-        if not path.exists() or path.stat().st_size != shard.bytes:
-            raise ShardError(
-                f"{path}: is missing or has changed size since it was written; cannot resume this set"
-            )
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter
+        list(pool.map(lambda shard: _check_unchanged(directory, shard), present.shards))
     return present
+
+
+def _check_unchanged(directory: Path, shard: ShardInfo) -> None:
+    """Whoever goes on with a set vouches for all of it, so all of it has to be what was written.
+
+    Raises:
+        ShardError: It is not.
+    """
+    path = directory / shard.file
+    if not path.is_file() or path.stat().st_size != shard.bytes:
+        raise ShardError(
+            f"{path}: is missing or has changed size since it was written; cannot resume this set"
+        )
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != shard.sha256:
+        raise _changed(path)
+
+
+def _changed(path: Path) -> ShardError:
+    return ShardError(
+        f"{path}: its SHA-256 is not the manifest's: it was changed since it was written, so this set cannot be "
+        "resumed. kdfast.data.check_shards(..., on_error='skip') says what is still sound in it"
+    )
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kdfast.data.manifest import write_atomic
+from kdfast.disk import write_atomic
 from kdfast.errors import DataError
 
 REFUSED = "refused.jsonl"

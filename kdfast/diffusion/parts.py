@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdfast.data.manifest import read_manifest, sync_directory
+from kdfast.data.manifest import read_manifest
 from kdfast.diffusion.notes import REFUSED, SCORES
+from kdfast.disk import sync_directory
 from kdfast.errors import ShardError
 
 _LOCK = ".merge"

@@ -31,6 +31,10 @@ class Window:
             self._counts[name] = self._counts.get(name, 0) + 1
         self._images += images
 
+    def finite(self) -> bool:
+        """Whether the losses since the last call of :meth:`close` are all numbers."""
+        return bool(torch.isfinite(self._sums["loss"]))
+
     def close(self) -> tuple[float, float, dict[str, float]]:
         """Mean loss, images a second, and the mean of each part, since the last call."""
         # One wait for the device, however many parts there are.

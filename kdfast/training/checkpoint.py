@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from kdfast.documents import Fields, parse_json, read_text, shown
 from kdfast.errors import CheckpointError, require
 from kdfast.training import files
 from kdfast.training.state import flatten, unflatten
@@ -28,6 +29,19 @@ VERSION = 1
 MANIFEST = "checkpoint.json"
 STATES = "states.json"
 _NAME = re.compile(r"step-(\d{8,})")
+#: What a checkpoint may list: nothing outside of its folder, no pipe and no device.
+_FILE = re.compile(r"states\.json|[A-Za-z0-9_]+\.safetensors")
+#: What a document raises that says of itself what it is not.
+_SENSELESS = (
+    KeyError,
+    TypeError,
+    ValueError,
+    IndexError,
+    AttributeError,
+    SyntaxError,
+    OverflowError,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True)
@@ -122,20 +136,48 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not (path / MANIFEST).exists() and (latest := latest_checkpoint(path)):
         path = latest
+    try:
+        return _load(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_older(path)}") from error
+
+
+def _older(path: Path) -> str:
+    """What to do about a damaged checkpoint where there is one from before."""
+    before = [
+        other
+        for other in _listed(path.parent)
+        if other.name < path.name and len(other.name) <= len(path.name)
+    ]
+    if not _NAME.fullmatch(path.name) or not before:
+        return ""
+    try:
+        _load(before[-1])
+    except CheckpointError:
+        return ""
+    return f"; {before[-1]} is intact: remove {path} to go on from there with --resume"
+
+
+def _load(path: Path) -> Checkpoint:
     manifest = _read_manifest(path)
-    for name, listed in manifest["files"].items():
-        _check_file(path / name, listed)
+    listed = Fields(manifest.mapping("files"), f"{manifest}: files", CheckpointError)
+    if STATES not in listed:
+        raise CheckpointError(f"{listed}: lacks {STATES}")
+    for name in listed:
+        if not _FILE.fullmatch(name):
+            raise CheckpointError(f"{listed}: got {shown(name)}, accepted: {STATES} and NAME.safetensors")
+        _check_file(path / name, Fields(listed.mapping(name), f"{listed}: {name}", CheckpointError))
     documents = read_json(path / STATES)
     states = {}
     for name, document in documents.items():
         file = path / f"{name}.safetensors"
         try:
-            states[name] = unflatten(document, read_tensors(file) if file.name in manifest["files"] else {})
-        except (KeyError, TypeError, ValueError) as error:
+            states[name] = unflatten(document, read_tensors(file) if file.name in listed else {})
+        except (*_SENSELESS,) as error:
             raise CheckpointError(
-                f"{path / STATES}: state {name!r} does not fit its tensors: {error}"
+                f"{path / STATES}: state {shown(name)} does not fit its tensors: {error}"
             ) from error
-    return Checkpoint(path, int(manifest["step"]), states, manifest["info"])
+    return Checkpoint(path, manifest.integer("step", 0), states, manifest.mapping("info"))
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -161,11 +203,9 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: It is missing, unreadable, or not a JSON object.
     """
     try:
-        document = json.loads(path.read_text())
+        document = parse_json(read_text(path, error=CheckpointError), what=str(path), error=CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: does not exist") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(document).__name__}, expected an object")
     return document
@@ -180,7 +220,7 @@ def _listed(directory: Path) -> list[Path]:
     )
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> Fields:
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist")
     if not (path / MANIFEST).exists():
@@ -190,17 +230,19 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / MANIFEST}: is not the manifest of a kdfast checkpoint")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{path / MANIFEST}: has version {manifest.get('version')}; this kdfast reads version {VERSION}"
+            f"{path / MANIFEST}: has version {shown(manifest.get('version'))}; this kdfast reads version {VERSION}"
         )
-    return manifest
+    return Fields(manifest, path / MANIFEST, CheckpointError)
 
 
-def _check_file(path: Path, listed: Mapping[str, Any]) -> None:
+def _check_file(path: Path, listed: Fields) -> None:
     if not path.exists():
         raise CheckpointError(f"{path}: is missing from the checkpoint")
-    if (size := path.stat().st_size) != listed["bytes"]:
-        raise CheckpointError(f"{path}: is damaged: it has {size} bytes, {listed['bytes']} were written")
-    if files.sha256(path) != listed["sha256"]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is damaged: it is no file")
+    if (size := path.stat().st_size) != (written := listed.integer("bytes", 0)):
+        raise CheckpointError(f"{path}: is damaged: it has {size} bytes, {written} were written")
+    if files.sha256(path) != listed.text("sha256"):
         raise CheckpointError(f"{path}: is damaged: its checksum is not the one that was written")
 
 

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kdfast.disk import TEMPORARY as _TEMPORARY
+from kdfast.disk import write_atomic
 from kdfast.errors import CheckpointError
-
-_TEMPORARY = ".tmp-"
 
 
 def write_file(path: Path, data: str | bytes) -> None:
@@ -23,17 +23,8 @@ def write_file(path: Path, data: str | bytes) -> None:
     Raises:
         CheckpointError: The disk is full or failing. The old file is untouched.
     """
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     with reporting_disk(path):
-        try:
-            with open(temporary, "wb") as handle:
-                handle.write(data.encode() if isinstance(data, str) else data)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_directory(path.parent)
+        write_atomic(path, data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: Path, document: Any) -> None:

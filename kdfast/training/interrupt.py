@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+#: Ctrl-C, a batch system's end, a closed terminal, and the warnings that Slurm is told to send (``--signal=USR1@120``).
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A run stopped by Ctrl-C or SIGTERM, after writing a checkpoint.
+    """A run stopped by Ctrl-C or another of :data:`SIGNALS`, after writing a checkpoint.
 
     Attributes:
         checkpoint: What to go on from; ``None`` if the run keeps none.
@@ -32,7 +35,7 @@ class Interrupt:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Interrupt]:
-    """Remember SIGINT and SIGTERM instead of dying of them; a second one takes effect at once.
+    """Remember the signals of :data:`SIGNALS` instead of dying of them; a second one takes effect at once.
 
     One that is ignored stays ignored: a run in the background of a script, say, is not for Ctrl-C to stop.
     """
@@ -47,7 +50,7 @@ def deferred_interrupt() -> Iterator[Interrupt]:
         flag.signal = number
 
     # Nor is a handler taken over that Python did not set (None): it could not be put back.
-    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    heard = [n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     before = {number: signal.signal(number, remember) for number in heard}
     try:
         yield flag

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdfast.documents import Fields, shown
 from kdfast.errors import CheckpointError, require
 from kdfast.models import create_model
 from kdfast.training import files
@@ -18,6 +19,9 @@ from kdfast.version import __version__
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+#: Of classes, channels and sides of images in a config: beyond it no network fits into any memory.
+_MOST = 1 << 20
+_LONGEST = 600  # letters of a message about names that do not fit
 
 
 @dataclass(frozen=True)
@@ -78,51 +82,116 @@ def load_model_config(path: str | Path) -> ModelConfig:
     Raises:
         CheckpointError: There is none, or it is damaged; the message names the file.
     """
-    folder = _folder(path)
+    return _read_config(_locate(path)[0])
+
+
+def _read_config(folder: Path) -> ModelConfig:
     document = read_json(folder / CONFIG)
     document.pop("kdfast", None)
     known = {f.name for f in fields(ModelConfig)}
     if unknown := sorted(document.keys() - known):
-        raise CheckpointError(f"{folder / CONFIG}: has unknown keys {', '.join(unknown)}")
+        raise CheckpointError(f"{folder / CONFIG}: has unknown keys {shown(', '.join(unknown))[1:-1]}")
     if missing := sorted({"model", "num_classes", "image_size"} - document.keys()):
         raise CheckpointError(f"{folder / CONFIG}: lacks {', '.join(missing)}")
-    entries: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in document.items()}
-    return ModelConfig(**entries)
+    entry = Fields(document, folder / CONFIG, CheckpointError)
+    channels = entry.integer("in_channels", 1, _MOST) if "in_channels" in entry else 3
+    given: dict[str, Any] = {}
+    for name, positive in (("mean", False), ("std", True)):
+        if name in entry:
+            given[name] = entry.numbers(name, positive=positive)
+            if len(given[name]) != channels:
+                entry.refuse(name, f"{channels} numbers, one a channel")
+    classes, count = (
+        entry.texts("classes") if "classes" in entry else (),
+        entry.integer("num_classes", 1, _MOST),
+    )
+    if len(classes) > count:
+        entry.refuse("classes", f"{count} names, one a class, or none")
+    options = entry.mapping("options") if "options" in entry else {}
+    if "pretrained" in options and options["pretrained"] is not False:
+        # It would be fetched, only to be replaced by the weights beside this file.
+        options = {**options, "pretrained": False}
+    return ModelConfig(
+        model=entry.text("model"),
+        num_classes=count,
+        image_size=entry.integer("image_size", 1, _MOST),
+        in_channels=channels,
+        options=options,
+        classes=classes,
+        **given,
+    )
 
 
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
     """Rebuild a saved network, in evaluation mode.
 
     Args:
-        path: The directory of a run or model, or the ``model.safetensors`` in it.
+        path: The directory of a run or model, or a ``.safetensors`` file in it: that file is read, and no other.
         device: Where to put it.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the weights do not fit the network that ``config.json``
             names; the message says which.
     """
-    folder = _folder(path)
-    config = load_model_config(folder)
-    weights = read_tensors(folder / WEIGHTS)
+    folder, file = _locate(path)
+    config = _read_config(folder)
+    weights = _plain_names(read_tensors(file))
     try:
         model = config.build()
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        RuntimeError,
+        AssertionError,
+        OverflowError,
+    ) as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error or type(error).__name__}") from error
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         problem = " ".join(str(error).split())
-        raise CheckpointError(f"{folder / WEIGHTS}: does not fit {config.model!r}: {problem}") from error
+        if len(problem) > _LONGEST:
+            problem = f"{problem[:_LONGEST]}… ({len(weights)} weights are in the file)"
+        raise CheckpointError(f"{file}: does not fit {config.model!r}: {problem}") from error
     return model.to(device).eval()
 
 
-def _folder(path: str | Path) -> Path:
+#: What wrappers put before the names of what they wrap: DataParallel, DistributedDataParallel; torch.compile.
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def _plain_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights without the prefixes of wrappers, where all of them have one."""
+    while prefix := next(
+        (p for p in _WRAPPERS if weights and all(name.startswith(p) for name in weights)), None
+    ):
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def _locate(path: str | Path) -> tuple[Path, Path]:
+    """The folder with ``config.json``, and the weights' file: the one that was named, never another.
+
+    Raises:
+        CheckpointError: There is none, or it is no safetensors file.
+    """
     path = Path(path)
-    folder = path.parent if path.is_file() else path
-    if not folder.is_dir():
+    if path.is_dir():
+        folder, file = path, path / WEIGHTS
+    elif not path.is_file():
         raise CheckpointError(f"{path}: does not exist")
+    elif path.suffix != ".safetensors":
+        # The folder's own weights are not what was asked for.
+        raise CheckpointError(
+            f"{path}: is no .safetensors file, which is what networks are read from (nothing that needs pickle is). "
+            f"Accepted: a run's folder, its {WEIGHTS}, or another .safetensors file beside its {CONFIG}"
+        )
+    else:
+        folder, file = path.parent, path
     if not (folder / CONFIG).exists():
         raise CheckpointError(
             f"{folder}: holds no {CONFIG}, so it is not a saved model (a finished run has one)"
         )
-    return folder
+    return folder, file

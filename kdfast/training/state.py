@@ -69,6 +69,32 @@ def flatten(value: Any, name: str = "state") -> tuple[Any, dict[str, torch.Tenso
     return encode(value, ()), tensors
 
 
+def first_not_finite(states: Any) -> str | None:
+    """The name of a tensor in a nested state that holds a NaN or an infinity; ``None`` if none does.
+
+    All are asked with one wait for the device, and each by name only if one of them does.
+    """
+    found: list[tuple[str, torch.Tensor]] = []
+
+    def collect(item: Any, name: str) -> None:
+        if isinstance(item, torch.Tensor):
+            if item.is_floating_point() and item.numel():
+                found.append((name, item))
+        elif isinstance(item, Mapping):
+            for key, entry in item.items():
+                collect(entry, f"{name}.{key}" if name else str(key))
+        elif isinstance(item, (list, tuple)):
+            for entry in item:
+                collect(entry, name)
+
+    collect(states, "")
+    # A sum is finite only if every value is, unless it overflows by itself: then each is looked at.
+    sums = [tensor.detach().double().abs().sum() for _, tensor in found]
+    if not sums or bool(torch.isfinite(torch.stack([value.to(sums[0].device) for value in sums]).sum())):
+        return None
+    return next((name for name, tensor in found if not bool(torch.isfinite(tensor).all())), None)
+
+
 def unflatten(document: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Rebuild what :func:`flatten` split.
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from kdfast.documents import Fields, shown
 from kdfast.errors import CheckpointError, KDFastError
 from kdfast.profiling import annotate, each, phase
 from kdfast.training.accelerator import gather_objects, make_accelerator
@@ -27,6 +28,7 @@ from kdfast.training.metrics import MetricsLog
 from kdfast.training.optim import build_optimizer, build_schedule
 from kdfast.training.progress import Progress, Task
 from kdfast.training.rng import rng_state, seed_everything, set_rng_state
+from kdfast.training.state import first_not_finite
 
 __all__ = ["Stateful", "TrainResult", "Trainer", "TrainerConfig", "TrainingInterrupted"]
 
@@ -46,6 +48,21 @@ class _Place:
     images: int = 0
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+def _place_of(state: Any, checkpoint: Checkpoint) -> _Place:
+    place = Fields(state, f"{checkpoint.path}: place", CheckpointError)
+    metrics = Fields(place.mapping("metrics"), f"{checkpoint.path}: metrics", CheckpointError)
+    if place.integer("step", 0) != checkpoint.step:
+        place.refuse("step", f"{checkpoint.step}, as the checkpoint says")
+    return _Place(
+        place.integer("epoch", 0),
+        place.integer("batch", 0),
+        checkpoint.step,
+        place.integer("images", 0),
+        place.number("seconds"),
+        {name: metrics.number(name) for name in metrics},
+    )
 
 
 class Trainer:
@@ -166,7 +183,7 @@ class Trainer:
     ) -> None:
         place, config = self._place, self.config
         clock = time.monotonic() - place.seconds
-        window = Window(self.device)
+        window = self._window = Window(self.device)
         last_epoch = self._epochs(total)
         while place.epoch < last_epoch and place.step < total:
             self.model.train()
@@ -284,15 +301,37 @@ class Trainer:
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise KDFastError(
-                f"the loss became {loss} by step {self._place.step} (epoch {self._place.epoch + 1}); a lower lr, "
-                "clip_grad_norm, or precision fp32 or bf16 may help"
-            )
+            raise self._not_finite(f"the loss became {loss}")
+
+    def _check_worth_keeping(self) -> None:
+        """Look before a checkpoint takes the place of a good one: one wait for the device.
+
+        Raises:
+            KDFastError: The loss or a weight is no longer a number, on any rank.
+        """
+        parts = [self._bare.state_dict(), self.optimizer.state_dict()["state"]]
+        if self._ema is not None:
+            parts.append(self._ema.state_dict())
+        lost = first_not_finite(parts)
+        window = getattr(self, "_window", None)
+        if lost is None and window is not None and not window.finite():
+            lost = "the loss"
+        if found := [name for name in gather_objects(lost) if name is not None]:
+            raise self._not_finite(f"{found[0]} is no longer finite")
+
+    def _not_finite(self, what: str) -> KDFastError:
+        kept = None if self.out is None else latest_checkpoint(self.out / "checkpoints")
+        where = "" if kept is None else f"; the last checkpoint from before is {kept}"
+        return KDFastError(
+            f"{what} by step {self._place.step} (epoch {self._place.epoch + 1}); a lower lr, "
+            f"clip_grad_norm, or precision fp32 or bf16 may help{where}"
+        )
 
     @annotate("trainer.checkpoint")
     def _save(self, batches: Any) -> Path | None:
         if self.out is None:
             return None
+        self._check_worth_keeping()
         place = self._place
         states: dict[str, Any] = {
             "model": self._bare.state_dict(),
@@ -332,30 +371,30 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(states["scaler"])
             for name, thing in self._state.items():
                 thing.load_state_dict(states[f"extra_{name}"])
-            self._place = _Place(**states["place"])
+            self._place = _place_of(states["place"], checkpoint)
             if (
                 resumable(batches)
                 and (loader := states["loader"][self.accelerator.process_index]) is not None
             ):
                 batches.load_state_dict(loader)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             problem = " ".join(str(error).split())
             raise CheckpointError(f"{checkpoint.path}: does not fit this run: {problem}") from error
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        info = checkpoint.info
-        if info["world_size"] != self.accelerator.num_processes:
+        info = Fields(dict(checkpoint.info), f"{checkpoint.path}: info", CheckpointError)
+        if info.integer("world_size", 1) != self.accelerator.num_processes:
             raise CheckpointError(
-                f"{checkpoint.path}: was written by {info['world_size']} processes, this run has "
+                f"{checkpoint.path}: was written by {info.raw('world_size')} processes, this run has "
                 f"{self.accelerator.num_processes}; resume with as many as before"
             )
-        before = info["fingerprint"]
+        before = info.mapping("fingerprint")
         changed = sorted(
             k for k in before.keys() | self._fingerprint if before.get(k) != self._fingerprint.get(k)
         )
         if changed:
             details = "; ".join(
-                f"{k}: {before.get(k)!r} before, {self._fingerprint.get(k)!r} now" for k in changed
+                f"{k}: {shown(before.get(k))} before, {shown(self._fingerprint.get(k))} now" for k in changed
             )
             raise CheckpointError(f"{checkpoint.path}: belongs to a run with other settings ({details})")
 

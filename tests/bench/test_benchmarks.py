@@ -236,7 +236,7 @@ def test_nvidia_smi_is_asked_about_the_gpu_that_is_used(monkeypatch: pytest.Monk
 
 def test_a_copy_of_the_tree_says_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KDFAST_COMMIT", raising=False)
-    monkeypatch.setattr(environment.kdfast, "__file__", str(tmp_path / "kdfast" / "__init__.py"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "kdfast" / "benchmarks" / "environment.py"))
     assert environment.commit() is None
     (tmp_path / environment.REVISION).write_text("abc123+\n")
     assert environment.commit() == "abc123+"

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import kdfast.data.measures as measures_module
 import kdfast.data.preflight as preflight_module
 from kdfast.data import ShardError, ShardWriter, check_shards
 from kdfast.data.codec import decode, measure
@@ -250,20 +251,20 @@ def test_every_way_of_cutting_a_jpeg_is_seen() -> None:
             measure(data[:length])
 
 
-def test_verdicts_are_cached_by_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measures_are_cached_by_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_numbered(tmp_path, 20)
     first = check_shards(tmp_path)
-    walks: list[object] = []
-    real = preflight_module._walk
-    monkeypatch.setattr(preflight_module, "_walk", lambda *a, **k: walks.append(a) or real(*a, **k))
+    looks: list[bytes] = []
+    real = measures_module.measure
+    monkeypatch.setattr(measures_module, "measure", lambda data: looks.append(data) or real(data))
     again = check_shards(tmp_path)
-    assert not walks
+    assert not looks
     assert again.fingerprint == first.fingerprint
     assert again.keys == first.keys
     for cache in (tmp_path / ".preflight").iterdir():
         cache.write_text("{")
     assert check_shards(tmp_path).fingerprint == first.fingerprint
-    assert len(walks) == 2
+    assert len(looks) == 20
 
 
 def test_a_cached_verdict_does_not_outlive_its_bytes(tmp_path: Path) -> None:

@@ -84,6 +84,16 @@ def _without_comments(source: str) -> str:
     return re.sub(r"//[^\n]*|/\*.*?\*/", lambda match: "\n" * match.group().count("\n"), source, flags=re.S)
 
 
+def _variables(code: str) -> set[str]:
+    """Names that declarations like ``float a = 1.0, b;`` make, in time linear in the code's length."""
+    found: set[str] = set()
+    for match in re.finditer(r"\b(?:float|int|vec[234]|mat[234])\s+([^;(){}]{0,4096})", code):
+        for part in match[1].split(","):
+            if name := re.match(r"\s*(\w+)", part):
+                found.add(name[1])
+    return found
+
+
 def translate(source: str) -> str:
     """A shader of one of the conventions as GLSL 3.30, with the line numbers of the original.
 
@@ -109,7 +119,7 @@ def translate(source: str) -> str:
     uniforms = {**_UNIFORMS, **(_SHORT if body or not re.search(r"\buniform\b", code) else {})}
     declared = set(re.findall(r"\buniform\s+(?:\w+\s+)?\w+\s+(\w+)", code))
     # A one-letter name is a uniform only where the file does not make it a variable.
-    made = set(re.findall(r"\b(?:float|int|vec[234]|mat[234])\s+(?:\w+[^;(){}]*,\s*)*(\w+)\s*[=;,)]", code))
+    made = _variables(code)
     for name, kind in uniforms.items():
         if name in names and name not in declared and not (name in _SHORT and name in made and not body):
             head.append(f"uniform {kind} {name};")

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdfast.data.manifest import write_atomic
+from kdfast.disk import write_atomic
+from kdfast.documents import read_json, shown
 from kdfast.errors import DataError
 from kdfast.reference.procedural.shaders import SLOTS, Op
 
@@ -184,17 +185,21 @@ def _instruction_dict(instruction: Instruction) -> dict[str, Any]:
 
 def _instruction_of(entry: Any) -> Instruction:
     if not isinstance(entry, dict) or not isinstance(entry.get("values"), dict):
-        raise ValueError(f"an instruction is an object with op and values; got {str(entry)[:80]}")
-    if (op := entry.get("op")) not in OPERATIONS:
-        raise ValueError(f"op: got {op!r}; accepted: {', '.join(OPERATIONS)}")
+        raise ValueError(f"an instruction is an object with op and values; got {shown(entry)}")
+    if not isinstance(op := entry.get("op"), str) or op not in OPERATIONS:
+        raise ValueError(f"op: got {shown(op)}; accepted: {', '.join(OPERATIONS)}")
     names, values, rates = OPERATIONS[op], entry["values"], entry.get("rates") or {}
     if set(values) != set(names):
-        raise ValueError(f"values: {op} got {', '.join(values)}; it takes {', '.join(names)}")
+        raise ValueError(f"values: {op} got {shown(', '.join(values))}; it takes {', '.join(names)}")
     if not isinstance(rates, dict) or not set(rates) <= set(names):
-        raise ValueError(f"rates: {op} got {rates}; it takes {', '.join(names)}")
+        raise ValueError(f"rates: {op} got {shown(rates)}; it takes {', '.join(names)}")
     numbers = [*values.values(), *rates.values()]
     if wrong := [n for n in numbers if isinstance(n, bool) or not isinstance(n, (int, float))]:
-        raise ValueError(f"values: {op} got {wrong[0]!r}; numbers are needed")
+        raise ValueError(f"values: {op} got {shown(wrong[0])}; numbers are needed")
+    if any(abs(n) > 1e9 for n in numbers):
+        raise ValueError(
+            f"values: {op} got a number beyond any bound; accepted: −{MAX_NUMBER:g} to {MAX_NUMBER:g}"
+        )
     return Instruction(
         op, tuple(values[name] for name in names), tuple(rates.get(name, 0.0) for name in names)
     )
@@ -253,13 +258,15 @@ def load_programs(path: str | os.PathLike[str]) -> list[Program]:
         DataError: The file cannot be read, or holds something else; the message says which program is wrong, and why.
     """
     try:
-        document = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        document = read_json(path, error=DataError)
+    except FileNotFoundError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise DataError(f"{path}: is not a file of shader programs")
     if document.get("version") != VERSION:
-        raise DataError(f"{path}: has version {document.get('version')}; this kdfast reads version {VERSION}")
+        raise DataError(
+            f"{path}: has version {shown(document.get('version'))}; this kdfast reads version {VERSION}"
+        )
     found = []
     entries = document.get("programs")
     for number, entry in enumerate(entries if isinstance(entries, list) else []):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from kdfast.data.datasets import LabelledImages, load_dataset
+from kdfast.data.matching import match_classes
 from kdfast.data.segmentation import SegmentationFolder, open_segmentation
 from kdfast.experiments.common.image_batches import ImageBatches
 from kdfast.training.evaluate import class_accuracies, evaluate_classification, evaluate_segmentation
@@ -61,10 +62,37 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
 def held_out(
     source: str | None, model: ModelConfig, label_column: str | None = None, *, task: str = "classification"
 ) -> Labelled | None:
-    """The test split of a source, which must have the network's classes."""
+    """The test split of a source, its labels in the order of the network's classes.
+
+    Raises:
+        DataError: An image is of a class that the network does not have.
+    """
     if source is None:
         return None
-    common: dict[str, Any] = {"image_size": model.image_size, "num_classes": model.num_classes}
+    return open_matched(source, "test", model, label_column, task=task)
+
+
+def open_matched(
+    source: str,
+    split: str,
+    model: ModelConfig,
+    label_column: str | None = None,
+    *,
+    task: str = "classification",
+    image_size: int | None = None,
+) -> Labelled:
+    """A split of a source, its labels in the order of the network's classes; ``image_size`` for another than its.
+
+    Raises:
+        DataError: An image is of a class that the network does not have; both lists are shown.
+    """
+    size = image_size or model.image_size
     if task == "segmentation":
-        return open_segmentation(source, "test", **common)
-    return load_dataset(source, "test", label_column=label_column, **common)
+        # Masks without names have as many classes as the network.
+        named = (Path(source) / "classes.txt").exists()
+        masked = open_segmentation(
+            source, split, image_size=size, num_classes=None if named else model.num_classes
+        )
+        return match_classes(masked, model.classes, model.num_classes)
+    dataset = load_dataset(source, split, label_column=label_column, image_size=size)
+    return match_classes(dataset, model.classes, model.num_classes)

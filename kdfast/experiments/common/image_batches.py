@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, Subset
 
 from kdfast.data.datasets import InMemoryImages, LabelledImages
 from kdfast.data.segmentation import SegmentationFolder
+from kdfast.documents import Fields
+from kdfast.errors import CheckpointError
 from kdfast.experiments.common.augmentation import Augmentation
 
 
@@ -64,6 +66,7 @@ class ImageBatches:
         self._std = torch.tensor(std, dtype=torch.float32, device=self._device).view(shape)
         self._images = dataset.images.to(self._device) if isinstance(dataset, InMemoryImages) else None
         self._epoch, self._batch = 0, 0
+        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         """Batches an epoch; while shuffling the same on every rank."""
@@ -75,13 +78,29 @@ class ImageBatches:
         """Start the next iteration at the beginning of this epoch."""
         self._epoch, self._batch = epoch, 0
 
-    def state_dict(self) -> dict[str, int]:
-        """Which batch comes next."""
-        return {"epoch": self._epoch, "batch": self._batch}
+    def state_dict(self) -> dict[str, Any]:
+        """Which batch comes next, and of which images."""
+        return {"data": self._data(), "epoch": self._epoch, "batch": self._batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on there."""
-        self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
+        """Go on there.
+
+        Raises:
+            CheckpointError: The images, their labels or classes are not those that the state is of.
+        """
+        given = Fields(dict(state) if isinstance(state, Mapping) else state, "loader state", CheckpointError)
+        if given.text("data") != self._data():
+            raise CheckpointError(
+                f"loader state: {self._dataset.source} is not what it was: images, labels or class names have changed "
+                "since the checkpoint. Put them back, or begin a new run in another directory"
+            )
+        epoch, batch = given.integer("epoch", 0), given.integer("batch", 0, len(self))
+        self._epoch, self._batch = epoch, batch
+
+    def _data(self) -> str:
+        if self._fingerprint is None:
+            self._fingerprint = self._dataset.fingerprint()
+        return self._fingerprint
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         order = self._order()

@@ -8,7 +8,9 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from kdfast.documents import read_text, shown
 from kdfast.errors import ConfigError, require
+from kdfast.experiments.common.yaml import MAX_RECIPE, parse_yaml
 
 T = TypeVar("T")
 
@@ -19,17 +21,14 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, unreadable, not YAML, or not flat.
     """
-    yaml = require("yaml", extra="train", feature="reading a recipe")
+    require("yaml", extra="train", feature="reading a recipe")
     try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"recipe {path}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path}: is not YAML: {' '.join(str(error).split())}") from error
+        text = read_text(path, error=ConfigError, limit=MAX_RECIPE)
+    except FileNotFoundError as error:
+        raise ConfigError(f"recipe {path}: cannot be read: {error.strerror}") from error
+    except ConfigError as error:
+        raise ConfigError(f"recipe {error}") from error
+    document = parse_yaml(text, what=f"recipe {path}")
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise ConfigError(f"recipe {path}: got a {type(document).__name__}, accepted: lines of 'key: value'")
     for key, value in document.items():
@@ -46,16 +45,18 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: A word has no ``=``, or its value is not YAML.
     """
-    yaml = require("yaml", extra="train", feature="overriding a recipe's values")
+    require("yaml", extra="train", feature="overriding a recipe's values")
     values: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"override: got {pair!r}, accepted: KEY=VALUE")
+        name = key.strip()
         try:
-            values[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {key.strip()}: got {value!r}, which is not YAML") from error
+            values[name] = parse_yaml(value, what=f"override {name}")
+        except ConfigError as error:
+            why = str(error).removeprefix(f"override {name}: ")
+            raise ConfigError(f"override {name}: got {shown(value)}, which is not YAML: {why}") from error
     return values
 
 
@@ -91,7 +92,7 @@ def build_config(schema: type[T], values: Mapping[str, Any], *, source: str) -> 
     names = [field.name for field in fields(schema)]  # type: ignore[arg-type]
     given = {name: values[name] for name in names if name in values}
     problems = [
-        f"{name}: got {value!r}, accepted: a number or text, not yes/no"
+        f"{name}: got {shown(value)}, accepted: a number or text, not yes/no"
         for name, value in given.items()
         if isinstance(value, bool) and not _mentions_bool(hints[name])
     ]
@@ -136,7 +137,7 @@ def _problems(errors: Sequence[Mapping[str, Any]]) -> list[str]:
         else:
             accepted = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
             # A value may be invalid as each of several types; the first says enough.
-            found.setdefault(location[0], f"{location[0]}: got {error['input']!r}, accepted: {accepted}")
+            found.setdefault(location[0], f"{location[0]}: got {shown(error['input'])}, accepted: {accepted}")
     return list(found.values())
 
 

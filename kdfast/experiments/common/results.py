@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kdfast.disk import Lock, sweep
 from kdfast.errors import ConfigError
 from kdfast.experiments.common.recipe import to_yaml
 from kdfast.training import files
@@ -19,6 +20,7 @@ from kdfast.training.trainer import Trainer
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
+LOCK = ".run.lock"
 #: The folders of a diffusion model, as diffusers names them.
 TRANSFORMER, SCHEDULER = "transformer", "scheduler"
 
@@ -68,8 +70,34 @@ def open_run(out: str | Path, *configs: Any, resume: bool, main: bool = True) ->
             )
         with files.reporting_disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        lock_run(folder)
         files.write_file(folder / RECIPE, to_yaml(*configs))
     return folder
+
+
+#: Of this process, by folder; the kernel drops them when it ends.
+_locks: dict[Path, Lock] = {}
+
+
+def lock_run(folder: Path) -> None:
+    """Claim a result directory for this process until it ends, or until :func:`close_run`, and sweep what died in it.
+
+    Raises:
+        ConfigError: Another process is writing there; the message names it.
+    """
+    place = folder.resolve()
+    if place not in _locks:
+        with files.reporting_disk(folder):
+            _locks[place] = Lock(
+                folder / LOCK, what=f"--out: {folder}", error=ConfigError, who="another run of kdfast"
+            )
+        sweep(folder)
+
+
+def release_run(folder: Path) -> None:
+    """Let others write there; nothing if it was not claimed."""
+    if (lock := _locks.pop(folder.resolve(), None)) is not None:
+        lock.release()
 
 
 def close_run(
@@ -81,6 +109,7 @@ def close_run(
     if trainer.accelerator.is_main_process:
         save_model(folder, result.model, model)
         files.write_json(folder / METRICS, metrics)
+        release_run(folder)
     trainer.accelerator.wait_for_everyone()
     return metrics
 

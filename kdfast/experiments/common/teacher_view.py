@@ -6,9 +6,8 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import annotated_types as at
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from kdfast.data.records import ImageRecords, LabelledRecords, ShardRecords
 from kdfast.data.regimes import regime
 from kdfast.data.selection import relative_entropy
 from kdfast.errors import DataError
-from kdfast.experiments.common.bounds import Count
+from kdfast.experiments.common.bounds import Count, Seed
 from kdfast.training.model_io import ModelConfig, load_model, load_model_config
 from kdfast.training.progress import Progress
 
@@ -54,7 +53,7 @@ class LookRecipe:
     regime: Literal["none", "standard", "high", "extreme"] = "high"
     split: Literal["train", "test", "all"] = "train"
     label_column: str | None = None
-    seed: Annotated[int, at.Ge(0)] = 0
+    seed: Seed = 0
     batch_size: Count = 256
     device: Literal["auto", "cpu", "cuda"] = "auto"
     loader: Literal["dali", "torch"] = "dali"

@@ -9,7 +9,7 @@ import annotated_types as at
 
 from kdfast.errors import ConfigError
 from kdfast.experiments.common.augmentation import Augmentation
-from kdfast.experiments.common.bounds import Count, NotNegative, Positive
+from kdfast.experiments.common.bounds import Count, NotNegative, Positive, Seed
 from kdfast.training.config import TrainerConfig
 from kdfast.training.optim import OptimizerConfig, ScheduleConfig
 
@@ -85,7 +85,7 @@ class TrainingRecipe:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     clip_grad_norm: Positive | None = None
     ema_decay: Annotated[float, at.Gt(0), at.Lt(1)] | None = None
-    seed: Annotated[int, at.Ge(0)] = 0
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: Annotated[int, at.Ge(0)] | None = None
     stem: Literal["cifar", "imagenet"] | None = None

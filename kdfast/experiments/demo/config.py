@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import annotated_types as at
 
-from kdfast.experiments.common.bounds import Count, Positive
+from kdfast.experiments.common.bounds import Count, Positive, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class DemoConfig:
     """
 
     out: str = "runs/demo"
-    seed: Annotated[int, at.Ge(0)] = 0
+    seed: Seed = 0
     image_size: Count = 16
     model: str = "resnet8"
     teacher_epochs: Count = 12

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import annotated_types as at
 
 from kdfast.errors import ConfigError
-from kdfast.experiments.common.bounds import Count, Positive
+from kdfast.experiments.common.bounds import Count, Positive, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class DiffusionConfig:
     label_dropout: Annotated[float, at.Gt(0), at.Lt(1)] = 0.1
     snr_limit: Positive = 5.0
     timesteps: Count = 1000
-    seed: Annotated[int, at.Ge(0)] = 0
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:

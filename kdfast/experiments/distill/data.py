@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from kdfast.data import select_balanced
-from kdfast.data.datasets import InMemoryImages, LabelledImages, load_dataset
+from kdfast.data.datasets import InMemoryImages, LabelledImages
 from kdfast.data.loader import ShardLoader
 from kdfast.data.manifest import is_shard_folder
-from kdfast.data.segmentation import open_segmentation
 from kdfast.errors import DataError
+from kdfast.experiments.common.held_out import open_matched
 from kdfast.experiments.common.image_batches import ImageBatches
 from kdfast.experiments.distill.config import DistillConfig
 from kdfast.training.model_io import ModelConfig
@@ -59,9 +59,9 @@ def open_training_data(
         )
     dataset: Any
     if config.task == "segmentation":
-        dataset = open_segmentation(source, "train", image_size=size, num_classes=model.num_classes)
+        dataset = open_matched(source, "train", model, task="segmentation", image_size=size)
     else:
-        dataset = _labelled(config, source, size, model.num_classes)
+        dataset = _labelled(config, source, size, model)
         if config.data_images is not None:
             dataset = some_of(dataset, config.data_images, config.seed)
     return ImageBatches(dataset, config.batch_size, workers=config.workers or 0, **common)
@@ -80,11 +80,9 @@ def some_of(dataset: LabelledImages, count: int, seed: int) -> InMemoryImages:
     return InMemoryImages(images, dataset.labels[chosen], dataset.classes, dataset.source)
 
 
-def _labelled(config: DistillConfig, source: str, size: int, num_classes: int) -> Any:
+def _labelled(config: DistillConfig, source: str, size: int, model: ModelConfig) -> Any:
     try:
-        return load_dataset(
-            source, "train", image_size=size, num_classes=num_classes, label_column=config.label_column
-        )
+        return open_matched(source, "train", model, config.label_column, image_size=size)
     except DataError as error:
         if not Path(source).is_dir():
             raise

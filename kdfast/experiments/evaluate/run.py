@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from kdfast.data.datasets import load_dataset
 from kdfast.data.loader import ShardLoader
 from kdfast.data.manifest import is_shard_folder
-from kdfast.data.segmentation import is_segmentation_folder, open_segmentation
+from kdfast.data.matching import shard_class_names
+from kdfast.data.naming import class_mapping
+from kdfast.data.segmentation import is_segmentation_folder
 from kdfast.errors import DataError
+from kdfast.experiments.common.held_out import open_matched
 from kdfast.experiments.common.image_batches import ImageBatches
 from kdfast.experiments.common.networks import load_teacher
 from kdfast.experiments.common.results import METRICS
@@ -72,9 +74,7 @@ def run(config: EvalConfig, *, progress: bool = True) -> dict[str, Any]:
 def _open(config: EvalConfig, model: ModelConfig, device: torch.device, stack: ExitStack) -> tuple[Any, int]:
     common: dict[str, Any] = {"mean": model.mean, "std": model.std, "shuffle": False, "device": device}
     if is_segmentation_folder(config.data):
-        masked = open_segmentation(
-            config.data, config.split, image_size=model.image_size, num_classes=model.num_classes
-        )
+        masked = open_matched(config.data, config.split, model, task="segmentation")
         return ImageBatches(masked, config.batch_size, **common), len(masked)
     if is_shard_folder(config.data):
         shards = stack.enter_context(
@@ -86,8 +86,17 @@ def _open(config: EvalConfig, model: ModelConfig, device: torch.device, stack: E
             raise DataError(
                 f"data {config.data}: has {shards.num_classes} classes, accepted: {model.num_classes}, the network's"
             )
-        return shards, shards.num_samples
-    dataset = load_dataset(
-        config.data, config.split, image_size=model.image_size, num_classes=model.num_classes
-    )
+        return _matched(shards, shard_class_names(config.data), model, config.data), shards.num_samples
+    dataset = open_matched(config.data, config.split, model)
     return ImageBatches(dataset, config.batch_size, **common), len(dataset)
+
+
+def _matched(
+    shards: ShardLoader, names: tuple[str, ...], model: ModelConfig, source: str
+) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """A set's batches, with labels in the order of the network's classes where both have names."""
+    if not names or len(model.classes) != model.num_classes or names == tuple(model.classes):
+        return shards
+    used = {int(label) for label in shards.labels}
+    mapping = torch.from_numpy(class_mapping(names, model.classes, used, source))
+    return ((images, mapping.to(labels.device)[labels]) for images, labels in shards)

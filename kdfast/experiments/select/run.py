@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
+import zipfile
+import zlib
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,6 +20,8 @@ from numpy.typing import NDArray
 from kdfast.data import ShardWriter, relative_entropy, select_balanced, select_long_tail
 from kdfast.data.codec import decode
 from kdfast.data.records import LabelledRecords, ShardRecords
+from kdfast.disk import write_atomic
+from kdfast.documents import read_regular
 from kdfast.errors import ConfigError, DataError
 from kdfast.experiments.common.results import METRICS, out_directory
 from kdfast.experiments.common.teacher_view import Teacher, augmented_entropy, open_images, view
@@ -133,18 +138,33 @@ def _predictions(
     """Numbers and classes of all usable images; from the file that an earlier run left, if it is about the same."""
     path = Path(config.out) / PREDICTIONS
     identity = f"{images.fingerprint} {teacher.fingerprint()} {config.image_size}"
-    if path.exists():
-        with np.load(path) as kept:
-            if str(kept["identity"]) == identity:
-                return kept["index"], kept["predicted"]
+    if (kept := _kept(path, identity, len(images.labels), teacher.num_classes)) is not None:
+        return kept
     task = progress.task("predict", total=len(images.labels), unit="img")
     seen = view(teacher, images, batch_size=config.batch_size, advance=task.advance)
     with files.reporting_disk(path):
-        temporary = path.with_name(f".{path.name}")
-        np.savez(temporary, index=seen.index, predicted=seen.first, identity=identity)
-        # savez adds its suffix only to names without it.
-        temporary.replace(path)
+        stored = io.BytesIO()
+        np.savez(stored, index=seen.index, predicted=seen.first, identity=identity)
+        write_atomic(path, stored.getbuffer())
     return seen.index, seen.first
+
+
+def _kept(path: Path, identity: str, images: int, classes: int) -> tuple[Rows, Rows] | None:
+    """What an earlier run left; ``None`` if there is nothing, or something else, or only half of it."""
+    try:
+        data = read_regular(path, limit=32 * images + (1 << 16))
+        with np.load(io.BytesIO(data)) as kept:
+            index, predicted = kept["index"], kept["predicted"]
+            if str(kept["identity"]) != identity:
+                return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError):
+        return None
+    for column, limit in ((index, images), (predicted, classes)):
+        if column.dtype != np.int64 or column.ndim != 1 or len(column) != len(index):
+            return None
+        if len(column) and not (column.min() >= 0 and column.max() < limit):
+            return None
+    return index, predicted
 
 
 def _select(work: _Work, name: str, rows: Rows) -> dict[str, Any]:

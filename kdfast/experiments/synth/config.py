@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import annotated_types as at
 
 from kdfast.errors import ConfigError
-from kdfast.experiments.common.bounds import Count, Positive
+from kdfast.experiments.common.bounds import Count, Positive, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class SynthConfig:
     image_size: Count = 32
     num_classes: Count = 10
     sheet: bool = True
-    seed: Annotated[int, at.Ge(0)] = 0
+    seed: Seed = 0
     batch_size: Count = 64
     samples_per_shard: Count = 1000
     image_format: Literal["jpg", "png"] = "jpg"

@@ -1,0 +1,1 @@
+"""Every parser of somebody else's bytes, with damage."""
