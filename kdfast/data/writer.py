@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import warnings
 import weakref
 from collections import Counter, deque
@@ -23,15 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdfast.data.codec import encoder, measure
-from kdfast.data.manifest import JOURNAL, MANIFEST, Manifest, ShardInfo, read_manifest
+from kdfast.data.claim import OURS, changed, checked, claim
+from kdfast.data.codec import encoder
+from kdfast.data.manifest import JOURNAL, MANIFEST, Manifest, ShardInfo
 from kdfast.data.tar import Record, pack
 from kdfast.data.untar import members
 from kdfast.disk import Lock, write_atomic
 from kdfast.errors import ShardError
 
-#: What a writer makes, whole or unfinished (``.tmp`` is how versions up to 0.1 called that).
-_OURS = re.compile(r"(\.tmp-\w+-\w+-)?(shard-\d{6,}\.(tar|idx)|manifest\.json)(\.tmp)?|manifest\.journal")
 #: Shards up to which the manifest is simply written anew for each.
 _SMALL = 64
 # Encoding a small image takes microseconds; handing over a task takes about as long.
@@ -124,7 +122,7 @@ class ShardWriter:
                 who="another ShardWriter",
             )
         try:
-            self._manifest = _claim(self.directory, settings, resume)
+            self._manifest = claim(self.directory, settings, resume)
             self._pending: list[Record | Future[list[Record]]] = []
             self._running: deque[Future[list[Record]]] = deque()
             self._accepted = self._manifest.num_samples
@@ -173,7 +171,7 @@ class ShardWriter:
         """
         if self._state != "open":
             raise ValueError(f"ShardWriter on {self.directory} is {self._state}; it takes no more images")
-        pixels, numbers = _checked(images, labels, self._manifest)
+        pixels, numbers = checked(images, labels, self._manifest)
         if extra is not None and len(extra) != len(pixels):
             raise ValueError(f"extra: got {len(extra)} entries for {len(pixels)} images")
         extras = [json.dumps(dict(entry), sort_keys=True).encode() for entry in extra] if extra else None
@@ -324,7 +322,7 @@ class ShardWriter:
         path = self.directory / shards[-1].file
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != shards[-1].sha256:
-            raise _changed(path)
+            raise changed(path)
         records: dict[str, dict[str, bytes]] = {}
         for member in members(io.BytesIO(data)):
             content = data[member.offset : member.offset + member.size]
@@ -344,7 +342,7 @@ class ShardWriter:
         self._write_manifest()
         keep = {MANIFEST, *(n for shard in self.manifest.shards for n in (shard.file, shard.index))}
         for path in self.directory.iterdir():
-            if path.name not in keep and _OURS.fullmatch(path.name):
+            if path.name not in keep and OURS.fullmatch(path.name):
                 path.unlink()
 
 
@@ -358,113 +356,9 @@ def _abandon_all() -> None:
         writer._abandon()
 
 
-def _claim(directory: Path, settings: Manifest, resume: bool) -> Manifest:
-    """The manifest to go on from, after making sure that the directory is ours to write."""
-    if not (directory / MANIFEST).exists():
-        if strangers := sorted(
-            path.name for path in directory.glob("*.tar") if not _OURS.fullmatch(path.name)
-        ):
-            raise ShardError(
-                f"{directory}: holds tars of no known set ({strangers[0]}, ...); choose another directory"
-            )
-        return settings
-    present = read_manifest(directory)
-    if not resume:
-        if not present.shards:
-            return settings
-        raise ShardError(
-            f"{directory}: already holds {present.num_samples} images in {len(present.shards)} shards; "
-            "pass resume=True to continue that set, or choose another directory"
-        )
-    theirs, ours = present.settings(), settings.settings()
-    if different := [name for name in ours if ours[name] != theirs[name]]:
-        facts = "; ".join(
-            f"{name} is {_short(theirs[name])} there, {_short(ours[name])} here" for name in different
-        )
-        raise ShardError(f"{directory}: belongs to another run, so it cannot be resumed: {facts}")
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter
-        list(pool.map(lambda shard: _check_unchanged(directory, shard), present.shards))
-    return present
-
-
-def _check_unchanged(directory: Path, shard: ShardInfo) -> None:
-    """Whoever goes on with a set vouches for all of it, so all of it has to be what was written.
-
-    Raises:
-        ShardError: It is not.
-    """
-    path = directory / shard.file
-    if not path.is_file() or path.stat().st_size != shard.bytes:
-        raise ShardError(
-            f"{path}: is missing or has changed size since it was written; cannot resume this set"
-        )
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != shard.sha256:
-        raise _changed(path)
-
-
-def _changed(path: Path) -> ShardError:
-    return ShardError(
-        f"{path}: its SHA-256 is not the manifest's: it was changed since it was written, so this set cannot be "
-        "resumed. kdfast.data.check_shards(..., on_error='skip') says what is still sound in it"
-    )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
 @contextlib.contextmanager
 def _reported(path: Path) -> Any:
     try:
         yield
     except OSError as error:
         raise ShardWriteError(error.errno, f"cannot write the shard: {error.strerror}", str(path)) from error
-
-
-def _checked(
-    images: torch.Tensor | NDArray[np.uint8] | Sequence[bytes],
-    labels: torch.Tensor | NDArray[np.integer[Any]] | Sequence[int],
-    settings: Manifest,
-) -> tuple[NDArray[np.uint8] | Sequence[bytes], NDArray[np.int32]]:
-    pixels: NDArray[np.uint8] | Sequence[bytes]
-    if isinstance(images, (list, tuple)):
-        pixels = _checked_files(images, settings.image_format)
-    else:
-        # Copied: the caller may reuse its buffers while the encoders are still at work.
-        pixels = np.array(images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images)
-        if pixels.dtype != np.uint8:
-            raise TypeError(f"images: got {pixels.dtype}; must be uint8")
-        if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:
-            raise ValueError(f"images: got shape {list(pixels.shape)}; must be [N, 3, H, W]")
-    numbers = np.asarray(labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else labels)
-    if numbers.shape != (len(pixels),):
-        raise ValueError(f"labels: got shape {list(numbers.shape)} for {len(pixels)} images; must be [N]")
-    if numbers.size and numbers.dtype.kind not in "iu":
-        raise TypeError(f"labels: got {numbers.dtype}; must be integers")
-    limit = settings.num_classes if settings.num_classes is not None else 2**31
-    wrong = np.flatnonzero((numbers < 0) | (numbers >= limit))
-    if wrong.size:
-        raise ValueError(f"labels: label {numbers[wrong[0]]} at row {wrong[0]} is outside [0, {limit})")
-    return pixels, numbers.astype("<i4")
-
-
-def _checked_files(files: Sequence[bytes], image_format: str) -> Sequence[bytes]:
-    for row, data in enumerate(files):
-        if not isinstance(data, bytes):
-            raise TypeError(
-                f"images: got {type(data).__name__} at row {row}; must be bytes, or one uint8 array"
-            )
-        try:
-            measure(data)
-        except ValueError as error:
-            raise ValueError(f"images: the file at row {row} {error}") from None
-        if (data[:2] == b"\xff\xd8") != (image_format == "jpg"):
-            raise ValueError(
-                f"images: the file at row {row} is of another format than this {image_format} set"
-            )
-    return files

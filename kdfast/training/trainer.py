@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +15,6 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kdfast.documents import Fields, shown
 from kdfast.errors import CheckpointError, KDFastError
 from kdfast.profiling import annotate, each, phase
 from kdfast.training.accelerator import gather_objects, make_accelerator
@@ -26,6 +24,7 @@ from kdfast.training.config import Stateful, TrainerConfig, TrainResult
 from kdfast.training.interrupt import Interrupt, TrainingInterrupted, deferred_interrupt
 from kdfast.training.metrics import MetricsLog
 from kdfast.training.optim import build_optimizer, build_schedule
+from kdfast.training.place import Place, check_same_run, place_of
 from kdfast.training.progress import Progress, Task
 from kdfast.training.rng import rng_state, seed_everything, set_rng_state
 from kdfast.training.state import first_not_finite
@@ -36,33 +35,6 @@ StepFunction = Callable[[nn.Module, Any], Loss]
 _AGREE_EVERY = (
     8  # steps between asking all ranks whether one was interrupted: each asking waits for the device
 )
-
-
-@dataclass
-class _Place:
-    """Where in the run we are; part of the checkpoint."""
-
-    epoch: int = 0
-    batch: int = 0  # batches of this epoch already used
-    step: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-def _place_of(state: Any, checkpoint: Checkpoint) -> _Place:
-    place = Fields(state, f"{checkpoint.path}: place", CheckpointError)
-    metrics = Fields(place.mapping("metrics"), f"{checkpoint.path}: metrics", CheckpointError)
-    if place.integer("step", 0) != checkpoint.step:
-        place.refuse("step", f"{checkpoint.step}, as the checkpoint says")
-    return _Place(
-        place.integer("epoch", 0),
-        place.integer("batch", 0),
-        checkpoint.step,
-        place.integer("images", 0),
-        place.number("seconds"),
-        {name: metrics.number(name) for name in metrics},
-    )
 
 
 class Trainer:
@@ -108,7 +80,7 @@ class Trainer:
         if self.config.ema_decay is not None:
             average = get_ema_multi_avg_fn(self.config.ema_decay)  # type: ignore[no-untyped-call]
             self._ema = AveragedModel(self._bare, multi_avg_fn=average)
-        self._place = _Place()
+        self._place = Place()
         self._log: MetricsLog | None = None
 
     @property
@@ -359,7 +331,7 @@ class Trainer:
         return path
 
     def _restore(self, checkpoint: Checkpoint, batches: Any) -> None:
-        self._check_same_run(checkpoint)
+        check_same_run(checkpoint, self._fingerprint, self.accelerator.num_processes)
         states = checkpoint.states
         try:
             self._bare.load_state_dict(states["model"])
@@ -371,7 +343,7 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(states["scaler"])
             for name, thing in self._state.items():
                 thing.load_state_dict(states[f"extra_{name}"])
-            self._place = _place_of(states["place"], checkpoint)
+            self._place = place_of(states["place"], checkpoint)
             if (
                 resumable(batches)
                 and (loader := states["loader"][self.accelerator.process_index]) is not None
@@ -380,23 +352,6 @@ class Trainer:
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             problem = " ".join(str(error).split())
             raise CheckpointError(f"{checkpoint.path}: does not fit this run: {problem}") from error
-
-    def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        info = Fields(dict(checkpoint.info), f"{checkpoint.path}: info", CheckpointError)
-        if info.integer("world_size", 1) != self.accelerator.num_processes:
-            raise CheckpointError(
-                f"{checkpoint.path}: was written by {info.raw('world_size')} processes, this run has "
-                f"{self.accelerator.num_processes}; resume with as many as before"
-            )
-        before = info.mapping("fingerprint")
-        changed = sorted(
-            k for k in before.keys() | self._fingerprint if before.get(k) != self._fingerprint.get(k)
-        )
-        if changed:
-            details = "; ".join(
-                f"{k}: {shown(before.get(k))} before, {shown(self._fingerprint.get(k))} now" for k in changed
-            )
-            raise CheckpointError(f"{checkpoint.path}: belongs to a run with other settings ({details})")
 
     def _open_log(self, *, resumed: bool) -> None:
         if self.out is None or not self.accelerator.is_main_process:

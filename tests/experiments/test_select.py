@@ -85,7 +85,7 @@ def refused(code: int, message: str, *words: object) -> None:
 
 def records(folder: Path) -> list[tuple[dict[str, Any], int, bytes]]:
     """What a set holds, in its order: the JSON, the label and the image file of each sample."""
-    from kdfast.data.tar import members
+    from kdfast.data.untar import members
 
     found: dict[str, dict[str, bytes]] = {}
     for path in sorted(folder.glob("*.tar")):
