@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from kdfast.errors import ConfigError
+from kdfast.methods.kdiffusion.branches import Init
 from kdfast.methods.kdiffusion.schedule import linear_alpha_hat, reverse_coefficients
 
 __all__ = ["KdiffusionConfig", "Stage"]
@@ -35,6 +36,8 @@ class KdiffusionConfig:
         bridge: Map each branch to the teacher's channels by a 1×1 convolution and batch norm that all branches of a
             stage share, and that the exported student has not. Without, both must have the same channels.
         teacher_layout: ``"channels_last"`` for taps that are ``[B, H, W, C]`` or ``[B, N, C]`` (Swin, ViT).
+        init: Where all branches but the first begin: ``"random"`` weights, or ``"copies"`` of the student's, which keep
+            what a pretrained student computes.
         steps: n of the linear schedule.
         beta_start: Its first β_t.
         beta_end: Its last β_t.
@@ -51,6 +54,7 @@ class KdiffusionConfig:
     carry_gradient: bool = True
     bridge: bool = True
     teacher_layout: Layout = "channels_first"
+    init: Init = "random"
     steps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
@@ -61,6 +65,7 @@ class KdiffusionConfig:
             "trajectory": Trajectory,
             "estimate": Estimate,
             "teacher_layout": Layout,
+            "init": Init,
         }
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):

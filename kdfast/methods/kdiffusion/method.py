@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,9 @@ from kdfast.functional import reparam_middle_loss
 from kdfast.methods.kdiffusion.branches import Branches, convert, merge
 from kdfast.methods.kdiffusion.config import KdiffusionConfig, Stage
 from kdfast.methods.kdiffusion.schedule import linear_alpha_hat, reverse_coefficients, reverse_variances
+from kdfast.methods.kdiffusion.stages import check_stages, undone_on_failure
 from kdfast.models import FeatureTaps
+from kdfast.models.modes import evaluated
 from kdfast.models.roles import check_networks
 
 __all__ = ["Kdiffusion"]
@@ -71,13 +72,15 @@ class Kdiffusion(nn.Module):
         self._teacher = (teacher,)  # in a tuple: neither a submodule nor in the state dict
         self.student = student
         self.stages = tuple(stages)
-        with _undone_on_failure(student, self.stages) as made:
+        with undone_on_failure(student, self.stages) as made:
             self._taps = made.enter_context(
                 FeatureTaps(teacher, [stage.teacher for stage in stages], detach=True)
             )
             self._classifier = (self._guide(teacher, classifier),)
+            check_stages(student, self.stages, images)
             self._branches: tuple[Branches, ...] = tuple(
-                convert(student, stage.op, stage.norm, m=config.branches) for stage in stages
+                convert(student, stage.op, stage.norm, m=config.branches, init=config.init)
+                for stage in stages
             )
             self.bridges = nn.ModuleList(self._make_bridges(images))
         schedule = linear_alpha_hat(config.steps, config.beta_start, config.beta_end)
@@ -107,9 +110,8 @@ class Kdiffusion(nn.Module):
 
     @torch.no_grad()
     def _make_bridges(self, images: Tensor) -> list[nn.Module]:
-        training = self.student.training
-        self.student.eval()(images)
-        self.student.train(training)
+        with evaluated(self.student):
+            self.student(images)
         self.teacher(images)
         bridges: list[nn.Module] = []
         for stage, branches in zip(self.stages, self._branches, strict=True):
@@ -286,14 +288,13 @@ class Kdiffusion(nn.Module):
         Returns:
             By the student layer's name: the bridged branches ``[m, B, C, …]`` and the teacher's ``[B, C, …]``.
         """
-        training = self.training
-        self.eval()
-        self.teacher(images)
-        self.student(images)
-        found = {stage.op: self._features(at) for at, stage in enumerate(self.stages)}
-        self._forget()
-        self.train(training)
-        return found
+        try:
+            with evaluated(self):
+                self.teacher(images)
+                self.student(images)
+                return {stage.op: self._features(at) for at, stage in enumerate(self.stages)}
+        finally:
+            self._forget()
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> list[str]:
         """Names of trainable parameters that the optimizer does not have; warns if there are any."""
@@ -316,24 +317,6 @@ class Kdiffusion(nn.Module):
         self._taps.clear()
         for branches in self._branches:
             branches.stacked = None
-
-
-@contextmanager
-def _undone_on_failure(student: nn.Module, stages: Sequence[Stage]) -> Iterator[ExitStack]:
-    """Let a failure within the block leave the student as it was, and close what was entered."""
-    modes = {module: module.training for module in student.modules()}
-    names = {name for stage in stages for name in (stage.op, stage.norm) if name is not None}
-    layers = {name: module for name, module in student.named_modules() if name in names}
-    with ExitStack() as stack:
-        try:
-            yield stack
-        except BaseException:
-            for name, layer in layers.items():
-                student.set_submodule(name, layer)
-            for module, training in modes.items():
-                module.training = training
-            raise
-        stack.pop_all()  # all went well: what was entered stays
 
 
 class _Bridge(nn.Module):
