@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.models.maps import Shared
-from kdfast.models.roles import check_networks
+from kdfast.models.outputs import logits_of
+from kdfast.models.roles import check_networks, still_evaluated
 from kdfast.training.mixing import mix_batch, task_loss
 
-__all__ = ["Taught", "TaughtConfig", "logits_of"]
+__all__ = ["Taught", "TaughtConfig"]
 
 
 class TaughtConfig(Protocol):
@@ -77,11 +78,15 @@ class Taught(nn.Module):
 
         Returns:
             The loss and :attr:`parts`.
+
+        Raises:
+            ValueError: The teacher has been put into training mode.
+            TypeError: A network's output has no logits.
         """
         config = self.config
         mixed = mix_batch(images, target, mixup=config.mixup_alpha, cutmix=config.cutmix_alpha)
         with torch.no_grad():
-            guide = self.teacher(mixed.images)
+            guide = still_evaluated(self.teacher)(mixed.images)
         logits = logits_of(self.student(mixed.images))
         loss = self.distil(logits, guide, target=target)
         if target is not None:
@@ -101,11 +106,3 @@ class Taught(nn.Module):
         images, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
         loss: Tensor = self(images, target)[0]
         return loss
-
-
-def logits_of(output: Any) -> Tensor:
-    """A network's logits; 🤗 models return a dict or a tuple that begins with them."""
-    if isinstance(output, dict):
-        output = next(iter(output.values()))
-    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return found

@@ -1,4 +1,4 @@
-"""The student that Kdiffusion exports goes on as any network does: in training mode, frozen in part, from pretrained."""
+"""The student that Kdiffusion exports: trained on, frozen in part, made of a pretrained one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ IMAGES = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.randint(5, (64,), generator=torch.Generator().manual_seed(1))
 
 
-def made(student: nn.Module, stage: Stage = Stage("conv2", "bn2", "bn2"), **fields: Any) -> Kdiffusion:
+STAGE = Stage("conv2", "bn2", "bn2")
+
+
+def made(student: nn.Module, stage: Stage = STAGE, **fields: Any) -> Kdiffusion:
     teacher = Net(6).eval().requires_grad_(False)
     config = KdiffusionConfig(**{"branches": 4, **fields})
     return Kdiffusion(student, teacher, stages=[stage], images=IMAGES, config=config)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from kdfast.errors import ConfigError
 from kdfast.models import FeatureTaps
 from kdfast.models.maps import Layout, Shared, as_map, last_feature, probe_images
-from kdfast.training.taught import Taught, logits_of
+from kdfast.models.modes import evaluated
+from kdfast.models.outputs import logits_of
+from kdfast.training.taught import Taught
 
 __all__ = ["Baseline", "BaselineConfig", "FeatureBaseline", "FeatureConfig"]
 
@@ -166,12 +168,9 @@ class FeatureBaseline(Baseline[F]):
     @torch.no_grad()
     def probe(self, images: Tensor | None) -> Sequence[tuple[Tensor, Tensor]]:
         """The features of some images, in evaluation mode, for their shapes."""
-        training = self.student.training
-        try:
-            self.student.eval()(probe_images(self.student) if images is None else images)
-            self.teacher(probe_images(self.teacher) if images is None else images)
-        finally:
-            self.student.train(training)
+        with evaluated(self.student):
+            self.student(probe_images(self.student) if images is None else images)
+        self.teacher(probe_images(self.teacher) if images is None else images)
         return self.features()
 
     def close(self) -> None:

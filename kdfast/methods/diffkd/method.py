@@ -14,7 +14,8 @@ from kdfast.methods.diffkd.config import DiffKDConfig, Pair
 from kdfast.methods.diffkd.denoising import Denoising, Terms
 from kdfast.models import FeatureTaps
 from kdfast.models.maps import Shared, as_map, fit, last_feature, probe_images
-from kdfast.models.roles import check_teacher
+from kdfast.models.modes import evaluated
+from kdfast.models.roles import still_evaluated
 from kdfast.training.taught import Taught
 
 __all__ = ["DiffKD"]
@@ -84,9 +85,9 @@ class DiffKD(Taught):
     @torch.no_grad()
     def _build(self, images: Tensor | None) -> dict[str, nn.Module]:
         """A module for each pair, on the student's device, by the shapes of one pass in evaluation mode."""
-        training = self.student.training
         try:
-            self.student.eval()(probe_images(self.student) if images is None else images)
+            with evaluated(self.student):
+                self.student(probe_images(self.student) if images is None else images)
             self.teacher(probe_images(self.teacher) if images is None else images)
         except (RuntimeError, TypeError) as error:
             if images is not None:
@@ -94,8 +95,6 @@ class DiffKD(Taught):
             raise ValueError(
                 f"images: got None, and blank ones do not go through the networks ({error}); pass a batch"
             ) from error
-        finally:
-            self.student.train(training)
         modules: dict[str, nn.Module] = {}
         for name, pair in zip(self.names, self.pairs):
             student, teacher = self._maps(pair)
@@ -143,8 +142,7 @@ class DiffKD(Taught):
             ValueError: The two ran on different batches or on too small a one, the sizes differ where that is refused,
                 or the teacher is in training mode.
         """
-        if self.teacher.training:
-            check_teacher(self.teacher)
+        still_evaluated(self.teacher)
         config, total = self.config, None
         self._watch()
         self.parts = {}
@@ -213,23 +211,21 @@ class DiffKD(Taught):
             For each pair by name, ``[B, L, H, W]``: ``student`` (after ``trans``), ``cleaned`` (after ``proj``) and
             ``teacher`` (the latent).
         """
-        training = self.training
-        self.eval()
+        found = {}
         try:
-            self.teacher(images)
-            self.student(images)
-            found = {}
-            for name, pair in zip(self.names, self.pairs):
-                student, teacher = self._maps(pair)
-                module = self._module(name)
-                start, _ = module.start(student)
-                found[name] = {
-                    "student": module.trans(student),
-                    "cleaned": module.project(module.clean(start)),
-                    "teacher": module.encode(teacher)[0],
-                }
+            with evaluated(self):
+                self.teacher(images)
+                self.student(images)
+                for name, pair in zip(self.names, self.pairs):
+                    student, teacher = self._maps(pair)
+                    module = self._module(name)
+                    start, _ = module.start(student)
+                    found[name] = {
+                        "student": module.trans(student),
+                        "cleaned": module.project(module.clean(start)),
+                        "teacher": module.encode(teacher)[0],
+                    }
         finally:
-            self.train(training)
             self._forget()
         return found
 

@@ -20,7 +20,8 @@ from kdfast.methods.kdiffusion.schedule import linear_alpha_hat, reverse_coeffic
 from kdfast.methods.kdiffusion.stages import check_stages, undone_on_failure
 from kdfast.models import FeatureTaps
 from kdfast.models.modes import evaluated
-from kdfast.models.roles import check_networks
+from kdfast.models.outputs import logits_of
+from kdfast.models.roles import check_networks, still_evaluated
 
 __all__ = ["Kdiffusion"]
 
@@ -177,13 +178,13 @@ class Kdiffusion(nn.Module):
                 x0 = F.adaptive_avg_pool2d(x0, size)
         return self.bridges[at](flat).unflatten(0, (m, -1)), x0
 
-    def forward(self, student_out: Tensor, target: Tensor | None = None) -> Tensor:
+    def forward(self, student_out: Any, target: Tensor | None = None) -> Tensor:
         """The loss of a batch that teacher and student have both just run on.
 
         Random numbers come from torch's global generator of the features' device, without a synchronisation.
 
         Args:
-            student_out: The student's logits ``[B, classes]``.
+            student_out: The student's logits ``[B, classes]``, or an output that holds them.
             target: int64 labels ``[B]`` for the cross-entropy; None leaves it out, for a task loss of your own.
 
         Returns:
@@ -191,9 +192,13 @@ class Kdiffusion(nn.Module):
 
         Raises:
             KDFastError: A network has not run.
-            ValueError: The two ran on different batches.
+            ValueError: The two ran on different batches, or the teacher is in training mode.
+            TypeError: ``student_out`` has no logits.
         """
         config, m = self.config, self.config.branches
+        if self._compares:
+            still_evaluated(self.teacher)
+        student_out = logits_of(student_out)
         task = student_out.new_zeros((), dtype=torch.float32)
         if target is not None:
             task = F.cross_entropy(student_out.float(), target)
@@ -255,7 +260,7 @@ class Kdiffusion(nn.Module):
         images, labels = batch
         if self._compares:
             with torch.no_grad():
-                self.teacher(images)
+                still_evaluated(self.teacher)(images)
         loss: Tensor = self(self.student(images), labels)
         return loss
 

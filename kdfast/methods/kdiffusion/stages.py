@@ -46,7 +46,8 @@ def check_stages(student: nn.Module, stages: Sequence[Stage], images: Tensor) ->
     for stage in stages:
         if len(outputs[stage.op]) != 1:
             raise ValueError(
-                f"op: {stage.op!r} runs {len(outputs[stage.op])} times in a pass; branches stand for a layer that runs once"
+                f"op: {stage.op!r} runs {len(outputs[stage.op])} times in a pass; branches stand for a layer that runs "
+                "once"
             )
         if stage.norm is None or not isinstance(student.get_submodule(stage.norm), _BatchNorm):
             continue  # another kind of norm is refused with the branches
