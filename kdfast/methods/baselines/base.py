@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdfast.errors import ConfigError
 from kdfast.models import FeatureTaps
+from kdfast.models.layouts import layout_of
 from kdfast.models.maps import Layout, Shared, as_map, last_feature, probe_images
 from kdfast.models.modes import evaluated
 from kdfast.models.outputs import logits_of
@@ -153,17 +154,28 @@ class FeatureBaseline(Baseline[F]):
             raise ValueError(
                 f"teacher_layers: got {len(other)}; as many as student_layers, {len(own)}, are needed"
             )
+        self._layouts: dict[tuple[bool, str], Layout] = {}
         self._taps = FeatureTaps(self.student, own)
         self._teacher_taps = Shared(FeatureTaps(self.teacher, other, detach=True))
 
     def features(self) -> list[tuple[Tensor, Tensor]]:
         """Pairs of maps ``[B, C, H, W]`` that both networks just computed; they are forgotten here."""
         config = self.config
-        student = [as_map(x, config.student_layout, name) for name, x in self._taps.items()]
-        teacher = [as_map(x, config.teacher_layout, name) for name, x in self._teacher_taps.value.items()]
+        student = self._maps(self.student, self._taps, config.student_layout)
+        teacher = self._maps(self.teacher, self._teacher_taps.value, config.teacher_layout)
         self._taps.clear()
         self._teacher_taps.value.clear()
         return list(zip(student, teacher))
+
+    def _maps(self, network: nn.Module, taps: FeatureTaps, layout: Layout) -> list[Tensor]:
+        found = []
+        for name, x in taps.items():
+            # By the first batch; what it says does not change.
+            key = (network is self.student, name)
+            if key not in self._layouts:
+                self._layouts[key] = layout_of(network, name, x, layout)
+            found.append(as_map(x, self._layouts[key], name))
+        return found
 
     @torch.no_grad()
     def probe(self, images: Tensor | None) -> Sequence[tuple[Tensor, Tensor]]:

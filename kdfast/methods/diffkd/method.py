@@ -13,7 +13,8 @@ from kdfast.errors import KDFastError
 from kdfast.methods.diffkd.config import DiffKDConfig, Pair
 from kdfast.methods.diffkd.denoising import Denoising, Terms
 from kdfast.models import FeatureTaps
-from kdfast.models.maps import Shared, as_map, fit, last_feature, probe_images
+from kdfast.models.layouts import layout_of
+from kdfast.models.maps import Layout, Shared, as_map, fit, last_feature, probe_images
 from kdfast.models.modes import evaluated
 from kdfast.models.roles import still_evaluated
 from kdfast.training.taught import Taught
@@ -76,6 +77,7 @@ class DiffKD(Taught):
         self._taps = FeatureTaps(student, dict.fromkeys(pair.student for pair in self.pairs))
         layers = dict.fromkeys(pair.teacher or pair.student for pair in self.pairs)
         self._teacher_taps = Shared(FeatureTaps(teacher, layers, detach=True))
+        self._layouts: dict[Pair, tuple[Layout, Layout]] = {}
         self.denoising = nn.ModuleDict(self._build(images))
         self._versions: tuple[int, int] | None = None
 
@@ -85,10 +87,12 @@ class DiffKD(Taught):
     @torch.no_grad()
     def _build(self, images: Tensor | None) -> dict[str, nn.Module]:
         """A module for each pair, on the student's device, by the shapes of one pass in evaluation mode."""
+        seen = images if images is not None else probe_images(self.student)
+        shown = images if images is not None else probe_images(self.teacher)
         try:
             with evaluated(self.student):
-                self.student(probe_images(self.student) if images is None else images)
-            self.teacher(probe_images(self.teacher) if images is None else images)
+                self.student(seen)
+            self.teacher(shown)
         except (RuntimeError, TypeError) as error:
             if images is not None:
                 raise
@@ -97,6 +101,12 @@ class DiffKD(Taught):
             ) from error
         modules: dict[str, nn.Module] = {}
         for name, pair in zip(self.names, self.pairs):
+            other = pair.teacher or pair.student
+            own, taught = self._taps[pair.student], self._teacher_taps.value[other]
+            self._layouts[pair] = (
+                layout_of(self.student, pair.student, own, pair.student_layout, seen),
+                layout_of(self.teacher, other, taught, pair.teacher_layout, shown),
+            )
             student, teacher = self._maps(pair)
             feature = pair.kind == "feature"
             default = self.config.feature_distance if feature else self.config.logits_distance
@@ -120,8 +130,9 @@ class DiffKD(Taught):
     def _maps(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """A pair's activations as maps of one size."""
         other = pair.teacher or pair.student
-        student = as_map(self._taps[pair.student], pair.student_layout, pair.student)
-        teacher = as_map(self._teacher_taps.value[other], pair.teacher_layout, other)
+        layouts = self._layouts[pair]
+        student = as_map(self._taps[pair.student], layouts[0], pair.student)
+        teacher = as_map(self._teacher_taps.value[other], layouts[1], other)
         if student.shape[0] != teacher.shape[0]:
             raise ValueError(
                 f"pairs: {student.shape[0]} samples went through the student, {teacher.shape[0]} through the teacher"

@@ -81,7 +81,7 @@ class Branches(nn.Module):
     @torch.no_grad()
     def _track(self, mean: Tensor) -> None:
         """The running variance, as the batch norm beside it counts its own: unbiased, by its momentum."""
-        norm = self.norm
+        norm: Any = self.norm
         variance = mean.detach().to(self.mean_var.dtype).var([0, *range(2, mean.dim())])
         momentum = norm.momentum
         if momentum is None:  # a cumulative average; the count stays on its device

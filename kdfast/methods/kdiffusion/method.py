@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,8 @@ from kdfast.methods.kdiffusion.config import KdiffusionConfig, Stage
 from kdfast.methods.kdiffusion.schedule import linear_alpha_hat, reverse_coefficients, reverse_variances
 from kdfast.methods.kdiffusion.stages import check_stages, undone_on_failure
 from kdfast.models import FeatureTaps
+from kdfast.models.layouts import layout_of
+from kdfast.models.maps import Layout, as_map
 from kdfast.models.modes import evaluated
 from kdfast.models.outputs import logits_of
 from kdfast.models.roles import check_networks, still_evaluated
@@ -73,6 +74,7 @@ class Kdiffusion(nn.Module):
         self._teacher = (teacher,)  # in a tuple: neither a submodule nor in the state dict
         self.student = student
         self.stages = tuple(stages)
+        self._layouts: dict[Stage, Layout] = {}
         with undone_on_failure(student, self.stages) as made:
             self._taps = made.enter_context(
                 FeatureTaps(teacher, [stage.teacher for stage in stages], detach=True)
@@ -118,6 +120,8 @@ class Kdiffusion(nn.Module):
         for stage, branches in zip(self.stages, self._branches, strict=True):
             stacked = branches.stacked
             assert stacked is not None
+            x0, layout = self._taps[stage.teacher], self.config.teacher_layout
+            self._layouts[stage] = layout_of(self.teacher, stage.teacher, x0, layout, images)
             teacher_channels = self._target(stage).shape[1]
             if self.config.bridge:
                 bridges.append(_Bridge(stacked.shape[2], teacher_channels).to(images.device))
@@ -141,16 +145,7 @@ class Kdiffusion(nn.Module):
     def _target(self, stage: Stage) -> Tensor:
         """x0 of a stage, ``[B, C]`` or ``[B, C, H, W]``."""
         x0 = self._taps[stage.teacher]
-        if self.config.teacher_layout == "channels_first":
-            return x0
-        if x0.dim() == 3:  # tokens
-            side = math.isqrt(x0.shape[1])
-            if side * side != x0.shape[1]:
-                raise ValueError(
-                    f"stages: {stage.teacher!r} gave shape {tuple(x0.shape)}; tokens must form a square"
-                )
-            x0 = x0.reshape(x0.shape[0], side, side, x0.shape[2])
-        return x0.movedim(-1, 1)
+        return x0 if x0.dim() == 2 else as_map(x0, self._layouts[stage], stage.teacher)
 
     def _features(self, at: int) -> tuple[Tensor, Tensor]:
         """Bridged branches ``[m, B, C, …]`` and target ``[B, C, …]`` of a stage, in one size."""
