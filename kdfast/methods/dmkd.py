@@ -23,6 +23,7 @@ from kdfast.errors import ConfigError
 from kdfast.functional import kd_kl_div
 from kdfast.models.outputs import logits_of
 from kdfast.models.roles import check_networks, chosen_student, still_evaluated
+from kdfast.training.learning import Learning
 
 __all__ = ["DMKD", "DMKDConfig"]
 
@@ -64,7 +65,7 @@ class DMKDConfig:
             )
 
 
-class DMKD:
+class DMKD(Learning):
     """The method, as a loss for your own loop or as a whole step.
 
     Args:

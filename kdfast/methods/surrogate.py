@@ -28,6 +28,7 @@ from kdfast.errors import ConfigError
 from kdfast.functional import kd_kl_div
 from kdfast.models.outputs import logits_of
 from kdfast.models.roles import check_networks, chosen_student, still_evaluated
+from kdfast.training.learning import Learning
 
 __all__ = ["SurrogateKD", "SurrogateKDConfig"]
 
@@ -92,7 +93,7 @@ class SurrogateKDConfig:
             raise ConfigError(f"attack_steps: got {self.attack_steps}, accepted: at least 1")
 
 
-class SurrogateKD:
+class SurrogateKD(Learning):
     """The method, as a loss for your own loop or as a whole step.
 
     Args:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kdfast.models.maps import Shared
 from kdfast.models.outputs import logits_of
 from kdfast.models.roles import check_networks, still_evaluated
+from kdfast.training.learning import Learning
 from kdfast.training.mixing import mix_batch, task_loss
 
 __all__ = ["Taught", "TaughtConfig"]
@@ -39,7 +40,7 @@ class TaughtConfig(Protocol):
         """Label of pixels that do not count."""
 
 
-class Taught(nn.Module):
+class Taught(Learning, nn.Module):
     """Both networks, and a step over them; a method says in :meth:`distil` what it adds to the task's loss.
 
     Args:

@@ -16,6 +16,7 @@ from kdfast.models.layouts import layout_of
 from kdfast.models.maps import Layout, Shared, as_map, last_feature, probe_images
 from kdfast.models.modes import evaluated
 from kdfast.models.outputs import logits_of
+from kdfast.training.learning import OWN
 from kdfast.training.taught import Taught
 
 __all__ = ["Baseline", "BaselineConfig", "FeatureBaseline", "FeatureConfig"]
@@ -105,6 +106,8 @@ class Baseline(Taught, Generic[C]):
 
     def distil(self, student_out: Tensor, teacher_out: Any, *, target: Tensor | None) -> Tensor:
         """:meth:`term` of both networks' logits."""
+        if self.training:
+            self._watch(self.student.parameters(), {OWN: self.own_parameters()})
         loss = self.term(student_out, logits_of(teacher_out), target=target)
         self.parts = {"kd": loss.detach()}
         return loss

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from kdfast.models.layouts import layout_of
 from kdfast.models.maps import Layout, Shared, as_map, fit, last_feature, probe_images
 from kdfast.models.modes import evaluated
 from kdfast.models.roles import still_evaluated
+from kdfast.training.learning import OWN
 from kdfast.training.taught import Taught
 
 __all__ = ["DiffKD"]
@@ -79,7 +79,6 @@ class DiffKD(Taught):
         self._teacher_taps = Shared(FeatureTaps(teacher, layers, detach=True))
         self._layouts: dict[Pair, tuple[Layout, Layout]] = {}
         self.denoising = nn.ModuleDict(self._build(images))
-        self._versions: tuple[int, int] | None = None
 
     def _module(self, name: str) -> Denoising:
         return cast(Denoising, self.denoising[name])
@@ -155,7 +154,8 @@ class DiffKD(Taught):
         """
         still_evaluated(self.teacher)
         config, total = self.config, None
-        self._watch()
+        if self.training:
+            self._watch(self.student.parameters(), {OWN: self.own_parameters()})
         self.parts = {}
         try:
             for name, pair in zip(self.names, self.pairs):
@@ -196,14 +196,6 @@ class DiffKD(Taught):
             {"params": list(self.own_parameters()), **own},
         ]
 
-    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> list[str]:
-        """Names of trainable parameters that the optimizer does not have; warns if there are any."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in held]
-        if missing:
-            _warn(f"the optimizer lacks {len(missing)} parameters ({', '.join(missing[:3])}, …)")
-        return missing
-
     def export(self) -> nn.Module:
         """The student alone, without taps: its state dict and its outputs are what they would be without the method."""
         self.close()
@@ -240,23 +232,6 @@ class DiffKD(Taught):
             self._forget()
         return found
 
-    def _watch(self) -> None:
-        """Warn, once, when an optimizer moves the student and nothing of the method's own.
-
-        Every in-place change counts up a tensor's version; reading it waits for nothing.
-        """
-        if self._versions == (-1, -1):
-            return
-        now = (
-            sum(p._version for p in self.student.parameters()),
-            sum(p._version for p in self.own_parameters()),
-        )
-        before = self._versions
-        if self.training and before is not None and now[0] != before[0] and now[1] == before[1]:
-            _warn("an optimizer moved the student, but none of the method's parameters")
-            now = (-1, -1)
-        self._versions = now
-
     def _forget(self) -> None:
         """Let go of activations, and of the graph that they hold."""
         self._taps.clear()
@@ -286,9 +261,3 @@ def _names(pairs: tuple[Pair, ...]) -> tuple[str, ...]:
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"pairs: {', '.join(repeated)} more than once; give each a name")
     return names
-
-
-def _warn(what: str) -> None:
-    warnings.warn(
-        f"{what}: make it over method.parameters(), or add method.own_parameters() to it", stacklevel=3
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +22,12 @@ from kdfast.models.maps import Layout, as_map
 from kdfast.models.modes import evaluated
 from kdfast.models.outputs import logits_of
 from kdfast.models.roles import check_networks, still_evaluated
+from kdfast.training.learning import OWN, Learning
 
 __all__ = ["Kdiffusion"]
 
 
-class Kdiffusion(nn.Module):
+class Kdiffusion(Learning, nn.Module):
     """Converts the student in place, and adds the paper's losses to its task loss.
 
     Make it first and the optimizer then, over ``method.parameters()``: those are the student's, branches included,
@@ -193,6 +193,8 @@ class Kdiffusion(nn.Module):
         config, m = self.config, self.config.branches
         if self._compares:
             still_evaluated(self.teacher)
+        if self.training:
+            self._look()
         student_out = logits_of(student_out)
         task = student_out.new_zeros((), dtype=torch.float32)
         if target is not None:
@@ -219,7 +221,15 @@ class Kdiffusion(nn.Module):
                 guided = self._guided(estimate, x0)
         self.parts = {"task": task.detach(), "middle": middle.detach(), "guided": guided.detach()}
         self._forget()
-        return task + config.alpha * middle + config.beta * guided
+        loss: Tensor = task + config.alpha * middle + config.beta * guided
+        return loss
+
+    def _look(self) -> None:
+        """Whether the optimizer has everything; the branches are the student's, but new."""
+        branches = [p for branch in self._branches for p in branch.parameters()]
+        among = {id(p) for p in branches}
+        rest = (p for p in self.student.parameters() if id(p) not in among)
+        self._watch(rest, {"the branches'": branches, OWN: self.bridges.parameters()})
 
     def _middle(
         self, branches: Tensor, x0: Tensor, order: Tensor, *, mean_needs_grad: bool
@@ -295,18 +305,6 @@ class Kdiffusion(nn.Module):
                 return {stage.op: self._features(at) for at, stage in enumerate(self.stages)}
         finally:
             self._forget()
-
-    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> list[str]:
-        """Names of trainable parameters that the optimizer does not have; warns if there are any."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in held]
-        if missing:
-            warnings.warn(
-                f"the optimizer lacks {len(missing)} parameters ({', '.join(missing[:3])}, …): make it after "
-                "Kdiffusion, over method.parameters()",
-                stacklevel=2,
-            )
-        return missing
 
     def close(self) -> None:
         """Take the taps off the teacher."""

@@ -21,11 +21,12 @@ from kdfast.models.modes import evaluated
 from kdfast.models.outputs import logits_of
 from kdfast.models.roles import check_networks, chosen_student, still_evaluated
 from kdfast.replay import PrioritizedReplayBuffer
+from kdfast.training.learning import Learning
 
 __all__ = ["SSDKD"]
 
 
-class SSDKD:
+class SSDKD(Learning):
     """Small-scale data-free distillation: no image of the teacher's data is ever seen (Liu et al. 2024).
 
     The method owns the generator, the buffer and their random numbers; the student and its optimiser are yours. Every
