@@ -159,6 +159,7 @@ def _rank(rank: int, port: int, name: str, results: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["DiffKD", "Kdiffusion", "SSDKD"])
 def test_two_ranks_end_with_one_gradient_of_everything_that_is_trained(name: str, tmp_path: Path) -> None:
     with socket.socket() as free:
