@@ -97,8 +97,8 @@ def _spaced(theirs: Callable[..., None]) -> Callable[..., None]:
             length = self.config.num_train_timesteps
             if numpy.round(numpy.arange(length, 0, -length / steps))[-1] < 1:
                 raise ValueError(
-                    f"num_inference_steps: got {steps} with timestep_spacing 'trailing', which ends at a timestep of −1 "
-                    f"of {length}; another number of steps is needed, or another spacing"
+                    f"num_inference_steps: got {steps} with timestep_spacing 'trailing', which ends at a timestep of "
+                    f"−1 of {length}; another number of steps is needed, or another spacing"
                 )
         theirs(self, *arguments, **options)
 

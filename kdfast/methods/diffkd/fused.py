@@ -47,7 +47,8 @@ def bn_mse(x: Tensor, norm: nn.BatchNorm2d, target: Tensor) -> Tensor:
     """mean((norm(x) − target)²)."""
     if _has_its_own(norm):
         gap = norm(x) - target
-        return (gap if gap.dtype == torch.float64 else gap.float()).square().mean()
+        error: Tensor = (gap if gap.dtype == torch.float64 else gap.float()).square().mean()
+        return error
     return _bn_mse(x, target, **_arguments(norm))
 
 
