@@ -21,7 +21,9 @@ from torch.nn import functional as F
 from kdfast.data.augment import cutmix
 from kdfast.errors import ConfigError
 from kdfast.functional import kd_kl_div
-from kdfast.models.roles import check_networks, chosen_student
+from kdfast.models.outputs import logits_of
+from kdfast.models.roles import check_networks, chosen_student, still_evaluated
+from kdfast.training.learning import Learning
 
 __all__ = ["DMKD", "DMKDConfig"]
 
@@ -63,7 +65,7 @@ class DMKDConfig:
             )
 
 
-class DMKD:
+class DMKD(Learning):
     """The method, as a loss for your own loop or as a whole step.
 
     Args:
@@ -154,7 +156,8 @@ class DMKD:
             student: Instead of the one that the method was made with (say, its distributed wrapper).
 
         Raises:
-            ValueError: There is no student, or no teacher where one is needed.
+            ValueError: There is no student, no teacher where one is needed, or one in training mode.
+            TypeError: A network's output has no logits.
         """
         images, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
         student = chosen_student(student, self.student)
@@ -165,7 +168,9 @@ class DMKD:
             generator = torch.Generator(images.device).manual_seed(seed)
             images, partner, lam = cutmix(images, generator, alpha=self.config.cutmix_alpha, one_box=True)
         mixed_target = target[partner] if target is not None and partner is not None else None
-        return self(student(images), self._teach(images), target=target, mixed_target=mixed_target, lam=lam)
+        return self(
+            logits_of(student(images)), self._teach(images), target=target, mixed_target=mixed_target, lam=lam
+        )
 
     def _teach(self, images: torch.Tensor) -> torch.Tensor | None:
         if self.config.labels == "hard" and self.config.hard_labels == "stored":
@@ -173,8 +178,7 @@ class DMKD:
         if self.teacher is None:
             raise ValueError("teacher: got None, accepted: a network, when the method is made")
         with torch.no_grad():
-            logits: torch.Tensor = self.teacher(images)
-        return logits
+            return logits_of(still_evaluated(self.teacher)(images))
 
 
 def _given(value: torch.Tensor | None, name: str, config: DMKDConfig) -> torch.Tensor:

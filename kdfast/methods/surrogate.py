@@ -26,7 +26,9 @@ from kdfast.data.boundary import BoundaryPairs, decision_boundary_pairs, random_
 from kdfast.data.regimes import REGIMES, regime
 from kdfast.errors import ConfigError
 from kdfast.functional import kd_kl_div
-from kdfast.models.roles import check_networks, chosen_student
+from kdfast.models.outputs import logits_of
+from kdfast.models.roles import check_networks, chosen_student, still_evaluated
+from kdfast.training.learning import Learning
 
 __all__ = ["SurrogateKD", "SurrogateKDConfig"]
 
@@ -91,7 +93,7 @@ class SurrogateKDConfig:
             raise ConfigError(f"attack_steps: got {self.attack_steps}, accepted: at least 1")
 
 
-class SurrogateKD:
+class SurrogateKD(Learning):
     """The method, as a loss for your own loop or as a whole step.
 
     Args:
@@ -172,7 +174,7 @@ class SurrogateKD:
         Raises:
             ValueError: There is no teacher, or there are no labels where they are needed.
         """
-        config = self.config
+        config, teacher = self.config, self._given_teacher()
         if config.attack_targets == "stored":
             if labels is None:
                 raise ValueError(
@@ -183,7 +185,7 @@ class SurrogateKD:
             logits = self._teach(images)
             targets = random_targets(logits.argmax(1), logits.shape[1], generator)
         return decision_boundary_pairs(
-            lambda x: self._given_teacher()(self.normalise(x)),
+            lambda x: logits_of(teacher(self.normalise(x))),
             images,
             targets,
             epsilon=config.epsilon,
@@ -211,7 +213,8 @@ class SurrogateKD:
             student: Instead of the one that the method was made with (say, its distributed wrapper).
 
         Raises:
-            ValueError: There is no student, no teacher, or no labels where they are needed.
+            ValueError: There is no student, no teacher or one in training mode, or no labels where they are needed.
+            TypeError: A network's output has no logits.
         """
         return self.step_with_parts(batch, student)[0]
 
@@ -236,7 +239,7 @@ class SurrogateKD:
             parts["attack_success"] = pairs.success.float().mean()
             images = self._attacked(images, pairs)
         teacher_out = self._teach(images)
-        student_out = student(self.normalise(images))
+        student_out = logits_of(student(self.normalise(images)))
         parts["agreement"] = (student_out.detach().argmax(1) == teacher_out.argmax(1)).float().mean()
         return self(student_out, teacher_out), parts
 
@@ -250,10 +253,9 @@ class SurrogateKD:
 
     def _teach(self, images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            logits: torch.Tensor = self._given_teacher()(self.normalise(images))
-        return logits
+            return logits_of(self._given_teacher()(self.normalise(images)))
 
     def _given_teacher(self) -> nn.Module:
         if self.teacher is None:
             raise ValueError("teacher: got None, accepted: a network, when the method is made")
-        return self.teacher
+        return still_evaluated(self.teacher)

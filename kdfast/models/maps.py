@@ -21,15 +21,15 @@ def as_map(x: Tensor, layout: Layout, layer: str) -> Tensor:
 
     Args:
         x: ``[B, C]``, tokens ``[B, N, C]``, ``[B, C, H, W]`` or ``[B, H, W, C]``.
-        layout: Where the channels of a 4-d activation are. ``"auto"`` takes ``[B, H, W, C]`` for one whose second and
-            third size agree and whose last differs (Swin), else ``[B, C, H, W]``.
+        layout: Where the channels of a 4-d activation are, ``"channels_first"`` or ``"channels_last"``; for
+            ``"auto"`` ask :func:`kdfast.models.layouts.layout_of` before.
         layer: For messages.
 
     Raises:
         ValueError: It has another rank, is no floating-point tensor, or its tokens form no square.
     """
     if not x.is_floating_point():
-        raise ValueError(f"pairs: {layer!r} gave {x.dtype}; a floating-point activation is needed")
+        raise ValueError(f"layer {layer!r} gave {x.dtype}; a floating-point activation is needed")
     if x.dim() == 2:
         return x[:, :, None, None]
     if x.dim() == 3:
@@ -37,19 +37,16 @@ def as_map(x: Tensor, layout: Layout, layer: str) -> Tensor:
         extra = x.shape[1] - side * side
         if side == 0 or extra > 1:
             raise ValueError(
-                f"pairs: {layer!r} gave shape {tuple(x.shape)}; tokens [B, N, C] must form a square, after one class "
+                f"layer {layer!r} gave shape {tuple(x.shape)}; tokens [B, N, C] must form a square, after one class "
                 "token at most"
             )
         batch, _, channels = x.shape
         return x[:, extra:].reshape(batch, side, side, channels).movedim(-1, 1)
     if x.dim() != 4:
         raise ValueError(
-            f"pairs: {layer!r} gave shape {tuple(x.shape)}; accepted: [B, C], [B, N, C], [B, C, H, W], [B, H, W, C]"
+            f"layer {layer!r} gave shape {tuple(x.shape)}; accepted: [B, C], [B, N, C], [B, C, H, W], [B, H, W, C]"
         )
-    last = layout == "channels_last" or (
-        layout == "auto" and x.shape[1] == x.shape[2] and x.shape[3] != x.shape[2]
-    )
-    return x.movedim(-1, 1) if last else x
+    return x.movedim(-1, 1) if layout == "channels_last" else x
 
 
 def fit(student: Tensor, size: tuple[int, int], resize: Resize, layers: str) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["check_networks", "check_student", "check_teacher", "chosen_student"]
+__all__ = ["check_networks", "check_student", "check_teacher", "chosen_student", "still_evaluated"]
 
 
 def _some(names: list[str]) -> str:
@@ -48,6 +48,17 @@ def check_teacher(teacher: nn.Module) -> nn.Module:
             "evaluated, call teacher.eval()"
         )
     return teacher
+
+
+def still_evaluated(teacher: nn.Module) -> nn.Module:
+    """The teacher, before a pass of it: a wrapper that holds it may have put it into training mode since.
+
+    One flag is looked at, so that a step costs nothing: ``train()`` of whatever holds it reaches the network itself.
+
+    Raises:
+        ValueError: It is in training mode: its batch norms would move, and its answers depend on the batch.
+    """
+    return check_teacher(teacher) if teacher.training else teacher
 
 
 def check_networks(student: nn.Module | None, teacher: nn.Module | None) -> None:

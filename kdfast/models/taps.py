@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdfast.errors import KDFastError
+from kdfast.models.outputs import logits_of
 
 _INPUT = ":input"
 _OUTPUT = ":output"
@@ -32,8 +33,8 @@ class FeatureTaps:
     Args:
         model: Any module.
         layers: Dotted names as in ``model.named_modules()``. ``"NAME:input"`` taps what goes into the layer
-            instead: ``"layer3.0.relu2:input"`` is the sum before the activation. ``":output"`` alone taps what the
-            model itself puts out.
+            instead: ``"layer3.0.relu2:input"`` is the sum before the activation. ``":output"`` alone taps the logits
+            that the model itself puts out.
         detach: Cut the activations from the graph, for a teacher that runs outside ``torch.no_grad()``.
 
     Raises:
@@ -103,6 +104,8 @@ class FeatureTaps:
         self.close()
 
     def _keep(self, name: str, value: object) -> None:
+        if name == _OUTPUT:
+            value = logits_of(value)
         # Hugging Face modules return tuples and output classes whose first entry is the activation.
         if isinstance(value, dict):
             value = next(iter(value.values()), None)

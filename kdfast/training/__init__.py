@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kdfast.training.config import TrainerConfig, TrainResult
     from kdfast.training.evaluate import evaluate_classification, evaluate_segmentation
     from kdfast.training.interrupt import TrainingInterrupted
+    from kdfast.training.learning import StepModule
     from kdfast.training.metrics import MetricsLog, read_metrics
     from kdfast.training.model_io import ModelConfig, load_model, load_model_config, save_model
     from kdfast.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
@@ -25,6 +26,7 @@ _HOME = {
     "config": ("TrainResult", "TrainerConfig"),
     "evaluate": ("evaluate_classification", "evaluate_segmentation"),
     "interrupt": ("TrainingInterrupted",),
+    "learning": ("StepModule",),
     "metrics": ("MetricsLog", "read_metrics"),
     "model_io": ("ModelConfig", "load_model", "load_model_config", "save_model"),
     "optim": ("OptimizerConfig", "ScheduleConfig", "build_optimizer", "build_schedule"),
@@ -39,6 +41,7 @@ __all__ = [
     "OptimizerConfig",
     "Progress",
     "ScheduleConfig",
+    "StepModule",
     "TrainResult",
     "Trainer",
     "TrainerConfig",

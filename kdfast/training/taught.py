@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.models.maps import Shared
-from kdfast.models.roles import check_networks
+from kdfast.models.outputs import logits_of
+from kdfast.models.roles import check_networks, still_evaluated
+from kdfast.training.learning import Learning
 from kdfast.training.mixing import mix_batch, task_loss
 
-__all__ = ["Taught", "TaughtConfig", "logits_of"]
+__all__ = ["Taught", "TaughtConfig"]
 
 
 class TaughtConfig(Protocol):
@@ -38,7 +40,7 @@ class TaughtConfig(Protocol):
         """Label of pixels that do not count."""
 
 
-class Taught(nn.Module):
+class Taught(Learning, nn.Module):
     """Both networks, and a step over them; a method says in :meth:`distil` what it adds to the task's loss.
 
     Args:
@@ -77,11 +79,15 @@ class Taught(nn.Module):
 
         Returns:
             The loss and :attr:`parts`.
+
+        Raises:
+            ValueError: The teacher has been put into training mode.
+            TypeError: A network's output has no logits.
         """
         config = self.config
         mixed = mix_batch(images, target, mixup=config.mixup_alpha, cutmix=config.cutmix_alpha)
         with torch.no_grad():
-            guide = self.teacher(mixed.images)
+            guide = still_evaluated(self.teacher)(mixed.images)
         logits = logits_of(self.student(mixed.images))
         loss = self.distil(logits, guide, target=target)
         if target is not None:
@@ -101,11 +107,3 @@ class Taught(nn.Module):
         images, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
         loss: Tensor = self(images, target)[0]
         return loss
-
-
-def logits_of(output: Any) -> Tensor:
-    """A network's logits; 🤗 models return a dict or a tuple that begins with them."""
-    if isinstance(output, dict):
-        output = next(iter(output.values()))
-    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return found

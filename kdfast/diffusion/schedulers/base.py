@@ -6,8 +6,11 @@ Diffusers' pipelines look at the parameters of ``step``: every class shows its n
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -80,17 +83,56 @@ class Request(NamedTuple):
         return guided_output(self.model_output, self.sample, self.guide).to(self.model_output.dtype)
 
 
+def _spaced(theirs: Callable[..., None]) -> Callable[..., None]:
+    """``set_timesteps`` that refuses a number of steps at which diffusers' "trailing" goes on to a timestep of −1.
+
+    That is a matter of rounding (61 steps of 1000, and as many other numbers): the last step would read the schedule
+    from its other end. Pipelines look at the signature, which stays.
+    """
+
+    @functools.wraps(theirs)
+    def set_timesteps(self: Any, *arguments: Any, **options: Any) -> None:
+        steps = arguments[0] if arguments else options.get("num_inference_steps")
+        if steps and self.config.get("timestep_spacing") == "trailing" and options.get("timesteps") is None:
+            length = self.config.num_train_timesteps
+            if numpy.round(numpy.arange(length, 0, -length / steps))[-1] < 1:
+                raise ValueError(
+                    f"num_inference_steps: got {steps} with timestep_spacing 'trailing', which ends at a timestep of "
+                    f"−1 of {length}; another number of steps is needed, or another spacing"
+                )
+        theirs(self, *arguments, **options)
+
+    return set_timesteps
+
+
 class FusedStep:
     """A scheduler's step as one call of the kernel; subclasses say by which row of which table, in ``_fused``."""
 
     #: What ``step`` returns, with fields (prev_sample) or (prev_sample, pred_original_sample).
     OUTPUT: ClassVar[Any]
 
+    #: Whether the config's ``timestep_spacing`` counts.
+    SPACED: ClassVar[bool] = True
+
     config: Any
     num_inference_steps: Any
     step_index: Any
     _step_index: Any
     _init_step_index: Any
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        theirs = getattr(cls, "set_timesteps", None)
+        if theirs is not None and cls.SPACED and not hasattr(theirs, "__wrapped__"):
+            cls.set_timesteps = _spaced(theirs)  # type: ignore[attr-defined]
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        """An instance that pipelines save under the name of diffusers' class."""
+        made = super().__new__(cls)
+        # A pipeline is saved under its scheduler's module and name. Ours is no library that diffusers loads from, and a
+        # folder that anybody can load is worth more: it names diffusers' own class, which has the same config.
+        made.__dict__["__module__"] = "diffusers.schedulers"
+        return made
 
     def _fused(self, request: Request) -> Any:
         raise NotImplementedError
@@ -126,10 +168,19 @@ class FusedStep:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
 
     def _row(self, timestep: Any) -> int:
-        """The row of this step: diffusers counts steps on the host, from the first timestep it is given."""
+        """The row of this step: diffusers counts steps on the host, from the first timestep it is given.
+
+        Raises:
+            ValueError: All steps have been taken.
+        """
         if self.step_index is None:
             self._init_step_index(timestep)
-        return int(self.step_index)
+        row, steps = int(self.step_index), len(self.timesteps)  # type: ignore[attr-defined]
+        if row >= steps:
+            raise ValueError(
+                f"timestep: this would be step {row} of {steps}, counted from 0; call set_timesteps for another run"
+            )
+        return row
 
 
 class GuidedStep(FusedStep):

@@ -19,6 +19,7 @@ from kdfast.diffusion.schedulers.common import (
     table_cache,
     table_dtype,
 )
+from kdfast.diffusion.schedulers.ddpm import blind_rows
 from kdfast.functional.denoise import Order, guidance
 from kdfast.profiling import annotate
 
@@ -202,7 +203,6 @@ def ddim_table(
     b = root_prev
     if use_clipped:
         a, b, d = direction / co_root, root_prev - direction * root / co_root, zero
-    if prediction_type == "epsilon" and not clipped:
-        # Unclamped, x₀ is infinite there (and ε derived from it undefined), and so is the result.
-        b = torch.where(blind, torch.full_like(b, float("nan" if use_clipped else "inf")), b)
+    # Unclamped, x₀ is infinite there (and ε derived from it undefined), and so is the result.
+    b = torch.where(blind_rows(alpha, prediction_type, clipped), torch.nan if use_clipped else torch.inf, b)
     return columns(len(alpha), px=px, po=po, a=a, b=b, d=d, c=sigma if eta > 0 else zero)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -47,11 +48,15 @@ class DDPMScheduler(DrawnStep, VariancePreserving, diffusers.DDPMScheduler):  # 
         request = request.silent() if isinstance(row, int) and row == 0 else request.draw()
         if self.variance_type == "learned" and request.noisy:
             request = self._learned_noise(request)
+        ranged = self.variance_type == "learned_range" and request.noisy
+        if not self._has_plain_output() and not ranged:
+            # The variance's channels have been used, or are not needed; a sample of one would take them for its own.
+            request = request._replace(model_output=request.model_output[:, : request.sample.shape[1]])
         result = self._run(
             request,
             table,
             row,
-            learned_variance=self.variance_type == "learned_range" and request.noisy,
+            learned_variance=ranged,
             clip=clip_bound(self.config),
             want_x0=self.keep_pred_original,
         )
@@ -83,13 +88,14 @@ class DDPMScheduler(DrawnStep, VariancePreserving, diffusers.DDPMScheduler):  # 
         prediction, variance = self.config.prediction_type, self.variance_type
         listed = bool(self.custom_timesteps or self.num_inference_steps)
         sources = (self.alphas_cumprod, self.timesteps)
+        clipped = clip_bound(self.config) is not None
         return table_cache(self).get(
-            (prediction, variance, listed),
+            (prediction, variance, listed, clipped),
             device,
             dtype,
             sources,
             lambda: ddpm_table(
-                self.alphas_cumprod, self._previous() if listed else None, prediction, variance
+                self.alphas_cumprod, self._previous() if listed else None, prediction, variance, clipped
             ),
         )
 
@@ -113,8 +119,28 @@ def x0_columns(alpha: Tensor, prediction_type: str, scheduler: str) -> tuple[Ten
     )
 
 
+def blind_rows(alpha: Tensor, prediction_type: str, clipped: bool) -> Tensor:
+    """Timesteps at which the step is infinite, ``[T]``: ε alone does not determine x₀ where ᾱ = 0.
+
+    Warns if there are any, and says what to do.
+    """
+    blind = alpha == 0
+    if prediction_type != "epsilon" or clipped or not bool(blind.any()):
+        return torch.zeros_like(blind)
+    warnings.warn(
+        "prediction_type 'epsilon' at zero terminal SNR (rescale_betas_zero_snr): an image that is all noise says "
+        f"nothing of x₀, so the step from timestep {int(blind.nonzero()[-1])} is infinite; use v_prediction, or clip",
+        stacklevel=2,
+    )
+    return blind
+
+
 def ddpm_table(
-    alphas_cumprod: Tensor, previous: dict[int, int] | None, prediction_type: str, variance_type: str
+    alphas_cumprod: Tensor,
+    previous: dict[int, int] | None,
+    prediction_type: str,
+    variance_type: str,
+    clipped: bool = True,
 ) -> Tensor:
     """Coefficients of DDPM for each t (Ho et al. 2020, Eq. 7), in diffusers' order of operations.
 
@@ -122,6 +148,7 @@ def ddpm_table(
         alphas_cumprod: ᾱ ``[T]``.
         previous: t → the timestep after it, −1 at the end; None: t − 1. Other rows are NaN.
         prediction_type: What the model predicts.
+        clipped: Whether x₀ is clamped, which makes up for ε at zero terminal SNR.
         variance_type: Of diffusers' names; for ``"learned_range"`` c and d3 hold log σ and its slope in v.
 
     Returns:
@@ -153,6 +180,7 @@ def ddpm_table(
         raise ValueError(f"variance_type: {variance_type!r} is not known to DDPMScheduler")
     c[0], slope[0] = (-float("inf"), 0.0) if variance_type == "learned_range" else (0.0, 0.0)
     px, po = x0_columns(alpha, prediction_type, "DDPMScheduler")
+    b = torch.where(blind_rows(alpha, prediction_type, clipped), torch.inf, b)
     table = columns(len(alpha), px=px, po=po, a=a, b=b, c=c, d3=slope)
     table[before == -2] = float("nan")
     return table

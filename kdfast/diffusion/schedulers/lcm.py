@@ -16,7 +16,7 @@ from kdfast.diffusion.schedulers.common import (
     table_cache,
     table_dtype,
 )
-from kdfast.diffusion.schedulers.ddpm import x0_columns
+from kdfast.diffusion.schedulers.ddpm import blind_rows, x0_columns
 
 _SIGMA_DATA = 0.5
 
@@ -28,6 +28,7 @@ class LCMScheduler(DrawnStep, VariancePreserving, diffusers.LCMScheduler):  # ty
     another pass.
     """
 
+    SPACED = False
     OUTPUT = diffusers.schedulers.scheduling_lcm.LCMSchedulerOutput
 
     def _fused(self, request: Request) -> Any:
@@ -96,11 +97,13 @@ def lcm_table(
     alpha = alphas_cumprod.detach().cpu().float()
     steps = timesteps.detach().cpu().long()
     px, po = (value[steps] for value in x0_columns(alpha, prediction_type, "LCMScheduler"))
+    blind = blind_rows(alpha, prediction_type, clipped)[steps]
     skip, out = boundary(steps, scaling)
     following = alpha[torch.cat([steps[1:], steps[-1:]])]
     keep, spread = following.sqrt().double(), (1 - following).sqrt().double()
     if len(steps) >= num_inference_steps:
         keep[num_inference_steps - 1], spread[num_inference_steps - 1] = 1.0, 0.0
+    keep = torch.where(blind, torch.inf, keep)
     if clipped:
         return columns(len(steps), px=px, po=po, a=keep * skip, b=keep * out, c=spread)
     return columns(len(steps), px=out * px + skip, po=out * po, b=keep, c=spread)

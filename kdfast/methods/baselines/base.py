@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from kdfast.errors import ConfigError
 from kdfast.models import FeatureTaps
+from kdfast.models.layouts import layout_of
 from kdfast.models.maps import Layout, Shared, as_map, last_feature, probe_images
-from kdfast.training.taught import Taught, logits_of
+from kdfast.models.modes import evaluated
+from kdfast.models.outputs import logits_of
+from kdfast.training.learning import OWN
+from kdfast.training.taught import Taught
 
 __all__ = ["Baseline", "BaselineConfig", "FeatureBaseline", "FeatureConfig"]
 
@@ -102,6 +106,8 @@ class Baseline(Taught, Generic[C]):
 
     def distil(self, student_out: Tensor, teacher_out: Any, *, target: Tensor | None) -> Tensor:
         """:meth:`term` of both networks' logits."""
+        if self.training:
+            self._watch(self.student.parameters(), {OWN: self.own_parameters()})
         loss = self.term(student_out, logits_of(teacher_out), target=target)
         self.parts = {"kd": loss.detach()}
         return loss
@@ -151,27 +157,35 @@ class FeatureBaseline(Baseline[F]):
             raise ValueError(
                 f"teacher_layers: got {len(other)}; as many as student_layers, {len(own)}, are needed"
             )
+        self._layouts: dict[tuple[bool, str], Layout] = {}
         self._taps = FeatureTaps(self.student, own)
         self._teacher_taps = Shared(FeatureTaps(self.teacher, other, detach=True))
 
     def features(self) -> list[tuple[Tensor, Tensor]]:
         """Pairs of maps ``[B, C, H, W]`` that both networks just computed; they are forgotten here."""
         config = self.config
-        student = [as_map(x, config.student_layout, name) for name, x in self._taps.items()]
-        teacher = [as_map(x, config.teacher_layout, name) for name, x in self._teacher_taps.value.items()]
+        student = self._maps(self.student, self._taps, config.student_layout)
+        teacher = self._maps(self.teacher, self._teacher_taps.value, config.teacher_layout)
         self._taps.clear()
         self._teacher_taps.value.clear()
         return list(zip(student, teacher))
 
+    def _maps(self, network: nn.Module, taps: FeatureTaps, layout: Layout) -> list[Tensor]:
+        found = []
+        for name, x in taps.items():
+            # By the first batch; what it says does not change.
+            key = (network is self.student, name)
+            if key not in self._layouts:
+                self._layouts[key] = layout_of(network, name, x, layout)
+            found.append(as_map(x, self._layouts[key], name))
+        return found
+
     @torch.no_grad()
     def probe(self, images: Tensor | None) -> Sequence[tuple[Tensor, Tensor]]:
         """The features of some images, in evaluation mode, for their shapes."""
-        training = self.student.training
-        try:
-            self.student.eval()(probe_images(self.student) if images is None else images)
-            self.teacher(probe_images(self.teacher) if images is None else images)
-        finally:
-            self.student.train(training)
+        with evaluated(self.student):
+            self.student(probe_images(self.student) if images is None else images)
+        self.teacher(probe_images(self.teacher) if images is None else images)
         return self.features()
 
     def close(self) -> None:

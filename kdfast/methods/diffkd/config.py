@@ -30,8 +30,8 @@ class Pair:
             ``[B, C]`` or dense ``[B, C, H, W]``, without, compared by ``logits_distance`` over the classes.
         distance: Instead of the config's.
         weight: λ3 of this pair, times the config's weight of its kind (the paper's detectors: 5, or 15 on RepPoints).
-        student_layout: Where the channels of a 4-d output are. ``"auto"`` takes ``[B, H, W, C]`` for one whose second
-            and third size agree and whose last differs (Swin), else ``[B, C, H, W]``. 3-d outputs are tokens
+        student_layout: Where the channels of a 4-d output are. ``"auto"`` finds out by the layer's modules and the
+            image's proportions, and refuses what is ambiguous (:mod:`kdfast.models.layouts`). 3-d outputs are tokens
             ``[B, N, C]`` that form a square, after a class token or without.
         teacher_layout: The same for the teacher.
         name: In logs; by default the kind.

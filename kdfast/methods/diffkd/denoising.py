@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from kdfast.functional import add_noise_embed, noise_mix, noise_mse
@@ -169,7 +170,7 @@ def _seed(like: Tensor) -> Tensor:
 @contextmanager
 def _on_copies(module: nn.Module) -> Iterator[None]:
     """Let a second pass over the same batch count up copies of the running statistics."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:
         for name, value in norm._buffers.items():

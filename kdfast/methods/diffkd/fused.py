@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdfast.functional import bn_ddim_step
 from kdfast.functional import bn_mse as _bn_mse
@@ -18,11 +20,16 @@ __all__ = ["bn", "bn_mse", "bn_relu", "bn_step"]
 
 def bn(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None) -> Tensor:
     """Batch norm, plus ``residual``."""
+    if _has_its_own(norm):
+        out: Tensor = norm(x)
+        return out if residual is None else out + residual
     return _bn_relu(x, **_arguments(norm), residual=residual, relu=False)
 
 
 def bn_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """Batch norm and ReLU."""
+    if _has_its_own(norm):
+        return F.relu(norm(x))
     return _bn_relu(x, **_arguments(norm))
 
 
@@ -30,12 +37,24 @@ def bn_step(pred: Tensor, norm: nn.BatchNorm2d | None, z: Tensor, c1: float, c2:
     """c1·z + c2·ε̂, with ε̂ = norm(pred)."""
     if norm is None:
         return c1 * z + c2 * pred
+    if _has_its_own(norm):
+        stepped: Tensor = c1 * z + c2 * norm(pred)
+        return stepped
     return bn_ddim_step(z, pred, **_arguments(norm), c1=c1, c2=c2)
 
 
 def bn_mse(x: Tensor, norm: nn.BatchNorm2d, target: Tensor) -> Tensor:
     """mean((norm(x) − target)²)."""
+    if _has_its_own(norm):
+        gap = norm(x) - target
+        error: Tensor = (gap if gap.dtype == torch.float64 else gap.float()).square().mean()
+        return error
     return _bn_mse(x, target, **_arguments(norm))
+
+
+def _has_its_own(norm: nn.BatchNorm2d) -> bool:
+    """Whether it is of another kind, whose forward knows more than its tensors: ``SyncBatchNorm`` of other ranks."""
+    return type(norm) is not nn.BatchNorm2d
 
 
 def _arguments(norm: nn.BatchNorm2d) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -13,8 +12,11 @@ from kdfast.errors import KDFastError
 from kdfast.methods.diffkd.config import DiffKDConfig, Pair
 from kdfast.methods.diffkd.denoising import Denoising, Terms
 from kdfast.models import FeatureTaps
-from kdfast.models.maps import Shared, as_map, fit, last_feature, probe_images
-from kdfast.models.roles import check_teacher
+from kdfast.models.layouts import layout_of
+from kdfast.models.maps import Layout, Shared, as_map, fit, last_feature, probe_images
+from kdfast.models.modes import evaluated
+from kdfast.models.roles import still_evaluated
+from kdfast.training.learning import OWN
 from kdfast.training.taught import Taught
 
 __all__ = ["DiffKD"]
@@ -75,8 +77,8 @@ class DiffKD(Taught):
         self._taps = FeatureTaps(student, dict.fromkeys(pair.student for pair in self.pairs))
         layers = dict.fromkeys(pair.teacher or pair.student for pair in self.pairs)
         self._teacher_taps = Shared(FeatureTaps(teacher, layers, detach=True))
+        self._layouts: dict[Pair, tuple[Layout, Layout]] = {}
         self.denoising = nn.ModuleDict(self._build(images))
-        self._versions: tuple[int, int] | None = None
 
     def _module(self, name: str) -> Denoising:
         return cast(Denoising, self.denoising[name])
@@ -84,20 +86,26 @@ class DiffKD(Taught):
     @torch.no_grad()
     def _build(self, images: Tensor | None) -> dict[str, nn.Module]:
         """A module for each pair, on the student's device, by the shapes of one pass in evaluation mode."""
-        training = self.student.training
+        seen = images if images is not None else probe_images(self.student)
+        shown = images if images is not None else probe_images(self.teacher)
         try:
-            self.student.eval()(probe_images(self.student) if images is None else images)
-            self.teacher(probe_images(self.teacher) if images is None else images)
+            with evaluated(self.student):
+                self.student(seen)
+            self.teacher(shown)
         except (RuntimeError, TypeError) as error:
             if images is not None:
                 raise
             raise ValueError(
                 f"images: got None, and blank ones do not go through the networks ({error}); pass a batch"
             ) from error
-        finally:
-            self.student.train(training)
         modules: dict[str, nn.Module] = {}
         for name, pair in zip(self.names, self.pairs):
+            other = pair.teacher or pair.student
+            own, taught = self._taps[pair.student], self._teacher_taps.value[other]
+            self._layouts[pair] = (
+                layout_of(self.student, pair.student, own, pair.student_layout, seen),
+                layout_of(self.teacher, other, taught, pair.teacher_layout, shown),
+            )
             student, teacher = self._maps(pair)
             feature = pair.kind == "feature"
             default = self.config.feature_distance if feature else self.config.logits_distance
@@ -121,8 +129,9 @@ class DiffKD(Taught):
     def _maps(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """A pair's activations as maps of one size."""
         other = pair.teacher or pair.student
-        student = as_map(self._taps[pair.student], pair.student_layout, pair.student)
-        teacher = as_map(self._teacher_taps.value[other], pair.teacher_layout, other)
+        layouts = self._layouts[pair]
+        student = as_map(self._taps[pair.student], layouts[0], pair.student)
+        teacher = as_map(self._teacher_taps.value[other], layouts[1], other)
         if student.shape[0] != teacher.shape[0]:
             raise ValueError(
                 f"pairs: {student.shape[0]} samples went through the student, {teacher.shape[0]} through the teacher"
@@ -143,10 +152,10 @@ class DiffKD(Taught):
             ValueError: The two ran on different batches or on too small a one, the sizes differ where that is refused,
                 or the teacher is in training mode.
         """
-        if self.teacher.training:
-            check_teacher(self.teacher)
+        still_evaluated(self.teacher)
         config, total = self.config, None
-        self._watch()
+        if self.training:
+            self._watch(self.student.parameters(), {OWN: self.own_parameters()})
         self.parts = {}
         try:
             for name, pair in zip(self.names, self.pairs):
@@ -187,14 +196,6 @@ class DiffKD(Taught):
             {"params": list(self.own_parameters()), **own},
         ]
 
-    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> list[str]:
-        """Names of trainable parameters that the optimizer does not have; warns if there are any."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in held]
-        if missing:
-            _warn(f"the optimizer lacks {len(missing)} parameters ({', '.join(missing[:3])}, …)")
-        return missing
-
     def export(self) -> nn.Module:
         """The student alone, without taps: its state dict and its outputs are what they would be without the method."""
         self.close()
@@ -213,42 +214,23 @@ class DiffKD(Taught):
             For each pair by name, ``[B, L, H, W]``: ``student`` (after ``trans``), ``cleaned`` (after ``proj``) and
             ``teacher`` (the latent).
         """
-        training = self.training
-        self.eval()
+        found = {}
         try:
-            self.teacher(images)
-            self.student(images)
-            found = {}
-            for name, pair in zip(self.names, self.pairs):
-                student, teacher = self._maps(pair)
-                module = self._module(name)
-                start, _ = module.start(student)
-                found[name] = {
-                    "student": module.trans(student),
-                    "cleaned": module.project(module.clean(start)),
-                    "teacher": module.encode(teacher)[0],
-                }
+            with evaluated(self):
+                self.teacher(images)
+                self.student(images)
+                for name, pair in zip(self.names, self.pairs):
+                    student, teacher = self._maps(pair)
+                    module = self._module(name)
+                    start, _ = module.start(student)
+                    found[name] = {
+                        "student": module.trans(student),
+                        "cleaned": module.project(module.clean(start)),
+                        "teacher": module.encode(teacher)[0],
+                    }
         finally:
-            self.train(training)
             self._forget()
         return found
-
-    def _watch(self) -> None:
-        """Warn, once, when an optimizer moves the student and nothing of the method's own.
-
-        Every in-place change counts up a tensor's version; reading it waits for nothing.
-        """
-        if self._versions == (-1, -1):
-            return
-        now = (
-            sum(p._version for p in self.student.parameters()),
-            sum(p._version for p in self.own_parameters()),
-        )
-        before = self._versions
-        if self.training and before is not None and now[0] != before[0] and now[1] == before[1]:
-            _warn("an optimizer moved the student, but none of the method's parameters")
-            now = (-1, -1)
-        self._versions = now
 
     def _forget(self) -> None:
         """Let go of activations, and of the graph that they hold."""
@@ -279,9 +261,3 @@ def _names(pairs: tuple[Pair, ...]) -> tuple[str, ...]:
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"pairs: {', '.join(repeated)} more than once; give each a name")
     return names
-
-
-def _warn(what: str) -> None:
-    warnings.warn(
-        f"{what}: make it over method.parameters(), or add method.own_parameters() to it", stacklevel=3
-    )

@@ -3,43 +3,52 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import warnings
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from kdfast.models import FeatureTaps
 
-__all__ = ["Branches", "convert", "merge"]
+__all__ = ["Branches", "Init", "convert", "merge"]
+
+Init = Literal["random", "copies"]
 
 
 class Branches(nn.Module):
     """m copies of a convolution or linear layer, each with a batch norm of its own; their mean goes on.
 
     They are stacked: one layer with m·C outputs and one batch norm over m·C channels compute exactly what m
-    pairs would. The first branch starts from the given layer's weights, the others from normals of the same
-    standard deviation.
+    pairs would. The first branch starts from the given layer's weights, the others as ``init`` says.
 
     Args:
         op: ``nn.Conv2d`` (any groups, stride, padding) or ``nn.Linear`` on ``[B, features]``.
         norm: The batch norm after it, or None.
         m: Branches, at least 1.
+        init: The others' weights: ``"random"`` normals of the first's standard deviation, or ``"copies"`` of it, which
+            leave what a pretrained network computes as it is.
 
     Attributes:
         stacked: What the branches put out in the last forward pass, ``[m, B, C, …]``, attached to the graph;
             None before the first.
+        mean_var: With a norm: running variance of the branches' mean, ``[C]``, by the norm's momentum. The layer that
+            they merge into has its batch norm measure exactly that.
 
     Raises:
         TypeError: Another kind of layer or of norm.
-        ValueError: m < 1, or a norm that does not fit the layer.
+        ValueError: m < 1, an unknown start, or a norm that does not fit the layer.
     """
 
     stacked: Tensor | None
+    mean_var: Tensor
 
-    def __init__(self, op: nn.Module, norm: nn.Module | None, m: int) -> None:
+    def __init__(self, op: nn.Module, norm: nn.Module | None, m: int, *, init: Init = "random") -> None:
         super().__init__()
         if not isinstance(m, int) or m < 1:
             raise ValueError(f"m: got {m!r}; an int of at least 1 is needed")
+        if init not in get_args(Init):
+            raise ValueError(f"init: got {init!r}, accepted: {', '.join(get_args(Init))}")
         if not isinstance(op, (nn.Conv2d, nn.Linear)):
             raise TypeError(f"op: got {type(op).__name__}; nn.Conv2d or nn.Linear is needed")
         if norm is not None and not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -53,10 +62,31 @@ class Branches(nn.Module):
         if norm is not None and norm.running_mean is None:
             raise ValueError("norm: keeps no running statistics, so the branches could not be merged")
         self.op, self.norm = self._widened(op), None if norm is None else self._widened(norm)
-        with torch.no_grad():
-            others = self._by_branch(self.op.weight)[1:]
-            others.copy_(torch.randn_like(others) * op.weight.std(correction=0))
+        if init == "random":
+            with torch.no_grad():
+                others = self._by_branch(self.op.weight)[1:]
+                others.copy_(torch.randn_like(others) * op.weight.std(correction=0))
+        if norm is not None:
+            self.register_buffer("mean_var", self._first_variance(norm))
         self.stacked = None
+
+    @staticmethod
+    @torch.no_grad()
+    def _first_variance(norm: Any) -> Tensor:
+        """Of what the norm itself puts out."""
+        gain = norm.weight.square() if norm.affine else 1.0
+        variance: Tensor = gain * norm.running_var / (norm.running_var + norm.eps)
+        return variance.clone()
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor) -> None:
+        """The running variance, as the batch norm beside it counts its own: unbiased, by its momentum."""
+        norm: Any = self.norm
+        variance = mean.detach().to(self.mean_var.dtype).var([0, *range(2, mean.dim())])
+        momentum = norm.momentum
+        if momentum is None:  # a cumulative average; the count stays on its device
+            momentum = norm.num_batches_tracked.to(variance.dtype).reciprocal()
+        self.mean_var.lerp_(variance, momentum)
 
     def _widened(self, layer: Any) -> Any:
         """A copy with m·C outputs, every branch the same."""
@@ -81,11 +111,15 @@ class Branches(nn.Module):
         """The mean of the branches, ``[B, C, …]``; :attr:`stacked` keeps them apart.
 
         Raises:
-            ValueError: A batch norm in training mode gets a single value a channel.
+            ValueError: A batch norm in training mode gets a single value a channel, or a linear layer's branches get
+                something other than ``[B, features]``.
         """
+        if isinstance(self.op, nn.Linear) and x.dim() != 2:
+            raise ValueError(f"x: got shape {tuple(x.shape)}; branches of nn.Linear take [B, features]")
         out: Tensor = self.op(x)
+        tracks = self.norm is not None and self.norm.training
         if self.norm is not None:
-            if self.training and out.numel() == out.shape[1]:
+            if tracks and out.numel() == out.shape[1]:
                 raise ValueError(
                     f"x: got shape {tuple(x.shape)}, one value a channel; batch norm in training needs at least 2"
                 )
@@ -94,7 +128,10 @@ class Branches(nn.Module):
         grouped = out.view(shape).movedim(2, 0)
         # A view without groups: the kernel takes its strides as they are.
         self.stacked = grouped.flatten(2, 3) if self.groups > 1 else grouped.squeeze(2)
-        return self.stacked.mean(0)
+        mean = self.stacked.mean(0)
+        if tracks:
+            self._track(mean)
+        return mean
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles do without the last activations, which belong to a graph."""
@@ -145,6 +182,7 @@ class _Absorbed(nn.Sequential):
 
     def __init__(self, norm: nn.Module, op: str) -> None:
         super().__init__(*_behind(norm))
+        self.training = norm.training
         self.op = op
         self.kept = (copy.deepcopy(norm),)  # in a tuple: no part of the state dict
 
@@ -160,11 +198,14 @@ def _bare(norm: Any) -> Any:
         return norm
     plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     plain.load_state_dict(norm.state_dict())
+    plain.training = norm.training
     held = norm.running_mean  # without one the branches refuse the norm
     return plain if held is None else plain.to(held.device, held.dtype)
 
 
-def convert(model: nn.Module, op: str, norm: str | None = None, *, m: int = 10) -> Branches:
+def convert(
+    model: nn.Module, op: str, norm: str | None = None, *, m: int = 10, init: Init = "random"
+) -> Branches:
     """Replace a layer of a model by m branches, in place.
 
     Args:
@@ -172,9 +213,11 @@ def convert(model: nn.Module, op: str, norm: str | None = None, *, m: int = 10) 
         op: Name of the ``nn.Conv2d`` or ``nn.Linear``, as in ``model.named_modules()``.
         norm: Name of the batch norm that runs right after it, which the branches take over; None: none.
         m: Branches.
+        init: Where all but the first begin: ``"random"``, or ``"copies"`` for a pretrained model.
 
     Returns:
-        The branches, in the model's place ``op``. Parameters are new: make the optimizer after this.
+        The branches, in the model's place ``op``, in the modes that the two layers were in. Parameters are new: make
+        the optimizer after this.
 
     Raises:
         ValueError: A name that does not exist (the nearest are given), m < 1, layers that do not fit.
@@ -183,7 +226,9 @@ def convert(model: nn.Module, op: str, norm: str | None = None, *, m: int = 10) 
     with FeatureTaps(model, [op] if norm is None else [op, norm]):  # refuses unknown names
         pass
     old_norm = None if norm is None else model.get_submodule(norm)
-    branches = Branches(model.get_submodule(op), _bare(old_norm), m).train(model.training)
+    old = model.get_submodule(op)
+    branches = Branches(old, _bare(old_norm), m, init=init)
+    branches.training = old.training
     model.set_submodule(op, branches)
     if norm is not None and old_norm is not None:
         model.set_submodule(norm, _Absorbed(old_norm, op))
@@ -192,11 +237,15 @@ def convert(model: nn.Module, op: str, norm: str | None = None, *, m: int = 10) 
 
 @torch.no_grad()
 def merge(module: nn.Module) -> nn.Module:
-    """Fold all branches into plain layers that compute the same in evaluation mode.
+    """Fold all branches into plain layers that compute the same.
 
     :class:`Branches` alone become one biased layer, which is returned. A converted model is changed in place and
-    returned with the layers, and the names in its state dict, that it had before :func:`convert`: where a batch
-    norm followed a layer without bias, a batch norm that adds the bias does again (mean 0, variance 1).
+    returned with the layers, and the names in its state dict, that it had before :func:`convert`. Where a batch norm
+    followed a layer, one does again: its running statistics are those of what the merged layer puts out, and its weight
+    and bias give back the branches' mean, so that the model can be trained on (fine-tuned, quantised, its statistics
+    recomputed). In evaluation mode this is exact; in training mode the statistics of a batch take the running ones'
+    place, as in any network. A batch norm without weight has no place for the scale: there it holds in evaluation mode
+    alone, and a warning says so.
 
     Raises:
         ValueError: There are no branches in the module.
@@ -218,18 +267,33 @@ def merge(module: nn.Module) -> nn.Module:
         module.set_submodule(
             name, branches.plain(weight=weight, bias=torch.zeros_like(bias) if held else None)
         )
-        module.set_submodule(norm_name, _carrier(norm.kept[0], bias).train(module.training))
+        module.set_submodule(norm_name, _carrier(norm_name, norm.kept[0], branches, bias))
     return module
 
 
-def _carrier(norm: Any, bias: Tensor) -> nn.Module:
-    """A batch norm of the old one's kind that adds ``bias`` and nothing else."""
+def _carrier(name: str, norm: Any, branches: Branches, bias: Tensor) -> nn.Module:
+    """A batch norm of the old one's kind that adds ``bias`` to what the merged layer puts out.
+
+    Its statistics are those of its input. The branches' mean has mean E = mean(β_j), since each of them is normalised,
+    and variance :attr:`Branches.mean_var`; its input is that less the bias.
+    """
     carrier = copy.deepcopy(norm).to(bias.device)
-    carrier.reset_running_stats()
+    wide: Any = branches.norm
+    carrier.train(wide.training)
+    carrier.num_batches_tracked.copy_(wide.num_batches_tracked)
     if norm.affine:
-        carrier.weight.fill_((1 + norm.eps) ** 0.5)
-        carrier.bias.copy_(bias)
-    else:  # the mean is all there is to shift with; the scale is undone where it is 1/√(1 + eps)
-        carrier.running_var.fill_(1 - norm.eps)
-        carrier.running_mean.copy_(-bias)
+        centre = branches._by_branch(wide.bias).flatten(1, 2).double().mean(0)
+        carrier.running_mean.copy_(centre - bias)
+        carrier.running_var.copy_(branches.mean_var)
+        carrier.weight.copy_((branches.mean_var.double() + norm.eps).sqrt())
+        carrier.bias.copy_(centre)
+        return carrier  # type: ignore[no-any-return]
+    # The mean is all there is to shift with; the scale is undone where it is 1/√(1 + eps).
+    carrier.running_var.fill_(1 - norm.eps)
+    carrier.running_mean.copy_(-bias)
+    warnings.warn(
+        f"merge: the batch norm {name!r} has no weight (affine=False), so the merged model equals the branches in "
+        "evaluation mode alone; do not train it on",
+        stacklevel=4,
+    )
     return carrier  # type: ignore[no-any-return]

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from kdfast.errors import ConfigError
+from kdfast.methods.kdiffusion.branches import Init
 from kdfast.methods.kdiffusion.schedule import linear_alpha_hat, reverse_coefficients
+from kdfast.models.maps import Layout
 
 __all__ = ["KdiffusionConfig", "Stage"]
 
 Trajectory = Literal["chain", "sampled"]
 Estimate = Literal["mean", "last"]
 Objective = Literal["diffusion", "average"]
-Layout = Literal["channels_first", "channels_last"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,12 @@ class KdiffusionConfig:
         carry_gradient: Whether gradients flow through P_{k−1}.
         bridge: Map each branch to the teacher's channels by a 1×1 convolution and batch norm that all branches of a
             stage share, and that the exported student has not. Without, both must have the same channels.
-        teacher_layout: ``"channels_last"`` for taps that are ``[B, H, W, C]`` or ``[B, N, C]`` (Swin, ViT).
+        teacher_layout: Where the channels of the teacher's 4-d taps are. ``"auto"`` finds out by the layer's modules
+            and the image's proportions, and refuses what is ambiguous (:mod:`kdfast.models.layouts`); else
+            ``"channels_first"`` or ``"channels_last"``. 3-d taps are tokens ``[B, N, C]`` that form a square, after a
+            class token or without.
+        init: Where all branches but the first begin: ``"random"`` weights, or ``"copies"`` of the student's, which keep
+            what a pretrained student computes.
         steps: n of the linear schedule.
         beta_start: Its first β_t.
         beta_end: Its last β_t.
@@ -50,7 +56,8 @@ class KdiffusionConfig:
     estimate: Estimate = "mean"
     carry_gradient: bool = True
     bridge: bool = True
-    teacher_layout: Layout = "channels_first"
+    teacher_layout: Layout = "auto"
+    init: Init = "random"
     steps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
@@ -61,6 +68,7 @@ class KdiffusionConfig:
             "trajectory": Trajectory,
             "estimate": Estimate,
             "teacher_layout": Layout,
+            "init": Init,
         }
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):

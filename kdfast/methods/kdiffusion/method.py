@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,13 +15,19 @@ from kdfast.functional import reparam_middle_loss
 from kdfast.methods.kdiffusion.branches import Branches, convert, merge
 from kdfast.methods.kdiffusion.config import KdiffusionConfig, Stage
 from kdfast.methods.kdiffusion.schedule import linear_alpha_hat, reverse_coefficients, reverse_variances
+from kdfast.methods.kdiffusion.stages import check_stages, undone_on_failure
 from kdfast.models import FeatureTaps
-from kdfast.models.roles import check_networks
+from kdfast.models.layouts import layout_of
+from kdfast.models.maps import Layout, as_map
+from kdfast.models.modes import evaluated
+from kdfast.models.outputs import logits_of
+from kdfast.models.roles import check_networks, still_evaluated
+from kdfast.training.learning import OWN, Learning
 
 __all__ = ["Kdiffusion"]
 
 
-class Kdiffusion(nn.Module):
+class Kdiffusion(Learning, nn.Module):
     """Converts the student in place, and adds the paper's losses to its task loss.
 
     Make it first and the optimizer then, over ``method.parameters()``: those are the student's, branches included,
@@ -71,13 +74,16 @@ class Kdiffusion(nn.Module):
         self._teacher = (teacher,)  # in a tuple: neither a submodule nor in the state dict
         self.student = student
         self.stages = tuple(stages)
-        with _undone_on_failure(student, self.stages) as made:
+        self._layouts: dict[Stage, Layout] = {}
+        with undone_on_failure(student, self.stages) as made:
             self._taps = made.enter_context(
                 FeatureTaps(teacher, [stage.teacher for stage in stages], detach=True)
             )
             self._classifier = (self._guide(teacher, classifier),)
+            check_stages(student, self.stages, images)
             self._branches: tuple[Branches, ...] = tuple(
-                convert(student, stage.op, stage.norm, m=config.branches) for stage in stages
+                convert(student, stage.op, stage.norm, m=config.branches, init=config.init)
+                for stage in stages
             )
             self.bridges = nn.ModuleList(self._make_bridges(images))
         schedule = linear_alpha_hat(config.steps, config.beta_start, config.beta_end)
@@ -107,14 +113,15 @@ class Kdiffusion(nn.Module):
 
     @torch.no_grad()
     def _make_bridges(self, images: Tensor) -> list[nn.Module]:
-        training = self.student.training
-        self.student.eval()(images)
-        self.student.train(training)
+        with evaluated(self.student):
+            self.student(images)
         self.teacher(images)
         bridges: list[nn.Module] = []
         for stage, branches in zip(self.stages, self._branches, strict=True):
             stacked = branches.stacked
             assert stacked is not None
+            x0, layout = self._taps[stage.teacher], self.config.teacher_layout
+            self._layouts[stage] = layout_of(self.teacher, stage.teacher, x0, layout, images)
             teacher_channels = self._target(stage).shape[1]
             if self.config.bridge:
                 bridges.append(_Bridge(stacked.shape[2], teacher_channels).to(images.device))
@@ -138,16 +145,7 @@ class Kdiffusion(nn.Module):
     def _target(self, stage: Stage) -> Tensor:
         """x0 of a stage, ``[B, C]`` or ``[B, C, H, W]``."""
         x0 = self._taps[stage.teacher]
-        if self.config.teacher_layout == "channels_first":
-            return x0
-        if x0.dim() == 3:  # tokens
-            side = math.isqrt(x0.shape[1])
-            if side * side != x0.shape[1]:
-                raise ValueError(
-                    f"stages: {stage.teacher!r} gave shape {tuple(x0.shape)}; tokens must form a square"
-                )
-            x0 = x0.reshape(x0.shape[0], side, side, x0.shape[2])
-        return x0.movedim(-1, 1)
+        return x0 if x0.dim() == 2 else as_map(x0, self._layouts[stage], stage.teacher)
 
     def _features(self, at: int) -> tuple[Tensor, Tensor]:
         """Bridged branches ``[m, B, C, …]`` and target ``[B, C, …]`` of a stage, in one size."""
@@ -175,13 +173,13 @@ class Kdiffusion(nn.Module):
                 x0 = F.adaptive_avg_pool2d(x0, size)
         return self.bridges[at](flat).unflatten(0, (m, -1)), x0
 
-    def forward(self, student_out: Tensor, target: Tensor | None = None) -> Tensor:
+    def forward(self, student_out: Any, target: Tensor | None = None) -> Tensor:
         """The loss of a batch that teacher and student have both just run on.
 
         Random numbers come from torch's global generator of the features' device, without a synchronisation.
 
         Args:
-            student_out: The student's logits ``[B, classes]``.
+            student_out: The student's logits ``[B, classes]``, or an output that holds them.
             target: int64 labels ``[B]`` for the cross-entropy; None leaves it out, for a task loss of your own.
 
         Returns:
@@ -189,9 +187,15 @@ class Kdiffusion(nn.Module):
 
         Raises:
             KDFastError: A network has not run.
-            ValueError: The two ran on different batches.
+            ValueError: The two ran on different batches, or the teacher is in training mode.
+            TypeError: ``student_out`` has no logits.
         """
         config, m = self.config, self.config.branches
+        if self._compares:
+            still_evaluated(self.teacher)
+        if self.training:
+            self._look()
+        student_out = logits_of(student_out)
         task = student_out.new_zeros((), dtype=torch.float32)
         if target is not None:
             task = F.cross_entropy(student_out.float(), target)
@@ -217,7 +221,15 @@ class Kdiffusion(nn.Module):
                 guided = self._guided(estimate, x0)
         self.parts = {"task": task.detach(), "middle": middle.detach(), "guided": guided.detach()}
         self._forget()
-        return task + config.alpha * middle + config.beta * guided
+        loss: Tensor = task + config.alpha * middle + config.beta * guided
+        return loss
+
+    def _look(self) -> None:
+        """Whether the optimizer has everything; the branches are the student's, but new."""
+        branches = [p for branch in self._branches for p in branch.parameters()]
+        among = {id(p) for p in branches}
+        rest = (p for p in self.student.parameters() if id(p) not in among)
+        self._watch(rest, {"the branches'": branches, OWN: self.bridges.parameters()})
 
     def _middle(
         self, branches: Tensor, x0: Tensor, order: Tensor, *, mean_needs_grad: bool
@@ -253,7 +265,7 @@ class Kdiffusion(nn.Module):
         images, labels = batch
         if self._compares:
             with torch.no_grad():
-                self.teacher(images)
+                still_evaluated(self.teacher)(images)
         loss: Tensor = self(self.student(images), labels)
         return loss
 
@@ -286,26 +298,13 @@ class Kdiffusion(nn.Module):
         Returns:
             By the student layer's name: the bridged branches ``[m, B, C, …]`` and the teacher's ``[B, C, …]``.
         """
-        training = self.training
-        self.eval()
-        self.teacher(images)
-        self.student(images)
-        found = {stage.op: self._features(at) for at, stage in enumerate(self.stages)}
-        self._forget()
-        self.train(training)
-        return found
-
-    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> list[str]:
-        """Names of trainable parameters that the optimizer does not have; warns if there are any."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in held]
-        if missing:
-            warnings.warn(
-                f"the optimizer lacks {len(missing)} parameters ({', '.join(missing[:3])}, …): make it after "
-                "Kdiffusion, over method.parameters()",
-                stacklevel=2,
-            )
-        return missing
+        try:
+            with evaluated(self):
+                self.teacher(images)
+                self.student(images)
+                return {stage.op: self._features(at) for at, stage in enumerate(self.stages)}
+        finally:
+            self._forget()
 
     def close(self) -> None:
         """Take the taps off the teacher."""
@@ -316,24 +315,6 @@ class Kdiffusion(nn.Module):
         self._taps.clear()
         for branches in self._branches:
             branches.stacked = None
-
-
-@contextmanager
-def _undone_on_failure(student: nn.Module, stages: Sequence[Stage]) -> Iterator[ExitStack]:
-    """Let a failure within the block leave the student as it was, and close what was entered."""
-    modes = {module: module.training for module in student.modules()}
-    names = {name for stage in stages for name in (stage.op, stage.norm) if name is not None}
-    layers = {name: module for name, module in student.named_modules() if name in names}
-    with ExitStack() as stack:
-        try:
-            yield stack
-        except BaseException:
-            for name, layer in layers.items():
-                student.set_submodule(name, layer)
-            for module, training in modes.items():
-                module.training = training
-            raise
-        stack.pop_all()  # all went well: what was entered stays
 
 
 class _Bridge(nn.Module):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from kdfast.methods.ssdkd.capture import CapturedStep, capturable
 from kdfast.methods.ssdkd.config import SSDKDConfig
 from kdfast.methods.ssdkd.generator import Generator, Pixels
 from kdfast.methods.ssdkd.views import Views
+from kdfast.models.modes import evaluated
+from kdfast.models.outputs import logits_of
 from kdfast.nn import BNStatisticsLoss
 from kdfast.replay import modulation
 
@@ -118,10 +121,10 @@ class Inversion:
         config = self.config
         adversarial = config.adv > 0 and self.rounds >= config.fill_epochs - 1
         self._begin(class_counts)
-        training = student.training
-        student.eval()
         self._watch(True)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._watch, False)
+            undo.enter_context(evaluated(student))
             key = (id(student), adversarial, torch.is_autocast_enabled(self.device.type))
             if key not in self._steps:
                 self._steps[key] = CapturedStep(
@@ -131,9 +134,6 @@ class Inversion:
                 )
             for _ in range(config.inversion_steps):
                 self._steps[key]()
-        finally:
-            self._watch(False)
-            student.train(training)
         self._end()
         return self.best
 
@@ -216,11 +216,11 @@ class Inversion:
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         config = self.config
         views = self.views(images)
-        logits = self.teacher(views).float()
+        logits = logits_of(self.teacher(views)).float()
         zero = logits.new_zeros(())
         bn = zero if self.statistics is None else self.statistics.loss()
         task, phi = self._task(logits) if config.oh else (zero, zero)
-        disagreement = self._disagreement(student(views).float(), logits) if adversarial else zero
+        disagreement = self._disagreement(logits_of(student(views)).float(), logits) if adversarial else zero
         loss = config.bn * bn + config.oh * task - config.adv * disagreement
         loss = loss + self._priors(views, logits)
         return loss, (bn.detach(), task.detach(), disagreement.detach(), phi.detach())

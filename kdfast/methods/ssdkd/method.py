@@ -17,13 +17,16 @@ from kdfast.methods.ssdkd.config import SSDKDConfig
 from kdfast.methods.ssdkd.contents import Contents
 from kdfast.methods.ssdkd.inversion import Inversion
 from kdfast.methods.ssdkd.views import Views
-from kdfast.models.roles import check_networks, chosen_student
+from kdfast.models.modes import evaluated
+from kdfast.models.outputs import logits_of
+from kdfast.models.roles import check_networks, chosen_student, still_evaluated
 from kdfast.replay import PrioritizedReplayBuffer
+from kdfast.training.learning import Learning
 
 __all__ = ["SSDKD"]
 
 
-class SSDKD:
+class SSDKD(Learning):
     """Small-scale data-free distillation: no image of the teacher's data is ever seen (Liu et al. 2024).
 
     The method owns the generator, the buffer and their random numbers; the student and its optimiser are yours. Every
@@ -90,7 +93,7 @@ class SSDKD:
         self._rng = torch.Generator(self.device).manual_seed(seed)
         self.views = Views(mean, std, padding=config.padding, flip=config.flip, rng=self._rng)
         with torch.no_grad():
-            logits = self.teacher(torch.zeros(2, *image_shape, device=self.device))
+            logits = logits_of(self.teacher(torch.zeros(2, *image_shape, device=self.device)))
         if logits.dim() not in (2, 4):
             raise ValueError(
                 f"teacher: gives shape {list(logits.shape)}, accepted: [B, C], or [B, C, H, W] for segmentation"
@@ -146,9 +149,10 @@ class SSDKD:
             uint8 ``[synthesis_batch, C, H, W]``, the new images.
 
         Raises:
-            ValueError: There is no student.
+            ValueError: There is no student, or the teacher is in training mode.
         """
         student = _bare(chosen_student(student, self.student))
+        still_evaluated(self.teacher)
         images = self.inversion.run(student, self.contents.class_counts())
         stored = images.mul(255).round_().to(torch.uint8)
         if self.buffer is not None:
@@ -160,11 +164,11 @@ class SSDKD:
     def _store(self, images: Tensor, student: nn.Module) -> None:
         """Score what is stored, not what was optimised: rounded, and as it is."""
         assert self.buffer is not None
-        training = student.training
-        student.eval()
         seen = self.views.plain(images)
-        scores = kd_statistics(student(seen), self.teacher(seen), self.config.priority_temperature, dim=1)
-        student.train(training)
+        with evaluated(student):
+            learned = logits_of(student(seen))
+        taught = logits_of(self.teacher(seen))
+        scores = kd_statistics(learned, taught, self.config.priority_temperature, dim=1)
         predicted = scores.teacher_class
         labels = predicted
         if predicted.dim() > 1:  # a row's label is its most frequent class; what is counted are the pixels
@@ -220,7 +224,7 @@ class SSDKD:
             The loss, 0-d. :attr:`parts` holds more numbers, 0-d tensors on the device.
 
         Raises:
-            ValueError: There is no student, or nothing has been synthesised yet.
+            ValueError: There is no student, nothing has been synthesised yet, or the teacher is in training mode.
         """
         student = self._ready_student(student)
         key = self._key(student)
@@ -276,15 +280,15 @@ class SSDKD:
         if self.buffer is None:
             seen = self.views(self.inversion.fresh())
             with torch.no_grad():
-                taught = self.teacher(seen)
-            return self(student(seen), taught)
+                taught = logits_of(self.teacher(seen))
+            return self(logits_of(student(seen)), taught)
         drawn = self.buffer.sample(
             self.batch_size, stratified=self.config.stratified, max_normalize=self.config.max_normalize
         )
         seen = self.views(drawn.samples)
         with torch.no_grad():
-            taught = self.teacher(seen)
-        learned = student(seen)
+            taught = logits_of(self.teacher(seen))
+        learned = logits_of(student(seen))
         loss = self(learned, taught, weight=drawn.weight)
         scores = kd_statistics(learned, taught, self.config.priority_temperature, dim=1)
         kl = _per_image(scores.kl)
@@ -327,6 +331,7 @@ class SSDKD:
 
     def _ready_student(self, student: nn.Module | None) -> nn.Module:
         student = chosen_student(student, self.student)
+        still_evaluated(self.teacher)
         if not self.rounds:
             raise ValueError("step: nothing to learn from; call synthesize() first")
         return student
