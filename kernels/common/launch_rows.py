@@ -93,6 +93,8 @@ def launch_rows(
     scale: Scale,
     upstream: torch.Tensor | None,
     exit_if_one: bool,
+    *,
+    in_launch: bool = True,
     **own: Any,
 ) -> None:
     """Launch ``kernel`` and fill ``rows``, ``loss`` (summed in this launch, in a fixed order) and the gradients.
@@ -106,9 +108,11 @@ def launch_rows(
         scale: The row factors.
         upstream: Multiplies loss and gradients: one value, or contiguous, one a row.
         exit_if_one: Do nothing if the single upstream value is 1: the gradients are there already.
+        in_launch: False: ``loss`` is passed and not written. (Without it a cluster's kernel spills on sm_100.)
         **own: What only this kernel takes, and the launch's warps.
     """
     student = at.tensors[0]
+    reduce = in_launch and loss is not None
     single = upstream is not None and upstream.dim() == 0
     with device_guard(student):
         launch(
@@ -117,8 +121,8 @@ def launch_rows(
             *at.tensors,
             rows,
             loss,
-            None if loss is None else student.new_empty(grid, dtype=torch.float32),
-            None if loss is None else arrival_counter(student.device),
+            student.new_empty(grid, dtype=torch.float32) if reduce else None,
+            arrival_counter(student.device) if reduce else None,
             scale.weight,
             scale.mask,
             upstream,
@@ -136,7 +140,7 @@ def launch_rows(
             UPSTREAM=0 if upstream is None else 1 if single else 2,
             EARLY_EXIT=exit_if_one and single,
             STORE_ROWS=rows is not None,
-            REDUCE=loss is not None,
+            REDUCE=reduce,
             enable_fp_fusion=True,
             **{name: gradient is not None for name, gradient in zip(_GRADIENTS, at.gradients)},
             **own,

@@ -7,7 +7,7 @@ What a column needs is kept as [5, V]: mean of q and p, 1/D, v_s, v_t.
 import triton
 import triton.language as tl
 
-from ..common.rows import finished, in_strides, more_logits, no_logits, scalar
+from ..common.rows import finished, in_strides, more_logits_of_two, no_logits, scalar
 
 
 @triton.jit
@@ -71,8 +71,7 @@ def dist_rows_kernel(
         classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
         live = valid[:, None] & (classes < V)[None, :]
         s, t = _tile(s_ptr, s_at, classes, s_class, live), _tile(t_ptr, t_at, classes, t_class, live)
-        s_peak, s_acc = more_logits(s_peak, s_acc, s, k)
-        t_peak, t_acc = more_logits(t_peak, t_acc, t, k)
+        s_peak, t_peak, s_acc, t_acc = more_logits_of_two(s_peak, t_peak, s_acc, t_acc, s, t, k)
     s_top, t_top = tl.max(s_peak, axis=1), tl.max(t_peak, axis=1)
     s_log = s_top * k + tl.log2(tl.sum(s_acc * tl.exp2((s_peak - s_top[:, None]) * k), axis=1))
     t_log = t_top * k + tl.log2(tl.sum(t_acc * tl.exp2((t_peak - t_top[:, None]) * k), axis=1))

@@ -12,7 +12,7 @@ from ..common.rows import (
     finished,
     gradient_row,
     in_strides,
-    more_logits,
+    more_logits_of_two,
     no_logits,
     row_scale,
     store_gradient,
@@ -201,8 +201,7 @@ def pair_loop_kernel(
         live = classes < V
         s = others(s_row + classes * s_class, live, classes == target, KIND)
         t = others(t_row + classes * t_class, live, classes == target, KIND)
-        s_peak, s_acc = more_logits(s_peak, s_acc, s, k)
-        t_peak, t_acc = more_logits(t_peak, t_acc, t, k)
+        s_peak, t_peak, s_acc, t_acc = more_logits_of_two(s_peak, t_peak, s_acc, t_acc, s, t, k)
     s_max, t_max = tl.max(s_peak, axis=0), tl.max(t_peak, axis=0)
     s_top, t_top = s_max * k, t_max * k
     s_sum = tl.sum(s_acc * tl.exp2((s_peak - s_max) * k), axis=0)

@@ -36,7 +36,7 @@ _MSE_SCHEMA = (
 def _norm(flat: Sequence[Any]) -> BatchNorm:
     weight, bias, mean, var, training, eps = flat
     # In training the running statistics take no part here: the caller moves them.
-    held = (None, None) if training else (mean, var)
+    held: tuple[Tensor | None, Tensor | None] = (None, None) if training else (mean, var)
     return BatchNorm(weight, bias, *held, None, training, 0.0, eps)
 
 
