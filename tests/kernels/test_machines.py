@@ -19,20 +19,20 @@ import kdfast
 from kdfast.functional import kd_kl_div
 from tests.conftest import INTERPRETING
 from tests.support.conformance import ConformanceSuite, OpCase, as_tuple, assert_verbose_allclose, relayout
+from tests.support.machines import MACHINES, lowered
 
 pytest.importorskip("triton")
 
-from kdfast.kernels.kl import launch as kl_launch  # noqa: E402
-from kdfast.kernels.kl import plan as kl_planning  # noqa: E402
-from kdfast.kernels.machine import Machine, machine_of, triton_version, use_machine  # noqa: E402
+from kdfast.kernels.kl import launch as kl_launch
+from kdfast.kernels.kl import plan as kl_planning
+from kdfast.kernels.machine import Machine, machine_of, triton_version, use_machine
+
+__all__ = ["lowered"]  # a fixture
 
 interpreted = [
     pytest.mark.interpreter,
     pytest.mark.skipif(not INTERPRETING, reason="a GPU is the machine that it is"),
 ]
-
-#: A100, H100 (also with Triton 3.6, which lays tiles out differently), B200, and what the interpreter is.
-MACHINES = ("80:108", "90:132", "90:132:3.6", "100:148", "0:1")
 
 #: The families whose plans ask for the machine, and those that ask for sizes alone.
 BY_MACHINE = (
@@ -53,23 +53,10 @@ BY_SIZE = (
     "images.test_images",
 )
 
-#: (module, threshold, what it is lowered to): below these sizes a plan takes what it takes for small ones.
-LOWERED = (
-    ("kl.plan", "MAX_ROW", 32),
-    ("kl.plan", "MAX_CLUSTER_ROW", 128),
-    ("kl.plan", "CLUSTER_PART", 32),
-    ("kl.plan", "LONG_BLOCK", 16),
-    ("kl.plan", "SPLIT_BLOCK", 8),
-    ("kl.plan", "MAX_CLASSES", 6),
-    ("kl.plan", "MAX_TUPLE", 4),
-    ("kl.plan", "MIN_WINDOW", 9),
-    ("pair.plan", "MAX_ROW", 8),
-    ("pair.plan", "MAX_CLASSES", 4),
-    ("norm.plan", "SMALL", 0),
-    ("denoise.plan", "SMALL", 0),
-)
 
-Planned = NamedTuple("Planned", [("case", OpCase), ("machine", str)])
+class Planned(NamedTuple):
+    case: OpCase
+    machine: str
 
 
 def _cases(modules: tuple[str, ...]) -> Iterator[OpCase]:
@@ -90,25 +77,6 @@ def _planned() -> list[Any]:
     pairs = [Planned(case, machine) for case in _cases(BY_MACHINE) for machine in MACHINES]
     pairs += [Planned(case, "90:132") for case in _cases(BY_SIZE)]
     return [pytest.param(planned, id=f"{planned.case.name}-{planned.machine}") for planned in pairs]
-
-
-@pytest.fixture
-def lowered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module, name, value in LOWERED:
-        monkeypatch.setattr(importlib.import_module(f"kdfast.kernels.{module}"), name, value)
-    _forget_plans()
-    with kdfast.use_backend("triton"):
-        yield
-    monkeypatch.undo()
-    _forget_plans()
-
-
-def _forget_plans() -> None:
-    for name, module in list(sys.modules.items()):
-        if name.startswith("kdfast.kernels.") and name.endswith(".plan"):
-            for function in vars(module).values():
-                if hasattr(function, "cache_clear"):
-                    function.cache_clear()
 
 
 def _small(case: OpCase) -> list[tuple[int, ...]]:
