@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdfast import capture
+from kdfast.reference import denoise as reference
 
 
 class _Tape(TorchDispatchMode):
@@ -45,6 +46,11 @@ class TapedGraph:
                         old.copy_(new)
 
 
+def _on_the_device(table: torch.Tensor, step: Any) -> list[torch.Tensor]:
+    at = torch.as_tensor(step).reshape(1)
+    return list(table.index_select(0, at)[0].unbind(0))
+
+
 def on_a_cpu(patch: pytest.MonkeyPatch) -> list[TapedGraph]:
     """Record with :class:`TapedGraph` from now on; the list gets every recording."""
     made: list[TapedGraph] = []
@@ -56,6 +62,8 @@ def on_a_cpu(patch: pytest.MonkeyPatch) -> list[TapedGraph]:
         made.append(TapedGraph(body))
         return made[-1], made[-1].result
 
+    # On a CPU the reference looks its coefficients up on the host, which a recording would freeze.
+    patch.setattr(reference, "coefficients", _on_the_device)
     patch.setattr(capture, "record", record)
     patch.setattr(capture, "can_capture", lambda device: True)
     return made
