@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kdfast.capture import autocast_state, has_hooks, module_state
 from kdfast.diffusion.loop import Mode, SamplingLoop, StaticStep, class_denoiser, resolve_mode, text_denoiser
-from kdfast.diffusion.plans import SamplerPlan, fused_scheduler, sampler_plan
+from kdfast.diffusion.plans import SCHEDULERS, SamplerPlan, fused_scheduler, sampler_plan
 from kdfast.diffusion.schedulers.common import diffusers
 from kdfast.errors import ConfigError
 from kdfast.functional.denoise import Order
@@ -48,8 +49,13 @@ class _State:
 
     original: type
     scheduler: Any
+    fused: Any
     mode: Mode
     loops: OrderedDict[Any, SamplingLoop] = field(default_factory=OrderedDict)
+    settings: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.settings = dict(self.fused.config)
 
 
 def accelerate_pipeline(pipe: P, *, mode: Mode = "auto") -> P:
@@ -87,7 +93,7 @@ def accelerate_pipeline(pipe: P, *, mode: Mode = "auto") -> P:
     scheduler = pipe.scheduler  # type: ignore[attr-defined]
     ours = fused_scheduler(scheduler)
     pipe.register_modules(scheduler=ours)  # type: ignore[attr-defined]
-    pipe.__dict__[_STATE] = _State(kind, scheduler, mode)
+    pipe.__dict__[_STATE] = _State(kind, scheduler, ours, mode)
     pipe.__class__ = _accelerated(kind)
     return pipe
 
@@ -101,8 +107,19 @@ def restore_pipeline(pipe: P) -> P:
     state = pipe.__dict__.pop(_STATE, None)
     if state is not None:
         pipe.__class__ = state.original
-        pipe.register_modules(scheduler=state.scheduler)  # type: ignore[attr-defined]
+        pipe.register_modules(scheduler=_plain_scheduler(pipe, state))  # type: ignore[attr-defined]
     return pipe
+
+
+def _plain_scheduler(pipe: Any, state: _State) -> Any:
+    """What the pipeline would step with if it had never been accelerated, with all that was set since."""
+    scheduler = pipe.scheduler
+    if scheduler is state.fused and dict(scheduler.config) == state.settings:
+        return state.scheduler
+    if type(scheduler) not in SCHEDULERS.values():
+        return scheduler  # the user's own choice
+    namesake = getattr(diffusers, type(scheduler).__name__)
+    return namesake.from_config({k: v for k, v in scheduler.config.items() if not k.startswith("_")})
 
 
 def _state(pipe: Any) -> _State | None:
@@ -169,12 +186,21 @@ def _loop(
     state = _state(pipe)
     if state is None:  # pragma: no cover - only called on an accelerated pipeline
         raise ConfigError("pipe: is not accelerated")
-    facts = tuple((name, tuple(value.shape)) for name, value in conditions.items())
-    tables = (plan.table.cpu().numpy().tobytes(), plan.timesteps.cpu().numpy().tobytes(), plan.init_sigma)
     device = latents.device
-    # Offloading hooks move weights to other addresses, which a graph would not follow.
-    mode: Mode = "eager" if hasattr(model, "_hf_hook") else state.mode
-    key = (id(model), tuple(latents.shape), device, model.dtype, facts, tables, guidance_scale, mode)
+    # Hooks run with every call, move weights to other addresses, skip blocks: nothing that a graph would follow.
+    mode: Mode = "eager" if has_hooks(model) else state.mode
+    key = (
+        module_state(model),
+        autocast_state(device),
+        torch.is_inference_mode_enabled(),
+        tuple(latents.shape),
+        device,
+        model.dtype,
+        tuple((name, value.shape, value.dtype) for name, value in conditions.items()),
+        plan.facts(),
+        guidance_scale,
+        mode,
+    )
     loop = state.loops.pop(key, None)
     if loop is None:
         step = StaticStep(
@@ -249,6 +275,10 @@ def _sample_stable_diffusion(pipe: Any, values: Mapping[str, Any]) -> Any:
     if plan is None or plan.learned_variance or model.config.time_cond_proj_dim is not None:
         return None
     height, width = _image_size(pipe, values)
+    # What the pipeline's own call leaves behind for its properties.
+    for name in ("guidance_scale", "guidance_rescale", "clip_skip", "cross_attention_kwargs"):
+        setattr(pipe, f"_{name}", values[name])
+    pipe._interrupt, pipe._num_timesteps = False, len(plan)
     scale, generator = float(values["guidance_scale"]), values["generator"]
     embeds, negative = _encode(pipe, values, height, width, guided=scale > 1)
     start = pipe.prepare_latents(

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from kdfast import capture
 from kdfast.diffusion.plans import SamplerPlan
 from kdfast.errors import ConfigError
 from kdfast.functional.denoise import Order, guidance
@@ -26,9 +27,6 @@ from kdfast.ops.denoise import eager as ops
 Mode = Literal["auto", "graph", "compile", "eager"]
 #: Called with the model input, a timestep for each of its rows, and the conditions; returns the raw output.
 Denoiser = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-
-#: torch's CUDA classes have no types.
-cuda: Any = torch.cuda
 
 # A captured graph must not be the first to run anything: kernels are compiled and workspaces made before.
 _WARM_UP = 3
@@ -65,6 +63,23 @@ class StaticStep:
         seeded: bool = True,
     ) -> None:
         self.denoiser, self.plan = denoiser, plan
+        with torch.inference_mode(False):  # a first call under it must not forbid later ones without
+            self._allocate(
+                plan, shape, device, dtype, conditions, seeded, guidance_scale, order, cfg_channels
+            )
+
+    def _allocate(
+        self,
+        plan: SamplerPlan,
+        shape: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+        conditions: Mapping[str, Tensor],
+        seeded: bool,
+        guidance_scale: float | None,
+        order: Order,
+        cfg_channels: int | None,
+    ) -> None:
         self._guidance = guidance(guidance_scale, order, cfg_channels)
         self._copies = 1 if guidance_scale is None else 2
         rows = self._copies * shape[0]
@@ -140,11 +155,10 @@ class SamplingLoop:
     """
 
     def __init__(self, step: StaticStep, mode: Mode = "auto") -> None:
-        on_cuda = step.latents.device.type == "cuda"
         self.step, self.mode = step, resolve_mode(mode, step.latents.device)
         if self.mode == "compile":
             step.denoiser = torch.compile(step.denoiser, dynamic=False)
-        self._capture = on_cuda and self.mode != "eager"
+        self._capture = capture.can_capture(step.latents.device) and self.mode != "eager"
         self._graph: Any = None
 
     @torch.no_grad()
@@ -191,28 +205,26 @@ def resolve_mode(mode: Mode, device: torch.device) -> Mode:
     """
     if mode not in get_args(Mode):
         raise ConfigError(f"mode: got {mode!r}, accepted: {', '.join(get_args(Mode))}")
-    if mode == "graph" and device.type != "cuda":
+    if mode == "graph" and not capture.can_capture(device):
         raise ConfigError(
             f"mode: got 'graph' on {device}, accepted: a CUDA device for it, or 'compile' or 'eager'"
         )
     if mode == "auto":
-        return "graph" if device.type == "cuda" else "eager"
+        return "graph" if capture.can_capture(device) else "eager"
     return mode
 
 
 def record(step: StaticStep) -> Any:
     """Capture ``step`` as a CUDA graph, after running it a few times on a stream of its own."""
-    side = cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP):
-            step.counter.zero_()  # a sampler may have fewer steps than this
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # Threads of the data path keep using the device meanwhile; only this thread's calls are recorded.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+    # A sampler may have fewer steps than there are rehearsals. Threads of the data path keep using the device
+    # meanwhile; only this thread's calls are recorded.
+    graph, _ = capture.record(
+        step,
+        step.latents.device,
+        rehearsals=_WARM_UP,
+        before=step.counter.zero_,
+        error_mode="thread_local",
+    )
     return graph
 
 

@@ -6,7 +6,7 @@ with the timesteps beside them, they are all that a captured loop reads: no sche
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -58,6 +58,11 @@ class SamplerPlan:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def facts(self) -> tuple[Any, ...]:
+        """All of it as a key: equal where the same recording does."""
+        values = (getattr(self, each.name) for each in fields(self))
+        return tuple(v.cpu().numpy().tobytes() if isinstance(v, Tensor) else v for v in values)
 
 
 def fused_scheduler(scheduler: Any) -> Any:

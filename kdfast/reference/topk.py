@@ -22,7 +22,7 @@ def topk_rows(
 ) -> torch.Tensor:
     """KL over the k kept classes and, for ``bucket``, all others as one outcome; without the factor T²."""
     dtype = compute_dtype(student)
-    present = (index >= 0) & (logits > -math.inf)
+    present = (index >= 0) & (logits != -math.inf)  # NaN is no padding
     safe = index.clamp(min=0)
     scaled = student.to(dtype) / temperature
     kept = (logits.to(dtype) / temperature).masked_fill(~present, -math.inf)

@@ -66,7 +66,7 @@ def kd_kl(
         scale: The row factors.
         reduce: Also sum the rows, in this launch and in a fixed order.
         want_rows: Store the rows (implied when not ``reduce``).
-        grad_student: Written with the gradient, when given; its own strides.
+        grad_student: Written with the gradient, when given; its own strides. It may be ``student`` itself.
         grad_teacher: The same for the teacher.
         upstream: Multiplies loss and gradients: one value, or contiguous, one a row.
         exit_if_one: Do nothing if the single upstream value is 1: the gradients are there already.
@@ -171,7 +171,15 @@ def _plan(at: Rows, *, plain: bool) -> KLPlan:
         unaligned=unaligned,
         both=grad_teacher is not None,
         plain=plain,
+        in_place=_in_place(at),
     )
+
+
+def _in_place(at: Rows) -> bool:
+    """Whether a gradient lies in the memory of the logits."""
+    reads, gradients = at.tensors[:2], at.tensors[2:]
+    held = [x.untyped_storage().data_ptr() for x in reads if x is not None]
+    return any(x is not None and x.untyped_storage().data_ptr() in held for x in gradients)
 
 
 def _kernel(plan: KLPlan, at: Rows) -> tuple[Any, dict[str, Any]]:

@@ -13,8 +13,11 @@ from ..machine import Machine
 
 #: A row pair up to this many classes stays in one program's registers.
 MAX_ROW = 16384
-#: The same for a cluster of programs.
+#: The same for a cluster of programs, and what one of them holds.
 MAX_CLUSTER_ROW = 131072
+CLUSTER_PART = 16384
+#: Classes that the two-pass kernel reads at once.
+LONG_BLOCK = 4096
 #: The same for the class dimension of [B, C, H, W], as a tile and as tuples.
 MAX_CLASSES = 512
 MAX_TUPLE = 40
@@ -50,6 +53,7 @@ def kl_plan(
     unaligned: bool = False,
     both: bool = False,
     plain: bool = True,
+    in_place: bool = False,
 ) -> KLPlan:
     """Choose the launch plan of the KL kernels.
 
@@ -67,13 +71,14 @@ def kl_plan(
         unaligned: Rows lie class by class, alike in every tensor, and begin where 16 bytes do not.
         both: The teacher's gradient is wanted, too.
         plain: Nothing but KL is computed; only the tile and the two-pass kernel know anything else.
+        in_place: A gradient goes over its logits: no program may read what another has written.
     """
     if class_stride != 1 and inner > 1 and num_classes <= MAX_CLASSES:
         return _across_plan(num_classes, itemsize, both, plain)
-    window = 16 // itemsize if unaligned and plain and num_classes >= MIN_WINDOW else 0
+    window = 16 // itemsize if unaligned and plain and not in_place and num_classes >= MIN_WINDOW else 0
     padded = max(2, triton.next_power_of_2(num_classes))
     if padded > (MAX_ROW if plain else MAX_ROW // 2):
-        return _long_plan(padded, num_rows, machine, both, plain)
+        return _long_plan(padded, num_rows, machine, both, plain, in_place)
     if window:
         return _chunked_plan(num_classes, itemsize, window)
     if padded > 1024:
@@ -120,9 +125,12 @@ def _across_plan(num_classes: int, itemsize: int, both: bool, plain: bool) -> KL
     return KLPlan("classes", CLASS_PIXEL, padded, pixels, 1, warps)
 
 
-def _long_plan(padded: int, num_rows: int, machine: Machine, both: bool, plain: bool) -> KLPlan:
+def _long_plan(
+    padded: int, num_rows: int, machine: Machine, both: bool, plain: bool, in_place: bool
+) -> KLPlan:
     """Rows that outgrow one program's registers: programs a row, or one that reads it twice."""
-    if plain and num_rows < machine.multiprocessors:
+    # A split row's programs may each read all of it once more, whatever the others have stored by then.
+    if plain and not in_place and num_rows < machine.multiprocessors:
         # Too few rows to fill the machine: two programs a multiprocessor, of two blocks at least.
         splits = min(
             32, padded // (2 * SPLIT_BLOCK), triton.next_power_of_2(2 * machine.multiprocessors // num_rows)
@@ -132,5 +140,13 @@ def _long_plan(padded: int, num_rows: int, machine: Machine, both: bool, plain: 
     limit = MAX_CLUSTER_ROW // 2 if both else MAX_CLUSTER_ROW
     clusters = machine.capability >= 90 and machine.triton >= (3, 8) and padded <= limit
     if plain and clusters:
-        return KLPlan("cluster", ONE_ROW, padded, 1, 1, 16, num_ctas=padded // (8192 if both else 16384))
-    return KLPlan("two_pass", ONE_ROW, 4096, 1, 1, 8)
+        return KLPlan(
+            "cluster",
+            ONE_ROW,
+            padded,
+            1,
+            1,
+            16,
+            num_ctas=padded // (CLUSTER_PART // 2 if both else CLUSTER_PART),
+        )
+    return KLPlan("two_pass", ONE_ROW, LONG_BLOCK, 1, 1, 8)

@@ -18,7 +18,7 @@ from ..common.rows import (
     store_gradient,
 )
 from ..common.tile import over_classes, per_row, store_losses, tile_at, tile_rows
-from .terms import binary_terms, clamped_gap, odds, others, pair_terms
+from .terms import binary_terms, clamped_gap, odds, others, pair_terms, row_gradient
 
 
 @triton.jit
@@ -91,13 +91,14 @@ def pair_tile_kernel(
     binary = divergence * 0.0
     s_slope, t_slope = binary, binary
     if KIND == 1:
+        known = valid & (target >= 0) & (target < V)
         binary, s_slope, t_slope = binary_terms(
-            odds(s_ptr, tl.where(valid, s_row + target * s_class, 0), k, s_top, s_sum),
-            odds(t_ptr, tl.where(valid, t_row + target * t_class, 0), k, t_top, t_sum),
+            odds(s_ptr, s_row + target * s_class, known, k, s_top, s_sum),
+            odds(t_ptr, t_row + target * t_class, known, k, t_top, t_sum),
         )
         binary, s_slope, t_slope = alpha * binary, alpha * s_slope, alpha * t_slope
 
-    g = tl.where(counts, scale * inv_t, 0.0)
+    g = row_gradient(counts, scale, inv_t, log_ratio)
     keep = per_row(counts, LAYOUT)  # a row that does not count gets 0, even where its logits are NaN
     gs_at = tile_at(outer, within, classes, gs_outer, gs_inner, gs_class, LAYOUT)
     gt_at = tile_at(outer, within, classes, gt_outer, gt_inner, gt_class, LAYOUT)
@@ -212,12 +213,13 @@ def pair_loop_kernel(
     binary = s_top * 0.0
     s_slope, t_slope = binary, binary
     if KIND == 1:
+        known = (target >= 0) & (target < V)
         binary, s_slope, t_slope = binary_terms(
-            odds(s_row, target.to(tl.int64) * s_class, k, s_top, s_sum),
-            odds(t_row, target.to(tl.int64) * t_class, k, t_top, t_sum),
+            odds(s_row, target.to(tl.int64) * s_class, known, k, s_top, s_sum),
+            odds(t_row, target.to(tl.int64) * t_class, known, k, t_top, t_sum),
         )
         binary, s_slope, t_slope = alpha * binary, alpha * s_slope, alpha * t_slope
-    g = tl.where(counts, scale * inv_t, 0.0)
+    g = row_gradient(counts, scale, inv_t, log_ratio)
     gs_row = gradient_row(gs_ptr, outer, within, gs_outer, gs_inner, GRAD_S)
     gt_row = gradient_row(gt_ptr, outer, within, gt_outer, gt_inner, GRAD_T)
     divergence, s_total, t_total = _walk(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import triton
 
+from ..machine import chosen_machine
+
 #: Rows above this are gathered by a launch of their own.
 FUSED_ROW_BYTES = 16 * 1024
 #: What one program of that launch moves.
@@ -28,8 +30,8 @@ class ReplayPlan:
 
 
 def interpreting() -> bool:
-    """Whether kernels run in the interpreter."""
-    return bool(triton.knobs.runtime.interpret)
+    """Whether kernels run in the interpreter, and for its own sake: not planned for another machine."""
+    return bool(triton.knobs.runtime.interpret) and chosen_machine() is None
 
 
 def sample_plan(row_words: int) -> ReplayPlan:

@@ -34,7 +34,7 @@ def topk_kernel(
     index = tl.load(index_ptr + at, mask=lane < K, other=-1)
     inside = (index >= 0) & (index < V)
     t = tl.load(logit_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
-    present = inside & (t > float("-inf"))
+    present = inside & (t != float("-inf"))  # NaN is no padding
     x = load_logits(s_row, index, s_class, present)
     t_top = tl.max(t, axis=0) * k
     if NORMALIZER:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast import capture
+
 __all__ = ["CapturedLoss", "CapturedStep", "capturable", "optimizer_capturable"]
 
 # Calls that run eagerly before a graph is captured: libraries choose algorithms and allocate workspaces, optimisers
@@ -17,15 +19,15 @@ WARM_UP = 3
 
 def capturable(device: torch.device, *, wanted: bool = True) -> bool:
     """Whether steps on this device are captured; fp16 is not, since its gradients are scaled outside of the step."""
-    if not wanted or device.type != "cuda":
+    if not wanted or not capture.can_capture(device):
         return False
     return not (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16)
 
 
 def optimizer_capturable(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimiser's step can be captured, and a rate that changes be seen by the replays."""
+    """Whether an optimiser's step can be captured, and a rate that changes be seen by the replays: it is a tensor."""
     return all(
-        group.get("capturable", False) or (group.get("fused", False) and isinstance(group["lr"], Tensor))
+        isinstance(group["lr"], Tensor) and (group.get("capturable", False) or group.get("fused", False))
         for group in optimizer.param_groups
     )
 
@@ -34,19 +36,12 @@ class _Graph:
     """A graph of a function without arguments, and the tensors that it fills at each replay."""
 
     def __init__(self, body: Callable[[], Any], rng: torch.Generator) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        self._graph.register_generator_state(rng)
-        cached = torch.is_autocast_cache_enabled()
-        # Weights that autocast had converted before the capture would be stale at every replay.
-        torch.set_autocast_cache_enabled(False)
-        try:
-            with torch.cuda.graph(self._graph):
-                self.result = body()
-        finally:
-            torch.set_autocast_cache_enabled(cached)
+        self.replays = 0
+        self._graph, self.result = capture.record(body, rng.device, rng=rng)
 
     def replay(self) -> Any:
         self._graph.replay()
+        self.replays += 1
         return self.result
 
 
@@ -105,7 +100,8 @@ class CapturedLoss:
             return self._body()
         if self._graph is None:
             self._graph = _Graph(self._with_gradients, self._rng)
-        loss: Tensor = ReadyGradients.apply(self._graph.replay, *self.parameters)  # type: ignore[no-untyped-call]
+        graph = self._graph
+        loss: Tensor = ReadyGradients.apply(graph.replay, lambda: graph.replays, *self.parameters)  # type: ignore[no-untyped-call]
         return loss
 
     def _with_gradients(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -118,16 +114,32 @@ class ReadyGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, compute: Callable[[], tuple[Tensor, Sequence[Tensor | None]]], *parameters: Tensor
+        ctx: Any,
+        compute: Callable[[], tuple[Tensor, Sequence[Tensor | None]]],
+        version: Callable[[], int],
+        *parameters: Tensor,
     ) -> Tensor:
-        """The loss; ``compute`` returns it together with one gradient for each parameter."""
+        """The loss; ``compute`` returns it together with one gradient for each parameter.
+
+        ``version`` changes with each call of ``compute``, which writes over the gradients of the one before.
+        """
         loss, ctx.gradients = compute()
+        ctx.version, ctx.made = version, version()
         # A copy: the next replay writes over the graph's own.
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients, scaled."""
+        """The gradients, scaled.
+
+        Raises:
+            RuntimeError: They are gone: another loss was computed since.
+        """
+        if ctx.version() != ctx.made:
+            raise RuntimeError(
+                "SSDKD.step(): backward() of an earlier loss, whose gradients the next step() has written over; call "
+                "backward() before the next step(), or make the method with cuda_graphs=False"
+            )
         present = [gradient for gradient in ctx.gradients if gradient is not None]
         scaled = iter(torch._foreach_mul(present, upstream))
-        return (None, *(None if gradient is None else next(scaled) for gradient in ctx.gradients))
+        return (None, None, *(None if gradient is None else next(scaled) for gradient in ctx.gradients))

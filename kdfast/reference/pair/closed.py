@@ -169,4 +169,5 @@ def _others(
     largest, place = scaled.max(-1, keepdim=True)
     log = torch.log_softmax(scaled, -1)
     # log-sum-exp = a logit minus its log-probability; the largest loses least.
-    return log, own - (largest - log.gather(-1, place)), scaled
+    odds = own - (largest - log.gather(-1, place))
+    return log, odds.masked_fill_(~odds.isfinite(), math.nan), scaled  # as rows.py has it

@@ -50,9 +50,14 @@ def dkd_rows(
     def split(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scaled = logits.to(dtype) / temperature
         others = scaled.masked_fill(is_target, -math.inf)
-        odds = scaled.gather(dim, index).squeeze(dim) - torch.logsumexp(others, dim)
+        odds = _finite(scaled.gather(dim, index).squeeze(dim) - torch.logsumexp(others, dim))
         return others, torch.stack([odds, torch.zeros_like(odds)], -1)
 
     s_others, s_binary = split(student)
     t_others, t_binary = split(teacher)
     return alpha * kd_kl_rows(s_binary, t_binary, 1.0, -1) + beta * kd_kl_rows(s_others, t_others, 1.0, dim)
+
+
+def _finite(odds: torch.Tensor) -> torch.Tensor:
+    """NaN where a target is absent or not a number: no divergence is finite there, and no gradient right."""
+    return torch.where(odds.isfinite(), odds, odds * math.nan)
