@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from kdfast.data.writer import ShardWriter
-from kdfast.diffusion.loop import Mode, cuda
+from kdfast.diffusion.loop import Mode
 from kdfast.diffusion.notes import REFUSED, SCORES, Scores, note, noted
 from kdfast.diffusion.overlap import Background
 from kdfast.diffusion.parts import check_same_run, joined, merge_parts, part_directory, shard_range
@@ -320,7 +320,7 @@ class _Finish:
 
     def __init__(self, owner: Synthesizer, writer: ShardWriter, scores: Scores | None, done: int) -> None:
         self._owner, self._writer, self._scores, self.done = owner, writer, scores, done
-        self._stream = cuda.Stream(owner.device) if owner.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(owner.device) if owner.device.type == "cuda" else None
 
     def __call__(self, batch: tuple[torch.Tensor, list[int], list[dict[str, int]]]) -> None:
         latents, labels, refused = batch
