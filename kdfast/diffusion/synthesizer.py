@@ -320,7 +320,7 @@ class _Finish:
 
     def __init__(self, owner: Synthesizer, writer: ShardWriter, scores: Scores | None, done: int) -> None:
         self._owner, self._writer, self._scores, self.done = owner, writer, scores, done
-        self._stream = torch.cuda.Stream(owner.device) if owner.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(owner.device) if owner.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def __call__(self, batch: tuple[torch.Tensor, list[int], list[dict[str, int]]]) -> None:
         latents, labels, refused = batch
