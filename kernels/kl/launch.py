@@ -76,6 +76,7 @@ def kd_kl(
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.
     """
+    scale = scale.on(student.device)
     rows, loss = outputs(student, dim, reduce=reduce, want_rows=want_rows)
     if student.numel() == 0:
         return loss.zero_() if loss is not None else rows.zero_()
