@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 
+from kdfast.capture import cuda
 from kdfast.data.writer import ShardWriter
-from kdfast.diffusion.loop import Mode, cuda
+from kdfast.diffusion.loop import Mode
 from kdfast.diffusion.notes import REFUSED, SCORES, Scores, note, noted
 from kdfast.diffusion.overlap import Background
 from kdfast.diffusion.parts import check_same_run, joined, merge_parts, part_directory, shard_range

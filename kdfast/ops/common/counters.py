@@ -11,4 +11,5 @@ def fresh_counters() -> contextlib.AbstractContextManager[None]:
     """:func:`kdfast.kernels.launch.fresh_counters`, imported when an op is about to launch."""
     from kdfast.kernels import launch
 
-    return launch.fresh_counters()
+    fresh: contextlib.AbstractContextManager[None] = launch.fresh_counters()
+    return fresh
