@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -77,16 +78,37 @@ def as_rows(tensors: Sequence[torch.Tensor], dim: int) -> RowLayout | None:
     return RowLayout(outer, inner, list(zip(outer_strides, inner_strides, class_strides)))
 
 
+_compiled = threading.local()
+
+
+@contextlib.contextmanager
+def fresh_counters() -> Iterator[None]:
+    """Keep no counter inside a block: for registered ops, which a compiler runs.
+
+    Its first run may direct every allocation into the memory pool of a CUDA graph (torch.compile with
+    mode="reduce-overhead"), and nothing in there may outlive the call.
+    """
+    before, _compiled.fresh = getattr(_compiled, "fresh", False), True
+    try:
+        yield
+    finally:
+        _compiled.fresh = before
+
+
 _counters: dict[tuple[int | None, int], torch.Tensor] = {}
 
 
 def arrival_counter(device: torch.device, count: int = 1) -> torch.Tensor:
     """Zeros, at least ``count``, that kernels count their finished programs in, and leave at zero.
 
-    One set a stream, since launches of two streams may overlap. While a graph is captured it is a fresh one:
-    memory of the graph's pool must not outlive it in a cache.
+    One set a stream, since launches of two streams may overlap. While a graph is captured, and in a registered op
+    (:func:`fresh_counters`), it is a fresh one: memory of a graph's pool must not outlive it in a cache.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if (
+        device.type != "cuda"
+        or getattr(_compiled, "fresh", False)
+        or torch.cuda.is_current_stream_capturing()
+    ):
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _counters or _counters[key].numel() < count:

@@ -68,7 +68,7 @@ INSERTIONS = (
     Insertion("kdfast/nn/__init__.py", "from kdfast.nn.${name} import ${Class}Loss\n", FUTURE),
     Insertion("kdfast/nn/__init__.py", '    "${Class}Loss",\n', PUBLIC),
     Insertion(
-        "kdfast/benchmarks/run.py", '    "${name}": ("losses",),\n', r'^    "linear": \("losses",\),\n'
+        "kdfast/benchmarks/run.py", '    "${name}": ("losses",),\n', r'^    "linear": \("linear",\),\n'
     ),
     Insertion("kdfast/benchmarks/losses.py", "from kdfast.functional import ${function}\n", FUTURE),
     Insertion(

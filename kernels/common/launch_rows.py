@@ -112,6 +112,7 @@ def launch_rows(
         **own: What only this kernel takes, and the launch's warps.
     """
     student = at.tensors[0]
+    scale = scale.on(student.device)
     reduce = in_launch and loss is not None
     single = upstream is not None and upstream.dim() == 0
     with device_guard(student):

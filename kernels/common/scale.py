@@ -19,6 +19,17 @@ class Scale(NamedTuple):
     weight: torch.Tensor | None
     mask: torch.Tensor | None
 
+    def on(self, device: torch.device) -> Scale:
+        """The same with numbers for 0-d tensors of another device: no kernel can read them, and the host need not wait.
+
+        torch.compile hands a temperature in host memory on as it is, since it does not look at values.
+        """
+        temperature, divisor = (
+            float(x) if isinstance(x, torch.Tensor) and x.device.type == "cpu" != device.type else x
+            for x in (self.temperature, self.divisor)
+        )
+        return self._replace(temperature=temperature, divisor=divisor)
+
 
 def value_and_pointer(value: torch.Tensor | float) -> tuple[float, torch.Tensor | None]:
     """A number and where it lies in memory, one of which a kernel uses."""

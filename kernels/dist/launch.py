@@ -42,6 +42,7 @@ def dist(
     Returns:
         The 0-d loss when ``reduce``, else None.
     """
+    scale = scale.on(student.device)
     at = rows_of((student, teacher), (grad_student, grad_teacher), student.dim() - 1)
     student, teacher, grad_student, grad_teacher = at.tensors
     num_rows, num_classes = at.num_rows, at.num_classes

@@ -76,6 +76,7 @@ def kd_kl(
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.
     """
+    scale = scale.on(student.device)
     rows, loss = outputs(student, dim, reduce=reduce, want_rows=want_rows)
     if student.numel() == 0:
         return loss.zero_() if loss is not None else rows.zero_()
@@ -178,7 +179,7 @@ def _plan(at: Rows, *, plain: bool) -> KLPlan:
 def _in_place(at: Rows) -> bool:
     """Whether a gradient lies in the memory of the logits."""
     reads, gradients = at.tensors[:2], at.tensors[2:]
-    held = [x.untyped_storage().data_ptr() for x in reads if x is not None]
+    held = {x.untyped_storage().data_ptr() for x in reads if x is not None} - {0}  # 0: no memory, as on meta
     return any(x is not None and x.untyped_storage().data_ptr() in held for x in gradients)
 
 

@@ -69,6 +69,7 @@ def distill(out: Path, teacher: Path, shards: Path, *more: object) -> tuple[obje
 
 def test_a_taught_network_is_left_whole(teacher: Path) -> None:
     assert {path.name for path in teacher.iterdir()} == {
+        ".run.lock",
         "checkpoints",
         "config.json",
         "metrics.json",

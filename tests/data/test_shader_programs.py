@@ -327,7 +327,7 @@ def test_refusals(match: str, call: Any) -> None:
         ),
         (
             '{"format": "kdfast-shaders", "version": 1, "programs": [[{"op": "swirl", "values": {"turns": 1}}]]}',
-            "program 0: values: swirl got turns; it takes turns, narrow",
+            "program 0: values: swirl got 'turns'; it takes turns, narrow",
         ),
         (
             '{"format": "kdfast-shaders", "version": 1, "programs": [[{"op": "swirl", "values": '

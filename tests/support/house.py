@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 from pathlib import Path
 
 #: Where the page says what belongs into a room.
@@ -71,3 +72,13 @@ def _kernels(root: Path, family: str) -> list[tuple[str, str]]:
             (f"kernels/{family}/plan.py", "the launch plan as a named function (or NAME_plan in launch.py)")
         )
     return found
+
+
+ROOT = Path(__file__).parents[2]
+ANYWHERE = shutil.ignore_patterns(".venv*", ".*_cache", "__pycache__", "site", "*.egg-info", "*.so")
+AT_THE_TOP = {".git", ".hypothesis", ".benchmarks", "build", "dist", "out"}
+
+
+def leftovers(folder: str, names: list[str]) -> set[str]:
+    """What builds leave behind, as .gitignore has it: a family may well be called `dist`."""
+    return ANYWHERE(folder, names) | (AT_THE_TOP & set(names) if Path(folder) == ROOT else set())

@@ -19,6 +19,7 @@ import torch
 
 from kdfast.backend import resolve
 from kdfast.ops.common.closed import ClosedRows, Factors, Form, closed_loss, usable
+from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import (
     Value,
     differentiable_gradients,
@@ -195,7 +196,8 @@ def register(
         row = _row(flat)
         if resolve(student, teacher) == "reference":
             return reference(student, teacher, row).clone()
-        return launcher(student, teacher, row)
+        with fresh_counters():
+            return launcher(student, teacher, row)
 
     @op.register_fake
     def _(student: Tensor, teacher: Tensor, *flat: Any) -> Tensor:

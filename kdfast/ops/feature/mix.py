@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backend import resolve
+from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import differentiable_gradients
 from kdfast.reference import feature as reference
 from kdfast.reference.common import compute_dtype
@@ -215,7 +216,8 @@ _RECURSION = (
 )
 def _reparam_op(branches: Tensor, target: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     call = _recursion(flat)
-    loss, mean = reparam_middle(branches, target, call)
+    with fresh_counters():
+        loss, mean = reparam_middle(branches, target, call)
     return loss.clone(), torch.empty_like(target, dtype=mean.dtype).copy_(mean)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backend import resolve
+from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import differentiable_gradients
 from kdfast.reference import feature as reference
 from kdfast.reference.common import compute_dtype
@@ -143,7 +144,8 @@ def _mse_op(
     key = seed if seed_tensor is None else seed_tensor
     grad = torch.empty_like(prediction) if gradient else prediction.new_empty(0)
     if resolve(prediction) == "triton":
-        return _mse(prediction, key, grad if gradient else None), grad
+        with fresh_counters():
+            return _mse(prediction, key, grad if gradient else None), grad
     error = reference.noise_error(prediction, key)
     if gradient:
         grad.copy_(error * (2 / error.numel()))

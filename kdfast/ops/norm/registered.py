@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backend import resolve
+from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.norm import launch as ops
 from kdfast.reference.common import compute_dtype
 from kdfast.reference.norm import fused as reference
@@ -71,7 +72,8 @@ def bn_act(x: Tensor, residual: Tensor | None, *flat: Any) -> tuple[Tensor, Tens
         y, mean, var = reference.bn_act(x, residual, norm, *act)
         _fill(stats, x, norm, mean, var)
     else:
-        y, _, centre = ops.launch_act(x, residual, norm, act, stats[2])
+        with fresh_counters():
+            y, _, centre = ops.launch_act(x, residual, norm, act, stats[2])
         if norm.training:
             stats[0], stats[1] = centre
         else:
@@ -100,16 +102,17 @@ def bn_act_backward(
     else:
         centre = (stats[0], stats[1]) if norm.training else (norm.running_mean, norm.running_var)
         needs = (True, residual is not None, norm.weight is not None, norm.bias is not None)
-        found = ops.launch_act_backward(
-            grad,
-            x,
-            y if act.relu and residual is not None else None,
-            norm,
-            cast("tuple[Tensor, Tensor]", centre),
-            act,
-            needs,
-            x.dtype if residual is None else residual.dtype,
-        )
+        with fresh_counters():
+            found = ops.launch_act_backward(
+                grad,
+                x,
+                y if act.relu and residual is not None else None,
+                norm,
+                cast("tuple[Tensor, Tensor]", centre),
+                act,
+                needs,
+                x.dtype if residual is None else residual.dtype,
+            )
     likes = (x, residual, norm.weight, norm.bias)
     return tuple(
         x.new_empty(0) if like is None else _put(g, like) for g, like in zip(found, likes, strict=True)
@@ -158,7 +161,8 @@ def bn_mse(x: Tensor, target: Tensor, *flat: Any) -> tuple[Tensor, ...]:
             found = reference.bn_backward(error, x, norm, stats[0], stats[1])
     else:
         needs = (gradients, gradients and norm.weight is not None, gradients and norm.bias is not None)
-        made = ops.launch_mse(x, target, norm, needs, stats[2])
+        with fresh_counters():
+            made = ops.launch_mse(x, target, norm, needs, stats[2])
         loss, found = made.loss, made.grads
         if norm.training:
             stats[0], stats[1] = made.centre

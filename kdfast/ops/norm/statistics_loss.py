@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backend import resolve
+from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import differentiable_gradients, is_plain
 from kdfast.reference.common import compute_dtype
 from kdfast.reference.norm import statistics_loss as reference
@@ -136,7 +137,8 @@ _SCHEMA = (
 
 @torch.library.custom_op("kdfast::bn_statistics", mutates_args=(), schema=_SCHEMA)
 def _op(x: Tensor, *target: Any) -> tuple[Tensor, Tensor]:
-    return _forward(_dense(x), Target(*target))
+    with fresh_counters():
+        return _forward(_dense(x), Target(*target))
 
 
 @_op.register_fake

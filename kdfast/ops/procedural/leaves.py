@@ -14,10 +14,13 @@ __all__ = ["render_leaves"]
 
 
 @functools.cache
-def _law(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The radii and their law on a device, copied once."""
+def _law(pinned: bool) -> tuple[Tensor, Tensor]:
+    """The radii and their law in host memory; pinned, they are copied to a GPU without waiting, and by a graph, too.
+
+    No copy is kept there: under torch.compile it would lie in the pool of somebody else's graph.
+    """
     radii, law = reference.radius_law()
-    return radii.to(device), law.to(device)
+    return (radii.pin_memory(), law.pin_memory()) if pinned else (radii, law)
 
 
 @torch.library.custom_op("kdfast::render_leaves", mutates_args=())
@@ -26,7 +29,8 @@ def _render_op(index: Tensor, seed: int, height: int, width: int, limit: int) ->
         return reference.render(seed, index, height, width, limit)
     from kdfast.kernels.procedural import leaves as kernels
 
-    images: Tensor = kernels.render(index, *_law(index.device), seed, height, width, limit)
+    law = (part.to(index.device, non_blocking=True) for part in _law(index.is_cuda))
+    images: Tensor = kernels.render(index, *law, seed, height, width, limit)
     return images
 
 

@@ -60,4 +60,5 @@ def dkd_rows(
 
 def _finite(odds: torch.Tensor) -> torch.Tensor:
     """NaN where a target is absent or not a number: no divergence is finite there, and no gradient right."""
-    return torch.where(odds.isfinite(), odds, odds * math.nan)
+    nan = torch.zeros_like(odds).masked_fill(~odds.isfinite(), math.nan)
+    return odds + nan  # whose gradient is the odds' own
