@@ -83,7 +83,7 @@ INSERTIONS = (
         "kdfast/benchmarks/losses.py",
         '    ${name} = _Loss("${function}", "${name}", eager_${name}, ${function}, _pair)\n'
         "    yield _case(${name}, kin, settings, _Moves(12, None, 3))\n",
-        r"^    yield _case\(heads, .*\n",
+        r"^    yield _case\(cached, .*\n",
     ),
     Insertion("bench/audit_table.py", "from kdfast.kernels import ${name}\n", FUTURE),
     Insertion(

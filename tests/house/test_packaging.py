@@ -23,6 +23,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.support.house import leftovers
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
