@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+#: What CUDA allows along the second grid dimension; programs loop over what is beyond.
+MAX_GRID_Y = 65535
+
 #: Launches by kernel name since the process began (or since :func:`count_launches` was entered).
 launch_counts: Counter[str] = Counter()
 

@@ -120,38 +120,20 @@ def crop_flip(
 # --- the registered form -------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("kdfast::crop_flip", mutates_args=())
-def _op(
-    x: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    gain: Tensor,
-    bias: Tensor | None,
-    padding: int,
-    height: int,
-    width: int,
-    dtype: torch.dtype,
-    channels_last: bool,
-    transposed: bool,
-) -> Tensor:
-    return _run(x, offsets, flips, gain, bias, Crop(padding, height, width, dtype, channels_last, transposed))
+_SCHEMA = (
+    "(Tensor x, Tensor offsets, Tensor flips, Tensor gain, Tensor? bias, SymInt padding, SymInt height, SymInt width, "
+    "ScalarType dtype, bool channels_last, bool transposed) -> Tensor"
+)
+
+
+@torch.library.custom_op("kdfast::crop_flip", mutates_args=(), schema=_SCHEMA)
+def _op(x: Tensor, offsets: Tensor, flips: Tensor, gain: Tensor, bias: Tensor | None, *crop: Any) -> Tensor:
+    return _run(x, offsets, flips, gain, bias, Crop(*crop))
 
 
 @_op.register_fake
-def _(
-    x: Tensor,
-    offsets: Tensor,
-    flips: Tensor,
-    gain: Tensor,
-    bias: Tensor | None,
-    padding: int,
-    height: int,
-    width: int,
-    dtype: torch.dtype,
-    channels_last: bool,
-    transposed: bool,
-) -> Tensor:
-    return _empty(x, Crop(padding, height, width, dtype, channels_last, transposed))
+def _(x: Tensor, *flat: Any) -> Tensor:
+    return _empty(x, Crop(*flat[4:]))
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

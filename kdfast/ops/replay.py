@@ -7,6 +7,8 @@ First-in-first-out buffers live wholly on their device. The other evictions choo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from kdfast.backend import get_backend, interpreting, resolve
@@ -148,83 +150,45 @@ def _borrowed(
     )
 
 
-@torch.library.custom_op("kdfast::replay_sample", mutates_args=("meta",))
-def _sample_op(
-    meta: torch.Tensor,
-    leaves: torch.Tensor,
-    sums: torch.Tensor,
-    generation: torch.Tensor,
-    labels: torch.Tensor,
-    rows: torch.Tensor,
-    batch_size: int,
-    beta: float,
-    stratified: bool,
-    gain: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+_SAMPLE_SCHEMA = (
+    "(Tensor(a0!) meta, Tensor leaves, Tensor sums, Tensor generation, Tensor labels, Tensor rows, SymInt batch_size, "
+    "float beta, bool stratified, Tensor? gain, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_UPDATE_SCHEMA = (
+    "(Tensor(a0!) meta, Tensor(a1!) leaves, Tensor(a2!) sums, Tensor(a3!) delta, Tensor generation, Tensor index, "
+    "Tensor priority, Tensor? row_generation, float alpha, float eps, float scale, bool largest) -> ()"
+)
+
+
+@torch.library.custom_op("kdfast::replay_sample", mutates_args=("meta",), schema=_SAMPLE_SCHEMA)
+def _sample_op(*flat: Any) -> tuple[torch.Tensor, ...]:
+    meta, leaves, sums, generation, labels, rows, batch_size, beta, stratified, gain, bias = flat
     state = _borrowed(meta, leaves, sums, generation, labels=labels, rows=rows)
     affine = None if gain is None or bias is None else (gain, bias)
-    drawn = sample(state, batch_size, beta, stratified, affine)
-    return drawn[0], drawn[1], drawn[2], drawn[3], drawn[4], drawn[5]
+    return tuple(sample(state, batch_size, beta, stratified, affine))
 
 
 @_sample_op.register_fake
-def _(
-    meta: torch.Tensor,
-    leaves: torch.Tensor,
-    sums: torch.Tensor,
-    generation: torch.Tensor,
-    labels: torch.Tensor,
-    rows: torch.Tensor,
-    batch_size: int,
-    beta: float,
-    stratified: bool,
-    gain: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    def whole() -> torch.Tensor:
-        return leaves.new_empty((batch_size,), dtype=torch.int64)
-
-    def factor() -> torch.Tensor:
-        return leaves.new_empty((batch_size,), dtype=torch.float32)
+def _(*flat: Any) -> tuple[torch.Tensor, ...]:
+    _, leaves, _, _, _, rows, batch_size, _, _, gain, _ = flat
 
     kind = rows.dtype if gain is None else torch.float32
     samples = rows.new_empty((batch_size, *rows.shape[1:]), dtype=kind)
-    return samples, whole(), whole(), whole(), factor(), factor()
+    described = (
+        leaves.new_empty((batch_size,), dtype=kind) for kind in 3 * [torch.int64] + 2 * [torch.float32]
+    )
+    return samples, *described
 
 
-@torch.library.custom_op("kdfast::replay_update", mutates_args=("meta", "leaves", "sums", "delta"))
-def _update_op(
-    meta: torch.Tensor,
-    leaves: torch.Tensor,
-    sums: torch.Tensor,
-    delta: torch.Tensor,
-    generation: torch.Tensor,
-    index: torch.Tensor,
-    priority: torch.Tensor,
-    row_generation: torch.Tensor | None,
-    alpha: float,
-    eps: float,
-    scale: float,
-    largest: bool,
-) -> None:
-    state = _borrowed(meta, leaves, sums, generation, delta=delta, rule=(alpha, eps, scale))
+@torch.library.custom_op(
+    "kdfast::replay_update", mutates_args=("meta", "leaves", "sums", "delta"), schema=_UPDATE_SCHEMA
+)
+def _update_op(*flat: Any) -> None:
+    meta, leaves, sums, delta, generation, index, priority, row_generation, *rule, largest = flat
+    state = _borrowed(meta, leaves, sums, generation, delta=delta, rule=(rule[0], rule[1], rule[2]))
     update(state, index, priority, row_generation, largest)
 
 
 @_update_op.register_fake
-def _(
-    meta: torch.Tensor,
-    leaves: torch.Tensor,
-    sums: torch.Tensor,
-    delta: torch.Tensor,
-    generation: torch.Tensor,
-    index: torch.Tensor,
-    priority: torch.Tensor,
-    row_generation: torch.Tensor | None,
-    alpha: float,
-    eps: float,
-    scale: float,
-    largest: bool,
-) -> None:
+def _(*flat: Any) -> None:
     return None

@@ -1,4 +1,6 @@
-"""What the bodies of the KL kernels share: row factors, the term that does not cancel, the store of a gradient."""
+"""What bodies over rows of logits share: where rows begin, their factors, log-sum-exps as they are read, the term
+that does not cancel, the store of a gradient.
+"""
 
 import triton
 import triton.language as tl
@@ -40,6 +42,55 @@ def scalar(value, ptr, FROM_MEMORY: tl.constexpr):
 
 
 @triton.jit
+def finished(upstream_ptr, EARLY_EXIT: tl.constexpr):
+    """Whether the forward launch has written exactly the gradient that is asked for."""
+    done = False
+    if EARLY_EXIT:
+        done = tl.load(upstream_ptr).to(tl.float32) == 1.0
+    return done
+
+
+@triton.jit
+def in_strides(outer, within, UNIT: tl.constexpr):
+    """A row's coordinates in 64 bits, the outer one in the units that its strides are given in.
+
+    The unit divides every outer stride: the compiler sees the alignment, and loads stay wide.
+    """
+    return tl.cast(outer, tl.int64) * UNIT, tl.cast(within, tl.int64)
+
+
+@triton.jit
+def gradient_row(ptr, outer, within, outer_stride, inner_stride, GRAD: tl.constexpr):
+    """Where a row of a gradient begins; the pointer itself where none is wanted."""
+    row = ptr
+    if GRAD:
+        row += outer * outer_stride + within * inner_stride
+    return row
+
+
+@triton.jit
+def load_logits(row, classes, stride, live):
+    """Logits in float32, -inf where not ``live``."""
+    return tl.load(row + classes * stride, mask=live, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def no_logits(SHAPE: tl.constexpr):
+    """(peak, sum) of a log-sum-exp before its first logit, a lane each.
+
+    The peak is far below any logit, and finite: -inf - -inf would be NaN.
+    """
+    return tl.full(SHAPE, -1e38, tl.float32), tl.zeros(SHAPE, tl.float32)
+
+
+@triton.jit
+def more_logits(peak, total, x, k):
+    """(peak, sum) with one more logit a lane (Milakov & Gimelshein 2018)."""
+    new = tl.maximum(peak, x)
+    return new, total * tl.exp2((peak - new) * k) + tl.exp2((x - new) * k)
+
+
+@triton.jit
 def row_factor(rows, valid, weight_ptr, mask_ptr, upstream_ptr, factor,
                 WEIGHT: tl.constexpr, MASK: tl.constexpr, UPSTREAM: tl.constexpr):  # fmt: skip
     """c of each row, and whether the row counts. UPSTREAM: 0 none, 1 one value (in ``factor``), 2 one a row."""
@@ -52,6 +103,33 @@ def row_factor(rows, valid, weight_ptr, mask_ptr, upstream_ptr, factor,
     if UPSTREAM == 2:
         scale *= tl.load(upstream_ptr + rows, mask=valid, other=0.0).to(tl.float32)
     return scale, counts
+
+
+@triton.jit
+def row_scale(
+    rows, valid, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+    T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr,
+    WEIGHT: tl.constexpr, MASK: tl.constexpr, UPSTREAM: tl.constexpr,
+):  # fmt: skip
+    """(c of each row with every factor, whether it counts; 1/T; log2(e)/T).
+
+    Powers of two, so that a scaled logit and its exponential are one instruction each.
+    """
+    T = scalar(temperature, temperature_ptr, T_PTR)
+    factor = T * T / scalar(divisor, divisor_ptr, DIVISOR_PTR)
+    if UPSTREAM == 1:
+        factor *= tl.load(upstream_ptr).to(tl.float32)
+    inv_t = 1.0 / T
+    scale, counts = row_factor(
+        rows, valid, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
+    )
+    return scale, counts, inv_t, inv_t * 1.4426950408889634
+
+
+@triton.jit
+def unnormalised(s, t, k, s_top, t_top):
+    """(log2 of the ratio of p to q, q, p), the latter two without their sums."""
+    return gap_of(s, t, k, t_top - s_top), tl.exp2(s * k - s_top), tl.exp2(t * k - t_top)
 
 
 @triton.jit

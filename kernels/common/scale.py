@@ -20,11 +20,6 @@ class Scale(NamedTuple):
     mask: torch.Tensor | None
 
 
-def in_units(strides: tuple[int, int, int], unit: int) -> tuple[int, int, int]:
-    """Strides with the outer one in units that divide it: a divisor the compiler can see."""
-    return strides[0] // unit, strides[1], strides[2]
-
-
 def value_and_pointer(value: torch.Tensor | float) -> tuple[float, torch.Tensor | None]:
     """A number and where it lies in memory, one of which a kernel uses."""
     return (1.0, value) if isinstance(value, torch.Tensor) else (float(value), None)

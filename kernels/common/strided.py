@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 #: Dimensions that a kernel can tell apart after merging.
 MAX_DIMS = 6
@@ -118,3 +119,18 @@ def walk(
         pinned=pinned_at,
         wide=max(reach, math.prod(shape)) >= 2**31 - 2**16,
     )
+
+
+def walk_blocks(plan: Walk, block: int, num_warps: int) -> tuple[int, dict[str, Any]]:
+    """Programs of one walk with ``block`` elements each, and the constants of a kernel that walks (walk.py)."""
+    rows, length = (plan.numel // plan.inner, plan.inner) if plan.rows else (1, plan.numel)
+    constants = {
+        "SIZES": plan.sizes,
+        "NDIM": plan.ndim,
+        "ROWS": plan.rows,
+        "WIDE": plan.wide,
+        "BLOCK": block,
+        "num_warps": num_warps,
+        "enable_fp_fusion": True,
+    }
+    return rows * -(-length // block), constants

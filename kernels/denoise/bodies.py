@@ -35,6 +35,25 @@ def _bits(bytes_ptr, start, numel, BLOCK: tl.constexpr):
     return tl.reshape(spread, [BLOCK]) != 0
 
 
+@triton.jit
+def _coefficients(table_ptr, step, steps, STEP_ON_DEVICE: tl.constexpr):
+    """(step, its row of the table, whether there is one, px, po, a, b, d)."""
+    if STEP_ON_DEVICE:
+        t = tl.load(step).to(tl.int64)
+    else:
+        t = step.to(tl.int64)
+    # A step outside the table cannot be refused without waiting for the device: its result is NaN.
+    known = (t >= 0) & (t < steps)
+    row = table_ptr + t * 10
+    nan = float("nan")
+    px = tl.load(row, mask=known, other=nan)
+    po = tl.load(row + 1, mask=known, other=nan)
+    a = tl.load(row + 2, mask=known, other=nan)
+    b = tl.load(row + 3, mask=known, other=nan)
+    d = tl.load(row + 4, mask=known, other=nan)
+    return t, row, known, px, po, a, b, d
+
+
 @triton.jit(do_not_specialize=["step", "seed", "steps"])
 def denoise_step_kernel(
     x_ptr, o_ptr, h1_ptr, h2_ptr, h3_ptr, z_ptr, bits_ptr,
@@ -53,19 +72,8 @@ def denoise_step_kernel(
 ):  # fmt: skip
     """y, and what else is asked for, from one read of everything."""
     start, live, column, c0, c1, c2, c3, c4, c5 = locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
-    if STEP_ON_DEVICE:
-        t = tl.load(step).to(tl.int64)
-    else:
-        t = step.to(tl.int64)
-    # A step outside the table cannot be refused without waiting for the device: its result is NaN.
-    known = (t >= 0) & (t < steps)
-    row = table_ptr + t * 10
+    t, row, known, px, po, a, b, d = _coefficients(table_ptr, step, steps, STEP_ON_DEVICE)
     nan = float("nan")
-    px = tl.load(row, mask=known, other=nan)
-    po = tl.load(row + 1, mask=known, other=nan)
-    a = tl.load(row + 2, mask=known, other=nan)
-    b = tl.load(row + 3, mask=known, other=nan)
-    d = tl.load(row + 4, mask=known, other=nan)
 
     x = tl.load(x_ptr + offset_of(c0, c1, c2, c3, c4, c5, X, NDIM), mask=live, other=0).to(tl.float32)
     at_o = offset_of(c0, c1, c2, c3, c4, c5, OUT, NDIM)
@@ -167,18 +175,7 @@ def denoise_step_backward_kernel(
 ):  # fmt: skip
     """Gradients of sample and model output from those of y (and of m), in one pass."""
     start, live, _, c0, c1, c2, c3, c4, c5 = locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
-    if STEP_ON_DEVICE:
-        t = tl.load(step).to(tl.int64)
-    else:
-        t = step.to(tl.int64)
-    known = (t >= 0) & (t < steps)
-    row = table_ptr + t * 10
-    nan = float("nan")
-    px = tl.load(row, mask=known, other=nan)
-    po = tl.load(row + 1, mask=known, other=nan)
-    a = tl.load(row + 2, mask=known, other=nan)
-    b = tl.load(row + 3, mask=known, other=nan)
-    d = tl.load(row + 4, mask=known, other=nan)
+    _, _, _, px, po, a, b, d = _coefficients(table_ptr, step, steps, STEP_ON_DEVICE)
 
     gy = tl.load(gy_ptr + offset_of(c0, c1, c2, c3, c4, c5, GY, NDIM), mask=live, other=0).to(tl.float32)
     gm = b * gy

@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from ..common.strided import Strides, Walk, contiguous, iteration_order, walk
+from ..common.strided import Strides, Walk, contiguous, iteration_order, walk, walk_blocks
 from ..launch import device_guard, launch
 from .bodies import denoise_step_backward_kernel, denoise_step_kernel
-
-#: Where a program of few elements is better: below this many, small blocks fill more multiprocessors.
-SMALL = 1 << 18
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What one launch looks like: elements a program, and its warps."""
-
-    block: int
-    num_warps: int
-
-
-def step_plan(numel: int) -> StepPlan:
-    """Eight elements a thread; one warp a program while the whole tensor is small."""
-    return StepPlan(1024, 4) if numel >= SMALL else StepPlan(256, 1)
+from .plan import step_plan
 
 
 class Guidance(NamedTuple):
@@ -92,18 +76,8 @@ class _Geometry(NamedTuple):
 def _launch_constants(plan: Walk) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and the compile-time constants that both kernels share."""
     chosen = step_plan(plan.numel)
-    rows, length = (plan.numel // plan.inner, plan.inner) if plan.rows else (1, plan.numel)
-    constants = {
-        "SIZES": plan.sizes,
-        "NDIM": plan.ndim,
-        "ROWS": plan.rows,
-        "WIDE": plan.wide,
-        "PINNED": plan.pinned,
-        "BLOCK": chosen.block,
-        "num_warps": chosen.num_warps,
-        "enable_fp_fusion": True,
-    }
-    return (rows * -(-length // chosen.block),), constants
+    programs, constants = walk_blocks(plan, chosen.block, chosen.num_warps)
+    return (programs,), constants | {"PINNED": plan.pinned}
 
 
 @functools.lru_cache(maxsize=1024)

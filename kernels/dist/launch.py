@@ -2,57 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 import triton
 
-from . import rows as _dist_rows
-from ..launch import arrival_counter, as_rows, device_guard, launch
-from ..common.scale import Scale, in_units, value_and_pointer
-
-
-@dataclass(frozen=True)
-class DistPlan:
-    """What the launches look like.
-
-    Attributes:
-        rows: Rows of a program of the row and gradient kernels.
-        block: Classes they read at a time.
-        tile_rows: Rows that a program of the column kernel reads at a time.
-        columns: Its columns.
-        splits: Programs that share a group of columns, each taking a stretch of rows.
-        rows_per_split: The length of that stretch.
-        num_warps: Warps a program, of every kernel.
-    """
-
-    rows: int
-    block: int
-    tile_rows: int
-    columns: int
-    splits: int
-    rows_per_split: int
-    num_warps: int
-
-
-def dist_plan(num_rows: int, num_classes: int) -> DistPlan:
-    """Tiles of about 2048 elements; the columns' rows are split until some 512 programs are busy."""
-    block = min(2048, max(16, triton.next_power_of_2(num_classes)))
-    columns = min(64, block)
-    tile_rows = 2048 // columns
-    wanted = max(1, 512 // triton.cdiv(num_classes, columns))
-    splits = max(1, min(wanted, triton.cdiv(num_rows, 4 * tile_rows)))
-    rows_per_split = triton.cdiv(num_rows, splits)
-    return DistPlan(
-        max(1, 2048 // block),
-        block,
-        tile_rows,
-        columns,
-        triton.cdiv(num_rows, rows_per_split),
-        rows_per_split,
-        4,
-    )
+from ..common.launch_rows import rows_of
+from ..common.scale import Scale, value_and_pointer
+from ..launch import arrival_counter, device_guard, launch
+from . import bodies
+from .plan import dist_plan
 
 
 def dist(
@@ -85,23 +42,9 @@ def dist(
     Returns:
         The 0-d loss when ``reduce``, else None.
     """
-    wanted = [grad_student, grad_teacher]
-    last = student.dim() - 1
-    layout = as_rows([x for x in (student, teacher, *wanted) if x is not None], last)
-    if layout is None:  # more than two groups of strides: the one case that is copied
-        student, teacher = student.contiguous(), teacher.contiguous()
-        # Cloned, not just allocated: with exit_if_one the kernels may leave what is there already.
-        contiguous = torch.contiguous_format
-        grad_student, grad_teacher = (g if g is None else g.clone(memory_format=contiguous) for g in wanted)
-        layout = as_rows([x for x in (student, teacher, grad_student, grad_teacher) if x is not None], last)
-    strides = iter(layout.strides)
-    s_strides, t_strides = next(strides), next(strides)
-    gs_strides = next(strides) if grad_student is not None else (0, 0, 0)
-    gt_strides = next(strides) if grad_teacher is not None else (0, 0, 0)
-    unit = math.gcd(16, *(stride[0] for stride in (s_strides, t_strides, gs_strides, gt_strides)))
-    reads = (*in_units(s_strides, unit), *in_units(t_strides, unit))
-
-    num_rows, num_classes = student.shape[:-1].numel(), student.shape[-1]
+    at = rows_of((student, teacher), (grad_student, grad_teacher), student.dim() - 1)
+    student, teacher, grad_student, grad_teacher = at.tensors
+    num_rows, num_classes = at.num_rows, at.num_classes
     plan = dist_plan(num_rows, num_classes)
     column_groups = triton.cdiv(num_classes, plan.columns)
     row_values = student.new_empty(6, num_rows, dtype=torch.float32)
@@ -117,24 +60,24 @@ def dist(
         "enable_fp_fusion": True,
     }
     divisor_ptr = isinstance(scale.divisor, torch.Tensor)
-    row_tile = {"UNIT": unit, "ROWS": plan.rows, "BLOCK": plan.block}
+    row_tile = {"UNIT": at.unit, "ROWS": plan.rows, "BLOCK": plan.block}
     row_grid = (triton.cdiv(num_rows, plan.rows),)
     with device_guard(student):
         launch(
-            _dist_rows.dist_rows_kernel,
+            bodies.dist_rows_kernel,
             row_grid,
-            student, teacher, row_values, upstream, *temperature, num_rows, layout.inner, *reads,
+            student, teacher, row_values, upstream, *temperature, num_rows, at.layout.inner, *at.strides[:6],
             **row_tile, **common,
         )  # fmt: skip
         launch(
-            _dist_rows.dist_columns_kernel,
+            bodies.dist_columns_kernel,
             (column_groups, plan.splits),
             student, teacher, row_values, parts, upstream, *temperature,
-            num_rows, layout.inner, plan.rows_per_split, *reads,
-            UNIT=unit, ROWS=plan.tile_rows, COLUMNS=plan.columns, **common,
+            num_rows, at.layout.inner, plan.rows_per_split, *at.strides[:6],
+            UNIT=at.unit, ROWS=plan.tile_rows, COLUMNS=plan.columns, **common,
         )  # fmt: skip
         launch(
-            _dist_rows.dist_merge_kernel,
+            bodies.dist_merge_kernel,
             (column_groups,),
             row_values, parts, column_values,
             student.new_empty(column_groups, dtype=torch.float32) if reduce else None,
@@ -145,15 +88,13 @@ def dist(
         )  # fmt: skip
         if grad_student is not None or grad_teacher is not None:
             launch(
-                _dist_rows.dist_gradient_kernel,
+                bodies.dist_gradient_kernel,
                 row_grid,
                 student, teacher, grad_student, grad_teacher, row_values, column_values, upstream,
-                *temperature, *divisor, float(beta), float(gamma), num_rows, layout.inner,
-                *reads, *in_units(gs_strides, unit), *in_units(gt_strides, unit),
+                *temperature, *divisor, float(beta), float(gamma), num_rows, at.layout.inner,
+                *at.strides,
                 DIVISOR_PTR=divisor_ptr, UPSTREAM=upstream is not None,
                 GRAD_S=grad_student is not None, GRAD_T=grad_teacher is not None, **row_tile, **common,
             )  # fmt: skip
-    for given, computed in zip(wanted, (grad_student, grad_teacher)):
-        if given is not computed:
-            given.copy_(computed)
+    at.copy_back()
     return loss

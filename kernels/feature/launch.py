@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..common.strided import Strides
-from ..launch import arrival_counter, device_guard, launch
+from ..launch import MAX_GRID_Y, arrival_counter, device_guard, launch
 from .bodies import noise_mix_backward_kernel, noise_mix_kernel, reparam_middle_kernel
-from .plan import MAX_GRID_Y, FeaturePlan, blocks, mix_plan, walked
+from .plan import FeaturePlan, blocks, mix_plan, walked
 
 #: More branches than this take the reference: their residuals no longer fit in registers.
 MAX_BRANCHES = 64

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..launch import arrival_counter, device_guard, launch
+from ..launch import MAX_GRID_Y, arrival_counter, device_guard, launch
 from .noise_bodies import add_noise_embed_kernel, embedding_gradient_kernel, noise_mse_kernel
-from .plan import MAX_GRID_Y, blocks, mix_plan, walked
+from .plan import blocks, mix_plan, walked
 
 
 def noise_mse(

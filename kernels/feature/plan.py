@@ -6,10 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from ..common.strided import Strides, Walk, contiguous, iteration_order, walk
-
-#: What CUDA allows along the second grid dimension; programs loop over further samples.
-MAX_GRID_Y = 65535
+from ..common.strided import Strides, Walk, contiguous, iteration_order, walk, walk_blocks
 
 
 @dataclass(frozen=True)
@@ -43,14 +40,4 @@ def walked(
 
 def blocks(plan: Walk, chosen: FeaturePlan) -> tuple[int, dict[str, Any]]:
     """Programs of one walk, and the compile-time constants that all kernels share."""
-    rows, length = (plan.numel // plan.inner, plan.inner) if plan.rows else (1, plan.numel)
-    constants = {
-        "SIZES": plan.sizes,
-        "NDIM": plan.ndim,
-        "ROWS": plan.rows,
-        "WIDE": plan.wide,
-        "BLOCK": chosen.block,
-        "num_warps": chosen.num_warps,
-        "enable_fp_fusion": True,
-    }
-    return rows * -(-length // chosen.block), constants
+    return walk_blocks(plan, chosen.block, chosen.num_warps)

@@ -8,8 +8,8 @@ groups' gradients are written one by one. Equations, bytes and launch plans stan
 import triton
 import triton.language as tl
 
-from ..common.reduce import reduce_last
-from ..common.rows import gap_of, near_terms, row_factor, scalar, store_gradient
+from ..common.rows import finished, gap_of, near_terms, row_scale, store_gradient, unnormalised
+from ..common.tile import store_losses
 
 
 @triton.jit
@@ -55,8 +55,7 @@ def _whole(c: tl.constexpr, lane, shift, valid, V: tl.constexpr, WIDTH: tl.const
 @triton.jit
 def kd_kl_chunks_kernel(
     s_ptr, t_ptr, gs_ptr, gt_ptr, rows_ptr, loss_ptr, partial_ptr, counter_ptr,
-    weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr,
-    num_rows, inner,
+    weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr, num_rows, inner,
     s_outer, s_inner, s_class, t_outer, t_inner, t_class, gs_outer, gs_inner, gs_class, gt_outer, gt_inner, gt_class,
     V: tl.constexpr, UNIT: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     WINDOW: tl.constexpr, T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr, WEIGHT: tl.constexpr, MASK: tl.constexpr,
@@ -64,22 +63,15 @@ def kd_kl_chunks_kernel(
     STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr, NEAR: tl.constexpr = True,
 ):  # fmt: skip
     """One read of each logit, one write of each gradient."""
-    T = scalar(temperature, temperature_ptr, T_PTR)
-    factor = T * T / scalar(divisor, divisor_ptr, DIVISOR_PTR)
-    if UPSTREAM == 1:
-        upstream = tl.load(upstream_ptr).to(tl.float32)
-        if EARLY_EXIT:
-            if upstream == 1.0:  # the forward launch wrote exactly this gradient
-                return
-        factor *= upstream
-    inv_t = 1.0 / T
-    k = inv_t * 1.4426950408889634
+    if finished(upstream_ptr, EARLY_EXIT):
+        return
 
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < num_rows
-    scale, counts = row_factor(
-        rows, valid, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
-    )
+    scale, counts, inv_t, k = row_scale(
+        rows, valid, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+        T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
+    )  # fmt: skip
     # Rows past the end read the last one again: loads need no mask.
     outer = tl.cast(tl.minimum(rows, num_rows - 1), tl.int64)[:, None] * UNIT
     lane = tl.arange(0, WIDTH)[None, :]
@@ -119,9 +111,7 @@ def kd_kl_chunks_kernel(
     cross = tl.zeros([ROWS, WIDTH], tl.float32)
     top_ratio = t_top - s_top
     for c in tl.static_range(CHUNKS):
-        gap = gap_of(s[c], t[c], k, top_ratio)
-        q_c = tl.exp2(s[c] * k - s_top)
-        p_c = tl.exp2(t[c] * k - t_top)
+        gap, q_c, p_c = unnormalised(s[c], t[c], k, s_top, t_top)
         s_acc += q_c
         t_acc += p_c
         cross += p_c * gap
@@ -194,7 +184,4 @@ def kd_kl_chunks_kernel(
             if GRAD_T:
                 store_gradient(gt_ptr + offset, g * p_e * (delta + (centre - kl)), keep, live, MASK)
     loss = tl.where(counts, scale * tl.sum(kl, axis=1), 0.0)
-    if STORE_ROWS:
-        tl.store(rows_ptr + rows, loss, mask=valid)
-    if REDUCE:
-        reduce_last(tl.sum(loss, axis=0), loss_ptr, partial_ptr, counter_ptr, 1024)
+    store_losses(loss, rows, valid, rows_ptr, loss_ptr, partial_ptr, counter_ptr, STORE_ROWS, REDUCE, False)

@@ -7,15 +7,14 @@ plain additions. Equations, bytes and launch plans stand in the package.
 import triton
 import triton.language as tl
 
-from ..common.reduce import reduce_last
-from ..common.rows import gap_of, near_terms, row_factor, scalar, store_gradient
+from ..common.rows import finished, gap_of, in_strides, near_terms, row_scale, store_gradient, unnormalised
+from ..common.tile import pixel_rows, store_losses
 
 
 @triton.jit
 def kd_kl_classes_kernel(
     s_ptr, t_ptr, gs_ptr, gt_ptr, rows_ptr, loss_ptr, partial_ptr, counter_ptr,
-    weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr,
-    num_rows, inner,
+    weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr, num_rows, inner,
     s_outer, s_inner, s_class, t_outer, t_inner, t_class, gs_outer, gs_inner, gs_class, gt_outer, gt_inner, gt_class,
     V: tl.constexpr, UNIT: tl.constexpr, PIXELS: tl.constexpr,
     T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr, WEIGHT: tl.constexpr, MASK: tl.constexpr,
@@ -23,26 +22,15 @@ def kd_kl_classes_kernel(
     STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr, NEAR: tl.constexpr = True,
 ):  # fmt: skip
     """One read of each logit, one write of each gradient."""
-    T = scalar(temperature, temperature_ptr, T_PTR)
-    factor = T * T / scalar(divisor, divisor_ptr, DIVISOR_PTR)
-    if UPSTREAM == 1:
-        upstream = tl.load(upstream_ptr).to(tl.float32)
-        if EARLY_EXIT:
-            if upstream == 1.0:  # the forward launch wrote exactly this gradient
-                return
-        factor *= upstream
-    inv_t = 1.0 / T
-    k = inv_t * 1.4426950408889634
+    if finished(upstream_ptr, EARLY_EXIT):
+        return
 
-    tiles = tl.cdiv(inner, PIXELS)
-    outer = tl.program_id(0) // tiles
-    within = (tl.program_id(0) % tiles) * PIXELS + tl.arange(0, PIXELS)
-    rows = outer * inner + within
-    valid = within < inner
-    scale, counts = row_factor(
-        rows, valid, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
-    )
-    outer, within = tl.cast(outer, tl.int64) * UNIT, tl.cast(within, tl.int64)
+    rows, valid, outer, within = pixel_rows(inner, PIXELS)
+    scale, counts, inv_t, k = row_scale(
+        rows, valid, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+        T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
+    )  # fmt: skip
+    outer, within = in_strides(outer, within, UNIT)
     s_at = s_ptr + outer * s_outer + within * s_inner
     t_at = t_ptr + outer * t_outer + within * t_inner
     gs_at, gt_at = s_at, t_at
@@ -76,9 +64,7 @@ def kd_kl_classes_kernel(
     cross = tl.zeros([PIXELS], tl.float32)
     top_ratio = t_top - s_top
     for c in tl.static_range(V):
-        gap = gap_of(s[c], t[c], k, top_ratio)
-        q_c = tl.exp2(s[c] * k - s_top)
-        p_c = tl.exp2(t[c] * k - t_top)
+        gap, q_c, p_c = unnormalised(s[c], t[c], k, s_top, t_top)
         s_sum += q_c
         t_sum += p_c
         cross += p_c * gap
@@ -131,7 +117,4 @@ def kd_kl_classes_kernel(
                 delta = (gaps[c] - sum_ratio) * 0.6931471805599453
                 store_gradient(gt_at + c * gt_step, p[c] * t_scale * (delta - kl), counts, valid, MASK)
     loss = tl.where(counts, scale * kl, 0.0)
-    if STORE_ROWS:
-        tl.store(rows_ptr + rows, loss, mask=valid)
-    if REDUCE:
-        reduce_last(tl.sum(loss, axis=0), loss_ptr, partial_ptr, counter_ptr, 1024)
+    store_losses(loss, rows, valid, rows_ptr, loss_ptr, partial_ptr, counter_ptr, STORE_ROWS, REDUCE, False)

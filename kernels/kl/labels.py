@@ -12,6 +12,8 @@ Bytes: 16 (one label) or 28 a row, nothing of size N. Layouts as in kl/rows.py; 
 import triton
 import triton.language as tl
 
+from ..common.rows import row_factor
+
 
 @triton.jit
 def label_of(label_ptr, factor_ptr, s_row, s_class, rows, counts, row_scale, V: tl.constexpr):
@@ -23,6 +25,25 @@ def label_of(label_ptr, factor_ptr, s_row, s_class, rows, counts, row_scale, V: 
     logit = tl.load(s_row + label * s_class, mask=known, other=0.0).to(tl.float32)
     logit = tl.where(used & (known == 0), float("nan"), logit)
     return label, tl.where(used, factor, 0.0), logit
+
+
+@triton.jit
+def labels_of(
+    label_ptr, factor_ptr, second_label_ptr, second_factor_ptr, s_row, s_class, rows, valid, counts,
+    weight_ptr, upstream_ptr, V: tl.constexpr, LABELS: tl.constexpr, WEIGHT: tl.constexpr, UPSTREAM: tl.constexpr,
+):  # fmt: skip
+    """:func:`label_of` of each row's labels; without a second one, its factor is 0."""
+    plain = 1.0
+    if UPSTREAM == 1:
+        plain = tl.load(upstream_ptr).to(tl.float32)
+    weight, _ = row_factor(rows, valid, weight_ptr, None, upstream_ptr, plain, WEIGHT, False, UPSTREAM)
+    label, first, logit = label_of(label_ptr, factor_ptr, s_row, s_class, rows, counts, weight, V)
+    second_label, second, second_logit = label, first * 0.0, logit
+    if LABELS == 2:
+        second_label, second, second_logit = label_of(
+            second_label_ptr, second_factor_ptr, s_row, s_class, rows, counts, weight, V
+        )
+    return label, first, logit, second_label, second, second_logit
 
 
 @triton.jit

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from ..common.scale import Scale, in_units, value_and_pointer
-from ..launch import RowLayout, arrival_counter, as_rows, device_guard, launch
+from ..common.launch_rows import Rows, launch_rows, outputs, rows_of
+from ..common.scale import Scale, value_and_pointer
+from ..common.tile import tile_grid, tile_sizes
+from ..launch import device_guard, launch
 from ..machine import machine_of
 from . import chunks as _kl_chunks
 from . import classes as _kl_classes
 from . import rows as _kl_rows
 from . import split as _kl_split
 from . import two_pass as _kl_two_pass
-from .plan import CLASS_PIXEL, KLPlan, kl_plan
+from .plan import KLPlan, kl_plan
 
 
 class Labels(NamedTuple):
@@ -75,139 +76,81 @@ def kd_kl(
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.
     """
-    shape = student.shape[:dim] + student.shape[dim + 1 :]
-    num_rows, num_classes = shape.numel(), student.shape[dim]
-    rows = student.new_empty(shape, dtype=torch.float32) if want_rows or not reduce else None
-    loss = student.new_empty((), dtype=torch.float32) if reduce else None
-    if num_rows == 0 or num_classes == 0:
+    rows, loss = outputs(student, dim, reduce=reduce, want_rows=want_rows)
+    if student.numel() == 0:
         return loss.zero_() if loss is not None else rows.zero_()
-
-    tensors = [x for x in (student, teacher, grad_student, grad_teacher) if x is not None]
-    layout = as_rows(tensors, dim)
-    if layout is None:  # more than two groups of strides: the one case that is copied
-        grads = [
-            None if g is None else g.clone(memory_format=torch.contiguous_format)
-            for g in (grad_student, grad_teacher)
-        ]
-        result = kd_kl(
-            student.contiguous(),
-            teacher.contiguous(),
-            dim,
-            scale,
-            reduce=reduce,
-            want_rows=want_rows,
-            grad_student=grads[0],
-            grad_teacher=grads[1],
-            upstream=upstream,
-            exit_if_one=exit_if_one,
-            labels=labels,
-            statistics=statistics,
-        )
-        for grad, computed in zip((grad_student, grad_teacher), grads):
-            if grad is not None:
-                grad.copy_(computed)
-        return result
-    strides = iter(layout.strides)
-    s_strides, t_strides = next(strides), next(strides)
-    gs_strides = next(strides) if grad_student is not None else (0, 0, 0)
-    gt_strides = next(strides) if grad_teacher is not None else (0, 0, 0)
-
-    plain = labels is None and statistics is None
-    plan = _plan(student, teacher, grad_student, grad_teacher, layout, num_classes, plain)
+    at = rows_of((student, teacher), (grad_student, grad_teacher), dim)
+    plan = _plan(at, plain=labels is None and statistics is None)
     # A cluster's programs would each count themselves, so its rows are summed by a launch of their own.
-    in_launch = reduce and plan.regime != "cluster"
-    if reduce and not in_launch and rows is None:
-        rows = student.new_empty(shape, dtype=torch.float32)
-    if plan.layout == CLASS_PIXEL:
-        grid = (layout.outer * triton.cdiv(layout.inner, plan.rows),)
-    else:
-        grid = (triton.cdiv(num_rows, plan.rows) * plan.splits,)
-    partial = student.new_empty(grid, dtype=torch.float32) if in_launch else None
-    counter = arrival_counter(student.device) if in_launch else None
-    unit = math.gcd(16, *(stride[0] for stride in (s_strides, t_strides, gs_strides, gt_strides)))
-    kernel, tile = _kernel(plan, layout, num_classes)
+    apart = reduce and plan.regime == "cluster"
+    if apart:
+        rows, _ = outputs(student, dim, reduce=False, want_rows=True)
+    (programs,) = tile_grid(plan, at.layout)
+    grid = (programs * plan.splits,)
+    kernel, own = _kernel(plan, at)
     if labels is not None:
-        tile |= _label_arguments(labels)
+        own |= _label_arguments(labels)
     if statistics is not None:
-        tile |= _statistics_arguments(statistics)
-    with device_guard(student):
-        if plan.regime == "split":
-            tile["sums_ptr"] = student.new_empty((grid[0], 5), dtype=torch.float32)
-            launch(
-                _kl_split.kd_kl_split_sums_kernel,
-                grid,
-                student,
-                teacher,
-                tile["sums_ptr"],
-                upstream,
-                *value_and_pointer(scale.temperature),
-                layout.inner,
-                *in_units(s_strides, unit),
-                *in_units(t_strides, unit),
-                V=num_classes,
-                UNIT=unit,
-                BLOCK=plan.chunks,
-                SPLITS=plan.splits,
-                PART=tile["PART"],
-                T_PTR=isinstance(scale.temperature, torch.Tensor),
-                EARLY_EXIT=exit_if_one,
-                num_warps=plan.num_warps,
-                enable_fp_fusion=True,
-            )
-        launch(
-            kernel,
-            grid,
-            student,
-            teacher,
-            grad_student,
-            grad_teacher,
-            rows,
-            loss,
-            partial,
-            counter,
-            scale.weight,
-            scale.mask,
-            upstream,
-            *value_and_pointer(scale.temperature),
-            *value_and_pointer(scale.divisor),
-            num_rows,
-            layout.inner,
-            *in_units(s_strides, unit),
-            *in_units(t_strides, unit),
-            *in_units(gs_strides, unit),
-            *in_units(gt_strides, unit),
-            V=num_classes,
-            UNIT=unit,
-            **tile,
-            T_PTR=isinstance(scale.temperature, torch.Tensor),
-            DIVISOR_PTR=isinstance(scale.divisor, torch.Tensor),
-            WEIGHT=scale.weight is not None,
-            MASK=scale.mask is not None,
-            UPSTREAM=0 if upstream is None else 1 if upstream.dim() == 0 else 2,
-            EARLY_EXIT=exit_if_one,
-            GRAD_S=grad_student is not None,
-            GRAD_T=grad_teacher is not None,
-            STORE_ROWS=rows is not None,
-            REDUCE=in_launch,
-            num_warps=plan.num_warps,
-            num_ctas=plan.num_ctas,
-            enable_fp_fusion=True,
-        )
-    if reduce and not in_launch:
+        own |= _statistics_arguments(statistics)
+    if plan.regime == "split":
+        own["sums_ptr"] = _split_sums(grid, at, scale, upstream, exit_if_one, plan, own["PART"])
+    launch_rows(
+        kernel,
+        grid,
+        at,
+        rows,
+        None if apart else loss,
+        scale,
+        upstream,
+        exit_if_one,
+        num_warps=plan.num_warps,
+        num_ctas=plan.num_ctas,
+        **own,
+    )
+    if apart:
         return rows.sum()
     return loss if reduce else rows
 
 
-def _plan(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    grad_student: torch.Tensor | None,
-    grad_teacher: torch.Tensor | None,
-    layout: RowLayout,
-    num_classes: int,
-    plain: bool,
-) -> KLPlan:
-    tensors = [x for x in (student, teacher, grad_student, grad_teacher) if x is not None]
+def _split_sums(
+    grid: tuple[int],
+    at: Rows,
+    scale: Scale,
+    upstream: torch.Tensor | None,
+    exit_if_one: bool,
+    plan: KLPlan,
+    part: int,
+) -> torch.Tensor:
+    """The first of a split row's launches: five numbers a part."""
+    student, teacher = at.tensors[:2]
+    sums = student.new_empty((grid[0], 5), dtype=torch.float32)
+    with device_guard(student):
+        launch(
+            _kl_split.kd_kl_split_sums_kernel,
+            grid,
+            student,
+            teacher,
+            sums,
+            upstream,
+            *value_and_pointer(scale.temperature),
+            at.layout.inner,
+            *at.strides[:6],
+            V=at.num_classes,
+            UNIT=at.unit,
+            BLOCK=plan.chunks,
+            SPLITS=plan.splits,
+            PART=part,
+            T_PTR=isinstance(scale.temperature, torch.Tensor),
+            EARLY_EXIT=exit_if_one,
+            num_warps=plan.num_warps,
+            enable_fp_fusion=True,
+        )
+    return sums
+
+
+def _plan(at: Rows, *, plain: bool) -> KLPlan:
+    student, teacher, _, grad_teacher = at.tensors
+    layout, tensors = at.layout, [x for x in at.tensors if x is not None]
     itemsize = max(student.itemsize, teacher.itemsize)
     outer, _, class_stride = layout.strides[0]
     unaligned = (
@@ -218,11 +161,11 @@ def _plan(
         and all(x.itemsize == itemsize and x.data_ptr() % 16 == 0 for x in tensors)
     )
     return kl_plan(
-        num_classes,
+        at.num_classes,
         layout.inner,
         min(strides[2] for strides in layout.strides[:2]),
         itemsize,
-        num_rows=layout.outer * layout.inner,
+        num_rows=at.num_rows,
         machine=machine_of(student.device),
         unaligned=unaligned,
         both=grad_teacher is not None,
@@ -230,33 +173,20 @@ def _plan(
     )
 
 
-def _kernel(plan: KLPlan, layout: RowLayout, num_classes: int) -> tuple[Any, dict[str, Any]]:
+def _kernel(plan: KLPlan, at: Rows) -> tuple[Any, dict[str, Any]]:
     """The kernel of a plan, and the arguments that only it has."""
     if plan.regime == "class_tuple":
         return _kl_classes.kd_kl_classes_kernel, {"PIXELS": plan.rows}
     if plan.regime == "two_pass":
         return _kl_two_pass.kd_kl_two_pass_kernel, {"BLOCK": plan.chunks}
     if plan.regime == "split":
-        blocks = triton.cdiv(num_classes, plan.chunks * plan.splits)
-        return _kl_split.kd_kl_split_kernel, {
-            "BLOCK": plan.chunks,
-            "SPLITS": plan.splits,
-            "PART": blocks * plan.chunks,
-        }
+        part = triton.cdiv(at.num_classes, plan.chunks * plan.splits) * plan.chunks
+        return _kl_split.kd_kl_split_kernel, {"BLOCK": plan.chunks, "SPLITS": plan.splits, "PART": part}
+    sizes = tile_sizes(plan, at.layout)
     if plan.regime == "chunks":
-        return _kl_chunks.kd_kl_chunks_kernel, {
-            "CHUNKS": plan.chunks,
-            "ROWS": plan.rows,
-            "WIDTH": plan.width,
-            "WINDOW": plan.window,
-        }
-    return _kl_rows.kd_kl_tile_kernel, {
-        "LAYOUT": plan.layout,
-        "CHUNKS": plan.chunks,
-        "ROWS": plan.rows,
-        "WIDTH": plan.width,
-        "INNER_ONE": layout.inner == 1,
-    }
+        own = {name: sizes[name] for name in ("CHUNKS", "ROWS", "WIDTH")}
+        return _kl_chunks.kd_kl_chunks_kernel, own | {"WINDOW": plan.window}
+    return _kl_rows.kd_kl_tile_kernel, sizes
 
 
 def _label_arguments(labels: Labels) -> dict[str, Any]:

@@ -7,10 +7,8 @@ from functools import lru_cache
 
 import triton
 
+from ..common.tile import CHUNK_ROW_LANE, CLASS_PIXEL, ONE_ROW, ROW_CHUNK_LANE
 from ..machine import Machine
-
-# Orders of a tile's dimensions, as kl/rows.py reads them.
-CHUNK_ROW_LANE, ROW_CHUNK_LANE, CLASS_PIXEL, ONE_ROW = range(4)
 
 #: A row pair up to this many classes stays in one program's registers.
 MAX_ROW = 16384
@@ -30,7 +28,7 @@ class KLPlan:
             ``"two_pass"`` (a row read twice by one program), ``"split"`` (the same by several programs a row, in two
             launches), ``"chunks"`` (rows that begin anywhere, in
             registers), ``"classes"`` and ``"class_tuple"`` (class dimension not last).
-        layout: The tile's order, one of the constants above.
+        layout: The tile's order, one of the constants of common/tile.py.
         chunks: Classes a lane group steps over; ``chunks * width`` ≥ V (two_pass: one block).
         rows: Rows (or pixels) a program handles.
         width: Neighbouring classes handled together by one row's lanes.

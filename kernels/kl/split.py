@@ -7,9 +7,18 @@ writes the gradients: 5N like the two-pass kernel, by as many programs as the ma
 import triton
 import triton.language as tl
 
-from ..common.reduce import reduce_last
-from ..common.rows import row_factor, scalar
-from .two_pass import second_pass
+from ..common.rows import (
+    finished,
+    gradient_row,
+    in_strides,
+    load_logits,
+    more_logits,
+    no_logits,
+    row_scale,
+    scalar,
+)
+from ..common.tile import store_losses
+from .two_pass import more_cross, second_pass
 
 
 @triton.jit
@@ -25,26 +34,18 @@ def kd_kl_split_sums_kernel(
             return
     k = 1.4426950408889634 / scalar(temperature, temperature_ptr, T_PTR)
     row, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    outer, within = tl.cast(row // inner, tl.int64) * UNIT, tl.cast(row % inner, tl.int64)
+    outer, within = in_strides(row // inner, row % inner, UNIT)
     s_row = s_ptr + outer * s_outer + within * s_inner
     t_row = t_ptr + outer * t_outer + within * t_inner
-    # Finite, far below any logit: -inf - -inf would be NaN.
-    s_peak = tl.full([BLOCK], -1e38, tl.float32)
-    t_peak = tl.full([BLOCK], -1e38, tl.float32)
-    s_acc = tl.zeros([BLOCK], tl.float32)
-    t_acc = tl.zeros([BLOCK], tl.float32)
+    s_peak, s_acc = no_logits([BLOCK])
+    t_peak, t_acc = no_logits([BLOCK])
     cross = tl.zeros([BLOCK], tl.float32)
     for start in range(0, PART, BLOCK):
         classes = (part * PART + start + tl.arange(0, BLOCK)).to(tl.int64)
         live = classes < V
-        s = tl.load(s_row + classes * s_class, mask=live, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_row + classes * t_class, mask=live, other=float("-inf")).to(tl.float32)
-        s_new, t_new = tl.maximum(s_peak, s), tl.maximum(t_peak, t)
-        t_old, t_exp = tl.exp2((t_peak - t_new) * k), tl.exp2((t - t_new) * k)
-        s_acc = s_acc * tl.exp2((s_peak - s_new) * k) + tl.exp2((s - s_new) * k)
-        t_acc = t_acc * t_old + t_exp
-        cross = cross * t_old + t_exp * tl.maximum(t - s, -1e30)
-        s_peak, t_peak = s_new, t_new
+        s, t = load_logits(s_row, classes, s_class, live), load_logits(t_row, classes, t_class, live)
+        s_peak, s_acc = more_logits(s_peak, s_acc, s, k)
+        t_peak, t_acc, cross = more_cross(t_peak, t_acc, cross, s, t, k)
     s_max, t_max = tl.max(s_peak, axis=0), tl.max(t_peak, axis=0)
     t_lane = tl.exp2((t_peak - t_max) * k)
     out = sums_ptr + tl.program_id(0) * 5
@@ -58,8 +59,7 @@ def kd_kl_split_sums_kernel(
 @triton.jit
 def kd_kl_split_kernel(
     s_ptr, t_ptr, gs_ptr, gt_ptr, rows_ptr, loss_ptr, partial_ptr, counter_ptr,
-    weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr,
-    num_rows, inner,
+    weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr, num_rows, inner,
     s_outer, s_inner, s_class, t_outer, t_inner, t_class, gs_outer, gs_inner, gs_class, gt_outer, gt_inner, gt_class,
     sums_ptr,
     V: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PART: tl.constexpr,
@@ -68,28 +68,18 @@ def kd_kl_split_kernel(
     STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one part of one row; its first part also has the row's loss."""
-    T = scalar(temperature, temperature_ptr, T_PTR)
-    factor = T * T / scalar(divisor, divisor_ptr, DIVISOR_PTR)
-    if UPSTREAM == 1:
-        upstream = tl.load(upstream_ptr).to(tl.float32)
-        if EARLY_EXIT:
-            if upstream == 1.0:
-                return
-        factor *= upstream
-    inv_t = 1.0 / T
-    k = inv_t * 1.4426950408889634
+    if finished(upstream_ptr, EARLY_EXIT):
+        return
     row, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    outer, within = tl.cast(row // inner, tl.int64) * UNIT, tl.cast(row % inner, tl.int64)
-    scale, counts = row_factor(
-        row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
-    )
+    outer, within = in_strides(row // inner, row % inner, UNIT)
+    scale, counts, inv_t, k = row_scale(
+        row, row < num_rows, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+        T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
+    )  # fmt: skip
     s_row = s_ptr + outer * s_outer + within * s_inner
     t_row = t_ptr + outer * t_outer + within * t_inner
-    gs_row, gt_row = gs_ptr, gt_ptr
-    if GRAD_S:
-        gs_row += outer * gs_outer + within * gs_inner
-    if GRAD_T:
-        gt_row += outer * gt_outer + within * gt_inner
+    gs_row = gradient_row(gs_ptr, outer, within, gs_outer, gs_inner, GRAD_S)
+    gt_row = gradient_row(gt_ptr, outer, within, gt_outer, gt_inner, GRAD_T)
 
     sums = sums_ptr + (row * SPLITS + tl.arange(0, SPLITS)) * 5
     s_peak, t_peak = tl.load(sums), tl.load(sums + 2)
@@ -127,8 +117,4 @@ def kd_kl_split_kernel(
                 V, PART, BLOCK, False, GRAD_S, GRAD_T, MASK, 0,
             )  # fmt: skip
     loss = tl.where(counts & (part == 0), scale * kl, 0.0)
-    if STORE_ROWS:
-        if part == 0:
-            tl.store(rows_ptr + row, loss)
-    if REDUCE:
-        reduce_last(loss, loss_ptr, partial_ptr, counter_ptr, 1024)
+    store_losses(loss, row, part == 0, rows_ptr, loss_ptr, partial_ptr, counter_ptr, STORE_ROWS, REDUCE, True)

@@ -3,9 +3,28 @@
 import triton
 import triton.language as tl
 
-from ..common.reduce import reduce_last
-from ..common.rows import gap_of, near_terms, row_factor, scalar, store_gradient
-from .labels import label_gradient, label_loss, label_of
+from ..common.rows import (
+    finished,
+    gap_of,
+    gradient_row,
+    in_strides,
+    load_logits,
+    more_logits,
+    near_terms,
+    no_logits,
+    row_scale,
+    store_gradient,
+)
+from ..common.tile import store_losses
+from .labels import label_gradient, label_loss, labels_of
+
+
+@triton.jit
+def more_cross(peak, total, cross, s, t, k):
+    """(peak, sum) of the teacher with one more logit a lane, and Σ e^t·(t - s)."""
+    new = tl.maximum(peak, t)
+    old, now = tl.exp2((peak - new) * k), tl.exp2((t - new) * k)
+    return new, total * old + now, cross * old + now * tl.maximum(t - s, -1e30)
 
 
 @triton.jit
@@ -25,8 +44,7 @@ def second_pass(
     for start in range(0, LENGTH, BLOCK):
         classes = (begin + start + tl.arange(0, BLOCK)).to(tl.int64)
         live = classes < V
-        s = tl.load(s_row + classes * s_class, mask=live, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_row + classes * t_class, mask=live, other=float("-inf")).to(tl.float32)
+        s, t = load_logits(s_row, classes, s_class, live), load_logits(t_row, classes, t_class, live)
         q = tl.exp2(s * k - s_top) * s_inv
         p = tl.exp2(t * k - t_top) * t_inv
         gap = gap_of(s, t, k, log_ratio)
@@ -52,8 +70,7 @@ def second_pass(
 @triton.jit
 def kd_kl_two_pass_kernel(
     s_ptr, t_ptr, gs_ptr, gt_ptr, rows_ptr, loss_ptr, partial_ptr, counter_ptr,
-    weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr,
-    num_rows, inner,
+    weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr, num_rows, inner,
     s_outer, s_inner, s_class, t_outer, t_inner, t_class, gs_outer, gs_inner, gs_class, gt_outer, gt_inner, gt_class,
     V: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
     T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr, WEIGHT: tl.constexpr, MASK: tl.constexpr,
@@ -64,48 +81,32 @@ def kd_kl_two_pass_kernel(
     LABELS: tl.constexpr = 0, STATS: tl.constexpr = False,
 ):  # fmt: skip
     """Rows that do not fit on the chip: read once for the log-sum-exps, once more for loss and gradients."""
-    T = scalar(temperature, temperature_ptr, T_PTR)
-    factor = T * T / scalar(divisor, divisor_ptr, DIVISOR_PTR)
-    if UPSTREAM == 1:
-        upstream = tl.load(upstream_ptr).to(tl.float32)
-        if EARLY_EXIT:
-            if upstream == 1.0:
-                return
-        factor *= upstream
-    inv_t = 1.0 / T
-    k = inv_t * 1.4426950408889634
+    if finished(upstream_ptr, EARLY_EXIT):
+        return
     row = tl.program_id(0)
-    outer, within = tl.cast(row // inner, tl.int64) * UNIT, tl.cast(row % inner, tl.int64)
-    scale, counts = row_factor(
-        row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
-    )
+    outer, within = in_strides(row // inner, row % inner, UNIT)
+    scale, counts, inv_t, k = row_scale(
+        row, row < num_rows, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+        T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
+    )  # fmt: skip
     s_row = s_ptr + outer * s_outer + within * s_inner
     t_row = t_ptr + outer * t_outer + within * t_inner
 
-    # Online log-sum-exp a lane (Milakov & Gimelshein 2018), and Σ e^t·(t - s), which gives KL for the
-    # teacher's gradient before the second pass begins. A lane's peak starts far below any logit, and finite:
-    # -inf - -inf would be NaN.
-    s_peak = tl.full([BLOCK], -1e38, tl.float32)
-    t_peak = tl.full([BLOCK], -1e38, tl.float32)
-    s_acc = tl.zeros([BLOCK], tl.float32)
-    t_acc = tl.zeros([BLOCK], tl.float32)
+    # Log-sum-exps a lane, and Σ e^t·(t - s), which gives KL for the teacher's gradient before the second pass begins.
+    s_peak, s_acc = no_logits([BLOCK])
+    t_peak, t_acc = no_logits([BLOCK])
     cross = tl.zeros([BLOCK], tl.float32)
-    total_acc = tl.zeros(
-        [BLOCK], tl.float32
-    )  # Σ exp at temperature 1: the student's for labels, else the teacher's
+    # Σ exp at temperature 1: the student's for labels, else the teacher's.
+    total_acc = tl.zeros([BLOCK], tl.float32)
     logit_sum = tl.zeros([BLOCK], tl.float32)
     s_rank = tl.zeros([BLOCK], tl.int32)
     t_rank = tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
         classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
         live = classes < V
-        s = tl.load(s_row + classes * s_class, mask=live, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_row + classes * t_class, mask=live, other=float("-inf")).to(tl.float32)
-        s_new, t_new = tl.maximum(s_peak, s), tl.maximum(t_peak, t)
-        t_old, t_exp = tl.exp2((t_peak - t_new) * k), tl.exp2((t - t_new) * k)
-        s_acc = s_acc * tl.exp2((s_peak - s_new) * k) + tl.exp2((s - s_new) * k)
-        t_acc = t_acc * t_old + t_exp
-        cross = cross * t_old + t_exp * tl.maximum(t - s, -1e30)
+        s, t = load_logits(s_row, classes, s_class, live), load_logits(t_row, classes, t_class, live)
+        s_new, s_acc = more_logits(s_peak, s_acc, s, k)
+        t_new, t_acc, cross = more_cross(t_peak, t_acc, cross, s, t, k)
         if LABELS > 0:
             old = tl.exp2((s_peak - s_new) * 1.4426950408889634)
             total_acc = total_acc * old + tl.exp2((s - s_new) * 1.4426950408889634)
@@ -128,18 +129,10 @@ def kd_kl_two_pass_kernel(
 
     ce, peak, inv_total, label, second_label, first, second = 0.0, 0.0, 0.0, 0, 0, 0.0, 0.0
     if LABELS > 0:
-        plain = 1.0
-        if UPSTREAM == 1:
-            plain = tl.load(upstream_ptr).to(tl.float32)
-        weight, _counts = row_factor(
-            row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, plain, WEIGHT, False, UPSTREAM
-        )
-        label, first, logit = label_of(label_ptr, factor_ptr, s_row, s_class, row, counts, weight, V)
-        second_label, second, second_logit = label, first * 0.0, logit
-        if LABELS == 2:
-            second_label, second, second_logit = label_of(
-                second_label_ptr, second_factor_ptr, s_row, s_class, row, counts, weight, V
-            )
+        label, first, logit, second_label, second, second_logit = labels_of(
+            label_ptr, factor_ptr, second_label_ptr, second_factor_ptr, s_row, s_class, row, row < num_rows, counts,
+            weight_ptr, upstream_ptr, V, LABELS, WEIGHT, UPSTREAM,
+        )  # fmt: skip
         total = tl.sum(total_acc * tl.exp2((s_peak - s_max) * 1.4426950408889634), axis=0)
         peak, inv_total = s_max, 1.0 / total
         mean = tl.sum(logit_sum, axis=0) / V
@@ -152,11 +145,8 @@ def kd_kl_two_pass_kernel(
         tl.store(probability_ptr + row, 1.0 / total)
         tl.store(agreement_ptr + row, s_class_rank == t_class_rank)
     g = tl.where(counts, scale * inv_t, 0.0)
-    gs_row, gt_row = gs_ptr, gt_ptr
-    if GRAD_S:
-        gs_row += outer * gs_outer + within * gs_inner
-    if GRAD_T:
-        gt_row += outer * gt_outer + within * gt_inner
+    gs_row = gradient_row(gs_ptr, outer, within, gs_outer, gs_inner, GRAD_S)
+    gt_row = gradient_row(gt_ptr, outer, within, gt_outer, gt_inner, GRAD_T)
     if kl < 1e-3:
         # Student and teacher nearly agree: KL and S first, in the form that does not cancel, then gradients.
         kl, centre = second_pass(
@@ -180,7 +170,4 @@ def kd_kl_two_pass_kernel(
             V, V, BLOCK, False, GRAD_S, GRAD_T, MASK, LABELS,
         )  # fmt: skip
     loss = tl.where(counts, scale * kl + ce, 0.0)
-    if STORE_ROWS:
-        tl.store(rows_ptr + row, loss)
-    if REDUCE:
-        reduce_last(loss, loss_ptr, partial_ptr, counter_ptr, 1024)
+    store_losses(loss, row, None, rows_ptr, loss_ptr, partial_ptr, counter_ptr, STORE_ROWS, REDUCE, True)

@@ -20,7 +20,7 @@ Bytes moved, N = elements of one logit tensor: 2N for the loss alone, 3N with th
 both, written by the forward launch; a backward whose upstream gradient is 1 moves nothing, otherwise it
 recomputes. Rows that do not fit on the chip (V > 8192, with both gradients 4096) are read three times: 4N, 7N, 8N.
 
-Bodies: rows.py.
+Bodies: bodies.py.
 """
 
 from .launch import DKD, JSD, pair_loss

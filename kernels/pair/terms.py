@@ -16,9 +16,9 @@ def clamped_gap(s, t, k, log_ratio, KIND: tl.constexpr):
 
 
 @triton.jit
-def without_target(logits, is_target, KIND: tl.constexpr):
-    """The logits as float32, for DKD without the target class: masked here, since the load's mask sets its width."""
-    out = logits.to(tl.float32)
+def others(ptrs, live, is_target, KIND: tl.constexpr):
+    """Logits in float32, for DKD without the target class: masked here, since the load's mask sets its width."""
+    out = tl.load(ptrs, mask=live, other=float("-inf")).to(tl.float32)
     if KIND == 1:
         out = tl.where(is_target, float("-inf"), out)
     return out

@@ -10,51 +10,7 @@ import triton
 
 from ..launch import device_guard, launch
 from . import bodies
-
-#: Rows above this are gathered by a launch of their own.
-FUSED_ROW_BYTES = 16 * 1024
-#: What one program of that launch moves.
-GATHER_BYTES = 8 * 1024
-
-
-@dataclass(frozen=True)
-class ReplayPlan:
-    """What one launch looks like.
-
-    Attributes:
-        rows: Draws or rows a program handles.
-        num_warps: Warps a program.
-        block: Elements of a row that a program moves at a time.
-    """
-
-    rows: int
-    num_warps: int
-    block: int = 0
-
-
-def _interpreting() -> bool:
-    return bool(triton.knobs.runtime.interpret)
-
-
-def sample_plan(row_words: int) -> ReplayPlan:
-    """One draw a program: the descent is latency, and a GPU hides it best with many programs.
-
-    The interpreter pays per program instead, so there it is 32. One warp: wider ones would meet in shared memory
-    at each level's scan.
-    """
-    block = min(1024, triton.next_power_of_2(max(1, row_words)))
-    return ReplayPlan(32, 1, block) if _interpreting() else ReplayPlan(1, 1, block)
-
-
-def update_plan() -> ReplayPlan:
-    """32 rows a program against all of the batch: the whole square in one program spills."""
-    return ReplayPlan(32, 4, 128)
-
-
-def add_plan(row_words: int) -> ReplayPlan:
-    """One row a program, in the interpreter 32."""
-    block = min(1024, triton.next_power_of_2(max(1, row_words)))
-    return ReplayPlan(32, 1, block) if _interpreting() else ReplayPlan(1, 1, block)
+from .plan import FUSED_ROW_BYTES, GATHER_BYTES, add_plan, interpreting, sample_plan, update_plan
 
 
 def double_bits(value: float) -> int:
@@ -229,7 +185,7 @@ def rebuild(
     below, size, first = leaves, leaves.numel(), 0
     with device_guard(leaves):
         for level, (offset, count) in enumerate(zip(offsets, counts)):
-            nodes = 16 if _interpreting() else 4
+            nodes = 16 if interpreting() else 4
             launch(
                 bodies.replay_rebuild,
                 (triton.cdiv(count, nodes),),

@@ -199,19 +199,22 @@ def _flat(call: Recursion) -> tuple[Any, ...]:
     return (call.u, call.v, call.permutation, call.noise_scale, *_split(call.seed), call.carry)
 
 
-@torch.library.custom_op("kdfast::reparam_middle", mutates_args=())
-def _reparam_op(
-    branches: Tensor,
-    target: Tensor,
-    u: Tensor,
-    v: Tensor,
-    permutation: Tensor,
-    noise_scale: Tensor | None,
-    seed: int,
-    seed_tensor: Tensor | None,
-    carry: bool,
-) -> tuple[Tensor, Tensor]:
-    call = Recursion(u, v, permutation, noise_scale, seed if seed_tensor is None else seed_tensor, carry)
+def _recursion(flat: tuple[Any, ...]) -> Recursion:
+    u, v, permutation, noise_scale, seed, seed_tensor, carry = flat
+    return Recursion(u, v, permutation, noise_scale, seed if seed_tensor is None else seed_tensor, carry)
+
+
+_RECURSION = (
+    "Tensor branches, Tensor target, Tensor u, Tensor v, Tensor permutation, Tensor? noise_scale, SymInt seed, "
+    "Tensor? seed_tensor, bool carry"
+)
+
+
+@torch.library.custom_op(
+    "kdfast::reparam_middle", mutates_args=(), schema=f"({_RECURSION}) -> (Tensor, Tensor)"
+)
+def _reparam_op(branches: Tensor, target: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    call = _recursion(flat)
     loss, mean = reparam_middle(branches, target, call)
     return loss.clone(), torch.empty_like(target, dtype=mean.dtype).copy_(mean)
 
@@ -222,21 +225,15 @@ def _(branches: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return branches.new_empty((), dtype=dtype), torch.empty_like(target, dtype=branches.dtype)
 
 
-@torch.library.custom_op("kdfast::reparam_middle_backward", mutates_args=())
+@torch.library.custom_op(
+    "kdfast::reparam_middle_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_loss, Tensor grad_mean, {_RECURSION}) -> Tensor",
+)
 def _reparam_backward_op(
-    grad_loss: Tensor,
-    grad_mean: Tensor,
-    branches: Tensor,
-    target: Tensor,
-    u: Tensor,
-    v: Tensor,
-    permutation: Tensor,
-    noise_scale: Tensor | None,
-    seed: int,
-    seed_tensor: Tensor | None,
-    carry: bool,
+    grad_loss: Tensor, grad_mean: Tensor, branches: Tensor, target: Tensor, *flat: Any
 ) -> Tensor:
-    call = Recursion(u, v, permutation, noise_scale, seed if seed_tensor is None else seed_tensor, carry)
+    call = _recursion(flat)
     grad = torch.empty_like(branches)
     if _fused(branches, target):
         _launch(branches, target, _for_kernel(call), grad=grad, grad_mean=grad_mean, upstream=grad_loss)

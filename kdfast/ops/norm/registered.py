@@ -5,6 +5,7 @@ An output that is not wanted is an empty tensor, since a schema's results are ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -19,17 +20,28 @@ from kdfast.reference.norm.fused import BatchNorm
 __all__ = ["bn_act", "bn_mse"]
 
 
-def _norm(
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: float,
-) -> BatchNorm:
+#: What both ops know of the norm, and what each of them is told beside it.
+_NORM = "Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, bool training, float eps"
+_ACT = f"{_NORM}, bool relu, float scale, float carry"
+_ACT_SCHEMA = f"(Tensor x, Tensor? residual, {_ACT}) -> (Tensor, Tensor)"
+_ACT_BACKWARD_SCHEMA = (
+    f"(Tensor grad, Tensor x, Tensor? residual, Tensor y, Tensor stats, {_ACT}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_MSE_SCHEMA = (
+    f"(Tensor x, Tensor target, {_NORM}, bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _norm(flat: Sequence[Any]) -> BatchNorm:
+    weight, bias, mean, var, training, eps = flat
     # In training the running statistics take no part here: the caller moves them.
-    held = (None, None) if training else (running_mean, running_var)
+    held = (None, None) if training else (mean, var)
     return BatchNorm(weight, bias, *held, None, training, 0.0, eps)
+
+
+def _act(flat: Sequence[Any]) -> tuple[BatchNorm, ops.Act]:
+    return _norm(flat[:6]), ops.Act(*flat[6:])
 
 
 def _stats(x: Tensor, *others: Tensor) -> Tensor:
@@ -50,30 +62,17 @@ def _put(value: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -
     return torch.empty_like(like, dtype=dtype or like.dtype).copy_(value)
 
 
-@torch.library.custom_op("kdfast::bn_act", mutates_args=())
-def bn_act(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: float,
-    relu: bool,
-    scale: float,
-    carry: float,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("kdfast::bn_act", mutates_args=(), schema=_ACT_SCHEMA)
+def bn_act(x: Tensor, residual: Tensor | None, *flat: Any) -> tuple[Tensor, Tensor]:
     """y and ``[3, C]``: μ, r and the unbiased variance."""
-    norm = _norm(weight, bias, running_mean, running_var, training, eps)
-    act = ops.Act(relu, scale, carry)
+    norm, act = _act(flat)
     stats = _stats(x)
-    if resolve(x, residual, weight) == "reference":
+    if resolve(x, residual, norm.weight) == "reference":
         y, mean, var = reference.bn_act(x, residual, norm, *act)
         _fill(stats, x, norm, mean, var)
     else:
         y, _, centre = ops.launch_act(x, residual, norm, act, stats[2])
-        if training:
+        if norm.training:
             stats[0], stats[1] = centre
         else:
             _fill(stats, x, norm, *centre)
@@ -86,62 +85,42 @@ def _(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=dtype), _stats(x)
 
 
-@torch.library.custom_op("kdfast::bn_act_backward", mutates_args=())
+@torch.library.custom_op("kdfast::bn_act_backward", mutates_args=(), schema=_ACT_BACKWARD_SCHEMA)
 def bn_act_backward(
-    grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    y: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: float,
-    relu: bool,
-    scale: float,
-    carry: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, residual: Tensor | None, y: Tensor, stats: Tensor, *flat: Any
+) -> tuple[Tensor, ...]:
     """Gradients of x, residual, weight and bias."""
-    norm = _norm(weight, bias, running_mean, running_var, training, eps)
-    act = ops.Act(relu, scale, carry)
+    norm, act = _act(flat)
     found: tuple[Tensor | None, ...]
-    if resolve(x, residual, weight) == "reference":
+    if resolve(x, residual, norm.weight) == "reference":
         g = grad.to(stats.dtype)
-        g = torch.where(y > 0, g, 0.0) if relu else g
-        grad_x, grad_weight, grad_bias = reference.bn_backward(scale * g, x, norm, stats[0], stats[1])
-        found = (grad_x, None if residual is None else carry * g, grad_weight, grad_bias)
+        g = torch.where(y > 0, g, 0.0) if act.relu else g
+        grad_x, grad_weight, grad_bias = reference.bn_backward(act.scale * g, x, norm, stats[0], stats[1])
+        found = (grad_x, None if residual is None else act.carry * g, grad_weight, grad_bias)
     else:
-        centre = (stats[0], stats[1]) if training else (running_mean, running_var)
-        needs = (True, residual is not None, weight is not None, bias is not None)
+        centre = (stats[0], stats[1]) if norm.training else (norm.running_mean, norm.running_var)
+        needs = (True, residual is not None, norm.weight is not None, norm.bias is not None)
         found = ops.launch_act_backward(
             grad,
             x,
-            y if relu and residual is not None else None,
+            y if act.relu and residual is not None else None,
             norm,
             cast("tuple[Tensor, Tensor]", centre),
             act,
             needs,
             x.dtype if residual is None else residual.dtype,
         )
-    likes = (x, residual, weight, bias)
-    grads = [x.new_empty(0) if like is None else _put(g, like) for g, like in zip(found, likes, strict=True)]
-    return grads[0], grads[1], grads[2], grads[3]
+    likes = (x, residual, norm.weight, norm.bias)
+    return tuple(
+        x.new_empty(0) if like is None else _put(g, like) for g, like in zip(found, likes, strict=True)
+    )
 
 
 @bn_act_backward.register_fake
 def _(
-    grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    y: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *rest: Any,
+    grad: Tensor, x: Tensor, residual: Tensor | None, y: Tensor, stats: Tensor, *flat: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in (x, residual, weight, bias))
+    return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in (x, residual, *flat[:2]))
 
 
 def _act_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -163,23 +142,14 @@ def _act_autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 bn_act.register_autograd(_act_autograd, setup_context=_act_context)
 
 
-@torch.library.custom_op("kdfast::bn_mse", mutates_args=())
-def bn_mse(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: float,
-    gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op("kdfast::bn_mse", mutates_args=(), schema=_MSE_SCHEMA)
+def bn_mse(x: Tensor, target: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """The loss, the statistics as of :func:`bn_act`, and with ``gradients`` those of x, weight and bias."""
-    norm = _norm(weight, bias, running_mean, running_var, training, eps)
+    *held, gradients = flat
+    norm = _norm(held)
     stats = _stats(x, target)
     found: tuple[Tensor | None, ...] = (None, None, None)
-    if resolve(x, target, weight) == "reference":
+    if resolve(x, target, norm.weight) == "reference":
         loss, mean, var = reference.bn_mse(x, target, norm)
         _fill(stats, x, norm, mean, var)
         if gradients:
@@ -187,24 +157,23 @@ def bn_mse(
             error = (out - target.to(stats.dtype)) * (2 / x.numel())
             found = reference.bn_backward(error, x, norm, stats[0], stats[1])
     else:
-        needs = (gradients, gradients and weight is not None, gradients and bias is not None)
+        needs = (gradients, gradients and norm.weight is not None, gradients and norm.bias is not None)
         made = ops.launch_mse(x, target, norm, needs, stats[2])
         loss, found = made.loss, made.grads
-        if training:
+        if norm.training:
             stats[0], stats[1] = made.centre
     grads = [
         x.new_empty(0) if like is None or not gradients else _put(g, like)
-        for g, like in zip(found, (x, weight, bias), strict=True)
+        for g, like in zip(found, (x, norm.weight, norm.bias), strict=True)
     ]
-    return loss.clone(), stats, grads[0], grads[1], grads[2]
+    return loss.clone(), stats, *grads
 
 
 @bn_mse.register_fake
-def _(
-    x: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
+def _(x: Tensor, target: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     dtype = compute_dtype(x, target)
-    grads = [torch.empty_like(t) if t is not None and rest[-1] else x.new_empty(0) for t in (x, weight, bias)]
+    likes = (x, *flat[:2])
+    grads = [torch.empty_like(t) if t is not None and flat[-1] else x.new_empty(0) for t in likes]
     return (x.new_empty((), dtype=dtype), _stats(x, target), *grads)
 
 

@@ -128,21 +128,19 @@ def _statistics(x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, Tens
 # It returns [4, C] as the kernel does: mean, var, and the gradient's coefficients.
 
 
-@torch.library.custom_op("kdfast::bn_statistics", mutates_args=())
-def _op(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    average_mean: Tensor | None,
-    average_var: Tensor | None,
-    share: Tensor | None,
-    squared: bool,
-) -> tuple[Tensor, Tensor]:
-    return _forward(_dense(x), Target(running_mean, running_var, average_mean, average_var, share, squared))
+_SCHEMA = (
+    "(Tensor x, Tensor running_mean, Tensor running_var, Tensor? average_mean, Tensor? average_var, Tensor? share, "
+    "bool squared) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("kdfast::bn_statistics", mutates_args=(), schema=_SCHEMA)
+def _op(x: Tensor, *target: Any) -> tuple[Tensor, Tensor]:
+    return _forward(_dense(x), Target(*target))
 
 
 @_op.register_fake
-def _(x: Tensor, running_mean: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *target: Any) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x)
     return x.new_empty((), dtype=dtype), x.new_empty((4, x.shape[1]), dtype=dtype)
 

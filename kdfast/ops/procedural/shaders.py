@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,41 +13,30 @@ from kdfast.reference.procedural import shaders as reference
 __all__ = ["render_shaders"]
 
 
-@torch.library.custom_op("kdfast::render_shaders", mutates_args=())
-def _render_op(
-    codes: Tensor,
-    values: Tensor,
-    rates: Tensor,
-    program: Tensor,
-    time: Tensor,
-    height: int,
-    width: int,
-    antialias: int,
-    as_float: bool,
-) -> Tensor:
-    dtype = torch.float32 if as_float else torch.uint8
-    if resolve(codes, values, rates, program, time) == "reference":
-        return reference.render(codes, values, rates, program, time, height, width, antialias, dtype)
+_SCHEMA = (
+    "(Tensor codes, Tensor values, Tensor rates, Tensor program, Tensor time, SymInt height, SymInt width, "
+    "SymInt antialias, bool as_float) -> Tensor"
+)
+
+
+@torch.library.custom_op("kdfast::render_shaders", mutates_args=(), schema=_SCHEMA)
+def _render_op(*flat: Any) -> Tensor:
+    *arguments, as_float = flat
+    arguments.append(torch.float32 if as_float else torch.uint8)
+    if resolve(*arguments[:5]) == "reference":
+        return reference.render(*arguments)
     from kdfast.kernels.procedural import shaders as kernels
 
-    images: Tensor = kernels.render(codes, values, rates, program, time, height, width, antialias, dtype)
+    images: Tensor = kernels.render(*arguments)
     return images
 
 
 @_render_op.register_fake
-def _(
-    codes: Tensor,
-    values: Tensor,
-    rates: Tensor,
-    program: Tensor,
-    time: Tensor,
-    height: int,
-    width: int,
-    antialias: int,
-    as_float: bool,
-) -> Tensor:
-    dtype = torch.float32 if as_float else torch.uint8
-    return values.new_empty((program.shape[0], 3, height, width), dtype=dtype)
+def _(*flat: Any) -> Tensor:
+    _, values, _, program, _, height, width, _, as_float = flat
+    shape = (program.shape[0], 3, height, width)
+    images: Tensor = values.new_empty(shape, dtype=torch.float32 if as_float else torch.uint8)
+    return images
 
 
 def render_shaders(

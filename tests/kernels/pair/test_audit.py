@@ -15,9 +15,12 @@ if INTERPRETING:
 
 from bench.static_audit import CAPABILITIES, audit, meta
 from kdfast.kernels.dist import launch as dist
+from kdfast.kernels.dist.plan import dist_plan
 from kdfast.kernels.kl.launch import Scale
 from kdfast.kernels.pair import launch as losses_more
+from kdfast.kernels.pair.plan import pair_plan
 from kdfast.kernels.topk import launch as topk
+from kdfast.kernels.topk.plan import TopKPlan, topk_plan
 
 SCALE = Scale(2.0, 1.0, None, None)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -124,23 +127,23 @@ def test_no_spills_and_wide_accesses(call: Callable[[], object], width: int, cap
 def test_each_regime_gets_its_plan(
     num_classes: int, inner: int, stride: int, itemsize: int, regime: str
 ) -> None:
-    plan = losses_more.pair_plan(num_classes, inner, stride, itemsize)
+    plan = pair_plan(num_classes, inner, stride, itemsize)
     assert plan.regime == regime
     assert plan.regime == "loop" or plan.chunks * plan.width >= num_classes
 
 
 def test_two_gradients_leave_room_for_half_as_long_a_row() -> None:
-    assert losses_more.pair_plan(4096, 1, 1, 2, both=True).regime == "rows"
-    assert losses_more.pair_plan(4097, 1, 1, 2, both=True).regime == "loop"
+    assert pair_plan(4096, 1, 1, 2, both=True).regime == "rows"
+    assert pair_plan(4097, 1, 1, 2, both=True).regime == "loop"
 
 
 def test_every_row_of_dist_is_in_exactly_one_split() -> None:
     for num_rows in (1, 31, 4096, 65_537):
         for num_classes in (10, 1000, 32_000):
-            plan = dist.dist_plan(num_rows, num_classes)
+            plan = dist_plan(num_rows, num_classes)
             assert (plan.splits - 1) * plan.rows_per_split < num_rows <= plan.splits * plan.rows_per_split
 
 
 def test_long_rows_of_topk_take_several_blocks() -> None:
-    assert topk.topk_plan(1000, 50) == topk.TopKPlan(1024, 64, 2)
-    assert topk.topk_plan(128_256, 50).block == 4096
+    assert topk_plan(1000, 50) == TopKPlan(1024, 64, 2)
+    assert topk_plan(128_256, 50).block == 4096

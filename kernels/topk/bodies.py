@@ -1,38 +1,31 @@
-"""Body of the cached top-k loss. Equations, bytes and launch plan stand in losses_topk.py."""
+"""Body of the cached top-k loss. Equations, bytes and launch plan stand in the package."""
 
 import triton
 import triton.language as tl
 
-from ..common.reduce import reduce_last
-from ..common.rows import near_terms, row_factor, scalar
+from ..common.rows import finished, in_strides, load_logits, more_logits, near_terms, no_logits, row_scale
+from ..common.tile import store_losses
 
 
 @triton.jit
 def topk_kernel(
-    s_ptr, index_ptr, logit_ptr, normalizer_ptr, gs_ptr, rows_ptr, loss_ptr, partial_ptr, counter_ptr,
+    s_ptr, gs_ptr, rows_ptr, loss_ptr, partial_ptr, counter_ptr,
     weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr,
-    num_rows, inner, s_outer, s_inner, s_class, gs_outer, gs_inner, gs_class,
+    num_rows, inner, s_outer, s_inner, s_class, gs_outer, gs_inner, gs_class, index_ptr, logit_ptr, normalizer_ptr,
     V: tl.constexpr, UNIT: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     BUCKET: tl.constexpr, NORMALIZER: tl.constexpr, T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr,
     WEIGHT: tl.constexpr, MASK: tl.constexpr, UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr,
-    GRAD: tl.constexpr, STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
+    GRAD_S: tl.constexpr, STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
     """One row a program: its log-sum-exp, the k outcomes and the bucket, then the gradient."""
-    T = scalar(temperature, temperature_ptr, T_PTR)
-    factor = T * T / scalar(divisor, divisor_ptr, DIVISOR_PTR)
-    if UPSTREAM == 1:
-        upstream = tl.load(upstream_ptr).to(tl.float32)
-        if EARLY_EXIT:
-            if upstream == 1.0:  # the forward launch wrote exactly this gradient
-                return
-        factor *= upstream
-    inv_t = 1.0 / T
-    k = inv_t * 1.4426950408889634
+    if finished(upstream_ptr, EARLY_EXIT):
+        return
     row = tl.program_id(0)
-    outer, within = tl.cast(row // inner, tl.int64) * UNIT, tl.cast(row % inner, tl.int64)
-    scale, counts = row_factor(
-        row, row < num_rows, weight_ptr, mask_ptr, upstream_ptr, factor, WEIGHT, MASK, UPSTREAM
-    )
+    outer, within = in_strides(row // inner, row % inner, UNIT)
+    scale, counts, inv_t, k = row_scale(
+        row, row < num_rows, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
+        T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
+    )  # fmt: skip
     s_row = s_ptr + outer * s_outer + within * s_inner
 
     # The k outcomes. A negative index is padding, and so is a logit of -inf.
@@ -42,7 +35,7 @@ def topk_kernel(
     inside = (index >= 0) & (index < V)
     t = tl.load(logit_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
     present = inside & (t > float("-inf"))
-    x = tl.load(s_row + index * s_class, mask=present, other=float("-inf")).to(tl.float32)
+    x = load_logits(s_row, index, s_class, present)
     t_top = tl.max(t, axis=0) * k
     if NORMALIZER:
         t_log = t * k - tl.load(normalizer_ptr + row).to(tl.float32) * 1.4426950408889634
@@ -51,15 +44,11 @@ def topk_kernel(
     p = tl.exp2(t_log)
 
     if BUCKET:
-        # Online log-sum-exp a lane; the peak starts finite, since -inf - -inf would be NaN.
-        peak = tl.full([BLOCK], -1e38, tl.float32)
-        acc = tl.zeros([BLOCK], tl.float32)
+        peak, acc = no_logits([BLOCK])
         for start in range(0, V, BLOCK):
             classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
-            s = tl.load(s_row + classes * s_class, mask=classes < V, other=float("-inf")).to(tl.float32)
-            new = tl.maximum(peak, s)
-            acc = acc * tl.exp2((peak - new) * k) + tl.exp2((s - new) * k)
-            peak = new
+            s = load_logits(s_row, classes, s_class, classes < V)
+            peak, acc = more_logits(peak, acc, s, k)
         top = tl.max(peak, axis=0)
         log_sum = top * k + tl.log2(tl.sum(acc * tl.exp2((peak - top) * k), axis=0))
     else:
@@ -83,21 +72,18 @@ def topk_kernel(
         loss += other
         slope = 1.0 - p_other / q_other
     g = tl.where(counts, scale * inv_t, 0.0)
-    if GRAD:
+    if GRAD_S:
         gs_row = gs_ptr + outer * gs_outer + within * gs_inner
         for start in range(0, V, BLOCK):
             classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
             live = classes < V
             grad = tl.zeros([BLOCK], tl.float32)
             if BUCKET:
-                s = tl.load(s_row + classes * s_class, mask=live, other=float("-inf")).to(tl.float32)
+                s = load_logits(s_row, classes, s_class, live)
                 grad = tl.where(counts, g * slope * tl.exp2(s * k - log_sum), 0.0)
             tl.store(gs_row + classes * gs_class, grad.to(gs_ptr.dtype.element_ty), mask=live)
         tl.debug_barrier()  # the k classes are written again, by other threads
         grad = tl.where(counts, g * difference, 0.0)
         tl.store(gs_row + index * gs_class, grad.to(gs_ptr.dtype.element_ty), mask=present)
     loss = tl.where(counts, scale * loss, 0.0)
-    if STORE_ROWS:
-        tl.store(rows_ptr + row, loss)
-    if REDUCE:
-        reduce_last(loss, loss_ptr, partial_ptr, counter_ptr, 1024)
+    store_losses(loss, row, None, rows_ptr, loss_ptr, partial_ptr, counter_ptr, STORE_ROWS, REDUCE, True)

@@ -1,4 +1,4 @@
-"""Bodies of the DIST kernels. Equations, bytes and launch plan stand in losses_dist.py.
+"""Bodies of the DIST kernels. Equations, bytes and launch plan stand in the package.
 
 What a row needs later is kept as [6, rows]: log2-sum-exp of student and teacher, 1/D, v_s, v_t, ρ.
 What a column needs is kept as [5, V]: mean of q and p, 1/D, v_s, v_t.
@@ -7,16 +7,7 @@ What a column needs is kept as [5, V]: mean of q and p, 1/D, v_s, v_t.
 import triton
 import triton.language as tl
 
-from ..common.rows import scalar
-
-
-@triton.jit
-def _finished(upstream_ptr, EARLY_EXIT: tl.constexpr):
-    """Whether the forward launches have written exactly the gradient that is asked for."""
-    done = False
-    if EARLY_EXIT:
-        done = tl.load(upstream_ptr).to(tl.float32) == 1.0
-    return done
+from ..common.rows import finished, in_strides, more_logits, no_logits, scalar
 
 
 @triton.jit
@@ -38,9 +29,25 @@ def _tile(ptr, row_at, classes, stride, live):
 
 
 @triton.jit
+def _store_tile(ptr, row_at, classes, stride, value, live):
+    at = row_at[:, None] + classes[None, :] * stride
+    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
 def _row_starts(rows, inner, outer_stride, inner_stride, UNIT: tl.constexpr):
-    outer = tl.cast(rows // inner, tl.int64) * UNIT
-    return outer * outer_stride + tl.cast(rows % inner, tl.int64) * inner_stride
+    outer, within = in_strides(rows // inner, rows % inner, UNIT)
+    return outer * outer_stride + within * inner_stride
+
+
+@triton.jit
+def _store_five(ptr, step, a, b, c, d, e, live):
+    """Five values of each row or column, ``step`` apart."""
+    tl.store(ptr, a, mask=live)
+    tl.store(ptr + step, b, mask=live)
+    tl.store(ptr + 2 * step, c, mask=live)
+    tl.store(ptr + 3 * step, d, mask=live)
+    tl.store(ptr + 4 * step, e, mask=live)
 
 
 @triton.jit
@@ -51,26 +58,21 @@ def dist_rows_kernel(
     EARLY_EXIT: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exps of some rows, then their correlations: a second read, from the cache."""
-    if _finished(upstream_ptr, EARLY_EXIT):
+    if finished(upstream_ptr, EARLY_EXIT):
         return
     k = 1.4426950408889634 / scalar(temperature, temperature_ptr, T_PTR)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < num_rows
     s_at = _row_starts(rows, inner, s_outer, s_inner, UNIT)
     t_at = _row_starts(rows, inner, t_outer, t_inner, UNIT)
-    # Online log-sum-exp a lane; a peak starts finite, since -inf - -inf would be NaN.
-    s_peak = tl.full([ROWS, BLOCK], -1e38, tl.float32)
-    t_peak = tl.full([ROWS, BLOCK], -1e38, tl.float32)
-    s_acc = tl.zeros([ROWS, BLOCK], tl.float32)
-    t_acc = tl.zeros([ROWS, BLOCK], tl.float32)
+    s_peak, s_acc = no_logits([ROWS, BLOCK])
+    t_peak, t_acc = no_logits([ROWS, BLOCK])
     for start in range(0, V, BLOCK):
         classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
         live = valid[:, None] & (classes < V)[None, :]
         s, t = _tile(s_ptr, s_at, classes, s_class, live), _tile(t_ptr, t_at, classes, t_class, live)
-        s_new, t_new = tl.maximum(s_peak, s), tl.maximum(t_peak, t)
-        s_acc = s_acc * tl.exp2((s_peak - s_new) * k) + tl.exp2((s - s_new) * k)
-        t_acc = t_acc * tl.exp2((t_peak - t_new) * k) + tl.exp2((t - t_new) * k)
-        s_peak, t_peak = s_new, t_new
+        s_peak, s_acc = more_logits(s_peak, s_acc, s, k)
+        t_peak, t_acc = more_logits(t_peak, t_acc, t, k)
     s_top, t_top = tl.max(s_peak, axis=1), tl.max(t_peak, axis=1)
     s_log = s_top * k + tl.log2(tl.sum(s_acc * tl.exp2((s_peak - s_top[:, None]) * k), axis=1))
     t_log = t_top * k + tl.log2(tl.sum(t_acc * tl.exp2((t_peak - t_top[:, None]) * k), axis=1))
@@ -88,11 +90,7 @@ def dist_rows_kernel(
         aa += a * a
         bb += b * b
     rho, inv, v_s, v_t = _correlation(tl.sum(ab, axis=1), tl.sum(aa, axis=1), tl.sum(bb, axis=1))
-    tl.store(row_ptr + rows, s_log, mask=valid)
-    tl.store(row_ptr + num_rows + rows, t_log, mask=valid)
-    tl.store(row_ptr + 2 * num_rows + rows, inv, mask=valid)
-    tl.store(row_ptr + 3 * num_rows + rows, v_s, mask=valid)
-    tl.store(row_ptr + 4 * num_rows + rows, v_t, mask=valid)
+    _store_five(row_ptr + rows, num_rows, s_log, t_log, inv, v_s, v_t, valid)
     tl.store(row_ptr + 5 * num_rows + rows, rho, mask=valid)
 
 
@@ -117,7 +115,7 @@ def dist_columns_kernel(
     EARLY_EXIT: tl.constexpr,
 ):  # fmt: skip
     """Moments of some columns over some of the rows."""
-    if _finished(upstream_ptr, EARLY_EXIT):
+    if finished(upstream_ptr, EARLY_EXIT):
         return
     k = 1.4426950408889634 / scalar(temperature, temperature_ptr, T_PTR)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -145,11 +143,7 @@ def dist_columns_kernel(
             count, q_mean, p_mean, tl.sum(a * b, axis=0), tl.sum(a * a, axis=0), tl.sum(b * b, axis=0),
         )  # fmt: skip
     part = part_ptr + tl.cast(tl.program_id(1), tl.int64) * 5 * V + columns
-    tl.store(part, mean_a, mask=columns < V)
-    tl.store(part + V, mean_b, mask=columns < V)
-    tl.store(part + 2 * V, ab, mask=columns < V)
-    tl.store(part + 3 * V, aa, mask=columns < V)
-    tl.store(part + 4 * V, bb, mask=columns < V)
+    _store_five(part, V, mean_a, mean_b, ab, aa, bb, columns < V)
 
 
 @triton.jit
@@ -160,7 +154,7 @@ def dist_merge_kernel(
     EARLY_EXIT: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits in a fixed order; the program that finishes last writes the loss."""
-    if _finished(upstream_ptr, EARLY_EXIT):
+    if finished(upstream_ptr, EARLY_EXIT):
         return
     pid = tl.program_id(0)
     columns = pid * COLUMNS + tl.arange(0, COLUMNS)
@@ -178,11 +172,7 @@ def dist_merge_kernel(
             tl.load(part + 4 * V, mask=live, other=0.0),
         )  # fmt: skip
     rho, inv, v_s, v_t = _correlation(ab, aa, bb)
-    tl.store(column_ptr + columns, mean_a, mask=live)
-    tl.store(column_ptr + V + columns, mean_b, mask=live)
-    tl.store(column_ptr + 2 * V + columns, inv, mask=live)
-    tl.store(column_ptr + 3 * V + columns, v_s, mask=live)
-    tl.store(column_ptr + 4 * V + columns, v_t, mask=live)
+    _store_five(column_ptr + columns, V, mean_a, mean_b, inv, v_s, v_t, live)
     if REDUCE:
         tl.store(partial_ptr + pid, tl.sum(tl.where(live, 1.0 - rho, 0.0), axis=0))
         # One scalar store a program, then a release: nobody reads a partial before its counter has moved.
@@ -223,7 +213,7 @@ def dist_gradient_kernel(
     GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
 ):  # fmt: skip
     """Σ q·slope of some rows, then their gradients: a second read, from the cache."""
-    if _finished(upstream_ptr, EARLY_EXIT):
+    if finished(upstream_ptr, EARLY_EXIT):
         return
     T = scalar(temperature, temperature_ptr, T_PTR)
     factor = T / scalar(divisor, divisor_ptr, DIVISOR_PTR)  # T² of the loss over T of the softmax
@@ -260,12 +250,9 @@ def dist_gradient_kernel(
                 if store == 0:
                     s_total += tl.sum(q * slope, axis=1)
                 else:
-                    at = (
-                        _row_starts(rows, inner, gs_outer, gs_inner, UNIT)[:, None]
-                        + classes[None, :] * gs_class
-                    )
+                    row_at = _row_starts(rows, inner, gs_outer, gs_inner, UNIT)
                     grad = q * (slope - s_total[:, None])
-                    tl.store(gs_ptr + at, grad.to(gs_ptr.dtype.element_ty), mask=live)
+                    _store_tile(gs_ptr, row_at, classes, gs_class, grad, live)
             if GRAD_T:
                 v_column = tl.load(column_ptr + 4 * V + columns, mask=inside, other=0.0)
                 slope = _slope(p - 1.0 / V, q - 1.0 / V, inv, v_t, b_column, a_column, inv_column, v_column,
@@ -273,9 +260,6 @@ def dist_gradient_kernel(
                 if store == 0:
                     t_total += tl.sum(p * slope, axis=1)
                 else:
-                    at = (
-                        _row_starts(rows, inner, gt_outer, gt_inner, UNIT)[:, None]
-                        + classes[None, :] * gt_class
-                    )
+                    row_at = _row_starts(rows, inner, gt_outer, gt_inner, UNIT)
                     grad = p * (slope - t_total[:, None])
-                    tl.store(gt_ptr + at, grad.to(gt_ptr.dtype.element_ty), mask=live)
+                    _store_tile(gt_ptr, row_at, classes, gt_class, grad, live)

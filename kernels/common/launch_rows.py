@@ -1,0 +1,144 @@
+"""One way from logits to a launch over their rows: every family of row losses goes through :func:`launch_rows`.
+
+Its kernels take the same arguments in the same order: tensors and gradients, outputs, row factors, sizes, strides. What
+is a family's own follows by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..launch import RowLayout, arrival_counter, as_rows, device_guard, launch
+from .scale import Scale, value_and_pointer
+
+#: What a kernel's flags for its gradients are called.
+_GRADIENTS = ("GRAD_S", "GRAD_T")
+
+
+class Rows(NamedTuple):
+    """Tensors of one shape as rows over one dimension.
+
+    Attributes:
+        tensors: What a kernel reads, then the gradients it writes, or None; copies where strides had too many groups.
+        given: The gradients that the caller wants written.
+        layout: Of the rows.
+        strides: (outer, inner, class) of each of ``tensors``, one after the other, zeros for None; the outer ones in
+            units, a divisor that the compiler can see.
+        unit: That unit.
+        num_classes: V.
+    """
+
+    tensors: tuple[torch.Tensor | None, ...]
+    given: tuple[torch.Tensor | None, ...]
+    layout: RowLayout
+    strides: tuple[int, ...]
+    unit: int
+    num_classes: int
+
+    @property
+    def num_rows(self) -> int:
+        """Of all programs together."""
+        return self.layout.outer * self.layout.inner
+
+    @property
+    def gradients(self) -> tuple[torch.Tensor | None, ...]:
+        """Where the kernel writes."""
+        return self.tensors[-len(self.given) :]
+
+    def copy_back(self) -> None:
+        """Fill the caller's gradients, where the kernel has written to copies."""
+        for given, written in zip(self.given, self.gradients):
+            if given is not written:
+                given.copy_(written)
+
+
+def rows_of(reads: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], dim: int) -> Rows:
+    """View ``reads`` and ``gradients`` as rows over dimension ``dim``.
+
+    Tensors whose strides fall into more than two groups are the one case that is copied.
+    """
+    tensors = (*reads, *gradients)
+    layout = as_rows([x for x in tensors if x is not None], dim)
+    if layout is None:
+        # Cloned, not just allocated: a launch may leave what is there already.
+        copies = [g if g is None else g.clone(memory_format=torch.contiguous_format) for g in gradients]
+        tensors = (*(x.contiguous() for x in reads), *copies)
+        layout = as_rows([x for x in tensors if x is not None], dim)
+    own = iter(layout.strides)
+    strides = [(0, 0, 0) if x is None else next(own) for x in tensors]
+    unit = math.gcd(16, *(outer for outer, _, _ in strides))
+    flat = tuple(step for outer, inner, lane in strides for step in (outer // unit, inner, lane))
+    return Rows(tensors, tuple(gradients), layout, flat, unit, reads[0].shape[dim])
+
+
+def outputs(
+    student: torch.Tensor, dim: int, *, reduce: bool, want_rows: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(one float32 value a row, their sum), each None where it is not wanted."""
+    shape = student.shape[:dim] + student.shape[dim + 1 :]
+    rows = student.new_empty(shape, dtype=torch.float32) if want_rows or not reduce else None
+    return rows, student.new_empty((), dtype=torch.float32) if reduce else None
+
+
+def launch_rows(
+    kernel: Any,
+    grid: tuple[int, ...],
+    at: Rows,
+    rows: torch.Tensor | None,
+    loss: torch.Tensor | None,
+    scale: Scale,
+    upstream: torch.Tensor | None,
+    exit_if_one: bool,
+    **own: Any,
+) -> None:
+    """Launch ``kernel`` and fill ``rows``, ``loss`` (summed in this launch, in a fixed order) and the gradients.
+
+    Args:
+        kernel: Of a row loss.
+        grid: Its programs.
+        at: What it reads and writes.
+        rows: One value a row, or None.
+        loss: 0-d, or None.
+        scale: The row factors.
+        upstream: Multiplies loss and gradients: one value, or contiguous, one a row.
+        exit_if_one: Do nothing if the single upstream value is 1: the gradients are there already.
+        **own: What only this kernel takes, and the launch's warps.
+    """
+    student = at.tensors[0]
+    single = upstream is not None and upstream.dim() == 0
+    with device_guard(student):
+        launch(
+            kernel,
+            grid,
+            *at.tensors,
+            rows,
+            loss,
+            None if loss is None else student.new_empty(grid, dtype=torch.float32),
+            None if loss is None else arrival_counter(student.device),
+            scale.weight,
+            scale.mask,
+            upstream,
+            *value_and_pointer(scale.temperature),
+            *value_and_pointer(scale.divisor),
+            at.num_rows,
+            at.layout.inner,
+            *at.strides,
+            V=at.num_classes,
+            UNIT=at.unit,
+            T_PTR=isinstance(scale.temperature, torch.Tensor),
+            DIVISOR_PTR=isinstance(scale.divisor, torch.Tensor),
+            WEIGHT=scale.weight is not None,
+            MASK=scale.mask is not None,
+            UPSTREAM=0 if upstream is None else 1 if single else 2,
+            EARLY_EXIT=exit_if_one and single,
+            STORE_ROWS=rows is not None,
+            REDUCE=loss is not None,
+            enable_fp_fusion=True,
+            **{name: gradient is not None for name, gradient in zip(_GRADIENTS, at.gradients)},
+            **own,
+        )
+    at.copy_back()

@@ -1,0 +1,49 @@
+"""The launch plan of the DIST kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+
+
+@dataclass(frozen=True)
+class DistPlan:
+    """What the launches look like.
+
+    Attributes:
+        rows: Rows of a program of the row and gradient kernels.
+        block: Classes they read at a time.
+        tile_rows: Rows that a program of the column kernel reads at a time.
+        columns: Its columns.
+        splits: Programs that share a group of columns, each taking a stretch of rows.
+        rows_per_split: The length of that stretch.
+        num_warps: Warps a program, of every kernel.
+    """
+
+    rows: int
+    block: int
+    tile_rows: int
+    columns: int
+    splits: int
+    rows_per_split: int
+    num_warps: int
+
+
+def dist_plan(num_rows: int, num_classes: int) -> DistPlan:
+    """Tiles of about 2048 elements; the columns' rows are split until some 512 programs are busy."""
+    block = min(2048, max(16, triton.next_power_of_2(num_classes)))
+    columns = min(64, block)
+    tile_rows = 2048 // columns
+    wanted = max(1, 512 // triton.cdiv(num_classes, columns))
+    splits = max(1, min(wanted, triton.cdiv(num_rows, 4 * tile_rows)))
+    rows_per_split = triton.cdiv(num_rows, splits)
+    return DistPlan(
+        max(1, 2048 // block),
+        block,
+        tile_rows,
+        columns,
+        triton.cdiv(num_rows, rows_per_split),
+        rows_per_split,
+        4,
+    )

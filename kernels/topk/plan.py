@@ -1,0 +1,28 @@
+"""The launch plan of the kernel for cached top-k teachers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+
+
+@dataclass(frozen=True)
+class TopKPlan:
+    """What one launch looks like.
+
+    Attributes:
+        block: Classes read at a time.
+        wide: Lanes for the k outcomes, a power of two.
+        num_warps: Warps a program.
+    """
+
+    block: int
+    wide: int
+    num_warps: int
+
+
+def topk_plan(num_classes: int, k: int) -> TopKPlan:
+    """One row a program: at most 4096 classes at a time, 16 a thread."""
+    block = min(4096, max(32, triton.next_power_of_2(num_classes)))
+    return TopKPlan(block, max(2, triton.next_power_of_2(k)), min(8, max(1, block // 512)))
