@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kdfast.functional._checks import check_factor, check_pair, check_rowwise, check_temperature
+from kdfast.functional._checks import check_factor, check_labels, check_pair, check_rowwise, check_temperature
 from kdfast.functional._reduction import Reduction, reduction_divisor
 from kdfast.ops import kl
 from kdfast.ops import pair as ops
@@ -141,20 +141,5 @@ def _check_target(
     """Which rows have a target that is not ignored."""
     if not isinstance(target, torch.Tensor):
         raise TypeError(f"target: got {type(target).__name__}; a tensor is needed")
-    if target.dtype != torch.int64:
-        raise TypeError(f"target: got dtype {target.dtype}; int64 class indices are needed")
-    if target.shape != rows:
-        raise ValueError(
-            f"target: got shape {tuple(target.shape)}; {tuple(rows)} is needed, the logits' without the class dimension"
-        )
-    if target.device != logits.device:
-        raise ValueError(f"target: is on {target.device}; the logits are on {logits.device}")
-    counted = target != ignore_index
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = counted & ((target < 0) | (target >= logits.shape[axis]))
-        if bool(wrong.any()):
-            raise ValueError(
-                f"target: got class {int(target[wrong][0])}; accepted: 0 to {logits.shape[axis] - 1}, "
-                f"or ignore_index={ignore_index}"
-            )
-    return counted
+    check_labels("target", target, rows, logits.shape[axis], ignore_index, logits)
+    return target != ignore_index

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .plan import BlockPlan
+
 #: Dimensions that a kernel can tell apart after merging.
 MAX_DIMS = 6
 
@@ -121,16 +123,16 @@ def walk(
     )
 
 
-def walk_blocks(plan: Walk, block: int, num_warps: int) -> tuple[int, dict[str, Any]]:
-    """Programs of one walk with ``block`` elements each, and the constants of a kernel that walks (walk.py)."""
+def walk_blocks(plan: Walk, chosen: BlockPlan) -> tuple[int, dict[str, Any]]:
+    """Programs of one walk, and the constants of a kernel that walks (walk.py)."""
     rows, length = (plan.numel // plan.inner, plan.inner) if plan.rows else (1, plan.numel)
     constants = {
         "SIZES": plan.sizes,
         "NDIM": plan.ndim,
         "ROWS": plan.rows,
         "WIDE": plan.wide,
-        "BLOCK": block,
-        "num_warps": num_warps,
+        "BLOCK": chosen.block,
+        "num_warps": chosen.num_warps,
         "enable_fp_fusion": True,
     }
-    return rows * -(-length // block), constants
+    return rows * -(-length // chosen.block), constants

@@ -10,25 +10,15 @@ A tile's dimensions are used in one of four orders; the class dimension is what 
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import triton
 import triton.language as tl
 
 from ..launch import RowLayout
+from .plan import TilePlan
 from .reduce import reduce_last
 
 # The orders, for launch plans.
 CHUNK_ROW_LANE, ROW_CHUNK_LANE, CLASS_PIXEL, ONE_ROW = range(4)
-
-
-class TilePlan(Protocol):
-    """What launches over tiles read of a family's plan."""
-
-    layout: int
-    chunks: int
-    rows: int
-    width: int
 
 
 def tile_grid(plan: TilePlan, layout: RowLayout) -> tuple[int]:

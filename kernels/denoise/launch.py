@@ -75,8 +75,7 @@ class _Geometry(NamedTuple):
 
 def _launch_constants(plan: Walk) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and the compile-time constants that both kernels share."""
-    chosen = step_plan(plan.numel)
-    programs, constants = walk_blocks(plan, chosen.block, chosen.num_warps)
+    programs, constants = walk_blocks(plan, step_plan(plan.numel))
     return (programs,), constants | {"PINNED": plan.pinned}
 
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from ..common.plan import BlockPlan
 
 #: Where a program of few elements is better: below this many, small blocks fill more multiprocessors.
 SMALL = 1 << 18
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """What one launch looks like: elements a program, and its warps."""
-
-    block: int
-    num_warps: int
-
-
-def step_plan(numel: int) -> StepPlan:
+def step_plan(numel: int) -> BlockPlan:
     """Eight elements a thread; one warp a program while the whole tensor is small."""
-    return StepPlan(1024, 4) if numel >= SMALL else StepPlan(256, 1)
+    return BlockPlan(1024, 4) if numel >= SMALL else BlockPlan(256, 1)

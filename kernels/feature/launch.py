@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from ..common.strided import Strides
+from ..common.plan import BlockPlan
+from ..common.strided import Strides, walk_blocks
 from ..launch import MAX_GRID_Y, arrival_counter, device_guard, launch
 from .bodies import noise_mix_backward_kernel, noise_mix_kernel, reparam_middle_kernel
-from .plan import FeaturePlan, blocks, mix_plan, walked
+from .plan import mix_plan, walked
 
 #: More branches than this take the reference: their residuals no longer fit in registers.
 MAX_BRANCHES = 64
 
 
-def recursion_plan(numel: int, branches: int, itemsize: int) -> FeaturePlan:
+def recursion_plan(numel: int, branches: int, itemsize: int) -> BlockPlan:
     """16 bytes a thread while the residuals allow it, chosen by registers and spills of compiled variants.
 
     Args:
@@ -23,7 +24,7 @@ def recursion_plan(numel: int, branches: int, itemsize: int) -> FeaturePlan:
     """
     each = 16 // itemsize if branches <= 10 else 4 if branches <= 16 else 2 if branches <= 32 else 1
     warps = 4 if numel >= 1 << 16 else 1
-    return FeaturePlan(32 * warps * each, warps)
+    return BlockPlan(32 * warps * each, warps)
 
 
 def reparam_middle(
@@ -75,7 +76,7 @@ def reparam_middle(
         ),
         noise_scale is not None,
     )
-    programs, constants = blocks(plan, recursion_plan(plan.numel, count, branches.itemsize))
+    programs, constants = walk_blocks(plan, recursion_plan(plan.numel, count, branches.itemsize))
     with device_guard(branches):
         launch(
             reparam_middle_kernel,
@@ -135,7 +136,7 @@ def noise_mix(x: torch.Tensor, gamma: torch.Tensor, z: torch.Tensor, seed: int |
     if x.numel() == 0:
         return
     plan, (xs, zs), element, run = walked(_sample_shape(x), (_sample_strides(x), _sample_strides(z)), True)
-    programs, constants = blocks(plan, mix_plan(plan.numel))
+    programs, constants = walk_blocks(plan, mix_plan(plan.numel))
     with device_guard(x):
         launch(
             noise_mix_kernel,
@@ -176,7 +177,7 @@ def noise_mix_backward(
         None if grad_x is None else _sample_strides(grad_x),
     )
     plan, (gzs, xs, gxs), element, run = walked(_sample_shape(x), strides, True)
-    programs, constants = blocks(plan, mix_plan(plan.numel))
+    programs, constants = walk_blocks(plan, mix_plan(plan.numel))
     partial = x.new_empty((x.shape[0], programs), dtype=torch.float32) if want_gamma else None
     with device_guard(x):
         launch(

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..common.strided import walk_blocks
 from ..launch import MAX_GRID_Y, arrival_counter, device_guard, launch
 from .noise_bodies import add_noise_embed_kernel, embedding_gradient_kernel, noise_mse_kernel
-from .plan import blocks, mix_plan, walked
+from .plan import mix_plan, walked
 
 
 def noise_mse(
@@ -50,7 +51,7 @@ def noise_mse(
     """
     strides = (prediction.stride(), None if grad is None else grad.stride())
     plan, (ps, gs), element, run = walked(tuple(prediction.shape), strides, True)
-    programs, constants = blocks(plan, mix_plan(plan.numel))
+    programs, constants = walk_blocks(plan, mix_plan(plan.numel))
     with device_guard(prediction):
         launch(
             noise_mse_kernel,

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
 
-from ..common.strided import Strides, Walk, contiguous, iteration_order, walk, walk_blocks
-
-
-@dataclass(frozen=True)
-class FeaturePlan:
-    """What one launch looks like: elements a program, and its warps."""
-
-    block: int
-    num_warps: int
+from ..common.plan import BlockPlan
+from ..common.strided import Strides, Walk, contiguous, iteration_order, walk
 
 
-def mix_plan(numel: int) -> FeaturePlan:
+def mix_plan(numel: int) -> BlockPlan:
     """Eight elements a thread, so that 16-bit features move 16 bytes a load; ``numel`` of one sample."""
-    return FeaturePlan(1024, 4) if numel >= 4096 else FeaturePlan(256, 1)
+    return BlockPlan(1024, 4) if numel >= 4096 else BlockPlan(256, 1)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -36,8 +27,3 @@ def walked(
     # Four neighbours share a Philox counter where a block holds whole groups of them.
     run = element is not None and plan.rows and element[0] == 1 and not any(s % 4 for s in element[1:])
     return plan, walked, element, run
-
-
-def blocks(plan: Walk, chosen: FeaturePlan) -> tuple[int, dict[str, Any]]:
-    """Programs of one walk, and the compile-time constants that all kernels share."""
-    return walk_blocks(plan, chosen.block, chosen.num_warps)

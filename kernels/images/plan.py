@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from ..common.plan import BlockPlan
 
 
-@dataclass(frozen=True)
-class ImagesPlan:
-    """Elements a program, and its warps."""
-
-    block: int
-    num_warps: int
-
-
-def images_plan(numel: int) -> ImagesPlan:
+def images_plan(numel: int) -> BlockPlan:
     """Eight elements a thread, so that 16-bit results are stored 16 bytes wide; ``numel`` of one sample."""
-    return ImagesPlan(1024, 4) if numel >= 2048 else ImagesPlan(256, 1)
+    return BlockPlan(1024, 4) if numel >= 2048 else BlockPlan(256, 1)

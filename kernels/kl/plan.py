@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import triton
 
+from ..common.plan import TilePlan
 from ..common.tile import CHUNK_ROW_LANE, CLASS_PIXEL, ONE_ROW, ROW_CHUNK_LANE
 from ..machine import Machine
 
@@ -20,30 +21,18 @@ MAX_TUPLE = 40
 
 
 @dataclass(frozen=True)
-class KLPlan:
-    """What one launch looks like.
+class KLPlan(TilePlan):
+    """Regimes: ``"rows"`` (rows in registers), ``"cluster"`` (a row in the registers of several programs),
+    ``"two_pass"`` (a row read twice by one program), ``"split"`` (the same by several programs a row, in two launches),
+    ``"chunks"`` (rows that begin anywhere, in registers), ``"classes"`` and ``"class_tuple"`` (class dimension not
+    last).
 
     Attributes:
-        regime: ``"rows"`` (rows in registers), ``"cluster"`` (a row in the registers of several programs),
-            ``"two_pass"`` (a row read twice by one program), ``"split"`` (the same by several programs a row, in two
-            launches), ``"chunks"`` (rows that begin anywhere, in
-            registers), ``"classes"`` and ``"class_tuple"`` (class dimension not last).
-        layout: The tile's order, one of the constants of common/tile.py.
-        chunks: Classes a lane group steps over; ``chunks * width`` ≥ V (two_pass: one block).
-        rows: Rows (or pixels) a program handles.
-        width: Neighbouring classes handled together by one row's lanes.
-        num_warps: Warps a program.
         num_ctas: Programs a cluster.
-        splits: Programs a row (split).
         window: Elements of 16 bytes, when rows begin anywhere and are read from the 16 bytes before; else 0.
+        splits: Programs a row (split).
     """
 
-    regime: str
-    layout: int
-    chunks: int
-    rows: int
-    width: int
-    num_warps: int
     num_ctas: int = 1
     window: int = 0
     splits: int = 1

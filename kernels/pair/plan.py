@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 
+from ..common.plan import TilePlan
 from ..common.tile import CHUNK_ROW_LANE, CLASS_PIXEL, ONE_ROW, ROW_CHUNK_LANE
 from ..machine import triton_version
 
@@ -16,25 +15,8 @@ MAX_ROW = 8192
 MAX_CLASSES = 256
 
 
-@dataclass(frozen=True)
-class PairPlan:
-    """What one launch looks like.
-
-    Attributes:
-        regime: ``"rows"`` (rows in registers), ``"classes"`` (class dimension not last) or ``"loop"``.
-        layout: The tile's order, one of the constants of common/tile.py.
-        chunks: Classes a lane group steps over; ``chunks * width`` ≥ V (for loop: one block).
-        rows: Rows (or pixels) a program handles.
-        width: Neighbouring classes handled together by one row's lanes.
-        num_warps: Warps a program.
-    """
-
-    regime: str
-    layout: int
-    chunks: int
-    rows: int
-    width: int
-    num_warps: int
+class PairPlan(TilePlan):
+    """Regimes: ``"rows"`` (rows in registers), ``"classes"`` (class dimension not last) or ``"loop"``."""
 
 
 def pair_plan(

@@ -18,7 +18,7 @@ from kdfast.reference.denoise import NO_GUIDANCE, Guidance
 
 @dataclass(frozen=True)
 class Call:
-    """One step's arguments that no gradient flows to.
+    """One step's arguments that no gradient flows to, by the names that kernels and reference give them.
 
     Attributes:
         order: The iteration order of ``mask``; y is laid out in it. None: as the sample.
@@ -67,22 +67,12 @@ def run(
         implementation(sample, model_output, call.table, noise, *history).denoise_step(
             sample,
             model_output,
-            call.table,
-            call.step,
-            dtype=call.dtype,
-            guidance=call.guidance,
             history=history,
             noise=noise,
-            seed=call.seed,
-            learned_variance=call.learned_variance,
-            clip=call.clip,
-            mask=call.mask,
-            order=call.order,
-            want_x0=call.want_x0,
-            x0_dtype=call.x0_dtype,
             want_mask=want_mask,
             next_dtype=next_dtype,
             next_copies=next_copies,
+            **vars(call),
         ),
     )
 
