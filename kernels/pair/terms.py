@@ -83,8 +83,8 @@ def _log_sigmoid(x):
 @triton.jit
 def binary_terms(s_odds, t_odds):
     """KL of target class against all others, and its derivatives with respect to the two log-odds."""
-    s_odds = tl.maximum(s_odds, -1e30)
-    t_odds = tl.maximum(t_odds, -1e30)
+    s_odds = tl.where(s_odds < -1e30, -1e30, s_odds)  # not a maximum: that would lose a NaN
+    t_odds = tl.where(t_odds < -1e30, -1e30, t_odds)
     s_in, t_in = _log_sigmoid(s_odds), _log_sigmoid(t_odds)
     s_out, t_out = _log_sigmoid(-s_odds), _log_sigmoid(-t_odds)
     b_s, b_t = tl.exp2(s_in * 1.4426950408889634), tl.exp2(t_in * 1.4426950408889634)
