@@ -35,8 +35,8 @@ class StandInDriver:
     def get_current_target(self) -> Any:
         return self.target
 
-    def get_current_device(self) -> int:
-        return 0
+    def get_current_device(self) -> str:
+        return f"{self.target.backend}:{self.target.arch}"  # keys the cache of compiled kernels
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
@@ -140,7 +140,9 @@ IMAGE = (3, 32, 32)
 def test_no_spill_and_no_fused_arithmetic(compiled: Compile, name: str, call: Any) -> None:
     binary = compiled(call())[name]
     assert binary.spills == 0
-    assert binary.stack == 0
+    # sm_90 and later keep the return address of the routine for 64-bit division there; nothing is stored (no spill).
+    divides = any(opcode.startswith("RET.REL") for opcode in binary.opcodes)
+    assert binary.stack <= (8 if divides else 0)
     # One fused multiply-add, or one constant rounded to float32, and priorities differ from the CPU's.
     assert "fma.rn.f" not in binary.ptx
     for constant in (1 / 21, 1 / 19, 1 / 3, 1 / 6227020800, 1 / 6, 2.8853900817779268, 0.6931471805599453):
