@@ -110,6 +110,15 @@ class Lock:
     def release(self) -> None:
         """Let others in; a second call does nothing."""
         if self._descriptor >= 0:
+            with contextlib.suppress(
+                OSError
+            ):  # by name: a child just forked may not have closed its copy yet
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self.drop()
+
+    def drop(self) -> None:
+        """Close this process's descriptor; the lock stays while another has a copy."""
+        if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -131,7 +140,7 @@ _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 def _release_in_child() -> None:
     for lock in list(_held):
-        lock.release()  # closes the child's copy; the parent's keeps the lock
+        lock.drop()  # closes the child's copy; the parent's keeps the lock
 
 
 os.register_at_fork(after_in_child=_release_in_child)
