@@ -74,7 +74,9 @@ def _cases(modules: tuple[str, ...]) -> Iterator[OpCase]:
 def _planned() -> list[Any]:
     if not INTERPRETING:
         return []
-    pairs = [Planned(case, machine) for case in _cases(BY_MACHINE) for machine in MACHINES]
+    # Of the families below the KL, plans look at Triton's version alone, or at whether a machine is meant at all.
+    pairs = [Planned(case, machine) for case in _cases(BY_MACHINE[:2]) for machine in MACHINES]
+    pairs += [Planned(case, machine) for case in _cases(BY_MACHINE[2:]) for machine in ("90:132:3.6", "0:1")]
     pairs += [Planned(case, "90:132") for case in _cases(BY_SIZE)]
     return [pytest.param(planned, id=f"{planned.case.name}-{planned.machine}") for planned in pairs]
 
