@@ -59,7 +59,16 @@ def write_atomic(path: Path, *chunks: bytes | memoryview, alone: bool = False) -
 
 def sync_directory(directory: Path) -> None:
     """Make renames inside ``directory`` durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(directory, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """Make what a file holds durable."""
+    _sync(path, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
@@ -110,9 +119,8 @@ class Lock:
     def release(self) -> None:
         """Let others in; a second call does nothing."""
         if self._descriptor >= 0:
-            with contextlib.suppress(
-                OSError
-            ):  # by name: a child just forked may not have closed its copy yet
+            # Unlocked, not only closed: a child that was just forked may not have closed its copy yet.
+            with contextlib.suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             self.drop()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.disk import TEMPORARY as _TEMPORARY
-from kdfast.disk import write_atomic
+from kdfast.disk import sync_directory, sync_file, write_atomic
 from kdfast.errors import CheckpointError
 
 
@@ -54,7 +54,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             for file in temporary.iterdir():
-                _sync(file, os.O_RDONLY)
+                sync_file(file)
             sync_directory(temporary)
             if path.exists():
                 # A directory cannot be renamed over a full one; a crash between these two lines loses only a
@@ -82,11 +82,6 @@ def reporting_disk(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def sync_directory(path: Path) -> None:
-    """Flush a directory's entries, so that a rename in it survives a power cut."""
-    _sync(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-
-
 def sha256(path: Path) -> str:
     """Checksum of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -94,14 +89,6 @@ def sha256(path: Path) -> str:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _existing(path: Path) -> Path:

@@ -230,7 +230,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files, "_sync", full)
+    monkeypatch.setattr(files, "sync_file", full)
     refused(
         1, "the disk is full", "teach", "--data", "digits", "--out", tmp_path / "o", *TINY, "image_size=8"
     )

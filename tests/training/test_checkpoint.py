@@ -164,11 +164,11 @@ def test_a_newer_version_is_refused(written: Path) -> None:
 def test_a_full_disk_leaves_the_old_checkpoint(
     written: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    def fail(path: Path, flags: int) -> None:
+    def fail(path: Path) -> None:
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patched:
-        patched.setattr(files, "_sync", fail)
+        patched.setattr(files, "sync_file", fail)
         with pytest.raises(
             CheckpointError, match="disk is full" if code == errno.ENOSPC else "cannot be written"
         ):
