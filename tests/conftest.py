@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,19 @@ import kdfast
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 os.environ.pop("KDFAST_BACKEND", None)  # a test says which backend it means
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let torch.compile begin with nothing: what another version or a killed process left in /tmp must not decide.
+
+    One folder a run, made before the workers are and inherited by them; nothing that was set is overridden.
+    """
+    if hasattr(config, "workerinput") or "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    cache = tempfile.TemporaryDirectory(prefix="kdfast-inductor-", ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
+    config.add_cleanup(cache.cleanup)
+    config.add_cleanup(lambda: os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None))
 
 
 @dataclass(frozen=True)
