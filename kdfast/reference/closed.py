@@ -31,8 +31,12 @@ def closed_form(
     careful: Compute,
     *,
     below: float = CAREFUL_BELOW,
+    chunk: int = 1,
 ) -> Closed:
     """Each row's loss by ``compute``; where it is under ``below``, or NaN, by ``careful`` in float64 instead.
+
+    ``teacher`` may have a class dimension of its own. ``chunk`` times :data:`CHUNK` elements are taken at a time: more
+    where much of the work is a fixed cost.
 
     Returns:
         The loss, of the logits' shape without ``dim``; gradients of the logits' shape, None where not needed; all
@@ -43,9 +47,9 @@ def closed_form(
     flat = s.dim() == 2 and dim == 1  # nothing to move: a microsecond each, which a small loss is made of
     if not flat:
         shape = s.movedim(dim, -1).shape
-        s, t = (x.movedim(dim, -1).reshape(math.prod(shape[:-1]), shape[-1]) for x in (s, t))
+        s, t = (x.movedim(dim, -1).reshape(math.prod(shape[:-1]), x.shape[dim]) for x in (s, t))
     grads = [torch.empty(s.shape, dtype=dtype, device=s.device) if wanted else None for wanted in need]
-    count, step = len(s), max(1, CHUNK // max(1, s.shape[1]))
+    count, step = len(s), max(1, chunk * CHUNK // max(1, s.shape[1]))
     if count <= step:
         loss = compute(s.to(dtype), t.to(dtype), slice(None), *grads)
     else:

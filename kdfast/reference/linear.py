@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kdfast.reference import kl
-from kdfast.reference.common import compute_dtype
+from kdfast.reference.common import compute_dtype, finish
 
 __all__ = ["Head", "head_logits", "linear_kd", "logits_kd"]
 
@@ -43,8 +43,12 @@ def logits_kd(
     want_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same of a chunk's logits ``[rows, V]``, not yet divided, and its gradient in closed form."""
-    loss = kl.kd_kl(student, teacher, temperature, 1, row_weight, mask, 1.0, True)
-    if not want_gradient:
+    rows, gradient, _ = kl.kd_kl_closed(student, teacher, temperature, 1, want_gradient, False)
+    loss = finish(rows, temperature, row_weight, mask, 1.0, True)
+    if gradient is None:
         return loss, None
-    one = torch.ones((), dtype=student.dtype, device=student.device)
-    return loss, kl.kd_kl_gradients(one, student, teacher, temperature, 1, row_weight, mask, 1.0)[0]
+    # T² of the loss over T of the softmax; nothing reads the gradient but the caller.
+    factor = temperature if row_weight is None else row_weight.to(gradient.dtype).unsqueeze(1) * temperature
+    if not (isinstance(factor, float) and factor == 1.0):
+        gradient.mul_(factor)
+    return loss, gradient if mask is None else gradient.masked_fill_(~mask.unsqueeze(1), 0.0)
