@@ -17,47 +17,31 @@ __all__ = ["Distiller", "KLDivLoss", "TrainerLoss", "generalized_jsd_loss"]
 IGNORED = -100
 
 
-class KLDivLoss(nn.Module):
-    """``torch.nn.KLDivLoss`` where its arguments are a softmax's: ``loss(log_softmax(s/T), softmax(t/T))``.
+class KLDivLoss(nn.KLDivLoss):
+    """``torch.nn.KLDivLoss``, to the letter: whatever that takes, with its value and its gradients.
 
-    The value is the same, and so is the gradient of the logits behind ``input``. With respect to ``input``
-    itself it is q - p instead of -p: a log-softmax in front of it makes the two equal, and adds nothing but a
-    rounding to the former. Give :class:`kdfast.nn.KDLoss` the logits themselves where you can: that saves the
-    softmaxes, too, and includes the factor T².
+    It stands here for code that has probabilities only. A divergence of probabilities has nothing left to fuse: its
+    rows need not sum to 1 (padding is often multiplied away), so no softmax may be put in for them. Give
+    :class:`kdfast.nn.KDLoss` the logits themselves where you can: that saves the two softmaxes before this, keeps the
+    digits of a small divergence, and includes the factor T².
 
     Args:
-        reduction: ``"mean"``, ``"batchmean"`` or ``"sum"``.
+        reduction: ``"mean"``, ``"batchmean"``, ``"sum"`` or ``"none"``.
         log_target: Whether ``target`` is log-probabilities.
-        dim: The class dimension.
+        dim: The class dimension, as :class:`kdfast.nn.KDLoss` has it. The value does not depend on it.
     """
 
     def __init__(
         self,
-        reduction: Literal["mean", "batchmean", "sum"] = "mean",
+        reduction: Literal["mean", "batchmean", "sum", "none"] = "mean",
         log_target: bool = False,
         *,
         dim: int = -1,
     ) -> None:
-        super().__init__()
-        if reduction not in ("mean", "batchmean", "sum"):
-            raise ValueError(
-                f"reduction: got {reduction!r}; accepted: mean, batchmean, sum (one value a row: "
-                "kd_kl_div(..., reduction='none'))"
-            )
-        self.reduction, self.log_target, self.dim = reduction, log_target, dim
-
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The divergence of ``target`` from ``input``.
-
-        Args:
-            input: Log-probabilities, normalised over ``dim``.
-            target: Probabilities, or with ``log_target`` log-probabilities, of the same shape.
-
-        Returns:
-            A 0-d tensor, float32 or float64.
-        """
-        teacher = target if self.log_target else target.log()
-        return kd_kl_div(input, teacher, dim=self.dim, reduction=self.reduction)
+        if reduction not in ("mean", "batchmean", "sum", "none"):
+            raise ValueError(f"reduction: got {reduction!r}; accepted: mean, batchmean, sum, none")
+        super().__init__(reduction=reduction, log_target=log_target)
+        self.dim = dim
 
     def extra_repr(self) -> str:
         """The options."""

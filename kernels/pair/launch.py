@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..common.launch_rows import launch_rows, outputs, rows_of
+from ..common.launch_rows import launch_rows, nothing, outputs, rows_of
 from ..common.scale import Scale
 from ..common.tile import tile_grid, tile_sizes
 from . import bodies
@@ -47,7 +47,7 @@ def pair_loss(
     """
     rows, loss = outputs(student, dim, reduce=reduce, want_rows=want_rows)
     if student.numel() == 0:
-        return loss.zero_() if loss is not None else rows.zero_()
+        return nothing(rows, loss, scale)
     at = rows_of((student, teacher), (grad_student, grad_teacher), dim)
     plan = pair_plan(
         at.num_classes,

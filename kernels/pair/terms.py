@@ -83,9 +83,12 @@ def _log_sigmoid(x):
 @triton.jit
 def binary_terms(s_odds, t_odds):
     """KL of target class against all others, and its derivatives with respect to the two log-odds."""
-    # A target that is absent, or not a number: no divergence is finite, and NaN says so in loss and gradients.
-    s_odds = tl.where(tl.abs(s_odds) < float("inf"), s_odds, float("nan"))
-    t_odds = tl.where(tl.abs(t_odds) < float("inf"), t_odds, float("nan"))
+    # +inf, too, is no number: the others of a class without others have no distribution.
+    s_odds = tl.where(s_odds < float("inf"), s_odds, float("nan"))
+    t_odds = tl.where(t_odds < float("inf"), t_odds, float("nan"))
+    hopeless = (s_odds == float("-inf")) & (t_odds > float("-inf"))  # only the student rules the target out
+    s_odds = tl.where(s_odds < -1e30, -1e30, s_odds)  # not a maximum: that would lose a NaN
+    t_odds = tl.where(t_odds < -1e30, -1e30, t_odds)
     s_in, t_in = _log_sigmoid(s_odds), _log_sigmoid(t_odds)
     s_out, t_out = _log_sigmoid(-s_odds), _log_sigmoid(-t_odds)
     b_s, b_t = tl.exp2(s_in * 1.4426950408889634), tl.exp2(t_in * 1.4426950408889634)
@@ -94,21 +97,13 @@ def binary_terms(s_odds, t_odds):
     term_in, _, _ = near_terms((t_in - s_in) * 1.4426950408889634, b_t, b_s, always)
     term_out, _, _ = near_terms((t_out - s_out) * 1.4426950408889634, c_t, c_s, always)
     by_student = tl.where(b_s > 0.5, c_t - c_s, b_s - b_t)  # the smaller pair keeps its digits
-    return term_in + term_out, by_student, b_t * c_t * (t_odds - s_odds)
+    by_teacher = b_t * c_t * (t_odds - s_odds)
+    hopeless = hopeless & (b_t > 0.0)
+    term_in = tl.where(hopeless, float("inf"), term_in)
+    return term_in + term_out, by_student, tl.where(hopeless, float("inf"), by_teacher)
 
 
 @triton.jit
-def odds(logits, at, known, k, top, total):
-    """Log-odds of the target class against the others, whose log2-sum-exp is ``top + log2(total)``.
-
-    NaN where the target is not ``known``: no class, and nothing is read.
-    """
-    logit = tl.load(logits + at, mask=known, other=float("nan")).to(tl.float32)
-    return (logit * k - top - tl.log2(total)) * 0.6931471805599453
-
-
-@triton.jit
-def row_gradient(counts, scale, inv_t, log_ratio):
-    """What multiplies a row's gradient: 0 where it does not count, NaN where a logit is (log_ratio holds them all)."""
-    g = tl.where(log_ratio == log_ratio, scale * inv_t, float("nan"))
-    return tl.where(counts, g, 0.0)
+def odds(logits, at, k, top, total):
+    """Log-odds of the target class against the others, whose log2-sum-exp is ``top + log2(total)``."""
+    return (tl.load(logits + at).to(tl.float32) * k - top - tl.log2(total)) * 0.6931471805599453
