@@ -51,12 +51,12 @@ def topk_kd_loss(
 
     Args:
         student: Logits ``[..., V]``, any strides; float32, bfloat16, float16 or float64.
-        indices: int64 ``[..., k]``, the classes that were kept, in any order. A negative one is padding; a class that is
-            named again in its row (servers add the drawn token to its k) counts once, where it is named first; a row
-            that names none adds nothing. On the CPU an index ≥ V is refused; on a GPU, where looking would mean to
+        indices: int64 ``[..., k]``, the classes that were kept, in any order. A negative one is padding; a class that
+            is named again in its row (servers add the drawn token to its k) counts once, where it is named first; a
+            row that names none adds nothing. On the CPU an index ≥ V is refused; on a GPU, where looking would mean to
             wait, it is padding too.
-        logits: The teacher's logits at those classes, same shape, floating point (log-probabilities in float16, say); -inf is padding. Gets no
-            gradient.
+        logits: The teacher's logits at those classes, same shape, floating point (log-probabilities in float16, say).
+            -inf is padding. Gets no gradient.
         temperature: T > 0; a float, or a 0-d tensor (read on the device). Gets no gradient.
         tail: ``"bucket"`` or ``"renormalize"``.
         log_normalizer: Z of each row, ``[...]``; only for ``"bucket"``. Gets no gradient.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kdfast.nn.losses import (
     DistillationLoss,
     DISTLoss,
+    DivergenceLoss,
     DKDLoss,
     FusedLinearKDLoss,
     JSDLoss,
@@ -18,6 +19,7 @@ __all__ = [
     "DISTLoss",
     "DKDLoss",
     "DistillationLoss",
+    "DivergenceLoss",
     "FusedLinearKDLoss",
     "JSDLoss",
     "KDLoss",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kdfast.functional import (
     dist_loss,
     distillation_loss,
+    divergence_loss,
     dkd_loss,
     fused_linear_kd_loss,
     jsd_loss,
@@ -20,12 +21,14 @@ from kdfast.functional import (
     topk_kd_loss,
 )
 from kdfast.functional._reduction import Reduction, reduction_divisor
+from kdfast.functional.divergence import Kind
 from kdfast.functional.topk import Tail
 
 __all__ = [
     "DISTLoss",
     "DKDLoss",
     "DistillationLoss",
+    "DivergenceLoss",
     "FusedLinearKDLoss",
     "JSDLoss",
     "KDLoss",
@@ -216,6 +219,60 @@ class JSDLoss(_OfLogits, _Fixed):
         super().__init__(locals())
 
     function = staticmethod(jsd_loss)
+
+
+class DivergenceLoss(_Fixed):
+    """:func:`kdfast.functional.divergence_loss` with its options fixed.
+
+    Args:
+        kind: Which divergence.
+        temperature: T > 0.
+        teacher_temperature: Of the teacher; None: the same.
+        beta: β of ``"jsd"``.
+        alpha: α of the skew divergences and of ``"alpha"``.
+        dim: The class dimension.
+        reduction: As in :func:`~kdfast.functional.kd_kl_div`.
+
+    Shape:
+        Two tensors of logits of one shape → a 0-d tensor (for ``reduction="none"``, one value a row).
+    """
+
+    def __init__(
+        self,
+        kind: Kind = "forward_kl",
+        temperature: float = 1.0,
+        *,
+        teacher_temperature: float | None = None,
+        beta: float = 0.5,
+        alpha: float = 0.5,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+    ) -> None:
+        super().__init__(
+            kind=kind,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            beta=beta,
+            alpha=alpha,
+            dim=dim,
+            reduction=reduction,
+        )
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        row_weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of these logits; see :func:`~kdfast.functional.divergence_loss`."""
+        return divergence_loss(
+            student,
+            teacher,
+            row_weight=row_weight,
+            mask=mask,
+            **self.options,
+        )
 
 
 class DKDLoss(_Fixed):

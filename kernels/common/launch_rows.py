@@ -85,7 +85,7 @@ def outputs(
 
 
 def nothing(rows: torch.Tensor | None, loss: torch.Tensor | None, scale: Scale) -> torch.Tensor:
-    """The result where there are no logits: 0 a row; of their sum 0 over the divisor, so that 0/0 is NaN as in torch."""
+    """The result where there are no logits: 0 a row; their sum is 0 over the divisor: 0/0 is NaN, as in torch."""
     return rows.zero_() if loss is None else loss.zero_().div_(scale.divisor)
 
 
