@@ -96,8 +96,8 @@ def divergence_loss(
     ``skew_forward_kl``  KL(p ‖ α·p + (1-α)·q) (DistiLLM, Ko et al. 2024, Eq. 4, with α = 0.1)
     ``skew_reverse_kl``  KL(q ‖ (1-α)·p + α·q) (the same, Eq. 5)
     ``total_variation``  ½ Σ |p - q|
-    ``alpha``            (Σ p^α·q^(1-α) - 1)/(α·(α-1)) (Cichocki & Amari 2010, Eq. 15); 1 is the forward KL, 0 the reverse,
-                         ½ four times the squared Hellinger distance, 2 half of Pearson's χ²
+    ``alpha``            (Σ p^α·q^(1-α) - 1)/(α·(α-1)) (Cichocki & Amari 2010); 1 is the forward KL, 0 the reverse, ½ four
+                         times the squared Hellinger distance, 2 half of Pearson's χ²
     ===================  ====================================================================================
 
     TRL's and Liger's ``beta`` are this one. They have no factor T²: divide by T² for their value. Terms are summed in a
@@ -117,13 +117,13 @@ def divergence_loss(
         mask: bool of that shape; a row where it is False adds nothing and gets no gradient.
 
     Returns:
-        A 0-d tensor, or for ``"none"`` the logits' shape without ``dim``; float32, float64 when either input is. A class
-        that one side rules out (-inf) makes D infinite where the definition does; ruled out by both it adds nothing.
+        A 0-d tensor, or for ``"none"`` the logits' shape without ``dim``; float32, float64 when either input is. A
+        class that one side rules out (-inf) makes D infinite where the definition does; ruled out by both, nothing.
 
     Raises:
         TypeError: Logits that are not floating point, a mask that is not bool, a number that is none.
-        ValueError: ``kind``, shapes, devices, ``dim``, temperatures, ``alpha``, ``beta`` or ``reduction`` out of what is
-            said above.
+        ValueError: ``kind``, shapes, devices, ``dim``, temperatures, ``alpha``, ``beta`` or ``reduction`` out of what
+            is said above.
 
     Example:
         >>> loss = divergence_loss(student_logits, teacher_logits, kind="skew_reverse_kl", alpha=0.1)

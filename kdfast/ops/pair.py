@@ -1,4 +1,4 @@
-"""JSD, decoupled KD and the other divergences as ops; common/row_loss.py says what they share with the other row losses."""
+"""JSD, decoupled KD and the other divergences as ops; common/row_loss.py says what row losses share."""
 
 from __future__ import annotations
 
