@@ -37,7 +37,7 @@ class CheckpointError(KDFastError):
 
 def is_positive(value: object) -> bool:
     """Whether ``value`` is a number above 0: what a text is compared with is no error of its own."""
-    return isinstance(value, numbers.Real) and type(value) is not bool and float(value) > 0
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and float(value) > 0
 
 
 def require(module: str, *, extra: str, feature: str) -> ModuleType:

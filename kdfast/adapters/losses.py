@@ -159,9 +159,9 @@ class TrainerLoss:
         """What ``Trainer.compute_loss`` returns: the loss, or with ``return_outputs`` loss and outputs.
 
         With ``num_items_in_batch`` (the labels of all accumulated batches) both parts are sums over it: the
-        distillation, and the model's own loss, which gets it as the Trainer's own ``compute_loss`` hands it on. Both are
-        then multiplied by the number of processes where it counts the tokens of all, since gradients are averaged over
-        them. The gradient is that of one large batch, however it is accumulated or spread.
+        distillation, and the model's own loss, which gets it as the Trainer's own ``compute_loss`` hands it on. Both
+        are then multiplied by the number of processes where it counts the tokens of all, since gradients are averaged
+        over them. The gradient is that of one large batch, however it is accumulated or spread.
 
         Args:
             model: The student.
@@ -207,8 +207,8 @@ class TrainerLoss:
 
 def _takes_count(model: nn.Module) -> bool:
     """Whether a model divides its loss by ``num_items_in_batch``, as the Trainer finds out."""
-    while isinstance(getattr(model, "module", None), nn.Module):  # DDP and its like take any keyword
-        model = model.module
+    while isinstance(inner := getattr(model, "module", None), nn.Module):  # DDP and its like take any keyword
+        model = inner
     declared = getattr(model, "accepts_loss_kwargs", None)
     if declared is not None:
         return bool(declared)
@@ -230,9 +230,9 @@ class Distiller(nn.Module):
     """Student, frozen teacher and loss as one module, to be a member of a ``LightningModule`` (or of any loop).
 
     Calling it is calling the student, but for ``distiller(distil=batch)``, which is :meth:`step` by a way that wrappers
-    see: under DistributedDataParallel (Accelerate's ``prepare``) that is the call to make. The teacher stays in eval mode whatever ``train()`` says, follows
-    ``to(device)``, gets no gradient, and is neither in ``parameters()`` nor in ``state_dict()``: a checkpoint
-    holds the student alone.
+    see: under DistributedDataParallel (Accelerate's ``prepare``) that is the call to make. The teacher stays in eval
+    mode whatever ``train()`` says, follows ``to(device)``, gets no gradient, and is neither in ``parameters()`` nor in
+    ``state_dict()``: a checkpoint holds the student alone.
 
     Args:
         student: The network to train.
@@ -294,7 +294,7 @@ class Distiller(nn.Module):
         wrapped = isinstance(self.student, ddp) or "FullyShardedDataParallel" in type(self.student).__name__
         if _processes() > 1 and torch.is_grad_enabled() and not (within or sharded or wrapped):
             raise RuntimeError(
-                f"step: {_processes()} processes run, and a step past the wrapper leaves each with gradients of its own; "
+                f"step: {_processes()} processes run, and a step past the wrapper leaves each its own gradients; "
                 "call ddp(distil=batch) on DistributedDataParallel(distiller), or give Distiller a student that is "
                 "wrapped already"
             )

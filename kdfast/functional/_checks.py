@@ -40,12 +40,11 @@ def as_number(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         host = value.device.type == "cpu" and value.numel() == 1 and value.dtype != torch.bool
         return float(value.item()) if host and not value.requires_grad and has_values(value) else value
-    if isinstance(value, numbers.Real) and type(value) is not bool:
-        return float(value)
-    # numpy.bool_ is no numbers.Real; numpy's 0-d arrays are none either, and have item().
-    if getattr(value, "shape", None) == () and getattr(getattr(value, "dtype", None), "kind", "") in "iuf":
-        return float(value.item())
-    return value
+    if isinstance(value, bool):
+        return value
+    # numpy.bool_ is no numbers.Real; numpy's 0-d arrays are none either.
+    array = getattr(value, "shape", None) == () and getattr(value.dtype, "kind", "") in "iuf"
+    return float(value) if array or isinstance(value, numbers.Real) else value
 
 
 def check_dim(dim: int, tensor: torch.Tensor) -> int:

@@ -96,8 +96,8 @@ def divergence_loss(
     ``skew_forward_kl``  KL(p ‖ α·p + (1-α)·q) (DistiLLM, Ko et al. 2024, Eq. 4, with α = 0.1)
     ``skew_reverse_kl``  KL(q ‖ (1-α)·p + α·q) (the same, Eq. 5)
     ``total_variation``  ½ Σ |p - q|
-    ``alpha``            (Σ p^α·q^(1-α) - 1)/(α·(α-1)) (Cichocki & Amari 2010); 1 is the forward KL, 0 the reverse, ½ four
-                         times the squared Hellinger distance, 2 half of Pearson's χ²
+    ``alpha``            (Σ p^α·q^(1-α) - 1)/(α·(α-1)) (Cichocki & Amari 2010); 1 is the forward KL, 0 the reverse, ½
+                         four times the squared Hellinger distance, 2 half of Pearson's χ²
     ===================  ====================================================================================
 
     TRL's and Liger's ``beta`` are this one. They have no factor T²: divide by T² for their value. Terms are summed in a

@@ -16,8 +16,8 @@ DKD (Zhao et al. 2022, arXiv:2203.08679, Eq. 7), y the target class, b = σ(λ) 
     ∂D/∂s  = α·(b_s - b_t) at y,  β·(q̂ - p̂) - α·(b_s - b_t)·q̂ elsewhere, over T
     ∂D/∂t  = α·b_t·(1-b_t)·(λ_t - λ_s) =: a at y,  β·p̂·(log p̂/q̂ - KL) - a·p̂ elsewhere, over T
 
-Reverse KL, Jeffreys, skew KLs, total variation, α-divergence, and each with a temperature of the teacher's own: the same
-body with another term, divergences.py.
+Reverse KL, Jeffreys, skew KLs, total variation, α-divergence, and each with a temperature of the teacher's own: the
+same body with another term, divergences.py.
 
 Bytes moved, N = elements of one logit tensor: 2N for the loss alone, 3N with the student's gradient, 4N with
 both, written by the forward launch; a backward whose upstream gradient is 1 moves nothing, otherwise it

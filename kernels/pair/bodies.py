@@ -1,4 +1,6 @@
-"""Bodies of the row losses of two logit tensors: JSD, DKD, the divergences of divergences.py. Equations and launch plans stand in the package.
+"""Bodies of the row losses of two logit tensors: JSD, DKD, the divergences of divergences.py.
+
+Equations and launch plans stand in the package.
 
 Each loss gives, class by class, its term and w = (probability × derivative with respect to it); softmax's
 derivative then needs one sum a row: ∂/∂s = (w_s - q·Σw_s)/T and ∂/∂t = (w_t - p·Σw_t)/T. A constant error of

@@ -1,6 +1,7 @@
 """What the divergences add up, class by class: (term, w_s, w_t), with w = probability × derivative by it.
 
-p the teacher's and q the student's probability, δ = log(p/q), α the divergence's number, M = α·p + (1-α)·q, u = log(p/M):
+p the teacher's and q the student's probability, δ = log(p/q), α the divergence's number, M = α·p + (1-α)·q,
+u = log(p/M):
 
     KIND                     D, each sum over classes of          w_s                    w_t
     2  forward KL            p·δ + (q - p)                        q - p                  p·δ

@@ -44,7 +44,8 @@ def pair_loss(
         beta: β of JSD and DKD; of a divergence its number, if it has one.
         dim: Class dimension, non-negative.
         scale: The row factors; ``ratio``, at the end, the student's temperature over the teacher's, a float or a
-            0-d tensor on the device, 1 for one temperature (never for DKD); the rest as of :func:`kdfast.kernels.kl.kd_kl`.
+            0-d tensor on the device, 1 for one temperature (never for DKD); the rest as of
+            :func:`kdfast.kernels.kl.kd_kl`.
 
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.

@@ -1,4 +1,4 @@
-"""The adapters inside the real 🤗 Trainer and two gloo processes: however a batch is split, its gradient is one batch's."""
+"""The adapters inside the real 🤗 Trainer and two gloo processes: the gradient is one batch's, however it is split."""
 
 from __future__ import annotations
 

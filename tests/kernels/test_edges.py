@@ -18,6 +18,7 @@ import kdfast
 from kdfast.functional import (
     dist_loss,
     distillation_loss,
+    divergence_loss,
     dkd_loss,
     fused_linear_kd_loss,
     jsd_loss,
@@ -26,6 +27,7 @@ from kdfast.functional import (
 )
 from tests.conftest import INTERPRETING, Target
 
+KINDS = ("reverse_kl", "jeffreys", "skew_forward_kl", "skew_reverse_kl", "total_variation", "alpha")
 REDUCTIONS = ("batchmean", "mean", "sum", "rowmean", "none")
 SHAPES = [(0, 5), (1, 5), (3, 1), (4, 7), (2, 33), (2, 0, 4)]
 
@@ -80,6 +82,7 @@ LOSSES: dict[str, Any] = {
     "topk_normalizer": partial(_topk, known=True),
     "topk_renormalize": partial(_topk, known=False, tail="renormalize"),
     "linear": _linear,
+    **{kind: partial(_plain, partial(divergence_loss, kind=kind, alpha=0.3)) for kind in KINDS},
 }
 
 

@@ -1,4 +1,4 @@
-"""JSD, decoupled KD, divergences in plain PyTorch: rows.py and divergence.py by definition, closed.py in fewer passes."""
+"""JSD, decoupled KD, divergences in plain PyTorch: by definition, and (closed.py) in fewer passes."""
 
 from kdfast.reference.pair.closed import LEAST_BETA, dkd_closed, jsd_closed
 from kdfast.reference.pair.divergence import KINDS, divergence_rows

@@ -1,6 +1,6 @@
 """Divergences of two softmaxes by their definition, in float64: the oracle of the tests, and the path for CPU tensors.
 
-float64 throughout, since what cancels between a student and a teacher that nearly agree then leaves enough of a float32.
+float64 throughout: what cancels between a student and a teacher that nearly agree then leaves enough for a float32.
 """
 
 from __future__ import annotations
