@@ -14,18 +14,18 @@ class TopKPlan:
     Attributes:
         block: Classes read at a time.
         wide: Lanes for the k outcomes, a power of two.
-        once: Whether the kernel looks for classes that are named twice, all pairs of lanes at once.
         num_warps: Warps a program.
+        once: Whether the kernel looks for classes that are named twice, all pairs of lanes at once.
     """
 
     block: int
     wide: int
-    once: bool
     num_warps: int
+    once: bool
 
 
 def topk_plan(num_classes: int, k: int) -> TopKPlan:
     """One row a program: at most 4096 classes at a time, 16 a thread."""
     block = min(4096, max(32, triton.next_power_of_2(num_classes)))
     wide = max(2, triton.next_power_of_2(k))
-    return TopKPlan(block, wide, k > 1 and wide <= 128, min(8, max(1, block // 512)))
+    return TopKPlan(block, wide, min(8, max(1, block // 512)), once=k > 1 and wide <= 128)
