@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from kdfast.nn.divergence import DivergenceLoss, JSDLoss
 from kdfast.nn.losses import (
     DistillationLoss,
     DISTLoss,
-    DivergenceLoss,
     DKDLoss,
     FusedLinearKDLoss,
-    JSDLoss,
     KDLoss,
     TopKKDLoss,
 )
