@@ -134,6 +134,17 @@ def binary_terms(s_odds, t_odds):
 
 
 @triton.jit
-def odds(logits, at, k, top, total):
-    """Log-odds of the target class against the others, whose log2-sum-exp is ``top + log2(total)``."""
-    return (tl.load(logits + at).to(tl.float32) * k - top - tl.log2(total)) * 0.6931471805599453
+def odds(logits, at, known, k, top, total):
+    """Log-odds of the target class against the others, whose log2-sum-exp is ``top + log2(total)``.
+
+    NaN where the target is not ``known``: no class, and nothing is read.
+    """
+    logit = tl.load(logits + at, mask=known, other=float("nan")).to(tl.float32)
+    return (logit * k - top - tl.log2(total)) * 0.6931471805599453
+
+
+@triton.jit
+def row_gradient(counts, scale, inv_t, log_ratio):
+    """What multiplies a row's gradient: 0 where it does not count, NaN where a logit is (log_ratio holds them all)."""
+    g = tl.where(log_ratio == log_ratio, scale * inv_t, float("nan"))
+    return tl.where(counts, g, 0.0)
