@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.errors import ConfigError
-from kdfast.experiments.common.held_out import Evaluator, held_out
+from kdfast.experiments.common.held_out import Evaluator, held_out, splits_itself
 from kdfast.experiments.common.networks import build_network, load_teacher
 from kdfast.experiments.common.recipe import build_config, check_keys
 from kdfast.experiments.common.results import METRICS, close_run, fingerprint, open_run, summarise
@@ -82,7 +82,8 @@ def run(
     )
     accelerator = make_accelerator(config.device, config.precision)
     rank = (accelerator.process_index, accelerator.num_processes)
-    test = held_out(config.test_data, described, config.label_column, task=config.task)
+    whole = not splits_itself(config.data, config.test_data)
+    test = held_out(config.test_data, described, config.label_column, task=config.task, whole=whole)
     seed_everything(config.seed)
     student = build_network(described).to(accelerator.device)
     teacher = teacher.to(accelerator.device).eval().requires_grad_(False)

@@ -10,7 +10,13 @@ import torch
 
 from kdfast.data.datasets import load_dataset
 from kdfast.data.segmentation import open_segmentation
-from kdfast.experiments.common.held_out import Evaluator, Labelled, channel_statistics, held_out
+from kdfast.experiments.common.held_out import (
+    Evaluator,
+    Labelled,
+    channel_statistics,
+    held_out,
+    splits_itself,
+)
 from kdfast.experiments.common.image_batches import ImageBatches
 from kdfast.experiments.common.networks import build_network
 from kdfast.experiments.common.results import close_run, fingerprint, open_run
@@ -54,7 +60,9 @@ def run(
     described = _describe(config, dataset)
     accelerator = make_accelerator(config.device, config.precision)
     rank = (accelerator.process_index, accelerator.num_processes)
-    test = held_out(config.test_data or config.data, described, config.label_column, task=config.task)
+    source = config.test_data or config.data
+    whole = not splits_itself(config.data, source)
+    test = held_out(source, described, config.label_column, task=config.task, whole=whole)
     seed_everything(config.seed)
     weights = {"pretrained": True} if config.pretrained else {}
     network = build_network(replace(described, options={**described.options, **weights}))
@@ -89,7 +97,12 @@ def run(
 
 
 def _open(config: TeachConfig) -> Labelled:
-    common: dict[str, Any] = {"image_size": config.image_size, "num_classes": config.num_classes}
+    whole = not splits_itself(config.data, config.test_data or config.data)
+    common: dict[str, Any] = {
+        "image_size": config.image_size,
+        "num_classes": config.num_classes,
+        "whole": whole,
+    }
     if config.task == "segmentation":
         return open_segmentation(config.data, "train", **common)
     return load_dataset(config.data, "train", label_column=config.label_column, **common)
