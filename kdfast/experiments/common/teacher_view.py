@@ -40,7 +40,7 @@ class LookRecipe:
         regime: Augmentation whose effect on the teacher's predictions is measured.
         split: Of labelled images: ``train``, ``val``, ``test`` or ``all``; by default the train split, or all of a
             folder without splits.
-        label_column: For ``hf:`` data with several class columns, which one to use.
+        label_column: Which class column to use, where ``hf:`` data has several.
         seed: Of the draws.
         batch_size: Images the teacher sees at a time.
         device: ``auto`` takes the GPU if there is one.

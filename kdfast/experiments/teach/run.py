@@ -19,7 +19,16 @@ from kdfast.experiments.common.held_out import (
 )
 from kdfast.experiments.common.image_batches import ImageBatches
 from kdfast.experiments.common.networks import build_network
-from kdfast.experiments.common.results import close_run, fingerprint, open_run
+from kdfast.experiments.common.opening import (
+    Speaker,
+    millions,
+    parameters_of,
+    say_checked,
+    say_closing,
+    say_data,
+    say_training,
+)
+from kdfast.experiments.common.results import best_keeper, close_run, fingerprint, open_run
 from kdfast.experiments.teach.config import TeachConfig
 from kdfast.training.accelerator import make_accelerator
 from kdfast.training.mixing import task_loss
@@ -37,6 +46,7 @@ def run(
     resume: bool = False,
     dry_run: bool = False,
     progress: bool = True,
+    talk: bool = True,
 ) -> dict[str, Any]:
     """Train and save a teacher.
 
@@ -47,6 +57,7 @@ def run(
         resume: Go on from its latest checkpoint.
         dry_run: Build everything, take one optimiser step, write nothing.
         progress: Show a progress bar.
+        talk: With it, say first what is trained on what, and at the end how it went.
 
     Returns:
         What ``metrics.json`` holds; of a dry run the ``loss``.
@@ -82,6 +93,8 @@ def run(
     if test is not None:
         evaluate = Evaluator(test, described, batch_size=max(config.batch_size, 256), trainer_rank=rank)
     folder = None if dry_run else open_run(out, config, resume=resume, main=accelerator.is_main_process)
+    speaker = Speaker(progress and talk and accelerator.is_main_process)
+    size = parameters_of(network)
     trainer = Trainer(
         network,
         lambda model, batch: task_loss(model(batch[0]), batch[1]),
@@ -90,10 +103,20 @@ def run(
         evaluate=evaluate,
         fingerprint=fingerprint(config),
         name="teach",
+        keep_best=best_keeper(folder),
     )
+    say_data(speaker, "data", batches, config.image_size)
+    say_data(speaker, "test", test, config.image_size)
+    speaker.say("network", config.model, f"{millions(size)} parameters")
+    say_training(speaker, config, trainer.steps_of(batches), accelerator)
     if folder is None:
-        return {"loss": trainer.dry_run(batches)}
-    return close_run(folder, trainer, trainer.fit(batches, resume=resume), described, seed=config.seed)
+        loss = trainer.dry_run(batches)
+        say_checked(speaker, loss, "every key of the recipe", "the data, opened and decoded", "the network")
+        return {"loss": loss}
+    result = trainer.fit(batches, resume=resume)
+    metrics = close_run(folder, trainer, result, described, seed=config.seed, parameters=size)
+    say_closing(speaker, folder, metrics, student=(config.model, size))
+    return metrics
 
 
 def _open(config: TeachConfig) -> Labelled:
