@@ -1,10 +1,11 @@
-// kdfast._C: the bookkeeping of prioritized replay.
+// kdfast._C: the bookkeeping of prioritized replay, and what a CPU computes in one pass where operators take many.
 #include "bound.hpp"
 #include "philox_normal.hpp"
+#include "row_losses.hpp"
 
 PYBIND11_MODULE(_C, module) {
   using namespace kdfast;
-  module.doc() = "Bookkeeping of prioritized replay: the part of kdfast that is C++.";
+  module.doc() = "Bookkeeping of prioritized replay, and a CPU's fused loops: the part of kdfast that is C++.";
   py::register_exception<SnapshotError>(module, "SnapshotError", PyExc_ValueError);
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
@@ -174,4 +175,18 @@ PYBIND11_MODULE(_C, module) {
       },
       py::arg("key"), py::arg("step"), py::arg("count"),
       "Standard normals of a step under a 64-bit key, float32: the bits of kernels/common/normal.py.");
+
+  module.def(
+      "kl_rows",
+      [](int64_t rows, int64_t classes, uintptr_t student, int64_t student_stride, uintptr_t teacher,
+         int64_t teacher_stride, float inverse, uintptr_t loss, uintptr_t grad_student, uintptr_t grad_teacher,
+         int64_t threads) {
+        if (classes < 1) throw py::value_error("classes: got " + std::to_string(classes) + ", accepted: 1 or more");
+        return kl_rows(rows, classes, {at<const float>(student), student_stride},
+                {at<const float>(teacher), teacher_stride}, inverse, at<float>(loss),
+                {at<float>(grad_student), classes}, {at<float>(grad_teacher), classes}, threads);
+      },
+      py::call_guard<py::gil_scoped_release>(),
+      "KL(softmax(teacher/T) || softmax(student/T)) of float32 rows at these addresses, with inverse = 1/T, and T "
+      "times its gradients (0: not wanted).");
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -58,19 +58,35 @@ def closed_form(
             rows = slice(start, start + step)
             into = (None if grad is None else grad[rows] for grad in grads)
             loss[rows] = compute(s[rows].to(dtype), t[rows].to(dtype), rows, *into)
-    # One number is looked at, not a mask made: nearly always no row is small.
-    if count and not float(loss.min()) >= below:  # NaN, too: 0·inf, where a class is absent
-        chosen = (~(loss >= below)).nonzero().squeeze(-1)
-        wide_s, wide_t = s[chosen].double(), t[chosen].double()
-        again_s, again_t = (None if grad is None else torch.empty_like(wide_s) for grad in grads)
-        loss[chosen] = careful(wide_s, wide_t, chosen, again_s, again_t).to(dtype)
-        for grad, again in zip(grads, (again_s, again_t), strict=True):
-            if grad is not None and again is not None:
-                grad[chosen] = again.to(dtype)
+    again_with_care(loss, s, t, grads, careful, below)
     if flat:
         return loss, grads[0], grads[1]
     grad_s, grad_t = (None if grad is None else grad.view(shape).movedim(-1, dim) for grad in grads)
     return loss.view(shape[:-1]), grad_s, grad_t
+
+
+def again_with_care(
+    loss: torch.Tensor,
+    s: torch.Tensor,
+    t: torch.Tensor,
+    grads: Sequence[torch.Tensor | None],
+    careful: Compute,
+    below: float,
+    smallest: float | None = None,
+) -> None:
+    """Compute, in place, in float64, the rows of ``[n, V]`` logits whose loss is under ``below``, or NaN.
+
+    One number, the smallest loss or NaN, is looked at and not a mask made: nearly always no row is small.
+    """
+    if not len(loss) or (float(loss.min()) if smallest is None else smallest) >= below:
+        return
+    chosen = (~(loss >= below)).nonzero().squeeze(-1)  # NaN, too: 0·inf, where a class is absent
+    wide_s, wide_t = s[chosen].double(), t[chosen].double()
+    again_s, again_t = (None if grad is None else torch.empty_like(wide_s) for grad in grads)
+    loss[chosen] = careful(wide_s, wide_t, chosen, again_s, again_t).to(loss.dtype)
+    for grad, again in zip(grads, (again_s, again_t), strict=True):
+        if grad is not None and again is not None:
+            grad[chosen] = again.to(loss.dtype)
 
 
 def log_softmax_at(

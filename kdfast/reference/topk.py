@@ -15,6 +15,8 @@ __all__ = ["first_of_equals", "topk_closed", "topk_rows"]
 #: Below this a probability is computed again in float64: what is divided by it, or taken the logarithm of, overflows.
 LEAST = 1e-20
 Into = torch.Tensor | None
+Where = slice | torch.Tensor
+
 
 def first_of_equals(index: torch.Tensor) -> torch.Tensor:
     """False where a row ``[..., k]`` has named the same class before."""
@@ -109,13 +111,13 @@ def topk_closed(
     index = index.reshape(-1, index.shape[-1])
     log_z = None if normalizer is None else normalizer.reshape(-1).to(torch.float32)
 
-    def plain(s: torch.Tensor, t: torch.Tensor, rows: slice, grad: Into, _: Into) -> torch.Tensor:
+    def plain(s: torch.Tensor, t: torch.Tensor, rows: Where, grad: Into, _: Into) -> torch.Tensor:
         form = _bucket if bucket else _renormalized
         present, safe, odd = _places(index[rows], t, s.shape[1])
         loss = form(s, t, None if log_z is None else log_z[rows], (present, safe), temperature, grad)
         return loss.masked_fill_(odd | (loss == math.inf), math.nan)
 
-    def careful(s: torch.Tensor, t: torch.Tensor, rows: torch.Tensor, grad: Into, _: Into) -> torch.Tensor:
+    def careful(s: torch.Tensor, t: torch.Tensor, rows: Where, grad: Into, _: Into) -> torch.Tensor:
         wide = None if log_z is None else log_z[rows].double()
         with torch.enable_grad():
             leaf = s.requires_grad_(grad is not None)
