@@ -59,7 +59,9 @@ def noise_mse(prediction: Tensor, seed: int | Tensor) -> Tensor:
     """``mean((ε̂ − ε)²)`` in float32 (float64)."""
     dtype = compute_dtype(prediction)
     drawn = noise(seed, 0, tuple(prediction.shape), prediction.device, dtype)
-    return F.mse_loss(prediction.to(dtype), drawn)  # one pass each way, where a difference and a square are two
+    return F.mse_loss(
+        prediction.to(dtype), drawn
+    )  # one pass each way, where a difference and a square are two
 
 
 def add_noise_embed(
