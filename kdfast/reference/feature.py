@@ -73,5 +73,5 @@ def add_noise_embed(
     bar = alphas_cumprod.to(dtype)[timesteps].view(-1, *[1] * (x.dim() - 1))
     out = (bar.sqrt() * x.to(dtype)).addcmul_((1 - bar).sqrt(), drawn)
     if embedding is not None:
-        out = out + embedding[timesteps].to(dtype).view(*x.shape[:2], *[1] * (x.dim() - 2))
+        out = out + F.embedding(timesteps, embedding).to(dtype).view(*x.shape[:2], *[1] * (x.dim() - 2))
     return out.to(x.dtype)
