@@ -24,8 +24,12 @@ from .terms import (
     binary_terms,
     clamped_gap,
     exponential,
+    jsd_factors,
+    jsd_terms,
     log_ratio_of,
+    near_bound,
     odds,
+    one_of,
     others,
     pair_terms,
     row_gradient,
@@ -46,10 +50,11 @@ def _gradient(
 
 
 @triton.jit
-def _store_tile(ptr, at, w, prob, g, beta, slope, is_target, keep, live,
+def _store_tile(ptr, at, w, prob, inv, g, beta, slope, is_target, keep, live,
                 LAYOUT: tl.constexpr, KIND: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
-    """A tile's gradient, which needs the sum of its w."""
-    grad = _gradient(w, over_classes(w, LAYOUT, False), prob, g, beta, slope, is_target, LAYOUT, KIND)
+    """A tile's gradient, which needs the sum of its w; ``inv · prob`` is the probability."""
+    total = over_classes(w, LAYOUT, False) * inv
+    grad = _gradient(w, total, prob, g, beta, slope, is_target, LAYOUT, KIND)
     store_gradient(ptr + at, grad, keep, live, MASK)
 
 
@@ -64,6 +69,7 @@ def pair_tile_kernel(
     ROWS: tl.constexpr, WIDTH: tl.constexpr, INNER_ONE: tl.constexpr, T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr,
     WEIGHT: tl.constexpr, MASK: tl.constexpr, UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr,
     GRAD_S: tl.constexpr, GRAD_T: tl.constexpr, STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
+    RARE: tl.constexpr = True,
 ):  # fmt: skip
     """Rows whose class dimension fits in registers: one read of each logit, one write of each gradient."""
     if finished(upstream_ptr, EARLY_EXIT):
@@ -97,11 +103,19 @@ def pair_tile_kernel(
     s_sum, t_sum = over_classes(q, LAYOUT, False), over_classes(p, LAYOUT, False)
     s_inv, t_inv = 1.0 / s_sum, 1.0 / t_sum
     log_ratio = log_ratio_of(s_top, t_top, s_inv, t_sum, KIND)
-    q *= per_row(s_inv, LAYOUT)
-    p *= per_row(t_inv, LAYOUT)
     gap = clamped_gap(s, t, k, per_row(shift, LAYOUT), per_row(log_ratio, LAYOUT), KIND)
-    term, w_s, w_t = pair_terms(gap, p, q, live, beta, KIND, False)
-    divergence = over_classes(term, LAYOUT, False)
+    if KIND == 0:
+        # The probabilities' factors follow once a row.
+        q_factor, p_factor = jsd_factors(beta)
+        q_factor, p_factor = q_factor * s_inv, p_factor * t_inv
+        w_s, w_t = jsd_terms(gap, p, q, beta)
+        divergence = q_factor * over_classes(w_s, LAYOUT, False) + p_factor * over_classes(w_t, LAYOUT, False)
+    else:
+        q_factor, p_factor = s_inv * 0.0 + 1.0, t_inv * 0.0 + 1.0
+        q *= per_row(s_inv, LAYOUT)
+        p *= per_row(t_inv, LAYOUT)
+        term, w_s, w_t = pair_terms(gap, p, q, live, beta, KIND, False)
+        divergence = over_classes(term, LAYOUT, False)
 
     binary = divergence * 0.0
     s_slope, t_slope = binary, binary
@@ -118,10 +132,13 @@ def pair_tile_kernel(
     keep = per_row(counts, LAYOUT)  # a row that does not count gets 0, even where its logits are NaN
     gs_at = tile_at(outer, within, classes, gs_outer, gs_inner, gs_class, LAYOUT)
     gt_at = tile_at(outer, within, classes, gt_outer, gt_inner, gt_class, LAYOUT)
-    closest = tl.where(counts, divergence, 1.0)
-    if LAYOUT != 3:
-        closest = tl.min(closest, axis=0)
-    if closest < (0.03 if KIND == 7 else 1e-3):  # an absolute difference cancels earlier than a squared one
+    nearly = False
+    if RARE:  # False: a variant to count instructions of, which is never launched
+        closest = tl.where(counts, divergence, 1.0)
+        if LAYOUT != 3:
+            closest = tl.min(closest, axis=0)
+        nearly = closest < near_bound(KIND)
+    if nearly:
         # Some row's student and teacher nearly agree, and its digits have cancelled: read the tile again, so
         # that the common branch keeps no registers for this one.
         s = others(s_ptr + s_at, live, is_target, KIND)
@@ -133,14 +150,14 @@ def pair_tile_kernel(
         term, w_s, w_t = pair_terms(gap, p, q, present, beta, KIND, True)
         divergence = over_classes(term, LAYOUT, False)
         if GRAD_S:
-            _store_tile(gs_ptr, gs_at, w_s, q, g, beta, s_slope, is_target, keep, live, LAYOUT, KIND, MASK)
+            _store_tile(gs_ptr, gs_at, w_s, q, 1.0, g, beta, s_slope, is_target, keep, live, LAYOUT, KIND, MASK)
         if GRAD_T:
-            _store_tile(gt_ptr, gt_at, w_t, p, g_t, beta, t_slope, is_target, keep, live, LAYOUT, KIND, MASK)
+            _store_tile(gt_ptr, gt_at, w_t, p, 1.0, g_t, beta, t_slope, is_target, keep, live, LAYOUT, KIND, MASK)
     else:
         if GRAD_S:
-            _store_tile(gs_ptr, gs_at, w_s, q, g, beta, s_slope, is_target, keep, live, LAYOUT, KIND, MASK)
+            _store_tile(gs_ptr, gs_at, w_s, q, one_of(s_inv, KIND), g * q_factor, beta, s_slope, is_target, keep, live, LAYOUT, KIND, MASK)
         if GRAD_T:
-            _store_tile(gt_ptr, gt_at, w_t, p, g_t, beta, t_slope, is_target, keep, live, LAYOUT, KIND, MASK)
+            _store_tile(gt_ptr, gt_at, w_t, p, one_of(t_inv, KIND), g_t * p_factor, beta, t_slope, is_target, keep, live, LAYOUT, KIND, MASK)
     if KIND == 1:
         divergence = binary + beta * divergence
     loss = tl.where(counts, scale * divergence, 0.0)
@@ -247,7 +264,7 @@ def pair_loop_kernel(
         k, s_max, t_max, s_top, t_top, s_inv, t_inv, log_ratio, beta, 0.0, 0.0, 0.0, 0.0,
         V, BLOCK, KIND, RATIO, False, False, False, MASK,
     )  # fmt: skip
-    if divergence < (0.03 if KIND == 7 else 1e-3):
+    if divergence < near_bound(KIND):
         divergence, s_total, t_total = _walk(
             s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, target, g, g_t, ratio, counts,
             k, s_max, t_max, s_top, t_top, s_inv, t_inv, log_ratio, beta, 0.0, 0.0, 0.0, 0.0,
