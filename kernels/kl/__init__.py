@@ -32,8 +32,8 @@ tests/kernels/kl/test_audit.py holds the compiler to them:
     19x512x1024 bfloat16    33
     21x512x1024 float32     29
     150x512x1024 float32    75
-    32000 bfloat16          32      both reads of a row that is read twice (stream.py); 64 registers
-    32000 float32           34
+
+and 32 for both reads of a bfloat16 row that is read twice (34 in float32), in 64 registers (stream.py).
 
 Launch plans: plan.py. Kernel bodies: the files named after them.
 """

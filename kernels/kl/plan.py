@@ -34,15 +34,12 @@ class KLPlan(TilePlan):
     Attributes:
         num_ctas: Programs a cluster.
         window: Elements of 16 bytes, when rows begin anywhere and are read from the 16 bytes before; else 0.
-        splits: Programs a row (split).
-        along: 1 where a thread's ``width`` classes are neighbours, 0 where ``chunks`` lie between them; ``chunks`` are
-            then a block's threads (two_pass, split).
+        splits: Programs a row (split). There and for ``"two_pass"``, ``chunks`` threads take ``width`` classes each.
     """
 
     num_ctas: int = 1
     window: int = 0
     splits: int = 1
-    along: int = 1
 
     @property
     def block(self) -> int:
@@ -63,7 +60,6 @@ def kl_plan(
     both: bool = False,
     plain: bool = True,
     in_place: bool = False,
-    wide: bool = True,
 ) -> KLPlan:
     """Choose the launch plan of the KL kernels.
 
@@ -82,7 +78,6 @@ def kl_plan(
         both: The teacher's gradient is wanted, too.
         plain: Nothing but KL is computed; only the tile and the two-pass kernel know anything else.
         in_place: A gradient goes over its logits: no program may read what another has written.
-        wide: Rows lie class by class and begin where 16 bytes do.
     """
     if class_stride != 1 and inner > 1 and num_classes <= MAX_CLASSES:
         return _across_plan(num_classes, itemsize, both, plain)
@@ -97,7 +92,6 @@ def kl_plan(
             both,
             plain,
             in_place,
-            wide and num_classes % (16 // itemsize) == 0,
         )
     if window:
         return _chunked_plan(num_classes, itemsize, window)
@@ -150,7 +144,6 @@ def _long_plan(
     both: bool,
     plain: bool,
     in_place: bool,
-    wide: bool,
 ) -> KLPlan:
     """Rows that outgrow one program's registers: programs a row, or one that reads it twice."""
     vector = 16 // itemsize
@@ -162,7 +155,7 @@ def _long_plan(
         )
         threads = max(1, SPLIT_BLOCK // 16)
         warps = max(1, threads // 32)
-        return KLPlan("split", ONE_ROW, threads, 1, vector, warps, splits=splits, along=int(wide))
+        return KLPlan("split", ONE_ROW, threads, 1, vector, warps, splits=splits)
     # 8 programs is the largest portable cluster; the teacher's gradient needs half as many elements in each.
     limit = MAX_CLUSTER_ROW // 2 if both else MAX_CLUSTER_ROW
     clusters = machine.capability >= 90 and machine.triton >= (3, 8) and padded <= limit
@@ -173,4 +166,4 @@ def _long_plan(
     # the two reads (264 rows of 2 x 32000 bfloat16 are 34 MB of an H100's 50). Labels take 100 registers.
     threads = LONG_BLOCK // (8 if plain else 16)
     warps = max(1, threads // 32)
-    return KLPlan("two_pass", ONE_ROW, threads, 1, vector, warps, along=int(wide))
+    return KLPlan("two_pass", ONE_ROW, threads, 1, vector, warps)

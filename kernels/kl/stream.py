@@ -1,13 +1,14 @@
 """Rows that are read class by class in a loop: what a thread keeps of them, and the second read that has gradients.
 
-A thread takes VECTOR classes at a time and keeps one peak for all of them (Milakov & Gimelshein 2018, a vector at a
-time): 2 + 3/VECTOR exponentials an element where a peak for each lane position takes 4.
+A thread takes VECTOR classes at a time (common/vectors.py) and keeps one peak for all of them: 2 + 3/VECTOR
+exponentials an element where a peak for each lane position takes 4.
 """
 
 import triton
 import triton.language as tl
 
 from ..common.rows import gap_of, load_logits, near_terms, no_logits, store_gradient
+from ..common.vectors import block_classes, blocks_of, over_vector
 from .labels import label_gradient
 
 # How the second read makes the gradient: from the first read's KL; summing KL once more; by what does not cancel.
@@ -17,37 +18,10 @@ NEAR = tl.constexpr(2)
 
 
 @triton.jit
-def block_classes(THREADS: tl.constexpr, VECTOR: tl.constexpr, ALONG: tl.constexpr):
-    """A block's classes: a thread's are neighbours along axis 1 (ALONG = 1: wide loads), or THREADS apart along 0."""
-    if ALONG == 1:
-        classes = tl.arange(0, THREADS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    else:
-        classes = tl.arange(0, VECTOR)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
-    return classes
-
-
-@triton.jit
-def over_vector(v, ALONG: tl.constexpr):
-    """One value a thread, for each of its classes."""
-    if ALONG == 1:
-        out = v[:, None]
-    else:
-        out = v[None, :]
-    return out
-
-
-@triton.jit
 def two_blocks(s_row, t_row, s_step, t_step, classes, there):
     """Both networks' logits of a whole block, as they lie in memory; asked for while the block before is worked on."""
     classes = classes.to(tl.int64)
     return tl.load(s_row + classes * s_step, mask=there), tl.load(t_row + classes * t_step, mask=there)
-
-
-@triton.jit
-def blocks_of(begin, V: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """(end of the whole blocks, end) of LENGTH classes from ``begin``, counted from there."""
-    end = tl.minimum(LENGTH, tl.maximum(V - begin, 0))
-    return end // BLOCK * BLOCK, end
 
 
 @triton.jit

@@ -85,14 +85,6 @@ def jsd_terms(gap, p, q, beta):
 
 
 @triton.jit
-def one_of(inv, KIND: tl.constexpr):
-    """1/Σ where probabilities come without it (JSD), else 1."""
-    if KIND != 0:
-        inv = inv * 0.0 + 1.0
-    return inv
-
-
-@triton.jit
 def _jsd_near_terms(gap, p, q, present, beta):
     """(term, w_s, w_t) of the generalised Jensen-Shannon divergence, M = β·p + (1-β)·q, where p and q nearly agree."""
     q_over_m, p_over_m = _mixture_logs(gap, beta)
