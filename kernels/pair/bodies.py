@@ -78,8 +78,8 @@ def pair_tile_kernel(
         ratio = tl.load(ratio_ptr).to(tl.float32)
     outer, within = in_strides(outer, within, UNIT)
     s_row, t_row = outer * s_outer + within * s_inner, outer * t_outer + within * t_inner
-    s_at = per_row(s_row, LAYOUT) + classes * s_class
-    t_at = per_row(t_row, LAYOUT) + classes * t_class
+    s_at = tile_at(outer, within, classes, s_outer, s_inner, s_class, LAYOUT)
+    t_at = tile_at(outer, within, classes, t_outer, t_inner, t_class, LAYOUT)
     live = per_row(valid, LAYOUT)
     if V < CHUNKS * WIDTH:
         live = live & (classes < V)
