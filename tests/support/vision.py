@@ -23,7 +23,7 @@ def torchvision() -> Any:
 
 
 def fcos(width: int) -> nn.Module:
-    """FCOS on four small stages and a pyramid of three levels."""
+    """FCOS on four small stages and a pyramid of three levels and the last one pooled."""
     torchvision()
     from torchvision.models.detection import FCOS
     from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -38,7 +38,7 @@ def fcos(width: int) -> nn.Module:
     backbone = BackboneWithFPN(
         stages, {"1": "0", "2": "1", "3": "2"}, [width, 2 * width, 4 * width], 2 * width, extra_blocks=None
     )
-    anchors = AnchorGenerator(sizes=((8,), (16,), (32,)), aspect_ratios=((1.0,),) * 3)
+    anchors = AnchorGenerator(sizes=((4,), (8,), (16,), (32,)), aspect_ratios=((1.0,),) * 4)
     return FCOS(
         backbone,
         num_classes=CLASSES,
