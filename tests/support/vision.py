@@ -23,7 +23,7 @@ def torchvision() -> Any:
 
 
 def fcos(width: int) -> nn.Module:
-    """FCOS on four small stages and a pyramid of three levels and the last one pooled."""
+    """FCOS on four small stages, the first ``width`` wide, and a pyramid of three levels and the last one pooled."""
     torchvision()
     from torchvision.models.detection import FCOS
     from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -36,7 +36,7 @@ def fcos(width: int) -> nn.Module:
             nn.Sequential(nn.Conv2d(*channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels[1]), nn.ReLU())
         )
     backbone = BackboneWithFPN(
-        stages, {"1": "0", "2": "1", "3": "2"}, [width, 2 * width, 4 * width], 2 * width, extra_blocks=None
+        stages, {"1": "0", "2": "1", "3": "2"}, [width, 2 * width, 4 * width], 32, extra_blocks=None
     )
     anchors = AnchorGenerator(sizes=((4,), (8,), (16,), (32,)), aspect_ratios=((1.0,),) * 4)
     return FCOS(
