@@ -108,16 +108,21 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _sum(terms: Sequence[tuple[Tensor, Scalar]]) -> Tensor:
-    """Σ factor·tensor, without the terms whose factor is known to be 0; each but the first is one operator."""
-    total: Tensor | None = None
-    for tensor, factor in terms:
-        if isinstance(factor, float):
-            if factor == 0.0:
-                continue
-            total = tensor * factor if total is None else total.add_(tensor, alpha=factor)
-        else:
-            total = tensor * factor if total is None else total.addcmul_(tensor, factor)
-    return torch.zeros_like(terms[0][0]) if total is None else total
+    """Σ factor·tensor, without the terms whose factor is known to be 0, in as few operators as they allow."""
+    present = [(tensor, factor) for tensor, factor in terms if isinstance(factor, Tensor) or factor != 0.0]
+    if not present:
+        return torch.zeros_like(terms[0][0])
+    (total, factor), *rest = present
+    if rest and not isinstance(factor, Tensor) and factor == 1.0 and not isinstance(rest[0][1], Tensor):
+        total = torch.add(total, rest[0][0], alpha=rest[0][1])
+        rest = rest[1:]
+    else:
+        total = total * factor
+    for tensor, factor in rest:
+        total = (
+            total.addcmul_(tensor, factor) if isinstance(factor, Tensor) else total.add_(tensor, alpha=factor)
+        )
+    return total
 
 
 def _noise(seed: int | Tensor, step: int | Tensor, like: Tensor) -> Tensor:
