@@ -12,8 +12,8 @@ h_s and W_s reads it, 2N: 7N, of which nothing leaves the cache where a chunk fi
 is a copy of half of N beside it. The products also read h once, and each W once a chunk.
 
 Peak memory, beside the gradients that are returned: two chunks of float32 logits (2 · 256 MiB by the plan), however
-many the rows; the logits at once would take 2 · R·V floats. A half-precision weight's gradient is summed in float32,
-which takes V·H floats.
+many the rows; the logits at once would take 2 · R·V floats. Gradients of half-precision tensors are summed in
+float32 and kept so until the backward, which takes V·H and R·H floats.
 
 Launch plan: plan.py chooses the rows of a chunk. A chunk is two products, one launch of the KL kernel of
 kernels/kl with its own plan, and one product a gradient; there is no kernel body of this family's own, because the
