@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Same", "autocast_state", "can_capture", "has_hooks", "module_state", "record"]
+__all__ = ["Same", "autocast_state", "can_capture", "capturing", "has_hooks", "module_state", "record"]
 
 #: torch's CUDA classes have no types.
 cuda: Any = torch.cuda
@@ -24,6 +24,11 @@ _PRIMITIVE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 def can_capture(device: torch.device) -> bool:
     """Whether work on this device can be recorded."""
     return device.type == "cuda"
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on ``device`` now goes into a graph, which will read the same memory in every replay."""
+    return can_capture(device) and bool(cuda.is_current_stream_capturing())
 
 
 def record(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdfast.constants import constant
 from kdfast.data.decoder import Decoder, DecoderConfig
 from kdfast.data.preflight import Fault, RecordTable, check_shards
 from kdfast.data.reader import RecordReader
@@ -171,7 +172,7 @@ class ShardLoader:
             generator = torch.Generator(self._device).manual_seed(seed)
             images = self._augment(images, generator)
         if self._after is not None:
-            mean, std = (torch.tensor(values, device=self._device).view(3, 1, 1) for values in self._after)
+            mean, std = (constant(tuple(values), self._device).view(3, 1, 1) for values in self._after)
             images = (images - mean) / std
         labels = torch.from_numpy(self._table.label[records])
         return images, labels.to(self._device, non_blocking=True)

@@ -243,7 +243,7 @@ def _sample_dit(pipe: Any, values: Mapping[str, Any]) -> Any:
         shape, generator=generator, device=device, dtype=model.dtype
     )
     guided = scale > 1
-    labels = torch.tensor(classes, device=device).reshape(-1)
+    labels = torch.tensor(classes).to(device, non_blocking=True).reshape(-1)
     if guided:
         labels = torch.cat([labels, torch.full_like(labels, 1000)])  # the pipeline's own null class
     # The pipeline steps both halves, from the global generator, and goes on with the first.

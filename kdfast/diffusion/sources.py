@@ -98,7 +98,7 @@ class ModelSource:
         sampling = self._sampling
         key = (sampling.seed, classes, indices)
         options: dict[str, Any] = {"attempt": attempt, "paper_rng": sampling.paper_rng}
-        noise = sample_noise(*key, self.sample_shape, **options).to(self.device)
+        noise = sample_noise(*key, self.sample_shape, **options).to(self.device, non_blocking=True)
         if self._plan is None:
             return self._step_by_step(noise, classes, step_generators(*key, **options))
         rows = self._rows(len(classes))
@@ -110,7 +110,7 @@ class ModelSource:
             seeds = torch.cat([seeds, seeds[-1:].expand(spare)])
         conditions = self._condition(padded)
         loop = self._loop(rows, conditions)
-        return loop.run(noise, conditions, seeds=seeds.to(self.device))[: len(classes)]
+        return loop.run(noise, conditions, seeds=seeds.to(self.device, non_blocking=True))[: len(classes)]
 
     @torch.no_grad()
     def decode(self, drawn: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class ModelSource:
         return found
 
     def _labels(self, classes: Sequence[int]) -> Mapping[str, Tensor]:
-        labels = torch.tensor(list(classes), device=self.device)
+        labels = torch.tensor(list(classes)).to(self.device, non_blocking=True)
         if self._sampling.guided:
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
         return {"labels": labels}
@@ -172,7 +172,7 @@ class ModelSource:
             self.model,
             self.scheduler,
             noise,
-            torch.tensor(list(classes), device=self.device),
+            torch.tensor(list(classes)).to(self.device, non_blocking=True),
             guidance_scale=self._sampling.guidance_scale,
             null_class=self.num_classes,
             cfg_channels=self._sampling.cfg_channels,
