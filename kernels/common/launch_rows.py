@@ -94,6 +94,11 @@ def outputs(
     return rows, student.new_empty((), dtype=torch.float32) if reduce else None
 
 
+def nothing(rows: torch.Tensor | None, loss: torch.Tensor | None, scale: Scale) -> torch.Tensor:
+    """The result where there are no logits: 0 a row; their sum is 0 over the divisor: 0/0 is NaN, as in torch."""
+    return rows.zero_() if loss is None else loss.zero_().div_(scale.divisor)
+
+
 def launch_rows(
     kernel: Any,
     grid: tuple[int, ...],
