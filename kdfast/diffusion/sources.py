@@ -82,6 +82,9 @@ class ModelSource:
         self._condition = condition or self._labels
         self._denoiser, self._by_class = denoiser or class_denoiser(model), denoiser is None
         self._loops: dict[int, SamplingLoop] = {}
+        #: Rows that every batch is filled up to, where loops are captured: a set of images is made by loops of one
+        #: size then, whichever batch a run begins with, and libraries compute the same bits for it.
+        self.fill_to = 0
         self._mode = resolve_mode(sampling.mode, device)
         scheduler.set_timesteps(sampling.num_inference_steps, device=device)
         self._plan = sampler_plan(scheduler, device, eta=sampling.eta)
@@ -133,8 +136,11 @@ class ModelSource:
 
     def _rows(self, count: int) -> int:
         """Rows of the loop to use: a captured one is filled up rather than captured again for a short batch."""
-        larger = [rows for rows in self._loops if rows >= count]
-        return min(larger) if larger and self._mode != "eager" else count
+        if self._mode == "eager":
+            return count
+        if count <= self.fill_to:
+            return self.fill_to
+        return min((rows for rows in self._loops if rows >= count), default=count)
 
     def _loop(self, rows: int, conditions: Mapping[str, Tensor]) -> SamplingLoop:
         found = self._loops.get(rows)
@@ -218,6 +224,7 @@ class PipelineSource:
         self.scheduler = pipe.scheduler
         self.device = torch.device(pipe._execution_device)
         self._texts = texts
+        self.fill_to = 0  # a pipeline captures nothing
         accepted = inspect.signature(type(pipe).__call__).parameters
         options = {
             "num_inference_steps": sampling.num_inference_steps,
