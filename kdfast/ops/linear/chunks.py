@@ -218,7 +218,11 @@ def _compute(
         ):  # before the divisor, so that a half-precision gradient stays clear of the smallest numbers
             gradient = gradient.to(job.weight.dtype)
         if need_hidden:
-            grad_hidden[some] = products.multiply(gradient, products.weight).mul_(scale).to(grad_hidden.dtype)
+            product = products.multiply(gradient, products.weight)
+            if isinstance(some, slice):
+                torch.mul(product, scale, out=grad_hidden[some])
+            else:
+                grad_hidden[some] = product.mul_(scale).to(grad_hidden.dtype)
         if need_weight:
             products.add(grad_weight, gradient.t(), _without_masked(chunk))
 
