@@ -12,6 +12,7 @@ from kdfast.cli.commands.demo import demo
 from kdfast.cli.commands.distill import distill
 from kdfast.cli.commands.doctor import doctor
 from kdfast.cli.commands.evaluate import evaluate
+from kdfast.cli.commands.export import export
 from kdfast.cli.commands.keys import keys
 from kdfast.cli.commands.report import report
 from kdfast.cli.commands.select import select
@@ -55,6 +56,7 @@ app.command(cls=KeyedCommand)(distill)
 app.command("eval")(evaluate)
 app.command(cls=KeyedCommand)(synth)
 app.command(cls=KeyedCommand)(demo)
+app.command()(export)
 app.command()(keys)
 app.command()(report)
 app.command()(bench)

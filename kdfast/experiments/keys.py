@@ -194,8 +194,8 @@ def _accepted(hint: Any) -> str:
         return f"list of {_accepted(inner[0])}" if inner else "list"
     if hint is type(None):
         return "null"
-    words = {int: "whole number", float: "number", bool: "true, false", str: "text"}
-    return words.get(hint, getattr(hint, "__name__", str(hint)))
+    known = {int: "whole number", float: "number", bool: "true, false", str: "text"}
+    return known.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _bound(mark: Any) -> str:
