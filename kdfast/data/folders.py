@@ -36,14 +36,14 @@ class ImageFolder(LabelledImages):
         source: str,
         image_size: int | None = None,
     ) -> None:
-        self._image = pillow("decoding an image folder")
+        pillow("decoding an image folder")  # not kept: modules cannot be sent to a worker process
         self.paths = list(paths)
         self.labels, self.classes, self.source, self.image_size = labels, classes, source, image_size
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Decode image ``index``; see :class:`~kdfast.data.labelled.LabelledImages`."""
         path = self.paths[index]
-        with reporting_images(path), self._image.open(path) as image:
+        with reporting_images(path), pillow("decoding an image folder").open(path) as image:
             return rgb_tensor(image, self.image_size), int(self.labels[index])
 
     def _contents(self, digest: Any) -> None:

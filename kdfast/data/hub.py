@@ -42,7 +42,7 @@ class HuggingFaceImages(LabelledImages):
         source: str,
         image_size: int | None = None,
     ) -> None:
-        self._image = pillow("decoding images")
+        pillow("decoding images")  # not kept: modules cannot be sent to a worker process
         self.table, self.image_column = table, image_column
         self.labels, self.classes, self.source, self.image_size = labels, classes, source, image_size
 
@@ -60,7 +60,7 @@ class HuggingFaceImages(LabelledImages):
             raise DataError(f"image {where} is missing")
         with (
             reporting_images(where),
-            self._image.open(path if data is None else io.BytesIO(data)) as image,
+            pillow("decoding images").open(path if data is None else io.BytesIO(data)) as image,
         ):
             return rgb_tensor(image, self.image_size), label
 

@@ -21,7 +21,13 @@ class Evaluator:
     """Accuracy, or mIoU where labels are masks, on held-out images: what the trainer calls after an epoch."""
 
     def __init__(
-        self, dataset: Labelled, config: ModelConfig, *, batch_size: int, trainer_rank: tuple[int, int]
+        self,
+        dataset: Labelled,
+        config: ModelConfig,
+        *,
+        batch_size: int,
+        trainer_rank: tuple[int, int],
+        workers: int | None = None,
     ) -> None:
         rank, world = trainer_rank
         self._config = config
@@ -29,7 +35,14 @@ class Evaluator:
             evaluate_segmentation if isinstance(dataset, SegmentationFolder) else evaluate_classification
         )
         self._batches = ImageBatches(
-            dataset, batch_size, mean=config.mean, std=config.std, shuffle=False, rank=rank, world_size=world
+            dataset,
+            batch_size,
+            mean=config.mean,
+            std=config.std,
+            shuffle=False,
+            rank=rank,
+            world_size=world,
+            workers=workers,
         )
 
     def __call__(self, network: nn.Module) -> dict[str, float]:

@@ -56,7 +56,7 @@ class TrainingRecipe:
         ema_decay: Keep, evaluate and save a moving average of the weights.
         seed: Seed of weights, order and augmentation.
         device: ``auto`` takes the GPU if there is one.
-        workers: Decoding threads or processes; ``None`` lets the loader choose.
+        workers: Decoding threads or processes; 0 decodes in the training process, ``None`` lets the loader choose.
         stem: ``imagenet`` for the 7×7 stem of resnet18, 34 and 50.
         eval_every: Epochs between evaluations.
         checkpoint_every: Epochs between checkpoints.

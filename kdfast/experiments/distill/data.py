@@ -65,7 +65,7 @@ def open_training_data(
         dataset = _labelled(config, source, size, model)
         if config.data_images is not None:
             dataset = some_of(dataset, config.data_images, config.seed)
-    return ImageBatches(dataset, config.batch_size, workers=config.workers or 0, **common)
+    return ImageBatches(dataset, config.batch_size, workers=config.workers, **common)
 
 
 def some_of(dataset: LabelledImages, count: int, seed: int) -> InMemoryImages:

@@ -107,7 +107,9 @@ def run(
         plan = get_method(config.method).build(setting)
         fed = described if plan.normalised else replace(described, mean=(0.0,) * 3, std=(1.0,) * 3)
         batches = plan.batches or open_training_data(config, fed, accelerator, stack)
-        evaluator = None if test is None else Evaluator(test, described, batch_size=256, trainer_rank=rank)
+        evaluator = None
+        if test is not None:
+            evaluator = Evaluator(test, described, batch_size=256, trainer_rank=rank, workers=config.workers)
         folder = None
         if not dry_run:
             folder = open_run(out, config, method_config, resume=resume, main=accelerator.is_main_process)

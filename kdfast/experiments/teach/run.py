@@ -86,12 +86,18 @@ def run(
         seed=config.seed,
         rank=rank[0],
         world_size=rank[1],
-        workers=config.workers or 0,
+        workers=config.workers,
         device=accelerator.device,
     )
     evaluate = None
     if test is not None:
-        evaluate = Evaluator(test, described, batch_size=max(config.batch_size, 256), trainer_rank=rank)
+        evaluate = Evaluator(
+            test,
+            described,
+            batch_size=max(config.batch_size, 256),
+            trainer_rank=rank,
+            workers=config.workers,
+        )
     folder = None if dry_run else open_run(out, config, resume=resume, main=accelerator.is_main_process)
     speaker = Speaker(progress and talk and accelerator.is_main_process)
     size = parameters_of(network)
