@@ -140,6 +140,15 @@ class ShardLoader:
         """What ``on_error="skip"`` left out: shard, key (empty for the shard itself) and reason."""
         return [*self._table.faults, *self._found]
 
+    def __repr__(self) -> str:
+        """Where the shards are, what is in them, and which batch comes next."""
+        low, high = self.sides
+        classes = "unlabelled" if self.num_classes is None else f"{self.num_classes} classes"
+        return (
+            f"ShardLoader({self.source!r}: {self.num_samples:,} images, {classes}, sides {low} to {high}; "
+            f"{len(self):,} batches an epoch on {self._device}, next: batch {self._batch} of epoch {self._epoch})"
+        )
+
     def __len__(self) -> int:
         """Batches an epoch, the same on every rank."""
         return len(self._schedule)
