@@ -57,6 +57,14 @@ class LabelledImages(Dataset[tuple[Tensor, int]], ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        """Where it is from, how many images and which classes."""
+        names = ", ".join(self.classes[:4]) + (", …" if len(self.classes) > 4 else "")
+        held = f"{len(self):,} images, {self.num_classes} classes: {names}" + (
+            f"; {self.note}" if self.note else ""
+        )
+        return f"{type(self).__name__}({self.source!r}: {held})"
+
     def fingerprint(self) -> str:
         """What tells this data set from any other, so that results of one are not taken for the other's."""
         digest = hashlib.sha256("\0".join((type(self).__name__, *self.classes)).encode("utf-8", "replace"))

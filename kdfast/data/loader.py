@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdfast.constants import constant
 from kdfast.data.decoder import Decoder, DecoderConfig
 from kdfast.data.preflight import Fault, RecordTable, check_shards
 from kdfast.data.reader import RecordReader
@@ -139,6 +140,15 @@ class ShardLoader:
         """What ``on_error="skip"`` left out: shard, key (empty for the shard itself) and reason."""
         return [*self._table.faults, *self._found]
 
+    def __repr__(self) -> str:
+        """Where the shards are, what is in them, and which batch comes next."""
+        low, high = self.sides
+        classes = "unlabelled" if self.num_classes is None else f"{self.num_classes} classes"
+        return (
+            f"ShardLoader({self.source!r}: {self.num_samples:,} images, {classes}, sides {low} to {high}; "
+            f"{len(self):,} batches an epoch on {self._device}, next: batch {self._batch} of epoch {self._epoch})"
+        )
+
     def __len__(self) -> int:
         """Batches an epoch, the same on every rank."""
         return len(self._schedule)
@@ -178,7 +188,7 @@ class ShardLoader:
             generator = torch.Generator(self._device).manual_seed(seed)
             images = self._augment(images, generator)
         if self._after is not None:
-            mean, std = (torch.tensor(values, device=self._device).view(3, 1, 1) for values in self._after)
+            mean, std = (constant(tuple(values), self._device).view(3, 1, 1) for values in self._after)
             images = (images - mean) / std
         labels = torch.from_numpy(self._table.label[records])
         return images, labels.to(self._device, non_blocking=True)

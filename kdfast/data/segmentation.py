@@ -72,6 +72,11 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         add_files(digest, [path for pair in self.pairs for path in pair], Path(self.source))
         return digest.hexdigest()[:32]
 
+    def __repr__(self) -> str:
+        """Where it is from, how many images and classes."""
+        note = f"; {self.note}" if self.note else ""
+        return f"SegmentationFolder({self.source!r}: {len(self):,} images, {self.num_classes} classes{note})"
+
     def __len__(self) -> int:
         return len(self.pairs)
 
