@@ -1,4 +1,5 @@
-// kdfast._C: the bookkeeping of prioritized replay, and what a CPU computes in one pass where operators take many.
+// kdfast._C: the bookkeeping of prioritized replay, and what a CPU computes in one pass where operators take
+// many.
 #include "bound.hpp"
 #include "dead_leaves.hpp"
 #include "philox_normal.hpp"
@@ -6,7 +7,8 @@
 
 PYBIND11_MODULE(_C, module) {
   using namespace kdfast;
-  module.doc() = "Bookkeeping of prioritized replay, and a CPU's fused loops: the part of kdfast that is C++.";
+  module.doc() =
+      "Bookkeeping of prioritized replay, and a CPU's fused loops: the part of kdfast that is C++.";
   py::register_exception<SnapshotError>(module, "SnapshotError", PyExc_ValueError);
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
@@ -180,15 +182,17 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "kl_rows",
       [](int64_t rows, int64_t classes, uintptr_t student, int64_t student_stride, uintptr_t teacher,
-         int64_t teacher_stride, float inverse, uintptr_t loss, uintptr_t grad_student, uintptr_t grad_teacher,
-         int64_t threads) {
-        if (classes < 1) throw py::value_error("classes: got " + std::to_string(classes) + ", accepted: 1 or more");
+         int64_t teacher_stride, float inverse, uintptr_t loss, uintptr_t grad_student,
+         uintptr_t grad_teacher, int64_t threads) {
+        if (classes < 1)
+          throw py::value_error("classes: got " + std::to_string(classes) + ", accepted: 1 or more");
         return kl_rows(rows, classes, {at<const float>(student), student_stride},
-                {at<const float>(teacher), teacher_stride}, inverse, at<float>(loss),
-                {at<float>(grad_student), classes}, {at<float>(grad_teacher), classes}, threads);
+                       {at<const float>(teacher), teacher_stride}, inverse, at<float>(loss),
+                       {at<float>(grad_student), classes}, {at<float>(grad_teacher), classes}, threads);
       },
       py::call_guard<py::gil_scoped_release>(),
-      "KL(softmax(teacher/T) || softmax(student/T)) of float32 rows at these addresses, with inverse = 1/T, and T "
+      "KL(softmax(teacher/T) || softmax(student/T)) of float32 rows at these addresses, with inverse = 1/T, "
+      "and T "
       "times its gradients (0: not wanted).");
 
   module.def(

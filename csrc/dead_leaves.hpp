@@ -1,6 +1,6 @@
-// Dead leaves in painter's order: the arithmetic of kdfast/reference/procedural/leaves.py, operation by operation, so
-// that images agree to the last bit. Each leaf is drawn from its Philox blocks when it falls, and only pixels within
-// its circle are looked at.
+// Dead leaves in painter's order: the arithmetic of kdfast/reference/procedural/leaves.py, operation by
+// operation, so that images agree to the last bit. Each leaf is drawn from its Philox blocks when it falls,
+// and only pixels within its circle are looked at.
 #pragma once
 
 #include <algorithm>

@@ -1,8 +1,8 @@
 // Losses of rows of logits with their gradients, in float32, for the CPU path of kdfast/reference.
 //
-// Everything that a row needs is computed while the row is in a core's cache: the largest logits, exponentials and
-// their sums, then terms and gradients. Vectors are GCC's and Clang's own (16 lanes whatever the machine has), so that
-// every instruction set adds in the same order and gives the same bits.
+// Everything that a row needs is computed while the row is in a core's cache: the largest logits,
+// exponentials and their sums, then terms and gradients. Vectors are GCC's and Clang's own (16 lanes whatever
+// the machine has), so that every instruction set adds in the same order and gives the same bits.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +35,8 @@ KDFAST_INLINE void store_lanes(const Lanes& value, int64_t count, float* to) {
 
 // 2^y for y ≤ 0, to 1.5 ulp; 2^-126 below that, NaN for NaN.
 KDFAST_INLINE void exp2_lanes(Lanes& y) {
-  const Lanes magic = Lanes{} + 12582912.0f;  // 1.5 · 2^23: added and taken away again, it rounds to an integer
+  const Lanes magic =
+      Lanes{} + 12582912.0f;  // 1.5 · 2^23: added and taken away again, it rounds to an integer
   y = y < -126.0f ? Lanes{} - 126.0f : y;
   const Lanes whole = y + magic;
   const Lanes f = y - (whole - magic);
@@ -72,7 +73,8 @@ KDFAST_INLINE float largest(const float* row, int64_t padded) {
   return out;
 }
 
-// A row of whole vectors: its own memory, or a copy whose last vector is filled up with what changes no maximum.
+// A row of whole vectors: its own memory, or a copy whose last vector is filled up with what changes no
+// maximum.
 KDFAST_INLINE const float* padded_row(const float* row, int64_t classes, int64_t padded, float* copy) {
   if (classes == padded) return row;
   for (int64_t lane = 0; lane < kRowLanes; ++lane) copy[padded - kRowLanes + lane] = row[0];
@@ -180,15 +182,15 @@ inline void kl_some(int64_t begin, int64_t end, int64_t classes, Rows s, Rows t,
 // Elements that are worth a thread of their own: half a millisecond.
 constexpr int64_t kThreadElements = 1 << 18;
 
-// Returns the smallest loss, or NaN where one is NaN. Rows are shared out evenly; what a row gets does not depend on how
-// many threads there are.
-inline float kl_rows(int64_t rows, int64_t classes, Rows s, Rows t, float inverse, float* loss, Gradient grad_s,
-                    Gradient grad_t, int64_t threads) {
+// Returns the smallest loss, or NaN where one is NaN. Rows are shared out evenly; what a row gets does not
+// depend on how many threads there are.
+inline float kl_rows(int64_t rows, int64_t classes, Rows s, Rows t, float inverse, float* loss,
+                     Gradient grad_s, Gradient grad_t, int64_t threads) {
   threads = std::max<int64_t>(1, std::min({threads, rows, rows * classes / kThreadElements}));
   auto part = [&](int64_t index) {
     Scratch scratch(classes);
-    kl_some(rows * index / threads, rows * (index + 1) / threads, classes, s, t, inverse, loss, grad_s, grad_t,
-            scratch);
+    kl_some(rows * index / threads, rows * (index + 1) / threads, classes, s, t, inverse, loss, grad_s,
+            grad_t, scratch);
   };
   std::vector<std::thread> others;
   for (int64_t index = 1; index < threads; ++index) others.emplace_back(part, index);
