@@ -74,6 +74,7 @@ KNOWN: dict[tuple[str, str, str], str] = {
     ("methods/ssdkd/generator.py", "Generator.__init__", "to"): "once",
     ("methods/ssdkd/method.py", "SSDKD.load_state_dict", "cpu"): "when a checkpoint is read",
     ("methods/surrogate.py", "SurrogateKD.normalise", "to"): "on the first batch of a device",
+    ("ops/common/closed.py", "_Closed.backward", "item"): "of CPU tensors alone",
     ("replay/buffer.py", "PrioritizedReplayBuffer._normalization", "to"): "once for each pair",
     (
         "replay/buffer.py",

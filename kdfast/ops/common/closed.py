@@ -81,7 +81,12 @@ class _Closed(torch.autograd.Function):
         if grads is None:
             grads = form.closed(student, teacher, *needs)[1:]
         factor: Any
-        if type(ctx.scale) is float and upstream.dim() == 0 and type(upstream) is torch.Tensor:
+        if (
+            type(ctx.scale) is float
+            and upstream.device.type == "cpu"
+            and type(upstream) is torch.Tensor
+            and not upstream.dim()
+        ):
             factor = upstream.item() * ctx.scale  # nothing waits on a CPU, and a number is multiplied at once
         else:
             factor = upstream * ctx.scale
