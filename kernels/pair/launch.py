@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..common.launch_rows import launch_rows, outputs, rows_of
+from ..common.launch_rows import RowLaunches, RowPlan, Rows, Wanted
 from ..common.scale import Scale
 from ..common.tile import tile_grid, tile_sizes
 from . import bodies
@@ -45,10 +45,14 @@ def pair_loss(
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.
     """
-    rows, loss = outputs(student, dim, reduce=reduce, want_rows=want_rows)
-    if student.numel() == 0:
-        return loss.zero_() if loss is not None else rows.zero_()
-    at = rows_of((student, teacher), (grad_student, grad_teacher), dim)
+    want = Wanted(want_rows or not reduce, reduce, exit_if_one)
+    gradients = (grad_student, grad_teacher)
+    further = (target, float(alpha), float(beta))
+    return PAIR((student, teacher), gradients, dim, scale, want, upstream, further, (kind,))
+
+
+def _planned(at: Rows, kind: int) -> RowPlan:
+    student, teacher, *_ = at.tensors
     plan = pair_plan(
         at.num_classes,
         at.layout.inner,
@@ -57,20 +61,9 @@ def pair_loss(
         both=None not in at.given,
     )
     loop = plan.regime == "loop"
-    launch_rows(
-        bodies.pair_loop_kernel if loop else bodies.pair_tile_kernel,
-        tile_grid(plan, at.layout),
-        at,
-        rows,
-        loss,
-        scale,
-        upstream,
-        exit_if_one,
-        target_ptr=target,
-        alpha=float(alpha),
-        beta=float(beta),
-        KIND=kind,
-        num_warps=plan.num_warps,
-        **({"BLOCK": plan.chunks} if loop else tile_sizes(plan, at.layout)),
-    )
-    return loss if reduce else rows
+    own = {"BLOCK": plan.chunks} if loop else tile_sizes(plan, at.layout)
+    kernel = bodies.pair_loop_kernel if loop else bodies.pair_tile_kernel
+    return RowPlan(kernel, tile_grid(plan, at.layout), own | {"KIND": kind, "num_warps": plan.num_warps})
+
+
+PAIR = RowLaunches(_planned, ("target_ptr", "alpha", "beta"))
