@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -112,7 +112,8 @@ class Launch:
             for slot, value in zip(ready.slots, further):
                 arguments[slot] = value
         stream = active.get_current_stream(max(self.device, 0))
-        enter, leave, about = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
+        runtime, about = knobs.runtime, None
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if _listens(enter) or _listens(leave):
             about = ready.compiled.launch_metadata(self.grid, stream, *arguments)
         else:
@@ -131,9 +132,7 @@ class Launch:
             return
         given = dict(zip(self.kernel.arg_names, (*varying, *self.fixed)))
         given |= named | self.constants
-        tail = [
-            given[p.name] if p.name in given else p.default for p in self.kernel.params[len(varying) :]
-        ]
+        tail = [given.get(p.name, p.default) for p in self.kernel.params[len(varying) :]]
         slots = tuple(self.kernel.arg_names.index(name) for name in self.further)
         x, y, z = (*self.grid, 1, 1)[:3]
         handles = compiled.run, compiled.function, compiled.packed_metadata
@@ -176,6 +175,68 @@ class Kept(dict[Any, Any]):
             while len(self) >= MAX_KEPT:
                 del self[next(iter(self))]
             return self.setdefault(key, value)
+
+
+#: A grid, the arguments after those that vary, and the constants by name.
+Planned = tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]
+
+
+class Launches:
+    """The launches of one kernel, each planned once for its geometry.
+
+    Args:
+        kernel: A ``triton.jit`` function.
+        plan: ``(*geometry)`` to what is planned.
+        further: Names of parameters after the fixed ones that vary, too: numbers.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        plan: Callable[..., Planned],
+        further: tuple[str, ...] = (),
+    ) -> None:
+        self.kernel, self.plan, self.further = kernel, plan, further
+        self.kept = Kept()
+
+    def find(self, device: torch.device, geometry: tuple[Any, ...], varying: tuple[Any, ...]) -> Launch:
+        """The launch of a geometry.
+
+        Args:
+            device: Where the tensors are.
+            geometry: All that the plan depends on, hashable.
+            varying: Values of the kernel's first parameters; memory made for this call may be left out.
+        """
+        # What Triton would compile another kernel for, of all that varies.
+        kinds = [
+            None if x is None else (x.dtype, x.data_ptr() & 15) if isinstance(x, torch.Tensor) else number_traits(x)
+            for x in varying
+        ]  # fmt: skip
+        key = (device, geometry, tuple(kinds))
+        found: Launch | None = self.kept.get(key)
+        if found is None:
+            grid, fixed, constants = self.plan(*geometry)
+            found = Launch(self.kernel, grid, fixed, constants, device, self.further)
+            self.kept.keep(key, found, device)
+        return found
+
+    def __call__(
+        self,
+        device: torch.device,
+        geometry: tuple[Any, ...],
+        varying: tuple[Any, ...],
+        further: tuple[Any, ...] = (),
+    ) -> None:
+        """Launch once; ``further``: values of the parameters of that name."""
+        self.find(device, geometry, varying)(varying, further)
+
+
+def number_traits(value: Any) -> Any:
+    """What Triton may compile for: an integer's width, whether 16 divides it, whether it is 1."""
+    if type(value) is not int:
+        return type(value)
+    width = 32 if -(2**31) <= value < 2**31 else 64 if value < 2**63 else 65
+    return width, value & 15 == 0, value == 1
 
 
 def forget() -> None:
@@ -260,6 +321,9 @@ def fresh_counters() -> Iterator[None]:
 
 
 _counters: dict[tuple[int | None, int], torch.Tensor] = {}
+_reductions: dict[tuple[int | None, int], tuple[torch.Tensor, torch.Tensor]] = {}
+#: More partial sums than this are memory of one launch.
+MAX_PARTIALS = 1 << 18
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
@@ -270,16 +334,37 @@ def _stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
+def _lasting(device: torch.device) -> bool:
+    """Whether memory may be kept for later launches."""
+    kept = keeps(device) and not getattr(_compiled, "fresh", False)
+    return kept and not torch.cuda.is_current_stream_capturing()
+
+
 def arrival_counter(device: torch.device, count: int = 1) -> torch.Tensor:
     """Zeros, at least ``count``, that kernels count their finished programs in, and leave at zero.
 
     One set a stream, since launches of two streams may overlap. While a graph is captured, and in a registered op
     (:func:`fresh_counters`), it is a fresh one: memory of a graph's pool must not outlive it in a cache.
     """
-    if not keeps(device) or getattr(_compiled, "fresh", False) or torch.cuda.is_current_stream_capturing():
+    if not _lasting(device):
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = (device.index, _stream(device))
-    found = _counters.get(key)
-    if found is None or found.numel() < count:
-        found = _counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
+    if key not in _counters or _counters[key].numel() < count:
+        _counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+def reduction(device: torch.device, programs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(memory for a float32 of each program, an arrival counter), for launches that sum.
+
+    Both are kept for a stream's next launch, which cannot begin before this one has summed.
+    """
+    if programs > MAX_PARTIALS or not _lasting(device):
+        return torch.empty(programs, dtype=torch.float32, device=device), arrival_counter(device)
+    key = (device.index, _stream(device))
+    found = _reductions.get(key)
+    if found is None or found[0].numel() < programs:
+        held = max(1024, 1 << (programs - 1).bit_length())
+        found = torch.empty(held, dtype=torch.float32, device=device), arrival_counter(device)
+        _reductions[key] = found
     return found

@@ -9,6 +9,8 @@ import torch
 
 from kdfast.functional._reduction import Reduction
 
+_REDUCTIONS = get_args(Reduction)
+
 
 def check_logits(
     student: torch.Tensor, teacher: torch.Tensor, names: tuple[str, str] = ("student", "teacher")
@@ -129,7 +131,7 @@ def check_labels(
         )
     if labels.device != logits.device:
         raise ValueError(f"{name}: is on {labels.device}; the logits are on {logits.device}")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if on_host(labels):
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
         if bool(wrong.any()):
             raise ValueError(
@@ -137,6 +139,11 @@ def check_labels(
                 f"({ignore_index})"
             )
     return labels
+
+
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device, and a trace does not depend on them."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_lam(
@@ -166,8 +173,8 @@ def check_lam(
 
 def check_reduction(reduction: str) -> None:
     """One of :data:`~kdfast.functional._reduction.Reduction`."""
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(get_args(Reduction))}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(_REDUCTIONS)}")
 
 
 def check_factor(name: str, value: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..launch import Kept, Launch, RowLayout, arrival_counter, as_rows, traits
+from ..launch import Kept, Launch, RowLayout, as_rows, reduction, traits
 from .scale import Scale, value_and_pointer
 
 #: What a kernel's flags for its gradients are called.
@@ -79,7 +79,7 @@ def rows_of(reads: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | No
 
 
 class Before(NamedTuple):
-    """A launch that reads the same logits first, and leaves ``width`` numbers a program for ``sums_ptr`` of the next."""
+    """A launch that reads the same logits first, and leaves ``width`` numbers a program for the next's ``sums_ptr``."""
 
     kernel: Any
     constants: dict[str, Any]
@@ -169,19 +169,12 @@ class RowLaunches:
         kinds: tuple[Any, ...] = tuple(map(type, others))
         if not _NUMBERS.issuperset(kinds):
             kinds = tuple(map(traits, others))
-        key: Any = [student.shape, student.get_device(), dim, want, options, kinds]
-        pointers = 0
-        for x in reads:
-            key += x.dtype, x.stride()
-            pointers |= x.data_ptr()
-        for gradient in gradients:
-            key.append(gradient is None)
+        lies: Any = tuple([(x.dtype, x.stride(), x.data_ptr() & 15) for x in reads])
+        absent: Any = tuple([x is None for x in gradients])
         if not fresh:
-            key += [None if x is None else (x.dtype, x.stride(), x.data_ptr() & 15) for x in gradients]
-            key.append(in_place(reads, gradients))
-        if pointers & 15:
-            key += [x.data_ptr() & 15 for x in reads]
-        key = tuple(key)
+            written = [None if x is None else (x.dtype, x.stride(), x.data_ptr() & 15) for x in gradients]
+            absent = (*written, in_place(reads, gradients))
+        key = (student.shape, student.get_device(), dim, want, options, kinds, lies, absent)
         call = self.kept.get(key)
         if call is None:
             if student.numel() == 0:
@@ -275,25 +268,27 @@ class _RowCall:
         upstream: torch.Tensor | None,
         further: tuple[Any, ...],
     ) -> torch.Tensor:
-        device, partial, counter = self.device, None, None
-        rows = loss = None
+        device = self.device
+        rows = loss = partial = counter = temperature_ptr = divisor_ptr = None
         if self.rows is not None:
             rows = torch.empty(self.rows, dtype=torch.float32, device=device)
         if self.total:
             # An address even where nothing is written to it: without it a cluster's kernel spills on sm_100.
             loss = torch.empty_strided((), (), dtype=torch.float32, device=device)
             if not self.apart:
-                partial = torch.empty_strided(self.programs, (1,), dtype=torch.float32, device=device)
-                counter = arrival_counter(device)
-        temperature, temperature_ptr = value_and_pointer(scale.temperature)
-        divisor, divisor_ptr = value_and_pointer(scale.divisor)
+                partial, counter = reduction(device, self.programs[0])
+        weight, mask, temperature, divisor = scale.weight, scale.mask, scale.temperature, scale.divisor
+        if type(temperature) is not float:
+            temperature, temperature_ptr = value_and_pointer(temperature)
+        if type(divisor) is not float:
+            divisor, divisor_ptr = value_and_pointer(divisor)
         if self.before is not None:
             sums = torch.empty((*self.programs, self.width), dtype=torch.float32, device=device)
             self.before((*tensors[:2], sums, upstream, temperature, temperature_ptr))
             further = (*further, sums)
         self.launch(
             (
-                *tensors, rows, loss, partial, counter, scale.weight, scale.mask, upstream,
+                *tensors, rows, loss, partial, counter, weight, mask, upstream,
                 temperature, temperature_ptr, divisor, divisor_ptr,
             ),
             further,

@@ -24,6 +24,6 @@ Launch plan: as the KL kernel's, with half the elements a thread, since a class'
 probabilities: plan.py. Bodies: bodies.py.
 """
 
-from .launch import DKD, JSD, pair_loss
+from .launch import DKD, JSD, PAIR, pair_loss
 
-__all__ = ["DKD", "JSD", "pair_loss"]
+__all__ = ["DKD", "JSD", "PAIR", "pair_loss"]
