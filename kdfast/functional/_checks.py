@@ -64,9 +64,23 @@ def check_temperature(temperature: float | torch.Tensor, logits: torch.Tensor) -
         temperature = temperature.item()  # host memory: no sync
     if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
         raise TypeError(f"temperature: got {type(temperature).__name__}; a float or a 0-d tensor is needed")
-    if not (math.isfinite(temperature) and temperature > 0):
+    changes = torch.compiler.is_compiling() and _unknown(temperature)
+    if not 0 < temperature < math.inf:  # comparisons, which a trace can follow; NaN fails them
         raise ValueError(f"temperature: got {temperature}; a finite value above 0 is needed")
+    if changes:
+        # A number that the trace does not know: as a factor it stays one, as an op's argument it would be fixed.
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return torch.ones((), dtype=dtype, device=logits.device) * temperature
     return float(temperature)
+
+
+def _unknown(number: float) -> bool:
+    """Whether a trace knows of a number only that it is one."""
+    from torch.fx.experimental.symbolic_shapes import (
+        statically_known_true,
+    )  # slow to import, there while tracing
+
+    return not statically_known_true(number > 0)
 
 
 def check_rowwise(
@@ -105,7 +119,7 @@ def check_number(
         return value.reshape(())
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: got {type(value).__name__}; a float or a 0-d tensor is needed")
-    if not (math.isfinite(value) and value > above):
+    if not above < value < math.inf:
         raise ValueError(f"{name}: got {value}; a finite value above {above} is needed")
     return float(value)
 
@@ -181,7 +195,7 @@ def check_factor(name: str, value: float) -> float:
     """A finite float that is not negative."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: got {type(value).__name__}; a number is needed")
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name}: got {value}; a finite value of at least 0 is needed")
     return float(value)
 

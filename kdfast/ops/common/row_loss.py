@@ -82,8 +82,8 @@ def two_options(row: Row) -> tuple[float, float]:
 
 #: The schema of :class:`Row`: a 0-d tensor and a float are different arguments, so each value travels as both.
 _ROW = (
-    "float[] options, SymInt dim, float temperature, Tensor? temperature_tensor, Tensor? weight, Tensor? mask, "
-    "float divisor, Tensor? divisor_tensor, bool reduce, "
+    "float[] options, SymInt dim, Scalar temperature, Tensor? temperature_tensor, Tensor? weight, Tensor? mask, "
+    "Scalar divisor, Tensor? divisor_tensor, bool reduce, "
     "Tensor? label, Tensor? factor, Tensor? second, Tensor? second_factor"
 )
 _FORWARD = f"(Tensor student, Tensor teacher, {_ROW}) -> Tensor"
