@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..launch import Kept, Launch, RowLayout, as_rows, reduction, traits
+from .plan import TilePlan
 from .scale import Scale, value_and_pointer
 
+#: Rows of a launch that 32 bits number, with what the last program may reach beyond them.
+MAX_ROWS = 2**31 - 2**16
 #: What a kernel's flags for its gradients are called.
 _GRADIENTS = ("GRAD_S", "GRAD_T")
 
@@ -51,6 +54,17 @@ class Rows(NamedTuple):
         """Where the kernel writes."""
         return self.tensors[-len(self.given) :]
 
+    @property
+    def wide(self) -> bool:
+        """Whether rows lie class by class, and each begins and ends where 16 bytes do."""
+        reads = self.tensors[: len(self.tensors) - len(self.given)]
+        return (
+            self.layout.inner == 1
+            and all(steps[2] == 1 for steps in self.layout.strides)
+            and all(self.unit * x.itemsize % 16 == 0 for x in reads if x is not None)
+            and all(self.num_classes * x.itemsize % 16 == 0 for x in reads if x is not None)
+        )
+
     def copy_back(self) -> None:
         """Fill the caller's gradients, where the kernel has written to copies."""
         for given, written in zip(self.given, self.gradients):
@@ -62,6 +76,9 @@ def rows_of(reads: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | No
     """View ``reads`` and ``gradients`` as rows over dimension ``dim``.
 
     Tensors whose strides fall into more than two groups are the one case that is copied.
+
+    Raises:
+        ValueError: There are :data:`MAX_ROWS` rows or more.
     """
     tensors = (*reads, *gradients)
     layout = as_rows([x for x in tensors if x is not None], dim)
@@ -71,11 +88,21 @@ def rows_of(reads: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | No
         copies = [g if g is None else g.clone(memory_format=torch.contiguous_format) for g in gradients]
         tensors = (*(x.contiguous() for x in reads), *copies)
         layout = as_rows([x for x in tensors if x is not None], dim)
+    if layout.outer * layout.inner >= MAX_ROWS:
+        raise ValueError(
+            f"rows: got {layout.outer * layout.inner}; accepted: fewer than {MAX_ROWS}, since a launch counts them in "
+            "32 bits (split the batch)"
+        )
     own = iter(layout.strides)
     strides = [(0, 0, 0) if x is None else next(own) for x in tensors]
     unit = math.gcd(16, *(outer for outer, _, _ in strides))
     flat = tuple(step for outer, inner, lane in strides for step in (outer // unit, inner, lane))
     return Rows(tensors, tuple(gradients), layout, flat, unit, reads[0].shape[dim], copied)
+
+
+def loop_sizes(plan: TilePlan, at: Rows) -> dict[str, Any]:
+    """What kernels take that read rows in blocks of vectors (vectors.py)."""
+    return {"THREADS": plan.chunks, "VECTOR": plan.width, "ALONG": int(at.wide)}
 
 
 class Before(NamedTuple):
@@ -178,7 +205,7 @@ class RowLaunches:
         call = self.kept.get(key)
         if call is None:
             if student.numel() == 0:
-                return _nothing(student, dim, want)
+                return _nothing(student, dim, want, scale)
             at = rows_of(reads, gradients, dim)
             call = _RowCall(self, at, dim, want, others, options)
             if at.copied:
@@ -189,10 +216,11 @@ class RowLaunches:
         return call((*reads, *gradients), scale, upstream, further)
 
 
-def _nothing(student: torch.Tensor, dim: int, want: Wanted) -> torch.Tensor:
-    """The result where there are no logits: 0 a row, or of all of them."""
-    shape = () if want.total else student.shape[:dim] + student.shape[dim + 1 :]
-    return student.new_zeros(shape, dtype=torch.float32)
+def _nothing(student: torch.Tensor, dim: int, want: Wanted, scale: Scale) -> torch.Tensor:
+    """The result where there are no logits: 0 a row; their sum is 0 over the divisor: 0/0 is NaN, as in torch."""
+    if want.total:
+        return student.new_zeros((), dtype=torch.float32).div_(scale.divisor)
+    return student.new_zeros(student.shape[:dim] + student.shape[dim + 1 :], dtype=torch.float32)
 
 
 def in_place(reads: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]) -> bool:

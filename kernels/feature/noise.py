@@ -164,7 +164,7 @@ def _planned_embedding(found: Layout, sizes: tuple[int, int]) -> Planned:
         "num_warps": 4,
         "enable_fp_fusion": True,
     }
-    return (-(-found.channels // channels), sizes[0]), sizes, constants
+    return (-(-found.channels // channels) * sizes[0],), sizes, constants
 
 
 _EMBEDDING = Launches(embedding_gradient_kernel, _planned_embedding)

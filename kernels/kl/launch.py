@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ..common.launch_rows import Before, RowLaunches, RowPlan, Rows, Wanted, in_place
+from ..common.launch_rows import Before, RowLaunches, RowPlan, Rows, Wanted, in_place, loop_sizes
 from ..common.scale import Scale
 from ..common.tile import tile_grid, tile_sizes
 from ..machine import machine_of
@@ -132,10 +132,10 @@ def _kernel(plan: KLPlan, at: Rows) -> tuple[Any, dict[str, Any]]:
     if plan.regime == "class_tuple":
         return _kl_classes.kd_kl_classes_kernel, {"PIXELS": plan.rows}
     if plan.regime == "two_pass":
-        return _kl_two_pass.kd_kl_two_pass_kernel, {"BLOCK": plan.chunks}
+        return _kl_two_pass.kd_kl_two_pass_kernel, loop_sizes(plan, at)
     if plan.regime == "split":
-        part = triton.cdiv(at.num_classes, plan.chunks * plan.splits) * plan.chunks
-        return _kl_split.kd_kl_split_kernel, {"BLOCK": plan.chunks, "SPLITS": plan.splits, "PART": part}
+        part = triton.cdiv(at.num_classes, plan.block * plan.splits) * plan.block
+        return _kl_split.kd_kl_split_kernel, loop_sizes(plan, at) | {"SPLITS": plan.splits, "PART": part}
     sizes = tile_sizes(plan, at.layout)
     if plan.regime == "chunks":
         own = {name: sizes[name] for name in ("CHUNKS", "ROWS", "WIDTH")}

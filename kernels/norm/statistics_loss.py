@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import Launches, Planned, arrival_counter
+from ..launch import MAX_GRID_Y, Launches, Planned, arrival_counter
 
 #: Programs that a forward launch aims at: a few for each multiprocessor.
 PLANE_PROGRAMS, ROW_PROGRAMS = 512, 256
@@ -330,8 +330,9 @@ def bn_statistics_backward(
 def _planned_backward(sizes: tuple[int, int, int, bool], itemsize: int) -> Planned:
     samples, channels, plane, nhwc = sizes
     planes = samples * channels
-    by_planes = not nhwc and plane % (16 // itemsize) == 0
-    block = min(triton.next_power_of_2(plane), 1024) if by_planes else 1024
+    block = min(triton.next_power_of_2(plane), 1024)
+    by_planes = not nhwc and plane % (16 // itemsize) == 0 and triton.cdiv(plane, block) <= MAX_GRID_Y
+    block = block if by_planes else 1024
     rows = 1024 // block if by_planes else 0
     constants = {
         "CHANNELS": channels,

@@ -82,7 +82,7 @@ def sample(
         with device_guard(leaves):
             launch(
                 bodies.replay_gather,
-                (batch_size, triton.cdiv(gather.words, block)),
+                (batch_size * triton.cdiv(gather.words, block),),
                 described[1], *gather.tensors, capacity, gather.words, gather.plane,
                 BLOCK=block, AFFINE=affine is not None,
                 num_warps=4, enable_fp_fusion=False,

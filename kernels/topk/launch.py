@@ -37,8 +37,11 @@ def topk(
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.
     """
+    k = index.shape[-1]
+    if k > 1 and student.numel() and not topk_plan(student.shape[-1], k).once:
+        index = _once(index, logits)
     want = Wanted(want_rows or not reduce, reduce, exit_if_one)
-    options = (index.shape[-1], bucket, normalizer is not None)
+    options = (k, bucket, normalizer is not None)
     further = (index, logits, normalizer)
     return TOPK((student,), (grad_student,), student.dim() - 1, scale, want, upstream, further, options)
 
@@ -46,7 +49,18 @@ def topk(
 def _planned(at: Rows, k: int, bucket: bool, normalizer: bool) -> RowPlan:
     plan = topk_plan(at.num_classes, k)
     constants = {"K": k, "WIDE": plan.wide, "BLOCK": plan.block, "BUCKET": bucket, "NORMALIZER": normalizer}
-    return RowPlan(bodies.topk_kernel, (at.num_rows,), constants | {"num_warps": plan.num_warps})
+    constants |= {"ONCE": plan.once, "num_warps": plan.num_warps}
+    return RowPlan(bodies.topk_kernel, (at.num_rows,), constants)
 
 
 TOPK = RowLaunches(_planned, ("index_ptr", "logit_ptr", "normalizer_ptr"))
+
+
+def _once(index: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Padding where a class has been named before in its row, for lists too long to compare on the chip."""
+    name = index.masked_fill(logits == float("-inf"), -1)
+    order = name.argsort(dim=-1, stable=True)
+    in_order = name.gather(-1, order)
+    again = torch.zeros_like(name, dtype=torch.bool)
+    again[..., 1:] = in_order[..., 1:] == in_order[..., :-1]
+    return name.masked_fill(torch.zeros_like(again).scatter(-1, order, again), -1)
