@@ -12,10 +12,13 @@ from kdfast.cli.commands.demo import demo
 from kdfast.cli.commands.distill import distill
 from kdfast.cli.commands.doctor import doctor
 from kdfast.cli.commands.evaluate import evaluate
+from kdfast.cli.commands.recipes import recipes
 from kdfast.cli.commands.report import report
+from kdfast.cli.commands.reproduce import reproduce
 from kdfast.cli.commands.select import select
 from kdfast.cli.commands.synth import synth
 from kdfast.cli.commands.teach import teach
+from kdfast.cli.commands.teach_generator import teach_generator
 from kdfast.cli.guard import Options
 
 app = typer.Typer(
@@ -52,7 +55,10 @@ app.command()(teach)
 app.command()(distill)
 app.command("eval")(evaluate)
 app.command()(synth)
+app.command()(teach_generator)
 app.command()(demo)
+app.command()(recipes)
+app.command()(reproduce)
 app.command()(report)
 app.command()(bench)
 app.command()(select)

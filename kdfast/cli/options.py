@@ -21,7 +21,8 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Values that go before the recipe's.", show_default=False),
 ]
 RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="YAML with values for this run.", metavar="FILE")
+    Path | None,
+    typer.Option("--recipe", help="YAML with values for this run, or a recipe's name.", metavar="FILE|NAME"),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Data = Annotated[
