@@ -187,6 +187,13 @@ def compiling_for(capability: int | str, **overrides: Any) -> Iterator[list[Kern
         report.elements = 0 if operand is None else operand.numel()
         reports.append(report)
 
+    with launching_with(compile_instead, capability):
+        yield reports
+
+
+@contextlib.contextmanager
+def launching_with(instead: Callable[..., None], capability: int | str) -> Iterator[None]:
+    """Within the block, ``instead`` is called where kernels would be launched, for one of :data:`TARGETS`."""
     original = launching.launch
     # Families import `launch` by name: replace it wherever it went.
     kernels = [module for name, module in sys.modules.items() if name.startswith("kdfast.kernels")]
@@ -195,9 +202,9 @@ def compiling_for(capability: int | str, **overrides: Any) -> Iterator[list[Kern
     target = ("cuda", capability, 32) if isinstance(capability, int) else ("hip", capability, 64)
     driver.set_active(_Driver(GPUTarget(*target)))
     for module in holders:
-        module.launch = compile_instead
+        module.launch = instead
     try:
-        yield reports
+        yield
     finally:
         for module in holders:
             module.launch = original

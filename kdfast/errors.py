@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import numbers
 from types import ModuleType
 
 
@@ -32,6 +33,11 @@ class ShardError(DataError):
 
 class CheckpointError(KDFastError):
     """A checkpoint cannot be read, or does not fit what it is loaded into."""
+
+
+def is_positive(value: object) -> bool:
+    """Whether ``value`` is a number above 0: what a text is compared with is no error of its own."""
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and float(value) > 0
 
 
 def require(module: str, *, extra: str, feature: str) -> ModuleType:

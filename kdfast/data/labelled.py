@@ -39,6 +39,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]], ABC):
         classes: Class names; a label is an index into them.
         labels: All labels, int64 ``[N]``, known without decoding an image.
         named: Whether ``classes`` are names; else they are numbers that nobody named.
+        note: What a user should know about how the set came to be, such as that a part was held out; or empty.
     """
 
     source: str
@@ -46,6 +47,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]], ABC):
     labels: Tensor
     #: Whether the classes have names, or only numbers that stand for them.
     named: bool = True
+    note: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -114,7 +116,7 @@ def to_memory(dataset: LabelledImages) -> InMemoryImages:
             )
         images[index] = image
     kept = InMemoryImages(images, dataset.labels, dataset.classes, dataset.source)
-    kept.named = dataset.named
+    kept.named, kept.note = dataset.named, dataset.note
     return kept
 
 

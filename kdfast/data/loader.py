@@ -86,6 +86,7 @@ class ShardLoader:
             raise ValueError(f"image_size: got {image_size}; must be at least 1, or None")
         augment = _augmentation(augment)
         channels = _channels(mean, std)
+        self.source = str(directory)
         self._device = _device(device)
         self._table = check_shards(directory, on_error=on_error)
         self._schedule = Schedule(len(self._table), batch_size, shuffle, seed, rank, world_size, last_batch)
@@ -116,6 +117,12 @@ class ShardLoader:
     def num_samples(self) -> int:
         """Usable images of the whole set, all ranks together."""
         return len(self._table)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Shortest and longest of the images' shorter sides, as they are stored, in pixels."""
+        shorter = np.minimum(self._table.height, self._table.width)
+        return int(shorter.min()), int(shorter.max())
 
     @property
     def num_classes(self) -> int | None:

@@ -25,6 +25,24 @@ from kdfast.documents import read_regular
 from kdfast.errors import ShardError
 
 
+class Content(NamedTuple):
+    """What a shard holds, and how to see without reading it that this has not changed.
+
+    Attributes:
+        sha256: Of its bytes, in hexadecimal; empty if it could not be read.
+        stamp: See :func:`stamp_of`.
+    """
+
+    sha256: str
+    stamp: tuple[int, ...]
+
+
+def stamp_of(descriptor: int) -> tuple[int, ...]:
+    """Which file this is, how large, and when it was last written: as long as that stays, so do its bytes."""
+    facts = os.fstat(descriptor)
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
 class Fault(NamedTuple):
     """Something wrong with a shard (empty ``key``) or with one of its records."""
 
@@ -68,6 +86,7 @@ class RecordTable:
         faults: What was found wrong.
         fingerprint: Of all of this, to tell whether a loader's state belongs to it.
         num_classes: As the manifest has it.
+        contents: Of each shard, what it was when it was looked at.
     """
 
     paths: list[Path]
@@ -81,6 +100,7 @@ class RecordTable:
     faults: list[Fault]
     fingerprint: str
     num_classes: int | None
+    contents: list[Content]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -132,7 +152,7 @@ def check_shards(directory: str | os.PathLike[str], *, on_error: str = "raise") 
         raise ShardError(f"{folder}: holds no usable images{why}")
     columns = np.array(rows, dtype=np.int64).T
     digest = hashlib.sha256(columns.tobytes())
-    digest.update("\n".join(hashed for _, hashed in found).encode())
+    digest.update("\n".join(content.sha256 for _, content in found).encode())
     shard_column, offset, size, label, height, width = columns
     return RecordTable(
         paths=[folder / shard.file for shard in shards],
@@ -146,6 +166,7 @@ def check_shards(directory: str | os.PathLike[str], *, on_error: str = "raise") 
         faults=faults,
         fingerprint=digest.hexdigest()[:32],
         num_classes=num_classes,
+        contents=[content for _, content in found],
     )
 
 
@@ -164,17 +185,18 @@ def _shards(folder: Path) -> tuple[list[ShardInfo], int | None]:
     return [ShardInfo(tar.name, tar.with_suffix(".idx").name, 0, 0, "") for tar in tars], None
 
 
-def _examine(folder: Path, shard: ShardInfo) -> tuple[Verdict, str]:
-    """The verdict on one shard, with the faults that its surroundings add, and the checksum it has now."""
+def _examine(folder: Path, shard: ShardInfo) -> tuple[Verdict, Content]:
+    """The verdict on one shard, with the faults that its surroundings add, and what it holds now."""
     path = folder / shard.file
     try:
         with open_shard(path) as stream:
-            actual = _sha256(stream)
+            stamp = stamp_of(stream.fileno())
+            actual = sha256_of(stream)
             altered = bool(shard.sha256) and actual != shard.sha256
             measures = Measures(folder, actual)
             verdict = _walk(stream, measures, strict=altered)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        return Verdict([], [("", f"cannot be read: {error.strerror or error}")], ""), ""
+        return Verdict([], [("", f"cannot be read: {error.strerror or error}")], ""), Content("", ())
     except OSError as error:
         raise ShardError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not altered:
@@ -189,7 +211,7 @@ def _examine(folder: Path, shard: ShardInfo) -> tuple[Verdict, str]:
     text = _index_of(folder / shard.index)
     if text is not None and hashlib.sha256(text).hexdigest() != verdict.index and not altered:
         faults.append(("", f"its index {shard.index} is stale: it does not describe this tar"))
-    return Verdict(verdict.records, faults + list(verdict.faults), verdict.index), actual
+    return Verdict(verdict.records, faults + list(verdict.faults), verdict.index), Content(actual, stamp)
 
 
 def _contradictions(shard: ShardInfo, verdict: Verdict) -> list[tuple[str, str]]:
@@ -229,7 +251,8 @@ def _index_of(path: Path) -> bytes | None:
         return None
 
 
-def _sha256(stream: BinaryIO) -> str:
+def sha256_of(stream: BinaryIO) -> str:
+    """Checksum of what is left of a stream, in hexadecimal."""
     digest = hashlib.sha256()
     while chunk := stream.read(1 << 20):
         digest.update(chunk)

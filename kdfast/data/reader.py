@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections import OrderedDict
 
-from kdfast.data.preflight import Fault, RecordTable
+from kdfast.data.preflight import Fault, RecordTable, open_shard, sha256_of, stamp_of
 from kdfast.errors import ShardError
 
 # Well below the usual limit of 1024 open files a process, which the caller needs too.
@@ -14,7 +14,7 @@ _OPEN_SHARDS = 128
 
 
 class RecordLost(ShardError):
-    """A shard has shrunk or gone since it was checked.
+    """A shard has changed or gone since it was checked.
 
     Attributes:
         reason: Of the fault, without shard and key.
@@ -30,22 +30,31 @@ class RecordLost(ShardError):
 
 class RecordReader:
     """Reads records by number with ``pread``: no seek to share between processes, and no mapping to fault on
-    when a file shrinks under it."""
+    when a file shrinks under it.
+
+    Labels and places are those of the shard that was checked, so bytes are taken from that one only: a file that was
+    written to or replaced since then is read against its SHA-256 again.
+    """
 
     def __init__(self, table: RecordTable) -> None:
         self._table = table
         self._open: OrderedDict[int, int] = OrderedDict()
+        #: Of each shard whose stamp is another: that stamp, and what has become of its bytes (None: nothing).
+        self._seen: dict[int, tuple[tuple[int, ...], str | None]] = {}
 
     def read(self, record: int) -> bytes:
         """The image file of a record.
 
         Raises:
-            ShardError: The shard has shrunk or gone since it was checked.
+            ShardError: The shard has changed or gone since it was checked.
         """
         table = self._table
-        size = int(table.size[record])
+        size, shard = int(table.size[record]), int(table.shard[record])
         try:
-            data = os.pread(self._descriptor(int(table.shard[record])), size, int(table.offset[record]))
+            descriptor = self._descriptor(shard)
+            if (change := self._change(shard, descriptor)) is not None:
+                raise RecordLost(table.fault(record, f"the shard was {change} after it was checked"))
+            data = os.pread(descriptor, size, int(table.offset[record]))
         except OSError as error:
             raise RecordLost(table.fault(record, f"cannot be read: {error.strerror}")) from error
         if len(data) != size:
@@ -56,10 +65,26 @@ class RecordReader:
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
-            self._open[shard] = os.open(self._table.paths[shard], os.O_RDONLY)
+            with open_shard(self._table.paths[shard]) as stream:
+                self._open[shard] = os.dup(stream.fileno())
             if len(self._open) > _OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1])
         return self._open[shard]
+
+    def _change(self, shard: int, descriptor: int) -> str | None:
+        """What has become of a shard since it was checked; it is read again only where its stamp does not tell."""
+        checked, stamp = self._table.contents[shard], stamp_of(descriptor)
+        if stamp == checked.stamp:
+            return None
+        if self._seen.get(shard, ((), None))[0] != stamp:
+            size, before = stamp[2], checked.stamp[2]
+            change: str | None = "cut short" if size < before else "changed"
+            if size == before:
+                with open(os.dup(descriptor), "rb") as stream:
+                    stream.seek(0)
+                    change = None if sha256_of(stream) == checked.sha256 else change
+            self._seen[shard] = stamp, change
+        return self._seen[shard][1]
 
     def close(self) -> None:
         """Close the shards."""
@@ -69,7 +94,7 @@ class RecordReader:
 
     def __getstate__(self) -> dict[str, object]:
         # A spawned worker opens its own.
-        return {"_table": self._table, "_open": OrderedDict()}
+        return {"_table": self._table, "_open": OrderedDict(), "_seen": {}}
 
     def __del__(self) -> None:
         self.close()

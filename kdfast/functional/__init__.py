@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from kdfast.functional.denoise import denoise_step
 from kdfast.functional.dist import dist_loss
+from kdfast.functional.divergence import divergence_loss
 from kdfast.functional.feature import add_noise_embed, noise_mix, noise_mse, reparam_middle_loss
 from kdfast.functional.images import crop_flip_normalize, draw_crop_flip
 from kdfast.functional.kl import KDStatistics, distillation_loss, kd_kl_div, kd_statistics
@@ -28,6 +29,7 @@ __all__ = [
     "denoise_step",
     "dist_loss",
     "distillation_loss",
+    "divergence_loss",
     "dkd_loss",
     "draw_crop_flip",
     "fused_linear_kd_loss",

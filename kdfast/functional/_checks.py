@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
+import numbers
+from typing import Any, get_args
 
 import torch
 
 from kdfast.functional._reduction import Reduction
+from kdfast.ops.common.gradients import has_values
 
 
 def check_logits(
@@ -31,6 +33,20 @@ def check_logits(
         )
 
 
+def as_number(value: Any) -> Any:
+    """A Python float of what is a number: Python's and numpy's scalars, a 0-d tensor in host memory; else as it is."""
+    if type(value) is float:  # nearly always, and at once
+        return value
+    if isinstance(value, torch.Tensor):
+        host = value.device.type == "cpu" and value.numel() == 1 and value.dtype != torch.bool
+        return float(value.item()) if host and not value.requires_grad and has_values(value) else value
+    if isinstance(value, bool):
+        return value
+    # numpy.bool_ is no numbers.Real; numpy's 0-d arrays are none either.
+    array = getattr(value, "shape", None) == () and getattr(value.dtype, "kind", "") in "iuf"
+    return float(value) if array or isinstance(value, numbers.Real) else value
+
+
 def check_dim(dim: int, tensor: torch.Tensor) -> int:
     """The class dimension as a non-negative index."""
     if not isinstance(dim, int) or isinstance(dim, bool):
@@ -44,27 +60,29 @@ def check_dim(dim: int, tensor: torch.Tensor) -> int:
 
 def check_temperature(temperature: float | torch.Tensor, logits: torch.Tensor) -> float | torch.Tensor:
     """A positive finite float, or a 0-d tensor on the logits' device (whose value is not read: no sync)."""
-    if isinstance(temperature, torch.Tensor):
-        if temperature.requires_grad:
+    value = as_number(temperature)
+    if isinstance(value, torch.Tensor):
+        if value.requires_grad:
             raise ValueError(
                 "temperature: requires grad; kdfast gives it no gradient, pass temperature.detach()"
             )
-        if temperature.numel() != 1:
+        if value.numel() != 1 or value.dtype == torch.bool:
             raise ValueError(
-                f"temperature: got shape {tuple(temperature.shape)}; a float or a 0-d tensor is needed"
+                f"temperature: got shape {tuple(value.shape)} of {value.dtype}; a float or a 0-d tensor is needed"
             )
-        if temperature.device == logits.device and temperature.device.type != "cpu":
-            return temperature.reshape(())
-        if temperature.device.type != "cpu":
-            raise ValueError(f"temperature: is on {temperature.device}; the logits are on {logits.device}")
-        if torch.compiler.is_compiling():
-            return temperature.reshape(())  # a value that the trace cannot look at
-        temperature = temperature.item()  # host memory: no sync
-    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
-        raise TypeError(f"temperature: got {type(temperature).__name__}; a float or a 0-d tensor is needed")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature: got {temperature}; a finite value above 0 is needed")
-    return float(temperature)
+        if value.device != logits.device:
+            raise ValueError(f"temperature: is on {value.device}; the logits are on {logits.device}")
+        return value.reshape(())  # on the device, or a value that a trace cannot look at
+    if not isinstance(value, float):
+        raise TypeError(f"temperature: got {_said(temperature)}; a float or a 0-d tensor is needed")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"temperature: got {value}; a finite value above 0 is needed")
+    return value
+
+
+def _said(value: Any) -> str:
+    """A type, and a text that was given for a number."""
+    return f"{type(value).__name__} {value!r}" if isinstance(value, str) else type(value).__name__
 
 
 def check_rowwise(
@@ -94,18 +112,19 @@ def check_number(
     name: str, value: float | torch.Tensor, logits: torch.Tensor, *, above: float
 ) -> float | torch.Tensor:
     """A float above a bound, or a 0-d tensor on the logits' device (whose value is not read: no sync)."""
-    if isinstance(value, torch.Tensor):
-        if value.numel() != 1 or value.requires_grad or value.device != logits.device:
+    number = as_number(value)
+    if isinstance(number, torch.Tensor):
+        if number.numel() != 1 or number.requires_grad or number.device != logits.device:
             raise ValueError(
-                f"{name}: got shape {tuple(value.shape)} on {value.device}, requires_grad={value.requires_grad}; a 0-d "
-                f"tensor on {logits.device} without gradient, or a float, is needed"
+                f"{name}: got shape {tuple(number.shape)} on {number.device}, requires_grad={number.requires_grad}; a "
+                f"0-d tensor on {logits.device} without gradient, or a float, is needed"
             )
-        return value.reshape(())
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}; a float or a 0-d tensor is needed")
-    if not (math.isfinite(value) and value > above):
-        raise ValueError(f"{name}: got {value}; a finite value above {above} is needed")
-    return float(value)
+        return number.reshape(())
+    if not isinstance(number, float):
+        raise TypeError(f"{name}: got {_said(value)}; a float or a 0-d tensor is needed")
+    if not (math.isfinite(number) and number > above):
+        raise ValueError(f"{name}: got {number}; a finite value above {above} is needed")
+    return number
 
 
 def check_labels(
@@ -129,7 +148,7 @@ def check_labels(
         )
     if labels.device != logits.device:
         raise ValueError(f"{name}: is on {labels.device}; the logits are on {logits.device}")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if labels.device.type == "cpu" and has_values(labels):
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
         if bool(wrong.any()):
             raise ValueError(
@@ -157,11 +176,12 @@ def check_lam(
         raise ValueError(
             f"lam: got shape {tuple(lam.shape)}; a float, one value a sample or one a row {tuple(rows)} is needed"
         )
-    if not isinstance(lam, (int, float)) or isinstance(lam, bool):
-        raise TypeError(f"lam: got {type(lam).__name__}; a float or a tensor is needed")
-    if not 0 <= lam <= 1:
+    share = as_number(lam)
+    if not isinstance(share, float):
+        raise TypeError(f"lam: got {_said(lam)}; a float or a tensor is needed")
+    if not 0 <= share <= 1:
         raise ValueError(f"lam: got {lam}; 0 to 1 is needed")
-    return float(lam)
+    return share
 
 
 def check_reduction(reduction: str) -> None:
@@ -170,13 +190,26 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(get_args(Reduction))}")
 
 
-def check_factor(name: str, value: float) -> float:
-    """A finite float that is not negative."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}; a number is needed")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: got {value}; a finite value of at least 0 is needed")
-    return float(value)
+def check_factor(name: str, value: float | torch.Tensor) -> float:
+    """A finite float that is not negative; a number of numpy's or a 0-d tensor in host memory is read."""
+    return check_between(name, value, 0.0, math.inf)
+
+
+def check_between(name: str, value: float | torch.Tensor, least: float, most: float) -> float:
+    """A finite number from ``least`` to ``most``; one of numpy's or a 0-d tensor in host memory is read."""
+    number = as_number(value)
+    if isinstance(number, torch.Tensor):
+        raise ValueError(
+            f"{name}: got a tensor of shape {tuple(number.shape)} on {number.device}, "
+            f"requires_grad={number.requires_grad}; a number, or a 0-d tensor without gradient in host memory, is "
+            "needed (to read another would wait for the device)"
+        )
+    if not isinstance(number, float):
+        raise TypeError(f"{name}: got {_said(value)}; a number is needed")
+    if not (math.isfinite(number) and least <= number <= most):
+        accepted = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        raise ValueError(f"{name}: got {number}; a finite value {accepted} is needed")
+    return number
 
 
 def check_pair(

@@ -9,6 +9,7 @@ import torch
 from kdfast.functional._checks import check_logits, check_reduction, check_rowwise, check_temperature
 from kdfast.functional._reduction import Reduction, reduction_divisor
 from kdfast.ops import topk as ops
+from kdfast.ops.common.gradients import has_values
 from kdfast.ops.common.row_loss import Row
 from kdfast.profiling import annotate
 
@@ -50,9 +51,12 @@ def topk_kd_loss(
 
     Args:
         student: Logits ``[..., V]``, any strides; float32, bfloat16, float16 or float64.
-        indices: int64 ``[..., k]``, the classes that were kept; distinct in a row. A negative one is padding.
-            On the CPU an index ≥ V is refused; on a GPU, where looking would mean to wait, it is padding too.
-        logits: The teacher's logits at those classes, same shape, floating point. Gets no gradient.
+        indices: int64 ``[..., k]``, the classes that were kept, in any order. A negative one is padding; a class that
+            is named again in its row (servers add the drawn token to its k) counts once, where it is named first; a
+            row that names none adds nothing. On the CPU an index ≥ V is refused; on a GPU, where looking would mean to
+            wait, it is padding too.
+        logits: The teacher's logits at those classes, same shape, floating point (log-probabilities in float16, say).
+            -inf is padding. Gets no gradient.
         temperature: T > 0; a float, or a 0-d tensor (read on the device). Gets no gradient.
         tail: ``"bucket"`` or ``"renormalize"``.
         log_normalizer: Z of each row, ``[...]``; only for ``"bucket"``. Gets no gradient.
@@ -108,8 +112,8 @@ def _check_indices(indices: torch.Tensor, logits: torch.Tensor, student: torch.T
         raise ValueError(
             f"logits: got shape {tuple(logits.shape)}; indices has {tuple(indices.shape)}, and they must match"
         )
-    if not 1 <= indices.shape[-1] <= student.shape[-1]:
-        raise ValueError(f"indices: got k = {indices.shape[-1]}; accepted: 1 to {student.shape[-1]}")
+    if indices.shape[-1] < 1:
+        raise ValueError("indices: got k = 0; at least 1 is needed")
     for name, tensor in (("indices", indices), ("logits", logits)):
         if tensor.device != student.device:
             raise ValueError(
@@ -117,11 +121,7 @@ def _check_indices(indices: torch.Tensor, logits: torch.Tensor, student: torch.T
             )
     if logits.requires_grad:
         raise ValueError("logits: requires grad; a cached teacher gets no gradient, pass logits.detach()")
-    if (
-        indices.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and bool((indices >= student.shape[-1]).any())
-    ):
+    if indices.device.type == "cpu" and has_values(indices) and bool((indices >= student.shape[-1]).any()):
         raise ValueError(
             f"indices: got class {int(indices.max())}; accepted: 0 to {student.shape[-1] - 1}, or -1 to pad"
         )

@@ -1,4 +1,4 @@
-"""JSD and decoupled KD as ops; common/row_loss.py says what they share with the other row losses."""
+"""JSD, decoupled KD and the other divergences as ops; common/row_loss.py says what row losses share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdfast.reference import pair as reference
 from kdfast.reference.common import finish, without_masked
 from kdfast.reference.pair import LEAST_BETA, dkd_closed, jsd_closed
 
-__all__ = ["dkd", "jsd"]
+__all__ = ["divergence", "dkd", "jsd"]
 
 
 def _launch_pair(kind: str) -> Callable[..., torch.Tensor]:
@@ -70,3 +70,45 @@ def _dkd_closed(row: Row) -> ClosedRows:
 
 jsd = register("jsd", _jsd_reference, _launch_pair("JSD"), _jsd_closed)
 dkd = register("dkd", _dkd_reference, _launch_pair("DKD"), _dkd_closed)
+
+
+def _divergence(row: Row) -> tuple[int, float, torch.Tensor | float]:
+    """(what the kernels and :data:`~kdfast.reference.pair.KINDS` count it as, its number, T over the teacher's)."""
+    kind, number, ratio = row.options
+    return int(kind), number, ratio if row.factor is None else row.factor
+
+
+def _launch_divergence(
+    student: torch.Tensor, teacher: torch.Tensor, row: Row, *, want_loss: bool = True, **launch: Any
+) -> torch.Tensor:
+    from kdfast.kernels import pair as kernels
+    from kdfast.kernels.common.scale import Scale
+
+    kind, number, ratio = _divergence(row)
+    out: torch.Tensor = kernels.pair_loss(
+        kind,
+        student,
+        teacher,
+        None,
+        0.0,
+        number,
+        row.dim,
+        Scale(row.temperature, row.divisor, row.weight, row.mask),
+        reduce=row.reduce and want_loss,
+        want_rows=want_loss and not row.reduce,
+        ratio=ratio,
+        **launch,
+    )
+    return out
+
+
+def _divergence_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
+    student, teacher = without_masked(row.mask, row.dim, student, teacher)
+    kind, number, ratio = _divergence(row)
+    name = reference.KINDS[kind]
+    rows = reference.divergence_rows(student, teacher, name, number, row.temperature, ratio, row.dim)
+    return finish(rows, row.temperature, row.weight, row.mask, row.divisor, row.reduce)
+
+
+#: Every kind of :func:`kdfast.functional.divergence_loss` but what :data:`jsd` and the KL op run.
+divergence = register("divergence", _divergence_reference, _launch_divergence)

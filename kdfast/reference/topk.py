@@ -9,7 +9,16 @@ import torch
 from kdfast.reference.common import NEAR, compute_dtype
 from kdfast.reference.kl import kd_kl_rows
 
-__all__ = ["topk_rows"]
+__all__ = ["first_of_equals", "topk_rows"]
+
+
+def first_of_equals(index: torch.Tensor) -> torch.Tensor:
+    """False where a row ``[..., k]`` has named the same class before."""
+    order = index.argsort(dim=-1, stable=True)
+    in_order = index.gather(-1, order)
+    again = torch.zeros_like(index, dtype=torch.bool)
+    again[..., 1:] = in_order[..., 1:] == in_order[..., :-1]
+    return torch.ones_like(again).scatter(-1, order, ~again)
 
 
 def topk_rows(
@@ -20,10 +29,32 @@ def topk_rows(
     bucket: bool,
     temperature: torch.Tensor | float,
 ) -> torch.Tensor:
-    """KL over the k kept classes and, for ``bucket``, all others as one outcome; without the factor T²."""
+    """KL over the k kept classes and, for ``bucket``, all others as one outcome; without the factor T².
+
+    An index outside 0 … V - 1 and a logit of -inf are padding, a class counts the first time that it is named, and a
+    row that names none is 0.
+    """
     dtype = compute_dtype(student)
-    present = (index >= 0) & (logits != -math.inf)  # NaN is no padding
-    safe = index.clamp(min=0)
+    present = (index >= 0) & (index < student.shape[-1]) & (logits != -math.inf)
+    present = present & first_of_equals(index.masked_fill(~present, -1))
+    named = present.any(-1)
+    safe = index.masked_fill(~present, 0)
+    drop = ~named.unsqueeze(-1)  # before anything is computed: 0 times NaN would come back as a gradient
+    student, logits = student.masked_fill(drop, 0.0), logits.masked_fill(drop, 0.0)
+    rows = _rows(student, safe, present | drop, logits, normalizer, bucket, temperature, dtype)
+    return rows.masked_fill(~named, 0.0)
+
+
+def _rows(
+    student: torch.Tensor,
+    safe: torch.Tensor,
+    present: torch.Tensor,
+    logits: torch.Tensor,
+    normalizer: torch.Tensor | None,
+    bucket: bool,
+    temperature: torch.Tensor | float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     scaled = student.to(dtype) / temperature
     kept = (logits.to(dtype) / temperature).masked_fill(~present, -math.inf)
     if not bucket:

@@ -18,6 +18,8 @@ from kdfast.training.checkpoint import read_json, read_tensors
 from kdfast.version import __version__
 
 WEIGHTS = "model.safetensors"
+#: The weights of the epoch that measured best, beside :data:`WEIGHTS`, the last ones.
+BEST = "best.safetensors"
 CONFIG = "config.json"
 #: Of classes, channels and sides of images in a config: beyond it no network fits into any memory.
 _MOST = 1 << 20
@@ -62,15 +64,29 @@ def save_model(directory: str | Path, model: nn.Module, config: ModelConfig) -> 
     Raises:
         CheckpointError: The disk is full or failing.
     """
-    serialize = require("safetensors.torch", extra="train", feature="saving a model").save
     folder = Path(directory)
     with files.reporting_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    # Cloned: safetensors refuses tied weights, and a reader without kdfast wants each under its own name.
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    files.write_file(folder / WEIGHTS, serialize(state))
+    save_weights(folder / WEIGHTS, model)
     files.write_json(folder / CONFIG, {"kdfast": __version__, **asdict(config)})
     return folder
+
+
+def save_weights(file: Path, model: nn.Module, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a network's state dict as safetensors, atomically.
+
+    Args:
+        file: Where to.
+        model: The network.
+        metadata: Texts to keep in the file's header.
+
+    Raises:
+        CheckpointError: The disk is full or failing.
+    """
+    serialize = require("safetensors.torch", extra="train", feature="saving a model").save
+    # Cloned: safetensors refuses tied weights, and a reader without kdfast wants each under its own name.
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    files.write_file(file, serialize(state, None if metadata is None else dict(metadata)))
 
 
 def load_model_config(path: str | Path) -> ModelConfig:

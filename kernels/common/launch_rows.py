@@ -15,6 +15,8 @@ import torch
 from ..launch import RowLayout, arrival_counter, as_rows, device_guard, launch
 from .scale import Scale, value_and_pointer
 
+#: Rows of a launch that 32 bits number, with what the last program may reach beyond them.
+MAX_ROWS = 2**31 - 2**16
 #: What a kernel's flags for its gradients are called.
 _GRADIENTS = ("GRAD_S", "GRAD_T")
 
@@ -60,6 +62,9 @@ def rows_of(reads: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | No
     """View ``reads`` and ``gradients`` as rows over dimension ``dim``.
 
     Tensors whose strides fall into more than two groups are the one case that is copied.
+
+    Raises:
+        ValueError: There are :data:`MAX_ROWS` rows or more.
     """
     tensors = (*reads, *gradients)
     layout = as_rows([x for x in tensors if x is not None], dim)
@@ -68,6 +73,11 @@ def rows_of(reads: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | No
         copies = [g if g is None else g.clone(memory_format=torch.contiguous_format) for g in gradients]
         tensors = (*(x.contiguous() for x in reads), *copies)
         layout = as_rows([x for x in tensors if x is not None], dim)
+    if layout.outer * layout.inner >= MAX_ROWS:
+        raise ValueError(
+            f"rows: got {layout.outer * layout.inner}; accepted: fewer than {MAX_ROWS}, since a launch counts them in "
+            "32 bits (split the batch)"
+        )
     own = iter(layout.strides)
     strides = [(0, 0, 0) if x is None else next(own) for x in tensors]
     unit = math.gcd(16, *(outer for outer, _, _ in strides))
@@ -82,6 +92,11 @@ def outputs(
     shape = student.shape[:dim] + student.shape[dim + 1 :]
     rows = student.new_empty(shape, dtype=torch.float32) if want_rows or not reduce else None
     return rows, student.new_empty((), dtype=torch.float32) if reduce else None
+
+
+def nothing(rows: torch.Tensor | None, loss: torch.Tensor | None, scale: Scale) -> torch.Tensor:
+    """The result where there are no logits: 0 a row; their sum is 0 over the divisor: 0/0 is NaN, as in torch."""
+    return rows.zero_() if loss is None else loss.zero_().div_(scale.divisor)
 
 
 def launch_rows(

@@ -160,7 +160,7 @@ def embedding_gradient(
     with device_guard(upstream):
         launch(
             embedding_gradient_kernel,
-            (-(-found.channels // channels), upstream.shape[0]),
+            (-(-found.channels // channels) * upstream.shape[0],),
             upstream,
             timesteps,
             grad,

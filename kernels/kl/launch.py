@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ..common.launch_rows import Rows, launch_rows, outputs, rows_of
+from ..common.launch_rows import Rows, launch_rows, nothing, outputs, rows_of
 from ..common.scale import Scale, value_and_pointer
 from ..common.tile import tile_grid, tile_sizes
 from ..launch import device_guard, launch
@@ -79,7 +79,7 @@ def kd_kl(
     scale = scale.on(student.device)
     rows, loss = outputs(student, dim, reduce=reduce, want_rows=want_rows)
     if student.numel() == 0:
-        return loss.zero_() if loss is not None else rows.zero_()
+        return nothing(rows, loss, scale)
     at = rows_of((student, teacher), (grad_student, grad_teacher), dim)
     plan = _plan(at, plain=labels is None and statistics is None)
     # A cluster's programs would each count themselves, so its rows are summed by a launch of their own.

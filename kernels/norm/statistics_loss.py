@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import arrival_counter, device_guard, launch
+from ..launch import MAX_GRID_Y, arrival_counter, device_guard, launch
 
 #: Programs that a forward launch aims at: a few for each multiprocessor.
 PLANE_PROGRAMS, ROW_PROGRAMS = 512, 256
@@ -328,8 +328,9 @@ def bn_statistics_backward(
     """
     samples, channels, plane, nhwc = _geometry(x)
     planes = samples * channels
-    by_planes = not nhwc and plane % (16 // x.itemsize) == 0
-    block = min(triton.next_power_of_2(plane), 1024) if by_planes else 1024
+    block = min(triton.next_power_of_2(plane), 1024)
+    by_planes = not nhwc and plane % (16 // x.itemsize) == 0 and triton.cdiv(plane, block) <= MAX_GRID_Y
+    block = block if by_planes else 1024
     rows = 1024 // block if by_planes else 0
     grid = (
         (triton.cdiv(planes, rows), triton.cdiv(plane, block))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from ..common.launch_rows import launch_rows, outputs, rows_of
-from ..common.scale import Scale
+from ..common.launch_rows import launch_rows, nothing, outputs, rows_of
+from ..common.scale import Scale, value_and_pointer
 from ..common.tile import tile_grid, tile_sizes
 from . import bodies
 from .plan import pair_plan
 
 JSD, DKD = 0, 1
+#: What else the bodies know, as divergences.py counts them.
+FORWARD_KL, REVERSE_KL, JEFFREYS, SKEW_FORWARD_KL, SKEW_REVERSE_KL, TOTAL_VARIATION, ALPHA = range(2, 9)
 
 
 def pair_loss(
@@ -29,25 +31,28 @@ def pair_loss(
     grad_teacher: torch.Tensor | None = None,
     upstream: torch.Tensor | None = None,
     exit_if_one: bool = False,
+    ratio: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """Launch the JSD or DKD kernel once.
+    """Launch the kernel once.
 
     Args:
-        kind: ``JSD`` or ``DKD``.
+        kind: ``JSD``, ``DKD``, or a divergence.
         student: Logits, any strides; bfloat16, float16 or float32.
         teacher: Logits of the same shape, its own strides and dtype.
         target: The rows' target classes, contiguous, for DKD.
         alpha: DKD's α.
-        beta: β of either loss.
+        beta: β of JSD and DKD; of a divergence its number, if it has one.
         dim: Class dimension, non-negative.
-        scale: The row factors; the rest as of :func:`kdfast.kernels.kl.kd_kl`.
+        scale: The row factors; ``ratio``, at the end, the student's temperature over the teacher's, a float or a
+            0-d tensor on the device, 1 for one temperature (never for DKD); the rest as of
+            :func:`kdfast.kernels.kl.kd_kl`.
 
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.
     """
     rows, loss = outputs(student, dim, reduce=reduce, want_rows=want_rows)
     if student.numel() == 0:
-        return loss.zero_() if loss is not None else rows.zero_()
+        return nothing(rows, loss, scale)
     at = rows_of((student, teacher), (grad_student, grad_teacher), dim)
     plan = pair_plan(
         at.num_classes,
@@ -56,6 +61,7 @@ def pair_loss(
         max(student.itemsize, teacher.itemsize),
         both=None not in at.given,
     )
+    value, pointer = value_and_pointer(ratio)
     loop = plan.regime == "loop"
     launch_rows(
         bodies.pair_loop_kernel if loop else bodies.pair_tile_kernel,
@@ -69,6 +75,10 @@ def pair_loss(
         target_ptr=target,
         alpha=float(alpha),
         beta=float(beta),
+        ratio=value,
+        ratio_ptr=pointer,
+        RATIO=pointer is not None or value != 1.0,
+        RATIO_PTR=pointer is not None,
         KIND=kind,
         num_warps=plan.num_warps,
         **({"BLOCK": plan.chunks} if loop else tile_sizes(plan, at.layout)),

@@ -88,13 +88,14 @@ def shaders_kernel(
         red += between(r, 0.0, 1.0)
         green += between(g, 0.0, 1.0)
         blue += between(b, 0.0, 1.0)
-    to = out + image.to(tl.int64) * (3 * pixels) + offset
+    plane = tl.cast(pixels, tl.int64)
+    to = out + image.to(tl.int64) * (3 * plane) + offset
     for channel in tl.static_range(3):
         colour = (red if channel == 0 else green if channel == 1 else blue) * share
         if FLOAT:
-            tl.store(to + channel * pixels, colour, mask)
+            tl.store(to + channel * plane, colour, mask)
         else:
-            tl.store(to + channel * pixels, tl.floor(colour * 255.0 + 0.5).to(tl.int32).to(tl.uint8), mask)
+            tl.store(to + channel * plane, tl.floor(colour * 255.0 + 0.5).to(tl.int32).to(tl.uint8), mask)
 
 
 def render(

@@ -179,9 +179,10 @@ def replay_gather(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
     """A block of one long row."""
-    draw = tl.program_id(0) + tl.arange(0, 1).to(tl.int64)
+    blocks = tl.cdiv(words, BLOCK)
+    draw = tl.program_id(0) // blocks + tl.arange(0, 1).to(tl.int64)
     slot = tl.load(index + draw)
-    first = tl.program_id(1) * BLOCK
+    first = tl.program_id(0) % blocks * BLOCK
     last = tl.minimum(first + BLOCK, words)
     _copy_rows(
         rows, out_rows, slot, draw, slot < capacity, gain, bias, first, last, words, plane, BLOCK, AFFINE

@@ -75,7 +75,7 @@ def sample(
             block = GATHER_BYTES // gather.source.element_size()
             launch(
                 bodies.replay_gather,
-                (batch_size, triton.cdiv(gather.words, block)),
+                (batch_size * triton.cdiv(gather.words, block),),
                 described[1], *gather.tensors, leaves.numel(), gather.words, gather.plane,
                 BLOCK=block, AFFINE=affine is not None,
                 num_warps=4, enable_fp_fusion=False,

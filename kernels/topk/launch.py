@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..common.launch_rows import launch_rows, outputs, rows_of
+from ..common.launch_rows import launch_rows, nothing, outputs, rows_of
 from ..common.scale import Scale
 from . import bodies
 from .plan import topk_plan
@@ -40,9 +40,11 @@ def topk(
     dim, k = student.dim() - 1, index.shape[-1]
     rows, loss = outputs(student, dim, reduce=reduce, want_rows=want_rows)
     if student.numel() == 0:
-        return loss.zero_() if loss is not None else rows.zero_()
+        return nothing(rows, loss, scale)
     at = rows_of((student,), (grad_student,), dim)
     plan = topk_plan(at.num_classes, k)
+    if not plan.once and k > 1:
+        index = _once(index, logits)
     launch_rows(
         bodies.topk_kernel,
         (at.num_rows,),
@@ -59,7 +61,18 @@ def topk(
         WIDE=plan.wide,
         BLOCK=plan.block,
         BUCKET=bucket,
+        ONCE=plan.once,
         NORMALIZER=normalizer is not None,
         num_warps=plan.num_warps,
     )
     return loss if reduce else rows
+
+
+def _once(index: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Padding where a class has been named before in its row, for lists too long to compare on the chip."""
+    name = index.masked_fill(logits == float("-inf"), -1)
+    order = name.argsort(dim=-1, stable=True)
+    in_order = name.gather(-1, order)
+    again = torch.zeros_like(name, dtype=torch.bool)
+    again[..., 1:] = in_order[..., 1:] == in_order[..., :-1]
+    return name.masked_fill(torch.zeros_like(again).scatter(-1, order, again), -1)

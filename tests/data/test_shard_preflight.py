@@ -343,4 +343,4 @@ def test_sha256_is_of_the_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "big"
     path.write_bytes(os.urandom(3_000_001))
     with open(path, "rb") as stream:
-        assert preflight_module._sha256(stream) == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert preflight_module.sha256_of(stream) == hashlib.sha256(path.read_bytes()).hexdigest()

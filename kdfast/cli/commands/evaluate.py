@@ -25,7 +25,13 @@ def evaluate(
             show_default=False,
         ),
     ],
-    split: Annotated[str, typer.Option(help="train, test or all.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="train, val, test or all; by default the test split, or all of a folder without splits.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 256,
     device: Device = "auto",
     loader: Annotated[str, typer.Option(help="For shards: dali or torch.")] = "dali",
@@ -46,7 +52,7 @@ def evaluate(
         command="eval",
         checkpoint=checkpoint,
         data=data,
-        split=split,
+        split=None if split is None else split.lower(),
         batch_size=batch_size,
         device=device,
         loader=loader,

@@ -68,6 +68,11 @@ class ImageBatches:
         self._epoch, self._batch = 0, 0
         self._fingerprint: str | None = None
 
+    @property
+    def dataset(self) -> LabelledImages | SegmentationFolder:
+        """The images."""
+        return self._dataset
+
     def __len__(self) -> int:
         """Batches an epoch; while shuffling the same on every rank."""
         count = len(self._dataset)

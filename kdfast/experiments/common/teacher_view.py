@@ -19,6 +19,7 @@ from kdfast.data.manifest import is_shard_folder, read_manifest
 from kdfast.data.records import ImageRecords, LabelledRecords, ShardRecords
 from kdfast.data.regimes import regime
 from kdfast.data.selection import relative_entropy
+from kdfast.data.splits import SplitName
 from kdfast.errors import DataError
 from kdfast.experiments.common.bounds import Count, Seed
 from kdfast.training.model_io import ModelConfig, load_model, load_model_config
@@ -37,8 +38,9 @@ class LookRecipe:
         teacher: Directory of a trained network.
         out: Directory of the results.
         regime: Augmentation whose effect on the teacher's predictions is measured.
-        split: Of labelled images: ``train``, ``test`` or ``all``.
-        label_column: For ``hf:`` data with several class columns, which one to use.
+        split: Of labelled images: ``train``, ``val``, ``test`` or ``all``; by default the train split, or all of a
+            folder without splits.
+        label_column: Which class column to use, where ``hf:`` data has several.
         seed: Of the draws.
         batch_size: Images the teacher sees at a time.
         device: ``auto`` takes the GPU if there is one.
@@ -51,7 +53,7 @@ class LookRecipe:
     teacher: str
     out: str
     regime: Literal["none", "standard", "high", "extreme"] = "high"
-    split: Literal["train", "test", "all"] = "train"
+    split: SplitName | None = None
     label_column: str | None = None
     seed: Seed = 0
     batch_size: Count = 256

@@ -13,7 +13,7 @@ from kdfast.data.datasets import InMemoryImages, LabelledImages
 from kdfast.data.loader import ShardLoader
 from kdfast.data.manifest import is_shard_folder
 from kdfast.errors import DataError
-from kdfast.experiments.common.held_out import open_matched
+from kdfast.experiments.common.held_out import open_matched, splits_itself
 from kdfast.experiments.common.image_batches import ImageBatches
 from kdfast.experiments.distill.config import DistillConfig
 from kdfast.training.model_io import ModelConfig
@@ -59,7 +59,8 @@ def open_training_data(
         )
     dataset: Any
     if config.task == "segmentation":
-        dataset = open_matched(source, "train", model, task="segmentation", image_size=size)
+        whole = not splits_itself(source, config.test_data)
+        dataset = open_matched(source, "train", model, task="segmentation", image_size=size, whole=whole)
     else:
         dataset = _labelled(config, source, size, model)
         if config.data_images is not None:
@@ -81,8 +82,9 @@ def some_of(dataset: LabelledImages, count: int, seed: int) -> InMemoryImages:
 
 
 def _labelled(config: DistillConfig, source: str, size: int, model: ModelConfig) -> Any:
+    whole = not splits_itself(source, config.test_data)
     try:
-        return open_matched(source, "train", model, config.label_column, image_size=size)
+        return open_matched(source, "train", model, config.label_column, image_size=size, whole=whole)
     except DataError as error:
         if not Path(source).is_dir():
             raise

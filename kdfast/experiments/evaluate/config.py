@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kdfast.data.splits import SplitName
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -14,7 +16,8 @@ class EvalConfig:
         checkpoint: Directory of a finished run, its ``model.safetensors``, or ``timm:NAME`` or ``torchvision:NAME``.
         data: ``digits``, a folder of images, ``hf:NAME``, a directory of shards, or a folder of ``images/`` and
             ``masks/`` (see :mod:`kdfast.data.segmentation`).
-        split: ``train``, ``test`` or ``all``; shards have no splits.
+        split: ``train``, ``val``, ``test`` or ``all``; by default the test split, or all of a folder without splits.
+            Shards have no splits.
         batch_size: Images a batch.
         device: ``auto`` takes the GPU if there is one.
         loader: For shards: ``dali`` or ``torch``.
@@ -23,7 +26,7 @@ class EvalConfig:
 
     checkpoint: str
     data: str
-    split: Literal["train", "test", "all"] = "test"
+    split: SplitName | None = None
     batch_size: int = 256
     device: Literal["auto", "cpu", "cuda"] = "auto"
     loader: Literal["dali", "torch"] = "dali"

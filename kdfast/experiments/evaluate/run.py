@@ -73,8 +73,9 @@ def run(config: EvalConfig, *, progress: bool = True) -> dict[str, Any]:
 
 def _open(config: EvalConfig, model: ModelConfig, device: torch.device, stack: ExitStack) -> tuple[Any, int]:
     common: dict[str, Any] = {"mean": model.mean, "std": model.std, "shuffle": False, "device": device}
+    split, whole = config.split or "test", config.split is None
     if is_segmentation_folder(config.data):
-        masked = open_matched(config.data, config.split, model, task="segmentation")
+        masked = open_matched(config.data, split, model, task="segmentation", whole=whole)
         return ImageBatches(masked, config.batch_size, **common), len(masked)
     if is_shard_folder(config.data):
         shards = stack.enter_context(
@@ -87,7 +88,7 @@ def _open(config: EvalConfig, model: ModelConfig, device: torch.device, stack: E
                 f"data {config.data}: has {shards.num_classes} classes, accepted: {model.num_classes}, the network's"
             )
         return _matched(shards, shard_class_names(config.data), model, config.data), shards.num_samples
-    dataset = open_matched(config.data, config.split, model)
+    dataset = open_matched(config.data, split, model, whole=whole)
     return ImageBatches(dataset, config.batch_size, **common), len(dataset)
 
 

@@ -15,12 +15,13 @@ class TeachConfig(TrainingRecipe):
 
     Attributes:
         data: ``digits``, a folder, or ``hf:NAME``: see :func:`kdfast.data.load_dataset`.
-        model: Name for :func:`kdfast.models.create_model`.
+        model: Network to train, by its name for :func:`kdfast.models.create_model`: ``resnet20``, ``wrn_40_2``, …
         image_size: Side of the images in pixels.
-        test_data: Where held-out images come from (its test split); by default ``data``.
+        test_data: Where held-out images come from: its test split, or all of a folder without splits. By default
+            ``data``, of which a fifth of each class is held out if it has no splits.
         task: ``classification``, or ``segmentation``, for which data are images beside PNG masks.
         num_classes: How many classes the data must have; by default any number.
-        label_column: For ``hf:`` sets with several class columns, which one to use.
+        label_column: Which class column to use, where an ``hf:`` set has several.
         pretrained: For ``timm:`` networks: begin with timm's weights, and replace the classifier.
     """
 

@@ -52,6 +52,11 @@ class FitNet(FeatureBaseline[FitNetConfig]):
 
     CONFIG = FitNetConfig
 
+    @property
+    def reads_logits(self) -> bool:
+        """For the KL beside the hint."""
+        return self.config.kd_weight > 0
+
     def prepare(self, images: Tensor | None) -> None:
         """Make the regressors.
 

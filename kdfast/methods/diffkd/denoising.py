@@ -79,12 +79,13 @@ class Denoising(nn.Module):
             )
         )
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Terms:
+    def forward(self, student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Terms:
         """The terms of a batch.
 
         Args:
             student: ``[B, Cs, H, W]``; gets gradients from ``kd`` alone.
             teacher: ``[B, Ct, H, W]``, without gradient.
+            weight: ``[B, 1, H, W]``, how much each place counts in ``kd``; None for all alike.
 
         Raises:
             ValueError: One value a channel, which batch norm cannot normalise in training.
@@ -96,7 +97,7 @@ class Denoising(nn.Module):
             )
         target, reconstruction = self.encode(teacher)
         start, gamma = self.start(student)
-        kd = self._compare(self.clean(start), target)
+        kd = self._compare(self.clean(start), target, weight)
         return Terms(self.diffusion(target), reconstruction, kd, gamma.detach().mean())
 
     def encode(self, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,10 +146,10 @@ class Denoising(nn.Module):
         """What is compared with the teacher's latent."""
         return z if self.proj is None or self.proj_norm is None else fused.bn(self.proj(z), self.proj_norm)
 
-    def _compare(self, z: Tensor, target: Tensor) -> Tensor:
-        if self.distance == "mse" and self.proj is not None and self.proj_norm is not None:
+    def _compare(self, z: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        if self.distance == "mse" and weight is None and self.proj is not None and self.proj_norm is not None:
             return fused.bn_mse(self.proj(z), self.proj_norm, target)
-        return distance(self.distance, self.project(z), target, self.config)
+        return distance(self.distance, self.project(z), target, self.config, weight)
 
     def diffusion(self, latent: Tensor) -> Tensor:
         """L_diff of Eq. 4 for a detached latent: one t ~ U{0 … T − 1} a sample."""

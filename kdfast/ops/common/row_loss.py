@@ -25,6 +25,8 @@ from kdfast.ops.common.gradients import (
     differentiable_gradients,
     empty_gradients,
     join_value,
+    save,
+    saved,
     split_value,
     takes_reference,
 )
@@ -158,14 +160,14 @@ class RowLoss:
 
 def _forward(ctx: Any, student: Tensor, teacher: Tensor, loss: RowLoss, row: Row) -> Tensor:
     ctx.loss, ctx.row = loss, row
-    ctx.save_for_backward(student, teacher)
+    save(ctx, student, teacher)
     ctx.grads = empty_gradients(ctx.needs_input_grad, student, teacher) if row.reduce else None
     grad_student, grad_teacher = ctx.grads or (None, None)
     return loss.launcher(student, teacher, row, grad_student=grad_student, grad_teacher=grad_teacher)
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    student, teacher = ctx.saved_tensors
+    student, teacher = saved(ctx)
     loss, row = ctx.loss, ctx.row
     if torch.is_grad_enabled():  # create_graph=True: the reference differentiates to any order
         needs = ctx.needs_input_grad[:2]
