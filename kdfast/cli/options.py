@@ -33,5 +33,9 @@ Data = Annotated[
 ]
 TeacherRun = Annotated[
     str,
-    typer.Argument(help="Directory of a finished run.", metavar="TEACHER", show_default=False),
+    typer.Argument(
+        help="A finished run's folder, timm:NAME, torchvision:NAME, hf:NAME, or FILE.py:FACTORY with weights=FILE.",
+        metavar="TEACHER",
+        show_default=False,
+    ),
 ]

@@ -113,7 +113,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cell], tuple[Any, A
     def build(described: ModelConfig) -> nn.Module:
         return MobileNetV3(10) if described.model.startswith("timm:") else described.build()
 
-    def load(source: str, data: str | None = None) -> tuple[nn.Module, ModelConfig]:
+    def load(source: str, keys: Any = None, **more: Any) -> tuple[nn.Module, ModelConfig]:
         name = source.removeprefix("timm:").partition(".")[0].rpartition("/")[2]
         name = name.partition("-")[2] or name
         name = "resnet14" if name == "teacher" else name

@@ -27,7 +27,7 @@ SCHEMAS = {
 _GROUPS = {
     "How long, how fast": "epochs iterations batch_size accumulate optimizer lr weight_decay momentum nesterov "
     "schedule milestones lr_decay decay_epochs warmup_epochs min_lr clip_grad_norm ema_decay",
-    "Images and networks": "augment stem",
+    "Images and networks": "augment stem width",
     "The machine": "precision seed device workers",
     "What is written": "eval_every checkpoint_every checkpoint_steps keep log_every tensorboard",
 }
