@@ -398,7 +398,7 @@ def offline(name, pretrained=False, **more):
 timm.create_model = offline
 network, described = load_teacher("timm:resnet18.tv_in1k")
 assert (described.num_classes, described.image_size, described.crop_pct) == (1000, 224, 0.875), described
-with ShardWriter(root / "shards", num_classes=10) as writer:
+with ShardWriter(root / "shards", num_classes=10, image_format="png") as writer:
     writer.write(torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.arange(8))
 values = {"method": "dmkd", "teacher": "timm:resnet18.tv_in1k", "student": "timm:mobilenetv3_small_050"}
 values["data"] = str(root / "shards")

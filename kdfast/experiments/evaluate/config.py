@@ -10,7 +10,7 @@ from kdfast.experiments.common.bounds import Count
 from kdfast.experiments.common.networks import TeacherKeys
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class EvalConfig(TeacherKeys):
     """What to measure on what.
 
