@@ -422,12 +422,16 @@ def test_timm_and_torchvision_themselves(tmp_path: Path) -> None:
         [python, "-c", "import timm, torchvision"], capture_output=True, check=False
     ).returncode:
         pytest.skip("needs a Python with timm and torchvision: set KDFAST_MODELS_PYTHON")
-    root = str(Path(__file__).parents[2])
+    # kernels/ and recipes/ inside the package, as an installed one has them.
+    root, stage = Path(__file__).parents[2], tmp_path / "site" / "kdfast"
+    stage.mkdir(parents=True)
+    for child in (*(root / "kdfast").iterdir(), root / "kernels", root / "recipes"):
+        (stage / child.name).symlink_to(child)
     ran = subprocess.run(
         [python, "-c", REAL, str(tmp_path)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": str(stage.parent)},
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
