@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdfast.experiments.common.keys import SCHEMAS, as_markdown, keys_of_command, keys_of_method
 from kdfast.experiments.distill.methods import METHODS
+from kdfast.experiments.keys import SCHEMAS, as_markdown, keys_of_command, keys_of_method
 
 PAGE = Path(__file__).parent / "pages" / "keys.md"
 

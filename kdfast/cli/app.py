@@ -12,6 +12,7 @@ from kdfast.cli.commands.demo import demo
 from kdfast.cli.commands.distill import distill
 from kdfast.cli.commands.doctor import doctor
 from kdfast.cli.commands.evaluate import evaluate
+from kdfast.cli.commands.export import export
 from kdfast.cli.commands.keys import keys
 from kdfast.cli.commands.recipes import recipes
 from kdfast.cli.commands.report import report
@@ -59,6 +60,7 @@ app.command("eval")(evaluate)
 app.command(cls=KeyedCommand)(synth)
 app.command(cls=KeyedCommand)(teach_generator)
 app.command(cls=KeyedCommand)(demo)
+app.command()(export)
 app.command()(recipes)
 app.command()(reproduce)
 app.command()(keys)

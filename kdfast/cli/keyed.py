@@ -24,7 +24,7 @@ class KeyedCommand(TyperCommand):
 
 def _keys(command: str) -> str:
     from kdfast.errors import KDFastError
-    from kdfast.experiments.common.keys import as_text, keys_of_command, keys_of_method
+    from kdfast.experiments.keys import as_text, keys_of_command, keys_of_method
 
     out = io.StringIO()
     try:

@@ -15,11 +15,13 @@ from kdfast.functional.linear import fused_linear_kd_loss
 from kdfast.functional.norm import BNStatistics, bn_ddim_step, bn_mse, bn_relu, bn_statistics_loss
 from kdfast.functional.pair import dkd_loss, jsd_loss
 from kdfast.functional.procedural import render_leaves, render_shaders
+from kdfast.functional.stored import TopKTeacher
 from kdfast.functional.topk import topk_kd_loss
 
 __all__ = [
     "BNStatistics",
     "KDStatistics",
+    "TopKTeacher",
     "add_noise_embed",
     "bn_ddim_step",
     "bn_mse",

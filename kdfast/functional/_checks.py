@@ -33,6 +33,15 @@ def check_logits(
         )
 
 
+def refuse_distributed(name: str, tensor: torch.Tensor) -> None:
+    """No DTensor, whose rows or columns lie on other ranks."""
+    if type(tensor).__name__ == "DTensor":  # to import the class takes longer than a loss
+        raise TypeError(
+            f"{name}: got a DTensor, whose parts lie on several ranks; a whole tensor is needed: pass "
+            f"{name}.full_tensor(), or call inside the forward of the module that FSDP gathers"
+        )
+
+
 def as_number(value: Any) -> Any:
     """A Python float of what is a number: Python's and numpy's scalars, a 0-d tensor in host memory; else as it is."""
     if type(value) is float:  # nearly always, and at once

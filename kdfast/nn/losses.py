@@ -17,6 +17,7 @@ from kdfast.functional import (
     topk_kd_loss,
 )
 from kdfast.functional._reduction import Reduction, reduction_divisor
+from kdfast.functional.divergence import Kind
 from kdfast.functional.topk import Tail
 from kdfast.nn.fixed import Fixed, Rows
 
@@ -238,16 +239,40 @@ class FusedLinearKDLoss(Fixed):
 
     Args:
         temperature: T > 0.
+        kind: Which divergence, as in :func:`~kdfast.functional.divergence_loss`.
+        teacher_temperature: Of the teacher; None: the same.
+        beta: β of ``"jsd"``.
+        alpha: α of the skew divergences and of ``"alpha"``.
+        kd_weight: Factor of the divergence.
+        ce_weight: Factor of the cross-entropy.
+        ignore_index: Rows with this target have no cross-entropy.
+        label_smoothing: Share of the target spread evenly over the classes.
+        softcap: c of c·tanh(x/c) of the student's logits, or None.
+        teacher_softcap: The same of the teacher's.
         chunk_rows: Rows whose logits are alive at a time; None chooses.
         reduction: ``"batchmean"``, ``"mean"``, ``"sum"`` or ``"rowmean"``.
 
     Shape:
-        Hidden states ``[..., H]`` and the head ``nn.Linear(H, V)`` of the student, then of the teacher → a 0-d
-        tensor.
+        Hidden states ``[..., H]`` and the head ``nn.Linear(H, V)`` of the student, then of the teacher (None: the
+        student's own), and int64 targets ``[...]`` → a 0-d tensor.
     """
 
     def __init__(
-        self, temperature: float = 1.0, *, chunk_rows: int | None = None, reduction: Reduction = "batchmean"
+        self,
+        temperature: float = 1.0,
+        *,
+        kind: Kind = "forward_kl",
+        teacher_temperature: float | None = None,
+        beta: float = 0.5,
+        alpha: float = 0.5,
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        chunk_rows: int | None = None,
+        reduction: Reduction = "batchmean",
     ) -> None:
         super().__init__(locals())
 
@@ -256,18 +281,21 @@ class FusedLinearKDLoss(Fixed):
         student_hidden: Tensor,
         student_head: nn.Linear,
         teacher_hidden: Tensor,
-        teacher_head: nn.Linear,
+        teacher_head: nn.Linear | None = None,
         row_weight: Rows = None,
         mask: Rows = None,
+        target: Rows = None,
     ) -> Tensor:
         """The loss of these heads; see :func:`~kdfast.functional.fused_linear_kd_loss`. The teacher is detached."""
+        weight, bias = (None, None) if teacher_head is None else (teacher_head.weight, teacher_head.bias)
         return fused_linear_kd_loss(
             student_hidden,
             student_head.weight,
             teacher_hidden.detach(),
-            teacher_head.weight.detach(),
+            None if weight is None else weight.detach(),
+            target=target,
             student_bias=student_head.bias,
-            teacher_bias=None if teacher_head.bias is None else teacher_head.bias.detach(),
+            teacher_bias=None if bias is None else bias.detach(),
             row_weight=row_weight,
             mask=mask,
             **self.options,

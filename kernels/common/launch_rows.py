@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..launch import RowLayout, arrival_counter, as_rows, device_guard, launch
+from .plan import TilePlan
 from .scale import Scale, value_and_pointer
 
 #: Rows of a launch that 32 bits number, with what the last program may reach beyond them.
@@ -51,6 +52,17 @@ class Rows(NamedTuple):
         """Where the kernel writes."""
         return self.tensors[-len(self.given) :]
 
+    @property
+    def wide(self) -> bool:
+        """Whether rows lie class by class, and each begins and ends where 16 bytes do."""
+        reads = self.tensors[: len(self.tensors) - len(self.given)]
+        return (
+            self.layout.inner == 1
+            and all(steps[2] == 1 for steps in self.layout.strides)
+            and all(self.unit * x.itemsize % 16 == 0 for x in reads if x is not None)
+            and all(self.num_classes * x.itemsize % 16 == 0 for x in reads if x is not None)
+        )
+
     def copy_back(self) -> None:
         """Fill the caller's gradients, where the kernel has written to copies."""
         for given, written in zip(self.given, self.gradients):
@@ -83,6 +95,11 @@ def rows_of(reads: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | No
     unit = math.gcd(16, *(outer for outer, _, _ in strides))
     flat = tuple(step for outer, inner, lane in strides for step in (outer // unit, inner, lane))
     return Rows(tensors, tuple(gradients), layout, flat, unit, reads[0].shape[dim])
+
+
+def loop_sizes(plan: TilePlan, at: Rows) -> dict[str, Any]:
+    """What kernels take that read rows in blocks of vectors (vectors.py)."""
+    return {"THREADS": plan.chunks, "VECTOR": plan.width, "ALONG": int(at.wide)}
 
 
 def outputs(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ..common.launch_rows import Rows, launch_rows, nothing, outputs, rows_of
+from ..common.launch_rows import Rows, launch_rows, loop_sizes, nothing, outputs, rows_of
 from ..common.scale import Scale, value_and_pointer
 from ..common.tile import tile_grid, tile_sizes
 from ..launch import device_guard, launch
@@ -139,7 +139,7 @@ def _split_sums(
             *at.strides[:6],
             V=at.num_classes,
             UNIT=at.unit,
-            BLOCK=plan.chunks,
+            **loop_sizes(plan, at),
             SPLITS=plan.splits,
             PART=part,
             T_PTR=isinstance(scale.temperature, torch.Tensor),
@@ -188,10 +188,10 @@ def _kernel(plan: KLPlan, at: Rows) -> tuple[Any, dict[str, Any]]:
     if plan.regime == "class_tuple":
         return _kl_classes.kd_kl_classes_kernel, {"PIXELS": plan.rows}
     if plan.regime == "two_pass":
-        return _kl_two_pass.kd_kl_two_pass_kernel, {"BLOCK": plan.chunks}
+        return _kl_two_pass.kd_kl_two_pass_kernel, loop_sizes(plan, at)
     if plan.regime == "split":
-        part = triton.cdiv(at.num_classes, plan.chunks * plan.splits) * plan.chunks
-        return _kl_split.kd_kl_split_kernel, {"BLOCK": plan.chunks, "SPLITS": plan.splits, "PART": part}
+        part = triton.cdiv(at.num_classes, plan.block * plan.splits) * plan.block
+        return _kl_split.kd_kl_split_kernel, loop_sizes(plan, at) | {"SPLITS": plan.splits, "PART": part}
     sizes = tile_sizes(plan, at.layout)
     if plan.regime == "chunks":
         own = {name: sizes[name] for name in ("CHUNKS", "ROWS", "WIDTH")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..common.launch_rows import launch_rows, nothing, outputs, rows_of
+from ..common.launch_rows import launch_rows, loop_sizes, nothing, outputs, rows_of
 from ..common.scale import Scale, value_and_pointer
 from ..common.tile import tile_grid, tile_sizes
 from . import bodies
@@ -81,6 +81,6 @@ def pair_loss(
         RATIO_PTR=pointer is not None,
         KIND=kind,
         num_warps=plan.num_warps,
-        **({"BLOCK": plan.chunks} if loop else tile_sizes(plan, at.layout)),
+        **(loop_sizes(plan, at) if loop else tile_sizes(plan, at.layout)),
     )
     return loss if reduce else rows

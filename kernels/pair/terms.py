@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..common.logarithm import approximate_log2
 from ..common.rows import near_terms
 from .divergences import divergence_terms, log1p_series, series
 
@@ -63,37 +64,52 @@ def teachers(ptrs, live, is_target, ratio, KIND: tl.constexpr, RATIO: tl.constex
 
 
 @triton.jit
-def _jsd_terms(gap, p, q, present, beta, NEAR: tl.constexpr):
-    """(term, w_s, w_t) of the generalised Jensen-Shannon divergence, M = β·p + (1-β)·q."""
-    teacher_leads = gap > 0.0
-    e = tl.exp2(-tl.abs(gap))
-    top = tl.log2(tl.where(teacher_leads, beta + (1.0 - beta) * e, 1.0 - beta + beta * e))
-    q_over_m = -(top + tl.maximum(gap, 0.0)) * 0.6931471805599453
-    p_over_m = (tl.minimum(gap, 0.0) - top) * 0.6931471805599453
-    if NEAR:
-        delta = tl.where(present, gap * 0.6931471805599453, 0.0)
-        near = (tl.abs(delta) < 0.5) & present
-        delta = tl.where(near, delta, 0.0)
-        y = beta * (delta + delta * delta * series(delta))
-        log1p = log1p_series(y)
-        q_over_m = tl.where(near, -log1p, q_over_m)
-        p_over_m = tl.where(near, delta - log1p, p_over_m)
-    w_s = (1.0 - beta) * q * q_over_m
-    w_t = beta * p * p_over_m
-    term = w_s + w_t
-    if NEAR:
-        # Its parts cancel; the sum of β·p·(u + expm1(-u)) and the student's does not, and is the same.
-        exact = beta * p * p_over_m * p_over_m * series(-p_over_m)
-        exact += (1.0 - beta) * q * q_over_m * q_over_m * series(-q_over_m)
-        term = tl.where(near, exact, term)
-    return term, w_s, w_t
+def _mixture_logs(gap, beta):
+    """(log2(q/M), log2(p/M)) of the mixture M = β·p + (1-β)·q, from log2(p/q)."""
+    share = tl.where(gap > 0.0, beta, 1.0 - beta)  # of what leads
+    top = approximate_log2(share + (1.0 - share) * tl.exp2(-tl.abs(gap)))
+    return -(top + tl.maximum(gap, 0.0)), tl.minimum(gap, 0.0) - top
+
+
+@triton.jit
+def jsd_factors(beta):
+    """What :func:`jsd_terms` leaves to be multiplied by, once a row: the weights of q and of p, and ln 2."""
+    return (1.0 - beta) * 0.6931471805599453, beta * 0.6931471805599453
+
+
+@triton.jit
+def jsd_terms(gap, p, q, beta):
+    """(w_s, w_t) of the generalised Jensen-Shannon divergence, which is their sum, without :func:`jsd_factors`."""
+    q_over_m, p_over_m = _mixture_logs(gap, beta)
+    return q * q_over_m, p * p_over_m
+
+
+@triton.jit
+def _jsd_near_terms(gap, p, q, present, beta):
+    """(term, w_s, w_t) of the generalised Jensen-Shannon divergence, M = β·p + (1-β)·q, where p and q nearly agree."""
+    q_over_m, p_over_m = _mixture_logs(gap, beta)
+    q_over_m, p_over_m = q_over_m * 0.6931471805599453, p_over_m * 0.6931471805599453
+    delta = tl.where(present, gap * 0.6931471805599453, 0.0)
+    near = (tl.abs(delta) < 0.5) & present
+    delta = tl.where(near, delta, 0.0)
+    log1p = log1p_series(beta * (delta + delta * delta * series(delta)))
+    q_over_m = tl.where(near, -log1p, q_over_m)
+    p_over_m = tl.where(near, delta - log1p, p_over_m)
+    w_s, w_t = (1.0 - beta) * q * q_over_m, beta * p * p_over_m
+    # Their sum cancels; that of β·p·(u + expm1(-u)) and the student's does not, and is the same.
+    exact = beta * p * p_over_m * p_over_m * series(-p_over_m)
+    exact += (1.0 - beta) * q * q_over_m * q_over_m * series(-q_over_m)
+    return tl.where(near, exact, w_s + w_t), w_s, w_t
 
 
 @triton.jit
 def pair_terms(gap, p, q, present, beta, KIND: tl.constexpr, NEAR: tl.constexpr):
-    """(term, w_s, w_t) of JSD (KIND 0), of KL (KIND 1, for DKD), of the others; ``beta`` is the loss's number."""
+    """(term, w_s, w_t) of JSD (KIND 0), of KL (KIND 1, for DKD), of the others; ``beta`` is the loss's number.
+
+    JSD's are those of rows that nearly agree: :func:`jsd_terms` has the others.
+    """
     if KIND == 0:
-        term, w_s, w_t = _jsd_terms(gap, p, q, present, beta, NEAR)
+        term, w_s, w_t = _jsd_near_terms(gap, p, q, present, beta)
     elif KIND >= 2:
         term, w_s, w_t = divergence_terms(gap, p, q, beta, KIND, NEAR)
     elif NEAR:
@@ -141,6 +157,21 @@ def odds(logits, at, known, k, top, total):
     """
     logit = tl.load(logits + at, mask=known, other=float("nan")).to(tl.float32)
     return (logit * k - top - tl.log2(total)) * 0.6931471805599453
+
+
+@triton.jit
+def near_bound(KIND: tl.constexpr):
+    """Below this divergence its digits have cancelled, and the forms that do not cancel are taken.
+
+    An absolute difference (7) cancels earlier than a squared one; JSD's logarithms are right to 2e-7.
+    """
+    if KIND == 7:
+        bound = 0.03
+    elif KIND == 0:
+        bound = 4e-3
+    else:
+        bound = 1e-3
+    return bound
 
 
 @triton.jit

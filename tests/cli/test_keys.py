@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from kdfast.cli.app import app
-from kdfast.experiments.common.keys import SCHEMAS, keys_of_command, keys_of_method
 from kdfast.experiments.distill.config import DistillConfig
 from kdfast.experiments.distill.methods import METHODS, get_method
+from kdfast.experiments.keys import SCHEMAS, keys_of_command, keys_of_method
 
 ROOT = Path(__file__).parents[2]
 

@@ -235,18 +235,39 @@ GOOD: dict[str, Any] = {
         ({"classes_predicted": 1, "relative_entropy_raw": 0.0}, "poor", "Not usable for this teacher"),
         ({"effective_directions": 1.5}, "poor", "Too narrow for this teacher"),
         ({"duplicate_share": 0.5}, "fair", "Even, but repetitive"),
+        (
+            {"classes": 6, "classes_predicted": 6, "largest_share": 0.48, "relative_entropy_raw": 0.86},
+            "fair",
+            "Good once it is selected from",
+        ),
+        ({"classes": 2, "classes_predicted": 2, "largest_share": 0.7}, "good", "A good set for this teacher"),
+        (
+            {"classes": 2, "classes_predicted": 2, "largest_share": 0.8, "relative_entropy_supported": 0.7},
+            "fair",
+            "Usable, with gaps",
+        ),
+        ({"smallest_share": 0.01, "smallest_class": "owl"}, "fair", "Good once it is selected from"),
+        ({"smallest_share": 0.0, "classes_predicted": 9}, "fair", "Good once it is selected from"),
+        ({"smallest_share": 0.03}, "good", "A good set for this teacher"),
     ],
 )
 def test_the_verdict(change: dict[str, Any], grade: str, headline: str) -> None:
     found = data_verdict.verdict({**GOOD, **change})
     assert found[:2] == (grade, headline)
     assert found[2]
+    assert ("evenly" in found[2]) <= (not data_verdict.worst_class({**GOOD, **change}))
 
 
 @pytest.mark.parametrize(
     ("change", "title", "grade", "words"),
     [
         ({}, "Coverage of the classes", "good", "all 10 classes"),
+        (
+            {"largest_share": 0.3, "largest_class": "owl"},
+            "Coverage of the classes",
+            "fair",
+            "class (owl) takes 30 %",
+        ),
         ({"relative_entropy_raw": 0.7}, "Coverage of the classes", "fair", "0.700"),
         ({"relative_entropy_raw": 0.5}, "Coverage of the classes", "poor", "0.500"),
         ({}, "What selection can do", "good", "nothing to add"),

@@ -314,6 +314,11 @@ def test_every_module_works_alone_or_names_its_extra(built: Built, tmp_path: Pat
 def test_the_command_alone_names_its_extra(built: Built, tmp_path: Path) -> None:
     code = ALONE + "from kdfast.cli import main\nmain(['doctor'])\n"
     result = run(sys.executable, "-c", NO_CHECKOUT + code, cwd=tmp_path, PYTHONPATH=str(built.site))
+    assert result.returncode == 0, result.stderr
+    assert "The core works." in result.stdout
+    assert result.stdout.count("pip install") == 1
+    code = ALONE + "from kdfast.cli import main\nmain(['teach'])\n"
+    result = run(sys.executable, "-c", NO_CHECKOUT + code, cwd=tmp_path, PYTHONPATH=str(built.site))
     assert result.returncode == 1
     assert 'pip install "kdfast[train]"' in result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -24,8 +24,8 @@ def keys(
 ) -> None:
     """Say which keys a command takes in its recipe or as KEY=VALUE: defaults, what is accepted, what they mean."""
     from kdfast.errors import ConfigError
-    from kdfast.experiments.common.keys import as_text, keys_of_command, keys_of_method
     from kdfast.experiments.distill.methods import METHODS
+    from kdfast.experiments.keys import as_text, keys_of_command, keys_of_method
 
     found = keys_of_command(command)
     if method is not None and command != "distill":

@@ -18,15 +18,14 @@ from torch import nn
 from kdfast.documents import read_text
 from kdfast.errors import CheckpointError, ConfigError
 from kdfast.experiments.common.bounds import Positive
-from kdfast.models.foreign import (
+from kdfast.models.foreign import create_own, is_own
+from kdfast.models.outputs import logits_of
+from kdfast.models.pretrained import (
     Pretrained,
-    create_own,
-    is_own,
     pretrained_hugging_face,
     pretrained_timm,
     pretrained_torchvision,
 )
-from kdfast.models.outputs import logits_of
 from kdfast.training.checkpoint import read_tensors
 from kdfast.training.model_io import CONFIG, ModelConfig, load_model, load_model_config, plain_names
 

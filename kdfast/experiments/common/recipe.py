@@ -138,6 +138,13 @@ def assert_dataclass(schema: type) -> None:
         raise TypeError(f"schema: got {schema!r}, accepted: a dataclass")
 
 
+#: What pydantic says of Python's types, in a recipe's words.
+_PLAIN = {
+    "tuple_type": "a list, as in [layer3]",
+    "list_type": "a list, as in [layer3]",
+}
+
+
 def _problems(errors: Sequence[Mapping[str, Any]]) -> list[str]:
     found: dict[str, str] = {}
     for error in errors:
@@ -148,6 +155,7 @@ def _problems(errors: Sequence[Mapping[str, Any]]) -> list[str]:
             found[location[0]] = f"{location[0]}: missing"
         else:
             accepted = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+            accepted = _PLAIN.get(error["type"], accepted)
             # A value may be invalid as each of several types; the first says enough.
             found.setdefault(location[0], f"{location[0]}: got {shown(error['input'])}, accepted: {accepted}")
     return list(found.values())

@@ -133,11 +133,9 @@ class Denoising(nn.Module):
         return z
 
     def _step(self, z: Tensor, t: int, c1: float, c2: float) -> Tensor:
-        seen = z
-        if not self.training:
-            # All samples stand at one t: in training the next batch norms cancel what is added for it.
-            seen = z + self.denoiser.embedding.weight[t, :, None, None].to(z.dtype)
-        return fused.bn_step(self.denoiser(seen), self.denoiser.norm, z, c1, c2)
+        # All samples stand at one t, and what would be added for it the next batch norms of training cancel. Nor is it
+        # added in evaluation: their running statistics are of passes without it, but for one in `steps` + 1.
+        return fused.bn_step(self.denoiser(z), self.denoiser.norm, z, c1, c2)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _on_copies(self.denoiser)

@@ -110,9 +110,20 @@ class DiffKD(Taught):
             ) from error
         taps = (self._taps, self._teacher_taps.value)
         self._levels = find_levels(self.pairs, (self.student, self.teacher), taps, (seen, shown))
+        maps = {level.name: level.maps(*taps, self.config.resize) for level in self._levels}
+        # A head's coarsest level may be a single place; it is a map as its others are.
+        dense = {
+            key
+            for level in self._levels
+            for key in (level.denoiser, level.pair)
+            if maps[level.name][1].shape[2:].numel() > 1
+        }
         modules: dict[str, nn.Module] = {}
         for level in self._levels:
-            made = self._denoising(level.pair, *level.maps(*taps, self.config.resize))
+            student, teacher = maps[level.name]
+            made = self._denoising(
+                level.pair, student, teacher, dense=bool({level.denoiser, level.pair} & dense)
+            )
             shared = modules.setdefault(level.denoiser, made)
             # Of these a denoiser is made; what it looks like says them all.
             if made.distance != cast(Denoising, shared).distance or repr(made) != repr(shared):
@@ -123,7 +134,7 @@ class DiffKD(Taught):
         self._forget()
         return modules
 
-    def _denoising(self, pair: Pair, student: Tensor, teacher: Tensor) -> Denoising:
+    def _denoising(self, pair: Pair, student: Tensor, teacher: Tensor, *, dense: bool) -> Denoising:
         feature = pair.kind == "feature"
         kind = pair.distance or (self.config.feature_distance if feature else self.config.logits_distance)
         if not feature and student.shape[1] != teacher.shape[1] and kind in ("kl", "dist", "sigmoid"):
@@ -135,7 +146,7 @@ class DiffKD(Taught):
         return Denoising(
             student.shape[1],
             teacher.shape[1],
-            dense=teacher.shape[2] * teacher.shape[3] > 1 or feature,
+            dense=dense or feature,
             latent=self.config.latent_channels if feature else None,
             distance=kind,
             config=self.config,
