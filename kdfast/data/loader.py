@@ -78,6 +78,7 @@ class ShardLoader:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         num_workers: int | None = None,
+        images: int | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error: got {on_error!r}; accepted: 'raise', 'skip'")
@@ -90,7 +91,10 @@ class ShardLoader:
         self.source = str(directory)
         self._device = _device(device)
         self._table = check_shards(directory, on_error=on_error)
-        self._schedule = Schedule(len(self._table), batch_size, shuffle, seed, rank, world_size, last_batch)
+        if images is not None and not 1 <= images <= len(self._table):
+            raise ValueError(f"images: got {images}; accepted: 1 to the set's {len(self._table)}, or None")
+        self._count = len(self._table) if images is None else images
+        self._schedule = Schedule(self._count, batch_size, shuffle, seed, rank, world_size, last_batch)
         self._raise, self._augment = on_error == "raise", augment
         # Augmentation comes before normalisation, so that one then is done after it.
         plain = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -116,8 +120,8 @@ class ShardLoader:
 
     @property
     def num_samples(self) -> int:
-        """Usable images of the whole set, all ranks together."""
-        return len(self._table)
+        """Usable images of the whole set, or of the part that is taken, all ranks together."""
+        return self._count
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -133,7 +137,7 @@ class ShardLoader:
     @property
     def labels(self) -> NDArray[np.int64]:
         """The classes that its images are of, int64, ascending, each once."""
-        return np.unique(self._table.label)
+        return np.unique(self._table.label[: self._count])
 
     @property
     def quarantined(self) -> list[Fault]:
@@ -250,6 +254,7 @@ class ShardLoader:
             "rank": schedule.rank,
             "world_size": schedule.world_size,
             "last_batch": schedule.last_batch,
+            **({} if self._count == len(self._table) else {"images": self._count}),
         }
 
     def close(self) -> None:

@@ -11,6 +11,8 @@ import torch
 from kdfast.functional._reduction import Reduction
 from kdfast.ops.common.gradients import has_values
 
+_REDUCTIONS = get_args(Reduction)
+
 
 def check_logits(
     student: torch.Tensor, teacher: torch.Tensor, names: tuple[str, str] = ("student", "teacher")
@@ -91,9 +93,22 @@ def check_temperature(temperature: float | torch.Tensor, logits: torch.Tensor) -
         return value.reshape(())  # on the device, or a value that a trace cannot look at
     if not isinstance(value, float):
         raise TypeError(f"temperature: got {_said(temperature)}; a float or a 0-d tensor is needed")
-    if not (math.isfinite(value) and value > 0):
+    changes = torch.compiler.is_compiling() and _unknown(value)
+    if not 0 < value < math.inf:  # comparisons, which a trace can follow; NaN fails them
         raise ValueError(f"temperature: got {value}; a finite value above 0 is needed")
+    if changes:
+        # A number that the trace does not know: as a factor it stays one, as an op's argument it would be fixed.
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return torch.ones((), dtype=dtype, device=logits.device) * value
     return value
+
+
+def _unknown(number: float) -> bool:
+    """Whether a trace knows of a number only that it is one."""
+    # Imported here, where a trace has done so: it takes long.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return not statically_known_true(number > 0)
 
 
 def _said(value: Any) -> str:
@@ -138,7 +153,7 @@ def check_number(
         return number.reshape(())
     if not isinstance(number, float):
         raise TypeError(f"{name}: got {_said(value)}; a float or a 0-d tensor is needed")
-    if not (math.isfinite(number) and number > above):
+    if not above < number < math.inf:
         raise ValueError(f"{name}: got {number}; a finite value above {above} is needed")
     return number
 
@@ -164,7 +179,7 @@ def check_labels(
         )
     if labels.device != logits.device:
         raise ValueError(f"{name}: is on {labels.device}; the logits are on {logits.device}")
-    if labels.device.type == "cpu" and has_values(labels):
+    if on_host(labels):
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
         if bool(wrong.any()):
             raise ValueError(
@@ -172,6 +187,11 @@ def check_labels(
                 f"({ignore_index})"
             )
     return savable(labels)
+
+
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device, and no trace or transform forbids it."""
+    return tensor.device.type == "cpu" and has_values(tensor)
 
 
 def check_lam(
@@ -202,8 +222,8 @@ def check_lam(
 
 def check_reduction(reduction: str) -> None:
     """One of :data:`~kdfast.functional._reduction.Reduction`."""
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(get_args(Reduction))}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(_REDUCTIONS)}")
 
 
 def check_factor(name: str, value: float | torch.Tensor) -> float:
@@ -222,7 +242,7 @@ def check_between(name: str, value: float | torch.Tensor, least: float, most: fl
         )
     if not isinstance(number, float):
         raise TypeError(f"{name}: got {_said(value)}; a number is needed")
-    if not (math.isfinite(number) and least <= number <= most):
+    if not least <= number <= most or number == math.inf:
         accepted = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
         raise ValueError(f"{name}: got {number}; a finite value {accepted} is needed")
     return number

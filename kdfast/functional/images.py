@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdfast.constants import constant
+from kdfast.functional._checks import on_host
 from kdfast.ops import images as ops
 from kdfast.profiling import annotate
 
@@ -155,7 +156,7 @@ def _check_draws(
         raise TypeError(f"offsets: got dtype {offsets.dtype}; accepted: int32, int64")
     if flips.is_floating_point() or flips.is_complex():
         raise TypeError(f"flips: got dtype {flips.dtype}; bool or integers are needed")
-    if offsets.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+    if batch and on_host(offsets):
         low, high = (found.tolist() for found in torch.aminmax(offsets, dim=0))
         if min(low) < 0 or high[0] > room[0] or high[1] > room[1]:
             raise ValueError(

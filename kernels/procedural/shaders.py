@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import device_guard, launch
+from ..launch import Launches, Planned
 from .arithmetic import between
 from .shader_bodies import SLOTS, run_program
 
@@ -123,28 +123,33 @@ def render(
         dtype: torch.uint8 or torch.float32.
     """
     out = values.new_empty((program.shape[0], 3, height, width), dtype=dtype)
-    plan = shader_plan(height * width)
-    with device_guard(codes):
-        launch(
-            shaders_kernel,
-            (program.shape[0] * -(-height * width // plan.block),),
-            codes,
-            values,
-            rates,
-            program,
-            time,
-            out,
-            height * width,
-            width,
-            0.5 * (height * antialias),
-            0.5 * (width * antialias),
-            2.0 / (min(height, width) * antialias),
-            1.0 / antialias**2,
-            codes.shape[1],  # at run time: a table's longest program is another one each time
-            ANTIALIAS=antialias,
-            FLOAT=dtype == torch.float32,
-            BLOCK=plan.block,
-            num_warps=plan.num_warps,
-            enable_fp_fusion=False,
-        )
+    geometry = (program.shape[0], codes.shape[1], height, width, antialias, dtype)
+    _SHADERS(codes.device, geometry, (codes, values, rates, program, time, out))
     return out
+
+
+def _planned(
+    images: int, length: int, height: int, width: int, antialias: int, dtype: torch.dtype
+) -> Planned:
+    plan = shader_plan(height * width)
+    grid = (images * -(-height * width // plan.block),)
+    fixed = (
+        height * width,
+        width,
+        0.5 * (height * antialias),
+        0.5 * (width * antialias),
+        2.0 / (min(height, width) * antialias),
+        1.0 / antialias**2,
+        length,  # at run time: a table's longest program is another one each time
+    )
+    constants = {
+        "ANTIALIAS": antialias,
+        "FLOAT": dtype == torch.float32,
+        "BLOCK": plan.block,
+        "num_warps": plan.num_warps,
+        "enable_fp_fusion": False,
+    }
+    return grid, fixed, constants
+
+
+_SHADERS = Launches(shaders_kernel, _planned)

@@ -59,13 +59,12 @@ def _opcheck_cases() -> list[Any]:
 @pytest.mark.parametrize("case", _opcheck_cases())
 def test_a_registered_op_takes_fresh_counters(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    from kdfast.kernels.common import launch_rows
 
     def counter(device: torch.device, count: int = 1) -> torch.Tensor:
         asked.append(getattr(launch._compiled, "fresh", False))
         return torch.zeros(count, dtype=torch.int32)
 
-    monkeypatch.setattr(launch_rows, "arrival_counter", counter)
+    monkeypatch.setattr(launch, "arrival_counter", counter)
     op, args = case.opcheck(case.inputs(case.small_shapes[0], torch.float32, "cpu"))
     with kdfast.use_backend("triton"):
         op(*args)
