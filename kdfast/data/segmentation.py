@@ -53,7 +53,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         self.named, self.note = True, ""
         #: int64, the number to give for each of a mask's; ``None`` leaves them.
         self.lookup: Tensor | None = None
-        self._pillow = pillow("decoding a segmentation folder")
+        pillow("decoding a segmentation folder")  # not kept: modules cannot be sent to a worker process
         self.pairs, self.classes, self.source, self.image_size = (
             list(pairs.items()),
             classes,
@@ -72,6 +72,11 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         add_files(digest, [path for pair in self.pairs for path in pair], Path(self.source))
         return digest.hexdigest()[:32]
 
+    def __repr__(self) -> str:
+        """Where it is from, how many images and classes."""
+        note = f"; {self.note}" if self.note else ""
+        return f"SegmentationFolder({self.source!r}: {len(self):,} images, {self.num_classes} classes{note})"
+
     def __len__(self) -> int:
         return len(self.pairs)
 
@@ -82,7 +87,8 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
             DataError: A file cannot be read, the sizes differ, or the mask holds a class that there is not.
         """
         image_file, mask_file = self.pairs[index]
-        with _open(self._pillow, image_file) as image, _open(self._pillow, mask_file) as mask:
+        library = pillow("decoding a segmentation folder")
+        with _open(library, image_file) as image, _open(library, mask_file) as mask:
             if image.size == mask.size:
                 image.getexif().pop(_ORIENTATION, None)  # the mask was drawn on the picture as it is stored
             elif _upright_size(image) != mask.size:

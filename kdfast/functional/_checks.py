@@ -44,6 +44,13 @@ def refuse_distributed(name: str, tensor: torch.Tensor) -> None:
         )
 
 
+def savable(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that autograd may save: one a row that was made under ``torch.inference_mode`` is copied."""
+    if has_values(tensor) and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return tensor.clone()
+    return tensor
+
+
 def as_number(value: Any) -> Any:
     """A Python float of what is a number: Python's and numpy's scalars, a 0-d tensor in host memory; else as it is."""
     if type(value) is float:  # nearly always, and at once
@@ -129,7 +136,7 @@ def check_rowwise(
         raise ValueError(f"{name}: is on {value.device}; the logits are on {logits.device}")
     if value.requires_grad:
         raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
-    return value
+    return savable(value)
 
 
 def check_number(
@@ -179,7 +186,7 @@ def check_labels(
                 f"{name}: got class {int(labels[wrong][0])}; accepted: 0 to {num_classes - 1}, or ignore_index "
                 f"({ignore_index})"
             )
-    return labels
+    return savable(labels)
 
 
 def on_host(tensor: torch.Tensor) -> bool:
@@ -199,9 +206,9 @@ def check_lam(
         if lam.device != logits.device and lam.dim() > 0:
             raise ValueError(f"lam: is on {lam.device}; the logits are on {logits.device}")
         if lam.dim() == 0 or lam.shape == rows:
-            return lam.to(dtype)
+            return savable(lam).to(dtype)
         if len(rows) > 1 and lam.shape == rows[:1]:  # one a sample
-            return lam.to(dtype).reshape(-1, *[1] * (len(rows) - 1))
+            return savable(lam).to(dtype).reshape(-1, *[1] * (len(rows) - 1))
         raise ValueError(
             f"lam: got shape {tuple(lam.shape)}; a float, one value a sample or one a row {tuple(rows)} is needed"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kdfast.ops.common.closed import ClosedRows
 from kdfast.ops.common.row_loss import Grads, Row, register, two_options
 from kdfast.reference import dist as reference
 
@@ -40,4 +41,9 @@ def _dist_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> t
     return reference.dist(student, teacher, *two_options(row), row.temperature) / row.divisor
 
 
-dist = register("dist", _dist_reference, _launch_dist)
+def _closed(row: Row) -> ClosedRows:
+    options, temperature = two_options(row), row.temperature
+    return lambda s, t, *needs: reference.dist_closed(s, t, *options, temperature, *needs)
+
+
+dist = register("dist", _dist_reference, _launch_dist, _closed)

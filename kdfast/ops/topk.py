@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kdfast.ops.common.closed import ClosedRows
 from kdfast.ops.common.row_loss import Grads, Row, register
 from kdfast.reference import topk as reference
 from kdfast.reference.common import finish, without_masked
@@ -46,4 +47,10 @@ def _topk_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> t
     return finish(rows, row.temperature, row.weight, row.mask, row.divisor, row.reduce)
 
 
-topk = register("topk_kd", _topk_reference, _launch_topk)
+def _closed(row: Row) -> ClosedRows:
+    label, factor, bucket = row.label, row.factor, bool(row.options[0])
+    assert label is not None
+    return lambda s, t, need, _: reference.topk_closed(s, label, t, factor, bucket, row.temperature, need)
+
+
+topk = register("topk_kd", _topk_reference, _launch_topk, _closed)

@@ -48,7 +48,7 @@ def shader_plan(pixels: int) -> ShaderPlan:
     return ShaderPlan(512, 4) if pixels >= 4096 else ShaderPlan(128, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def shaders_kernel(
     codes,
     values,
@@ -62,7 +62,7 @@ def shaders_kernel(
     half_width,
     scale,
     share,
-    LENGTH: tl.constexpr,
+    length,
     ANTIALIAS: tl.constexpr,
     FLOAT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -74,9 +74,9 @@ def shaders_kernel(
     mask = offset < pixels
     row, column = offset // width, offset % width
     which, t = tl.load(program + image), tl.load(time + image)
-    codes += which * LENGTH
-    values += which * LENGTH * SLOTS
-    rates += which * LENGTH * SLOTS
+    codes += which * length
+    values += which * length * SLOTS
+    rates += which * length * SLOTS
     red = tl.zeros([BLOCK], tl.float32)
     green, blue = red, red
     for sample in range(ANTIALIAS * ANTIALIAS):
@@ -84,7 +84,7 @@ def shaders_kernel(
         across = (column * ANTIALIAS + sample % ANTIALIAS).to(tl.float32) + 0.5
         y = (half_height - down) * scale
         x = (across - half_width) * scale
-        r, g, b = run_program(codes, values, rates, t, x, y, LENGTH)
+        r, g, b = run_program(codes, values, rates, t, x, y, length)
         red += between(r, 0.0, 1.0)
         green += between(g, 0.0, 1.0)
         blue += between(b, 0.0, 1.0)
@@ -140,9 +140,9 @@ def _planned(
         0.5 * (width * antialias),
         2.0 / (min(height, width) * antialias),
         1.0 / antialias**2,
+        length,  # at run time: a table's longest program is another one each time
     )
     constants = {
-        "LENGTH": length,
         "ANTIALIAS": antialias,
         "FLOAT": dtype == torch.float32,
         "BLOCK": plan.block,

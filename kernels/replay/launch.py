@@ -10,7 +10,7 @@ import triton
 
 from ..launch import Launches, Planned, device_guard, launch
 from . import bodies
-from .plan import FUSED_ROW_BYTES, GATHER_BYTES, add_plan, interpreting, sample_plan, update_plan
+from .plan import COMPARED, FUSED_ROW_BYTES, GATHER_BYTES, add_plan, interpreting, sample_plan, update_plan
 
 
 def double_bits(value: float) -> int:
@@ -175,15 +175,45 @@ def update(
 ) -> None:
     """Re-score; see ``kdfast.reference.replay.update``. Indices out of range and empty slots are counted."""
     batch, capacity = index.numel(), leaves.numel()
+    beaten = None
+    if batch > COMPARED:
+        beaten = _beaten(leaves, generation, index, priority, row_generation, largest)
     _UPDATE(
         leaves.device,
         (batch, capacity, layout, row_generation is not None, largest),
         (
             meta, leaves, sums, delta, generation, index, priority,
-            index if row_generation is None else row_generation,
+            index if row_generation is None else row_generation, beaten,
             batch, capacity, *map(double_bits, rule),
         ),
     )  # fmt: skip
+
+
+def _beaten(
+    leaves: torch.Tensor,
+    generation: torch.Tensor,
+    index: torch.Tensor,
+    priority: torch.Tensor,
+    row_generation: torch.Tensor | None,
+    largest: bool,
+) -> torch.Tensor:
+    """Which rows another row of their slot beats, by two stable sorts: what each would find in the whole batch."""
+    capacity = leaves.numel()
+    slot = index.clamp(0, capacity - 1)
+    value = priority.abs()
+    admitted = (index == slot) & (leaves[slot] != 0) & value.isfinite()
+    if row_generation is not None:
+        admitted &= (generation[slot].to(torch.int64) & 0xFFFFFFFF) == row_generation
+    order = torch.arange(index.numel(), device=index.device)
+    if largest:
+        order = value.argsort(stable=True)
+    # Rows that are not admitted beat nobody: they come last, each in a slot of its own.
+    key = torch.where(admitted, slot, capacity + torch.arange(index.numel(), device=index.device))
+    order = order[key[order].argsort(stable=True)]
+    sorted_key = key[order]
+    beaten = torch.zeros_like(admitted)
+    beaten[order[:-1]] = sorted_key[1:] == sorted_key[:-1]
+    return beaten
 
 
 def add(

@@ -20,7 +20,6 @@ METHODS = [
     (methods.SurrogateKD, methods.SurrogateKDConfig),
     (methods.SSDKD, methods.SSDKDConfig),
     (methods.DiffKD, methods.DiffKDConfig),
-    (methods.Kdiffusion, methods.KdiffusionConfig),
     (methods.KD, methods.KDConfig),
 ]
 

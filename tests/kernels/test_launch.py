@@ -88,7 +88,11 @@ def test_every_registered_op_that_may_reduce_says_so() -> None:
 def test_a_temperature_in_host_memory_becomes_a_number_on_a_gpu() -> None:
     host = torch.tensor(2.5)
     scale = Scale(host, torch.tensor(4.0), None, None)
-    assert scale.on(torch.device("cuda", 0)) == Scale(2.5, 4.0, None, None)
+    moved = scale.on(torch.device("cuda", 0))
+    assert moved == Scale(2.5, 4.0, None, None)
+    assert not any(
+        isinstance(value, torch.Tensor) for value in moved
+    )  # which would be equal to their numbers
     assert scale.on(torch.device("cpu")).temperature is host
 
 

@@ -21,7 +21,13 @@ class Evaluator:
     """Accuracy, or mIoU where labels are masks, on held-out images: what the trainer calls after an epoch."""
 
     def __init__(
-        self, dataset: Labelled, config: ModelConfig, *, batch_size: int, trainer_rank: tuple[int, int]
+        self,
+        dataset: Labelled,
+        config: ModelConfig,
+        *,
+        batch_size: int,
+        trainer_rank: tuple[int, int],
+        workers: int | None = None,
     ) -> None:
         rank, world = trainer_rank
         self._config = config
@@ -29,7 +35,14 @@ class Evaluator:
             evaluate_segmentation if isinstance(dataset, SegmentationFolder) else evaluate_classification
         )
         self._batches = ImageBatches(
-            dataset, batch_size, mean=config.mean, std=config.std, shuffle=False, rank=rank, world_size=world
+            dataset,
+            batch_size,
+            mean=config.mean,
+            std=config.std,
+            shuffle=False,
+            rank=rank,
+            world_size=world,
+            workers=workers,
         )
 
     def __call__(self, network: nn.Module) -> dict[str, float]:
@@ -112,5 +125,15 @@ def open_matched(
             source, split, whole=whole, image_size=size, num_classes=None if named else model.num_classes
         )
         return match_classes(masked, model.classes, model.num_classes)
-    dataset = load_dataset(source, split, whole=whole, label_column=label_column, image_size=size)
+    # The crop is of what measures; at another side than the network's, nothing was said of it.
+    crop = model.crop_pct if size == model.image_size and split == "test" else 1.0
+    dataset = load_dataset(
+        source,
+        split,
+        whole=whole,
+        label_column=label_column if source.startswith("hf:") else None,
+        image_size=size,
+        crop_pct=crop,
+        interpolation=model.interpolation,
+    )
     return match_classes(dataset, model.classes, model.num_classes)

@@ -35,7 +35,9 @@ def measure_teacher(
     if config.image_size not in (None, taught.image_size):
         whole = not splits_itself(config.data, config.test_data)
         test = held_out(config.test_data, taught, config.label_column, task=config.task, whole=whole) or test
-    metrics = Evaluator(test, taught, batch_size=256, trainer_rank=rank)(teacher.eval())
+    metrics = Evaluator(test, taught, batch_size=256, trainer_rank=rank, workers=config.workers)(
+        teacher.eval()
+    )
     name = score_of(metrics)
     return {} if name is None else {f"teacher_{name}": metrics[name]}
 

@@ -79,19 +79,25 @@ def run(
     network = build_network(replace(described, options={**described.options, **weights}))
     batches = ImageBatches(
         dataset,
-        config.batch_size,
+        config.share(rank[1]),
         mean=described.mean,
         std=described.std,
         augment=config.augmentation(config.image_size),
         seed=config.seed,
         rank=rank[0],
         world_size=rank[1],
-        workers=config.workers or 0,
+        workers=config.workers,
         device=accelerator.device,
     )
     evaluate = None
     if test is not None:
-        evaluate = Evaluator(test, described, batch_size=max(config.batch_size, 256), trainer_rank=rank)
+        evaluate = Evaluator(
+            test,
+            described,
+            batch_size=max(config.batch_size, 256),
+            trainer_rank=rank,
+            workers=config.workers,
+        )
     folder = None if dry_run else open_run(out, config, resume=resume, main=accelerator.is_main_process)
     speaker = Speaker(progress and talk and accelerator.is_main_process)
     size = parameters_of(network)
@@ -135,6 +141,12 @@ def _describe(config: TeachConfig, dataset: Labelled) -> ModelConfig:
     picked = torch.linspace(0, len(dataset) - 1, min(_STATISTICS_OF, len(dataset))).long().tolist()
     mean, std = channel_statistics(torch.stack([dataset[index][0] for index in picked]))
     described = ModelConfig(
-        config.model, dataset.num_classes, config.image_size, mean, std, classes=tuple(dataset.classes)
+        config.model,
+        dataset.num_classes,
+        config.image_size,
+        mean,
+        std,
+        classes=tuple(dataset.classes),
+        crop_pct=config.crop_pct,
     )
-    return replace(described, options=config.model_options())
+    return replace(described, options=config.model_options(), crop_pct=config.crop_pct)

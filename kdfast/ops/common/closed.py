@@ -80,8 +80,12 @@ class _Closed(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             grads = form.closed(student, teacher, *needs)[1:]
-        factor = upstream * ctx.scale
-        factor = factor.unsqueeze(factors.dim) if factor.dim() else factor
+        factor: Any
+        if type(ctx.scale) is float and upstream.dim() == 0 and type(upstream) is torch.Tensor:
+            factor = upstream.item() * ctx.scale  # nothing waits on a CPU, and a number is multiplied at once
+        else:
+            factor = upstream * ctx.scale
+            factor = factor.unsqueeze(factors.dim) if factor.dim() else factor
         results: list[torch.Tensor | None] = []
         for grad, like in zip(grads, (student, teacher), strict=True):
             if grad is not None:

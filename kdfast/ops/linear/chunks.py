@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from kdfast.backend import resolve
+from kdfast.ops.common.closed import usable
 from kdfast.ops.common.row_loss import Row, RowLoss
 from kdfast.ops.kl import distillation, kl
 from kdfast.ops.linear.job import Job
 from kdfast.ops.pair import divergence, jsd
 from kdfast.ops.topk import topk
-from kdfast.reference.kl import kd_kl_gradients
+from kdfast.reference.common import finish
 from kdfast.reference.linear import head_logits
 from kdfast.reference.pair import KINDS
 
@@ -147,12 +148,19 @@ def _by_reference(
     loss: RowLoss, logits: Tensor, other: Tensor, row: Row, want_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     row = row._replace(reduce=True)
+    closed = loss.closed(row) if loss.closed is not None and usable(logits, other) else None
+    if closed is not None and logits.device.type == "cpu":
+        rows, gradient, _ = closed(logits, other, want_gradient, False)
+        value = finish(rows, row.temperature, row.weight, row.mask, row.divisor, True)
+        if gradient is None:
+            return value, None
+        # T² of the loss over T of the softmax; nobody else has the gradient.
+        scale = row.temperature / row.divisor
+        scale = scale if row.weight is None else (row.weight.to(gradient.dtype) * scale).unsqueeze(1)
+        gradient.mul_(scale)
+        return value, gradient if row.mask is None else gradient.masked_fill_(~row.mask.unsqueeze(1), 0.0)
     if not want_gradient:
         return loss.reference(logits, other, row), None
-    if loss is kl:  # in closed form
-        value = loss.reference(logits, other, row)
-        factors = row.temperature, 1, row.weight, row.mask, row.divisor
-        return value, kd_kl_gradients(torch.ones_like(value), logits, other, *factors)[0]
     # torch.func differentiates below autograd, too, where a registered op runs.
     pulled: Any = torch.func.vjp(lambda x: loss.reference(x, other, row), logits)
     value, pull = pulled
@@ -190,7 +198,8 @@ def _compute(
     grad_bias = new(shape[:1], dtype=dtype) if need_bias else new(0)
     index = _counted(job.mask)
     like = torch.empty_like if index is None else torch.zeros_like
-    grad_hidden = like(job.hidden) if need_hidden else new(0)
+    kept = job.kept
+    grad_hidden = like(job.hidden, dtype=kept) if need_hidden else new(0)
     rows = len(job.hidden) if index is None else len(index)
     divisor = job.divisor.to(dtype) if isinstance(job.divisor, Tensor) else job.divisor
     scale = 1.0 / divisor if rows else 0.0  # a sum of nothing is 0, whatever it is the mean of
@@ -209,7 +218,11 @@ def _compute(
         ):  # before the divisor, so that a half-precision gradient stays clear of the smallest numbers
             gradient = gradient.to(job.weight.dtype)
         if need_hidden:
-            grad_hidden[some] = products.multiply(gradient, products.weight).mul_(scale).to(grad_hidden.dtype)
+            product = products.multiply(gradient, products.weight)
+            if isinstance(some, slice):
+                torch.mul(product, scale, out=grad_hidden[some])
+            else:
+                grad_hidden[some] = product.mul_(scale).to(grad_hidden.dtype)
         if need_weight:
             products.add(grad_weight, gradient.t(), _without_masked(chunk))
 
@@ -219,7 +232,7 @@ def _compute(
             some = slice(start, start + chunk_rows)
             step(some if index is None else index[some], products)
     if need_weight:
-        grad_weight = grad_weight.mul_(scale).to(job.weight.dtype)
+        grad_weight = grad_weight.mul_(scale).to(kept)
     if need_bias:
-        grad_bias = grad_bias.mul_(scale).to(job.weight.dtype)
+        grad_bias = grad_bias.mul_(scale).to(kept)
     return loss * scale, grad_hidden, grad_weight, grad_bias
