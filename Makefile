@@ -34,7 +34,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all test-gpu test-vision sanitize lint format imports docs bench clean distclean
+.PHONY: help install demo test test-all test-gpu test-vision sanitize lint format imports docs bench hostbench clean distclean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -133,6 +133,9 @@ docs: $(STAMP) ## Build the documentation into docs/site
 
 bench: $(STAMP) ## Run the benchmarks
 	OMP_NUM_THREADS=1 $(PY) -m pytest bench --benchmark-only $(BENCH_ARGS)
+
+hostbench: $(STAMP) ## Measure what each call costs on the host, without a GPU
+	OMP_NUM_THREADS=1 $(PY) -m bench.hostbench
 
 clean: ## Remove what builds leave behind
 	rm -rf build dist out docs/site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

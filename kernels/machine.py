@@ -17,6 +17,8 @@ import torch
 import triton
 from triton.runtime import driver
 
+from .launch import forget
+
 
 def triton_version() -> tuple[int, int]:
     """Triton's (major, minor), or the chosen machine's: tile orders and cluster launches depend on it."""
@@ -80,10 +82,12 @@ def use_machine(machine: Machine | str) -> Iterator[Machine]:
     global _chosen
     wanted = Machine.parse(machine) if isinstance(machine, str) else machine
     before, _chosen = _chosen, wanted
+    forget()
     try:
         yield wanted
     finally:
         _chosen = before
+        forget()
 
 
 def machine_of(device: torch.device) -> Machine:

@@ -1,0 +1,92 @@
+"""Launches and Python calls of a call are counted, which no busy machine changes; and a launch that is run directly is
+the one that Triton would have made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import INTERPRETING
+
+pytest.importorskip("triton")
+if INTERPRETING:
+    pytest.skip("measures compiled launches", allow_module_level=True)
+
+from triton import knobs
+
+from bench.hostbench import Silent, pretended, python_calls
+from bench.hostcases import CASES
+from kdfast import functional as F
+from kdfast.kernels import kl as kernels
+from kdfast.kernels import launch as launching
+
+#: Functions of kdfast's that a call may enter: a few more than it does.
+PYTHON_CALLS = {
+    "kd_kl_div f+b": 62,
+    "kd_kl_div without grad": 34,
+    "denoise_step, guided": 33,
+    "replay.update_priority": 35,
+}
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in PYTHON_CALLS], ids=lambda c: c.name)
+def test_a_call_stays_within_its_launches_and_python_calls(case: Any) -> None:
+    with pretended():
+        call = case.make()
+        call()
+        with launching.count_launches() as counts:
+            call()
+        assert 0 < sum(counts.values()) <= case.launches
+        assert python_calls(call) <= PYTHON_CALLS[case.name]
+
+
+def _arguments(student: torch.Tensor, teacher: torch.Tensor) -> tuple[Any, ...]:
+    """What the launcher is given, after the compiled function; of tensors their shapes: memory is another each time."""
+    F.kd_kl_div(student, teacher, 4.0)
+    given = Silent.last[:5] + Silent.last[10:]
+    return tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in given)
+
+
+@pytest.mark.parametrize("shape", [(8, 10), (3, 10, 4)])
+def test_a_direct_launch_is_the_one_that_triton_would_make(shape: tuple[int, ...]) -> None:
+    whole = torch.randn(*shape[:-1], shape[-1] + 4)
+    with pretended():
+        for student in (whole[..., :-4].contiguous(), whole[..., 1:-3], whole[..., :-4]):  # begins, strides
+            by_triton = _arguments(student, student.clone())
+            assert _arguments(student, student.clone()) == by_triton
+            launching.forget()
+            assert _arguments(student, student.clone()) == by_triton
+
+
+def test_hooks_of_profilers_are_called_and_knobs_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher, heard = torch.randn(4, 6), torch.randn(4, 6), []
+    with pretended():
+        for _ in range(2):
+            F.kd_kl_div(student, teacher)
+        assert Silent.last[7:10] == (None, None, None)
+        knobs.runtime.launch_enter_hook.add(heard.append)
+        try:
+            F.kd_kl_div(student, teacher)
+            assert Silent.last[7].get()["name"] == "kd_kl_tile_kernel"
+            assert Silent.last[8] is knobs.runtime.launch_enter_hook
+        finally:
+            knobs.runtime.launch_enter_hook.calls.clear()
+        family = next(iter(kernels.PLAIN.kept.values())).launch
+        compiled = family._ready.compiled
+        monkeypatch.setattr(knobs.runtime, "debug", True)
+        F.kd_kl_div(student, teacher)  # compiled anew, with assertions
+        assert family._ready.compiled is not compiled
+
+
+def test_what_is_kept_is_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "MAX_KEPT", 3)
+    with pretended():
+        for rows in range(1, 7):
+            F.kd_kl_div(torch.randn(rows, 6), torch.randn(rows, 6))
+        assert len(kernels.PLAIN.kept) == 3
+    assert not kernels.PLAIN.kept
+    F.kd_kl_div(torch.randn(2, 6), torch.randn(2, 6))
+    assert not kernels.PLAIN.kept  # nothing is launched for a CPU
