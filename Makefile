@@ -69,7 +69,12 @@ test: $(STAMP) ## Run the tests
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not slow" tests
 	$(PYTEST) -m "not slow and not gpu and not interpreter" tests
 
-test-all: $(STAMP) ## Run the tests with the slow ones, and the GPU's where there is one
+# TRL and Lightning, whose trainers the adapters' slow tests run; without them those tests skip.
+$(VENV)/.trainers-installed: $(STAMP)
+	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[all,dev,trainers]'
+	@touch $@
+
+test-all: $(VENV)/.trainers-installed ## Run the tests with the slow ones, and the GPU's where there is one
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests
 	@! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(MAKE) test-gpu
 	$(PYTEST) -m "not gpu and not interpreter" tests

@@ -14,10 +14,13 @@ from kdfast.cli.commands.doctor import doctor
 from kdfast.cli.commands.evaluate import evaluate
 from kdfast.cli.commands.export import export
 from kdfast.cli.commands.keys import keys
+from kdfast.cli.commands.recipes import recipes
 from kdfast.cli.commands.report import report
+from kdfast.cli.commands.reproduce import reproduce
 from kdfast.cli.commands.select import select
 from kdfast.cli.commands.synth import synth
 from kdfast.cli.commands.teach import teach
+from kdfast.cli.commands.teach_generator import teach_generator
 from kdfast.cli.guard import Options
 from kdfast.cli.keyed import KeyedCommand
 
@@ -55,8 +58,11 @@ app.command(cls=KeyedCommand)(teach)
 app.command(cls=KeyedCommand)(distill)
 app.command("eval")(evaluate)
 app.command(cls=KeyedCommand)(synth)
+app.command(cls=KeyedCommand)(teach_generator)
 app.command(cls=KeyedCommand)(demo)
 app.command()(export)
+app.command()(recipes)
+app.command()(reproduce)
 app.command()(keys)
 app.command()(report)
 app.command()(bench)

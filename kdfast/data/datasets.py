@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kdfast.data.folders import open_folder
 from kdfast.data.hub import open_hugging_face
-from kdfast.data.labelled import InMemoryImages, LabelledImages, to_memory
+from kdfast.data.labelled import Fit, InMemoryImages, LabelledImages, to_memory
 from kdfast.data.splits import SPLITS, split_name
 from kdfast.errors import DataError, require
 
@@ -29,6 +29,8 @@ def load_dataset(
     image_size: int | None = None,
     num_classes: int | None = None,
     label_column: str | None = None,
+    crop_pct: float = 1.0,
+    interpolation: str = "bilinear",
 ) -> LabelledImages:
     """A labelled image data set: ``dataset[i]`` is (uint8 RGB ``[3, H, W]``, int label).
 
@@ -50,6 +52,9 @@ def load_dataset(
             None: 32 for digits, each image's own size otherwise.
         num_classes: How many classes there must be; None accepts any number.
         label_column: For ``hf:`` sets with several class columns, which one to use.
+        crop_pct: With ``image_size``: resize to ``image_size / crop_pct`` first, and crop the centre out of that, as
+            ImageNet is measured (0.875: 256, then 224). Digits are never cropped.
+        interpolation: Of that resizing, ``bilinear`` or ``bicubic``.
 
     Raises:
         ValueError: If ``split`` or ``image_size`` is out of range.
@@ -60,6 +65,7 @@ def load_dataset(
     split = split_name("train" if split is None else split)
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size is at least 1, got {image_size}")
+    fit = None if image_size is None else Fit(image_size, crop_pct, interpolation)
     name = str(source)
     if label_column is not None and not name.startswith("hf:"):
         raise ValueError(f"label_column is for hf: data sets only; the source is {name!r}")
@@ -67,9 +73,9 @@ def load_dataset(
     if name == "digits":
         dataset = _digits(split, image_size or DIGITS_SIZE)
     elif name.startswith("hf:"):
-        dataset = open_hugging_face(name.removeprefix("hf:"), split, image_size, label_column, whole=whole)
+        dataset = open_hugging_face(name.removeprefix("hf:"), split, fit, label_column, whole=whole)
     elif Path(name).exists():
-        dataset = open_folder(Path(name), split, image_size, whole=whole)
+        dataset = open_folder(Path(name), split, fit, whole=whole)
     else:
         near = difflib.get_close_matches(name.lower(), ["digits"], n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.data.labelled import LabelledImages, add_files, hold_out, pillow, reporting_images, rgb_tensor
+from kdfast.data.labelled import (
+    Fit,
+    LabelledImages,
+    add_files,
+    hold_out,
+    pillow,
+    reporting_images,
+    rgb_tensor,
+)
 from kdfast.data.splits import ALIASES, choose, held_out_note, is_split
 from kdfast.errors import DataError
 
@@ -34,7 +42,7 @@ class ImageFolder(LabelledImages):
         labels: Tensor,
         classes: tuple[str, ...],
         source: str,
-        image_size: int | None = None,
+        image_size: int | Fit | None = None,
     ) -> None:
         pillow("decoding an image folder")  # not kept: modules cannot be sent to a worker process
         self.paths = list(paths)
@@ -55,7 +63,7 @@ class ImageFolder(LabelledImages):
         return ImageFolder(paths, self.labels[indices], self.classes, self.source, self.image_size)
 
 
-def open_folder(root: Path, split: str, image_size: int | None, *, whole: bool = False) -> ImageFolder:
+def open_folder(root: Path, split: str, image_size: int | Fit | None, *, whole: bool = False) -> ImageFolder:
     """A split of a folder of class subfolders.
 
     Classes are the subfolders' names in alphabetical order; images are found at any depth below them. Where
@@ -139,7 +147,9 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     raise DataError(f"{folder} holds no class subfolders; the form is {form}")
 
 
-def _scan(folder: Path, classes: tuple[str, ...], image_size: int | None, *, complete: bool) -> ImageFolder:
+def _scan(
+    folder: Path, classes: tuple[str, ...], image_size: int | Fit | None, *, complete: bool
+) -> ImageFolder:
     """List the images below each class's folder; ``complete`` refuses a class without any."""
     if unknown := sorted(set(_subfolders(folder)) - set(classes)):
         raise DataError(

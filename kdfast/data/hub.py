@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.data.labelled import LabelledImages, hold_out, pillow, reporting_images, rgb_tensor
+from kdfast.data.labelled import Fit, LabelledImages, hold_out, pillow, reporting_images, rgb_tensor
 from kdfast.data.naming import class_mapping
 from kdfast.data.splits import choose, held_out_note, is_split, split_name
 from kdfast.errors import DataError, require
@@ -40,7 +40,7 @@ class HuggingFaceImages(LabelledImages):
         labels: Tensor,
         classes: tuple[str, ...],
         source: str,
-        image_size: int | None = None,
+        image_size: int | Fit | None = None,
     ) -> None:
         pillow("decoding images")  # not kept: modules cannot be sent to a worker process
         self.table, self.image_column = table, image_column
@@ -66,7 +66,7 @@ class HuggingFaceImages(LabelledImages):
 
 
 def open_hugging_face(
-    name: str, split: str, image_size: int | None, label_column: str | None, *, whole: bool = False
+    name: str, split: str, image_size: int | Fit | None, label_column: str | None, *, whole: bool = False
 ) -> HuggingFaceImages:
     """A split of a 🤗 data set.
 

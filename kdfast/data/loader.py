@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdfast.constants import constant
 from kdfast.data.decoder import Decoder, DecoderConfig
 from kdfast.data.preflight import Fault, RecordTable, check_shards
 from kdfast.data.reader import RecordReader
@@ -77,6 +78,7 @@ class ShardLoader:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         num_workers: int | None = None,
+        images: int | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error: got {on_error!r}; accepted: 'raise', 'skip'")
@@ -89,7 +91,10 @@ class ShardLoader:
         self.source = str(directory)
         self._device = _device(device)
         self._table = check_shards(directory, on_error=on_error)
-        self._schedule = Schedule(len(self._table), batch_size, shuffle, seed, rank, world_size, last_batch)
+        if images is not None and not 1 <= images <= len(self._table):
+            raise ValueError(f"images: got {images}; accepted: 1 to the set's {len(self._table)}, or None")
+        self._count = len(self._table) if images is None else images
+        self._schedule = Schedule(self._count, batch_size, shuffle, seed, rank, world_size, last_batch)
         self._raise, self._augment = on_error == "raise", augment
         # Augmentation comes before normalisation, so that one then is done after it.
         plain = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -115,8 +120,8 @@ class ShardLoader:
 
     @property
     def num_samples(self) -> int:
-        """Usable images of the whole set, all ranks together."""
-        return len(self._table)
+        """Usable images of the whole set, or of the part that is taken, all ranks together."""
+        return self._count
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -132,7 +137,7 @@ class ShardLoader:
     @property
     def labels(self) -> NDArray[np.int64]:
         """The classes that its images are of, int64, ascending, each once."""
-        return np.unique(self._table.label)
+        return np.unique(self._table.label[: self._count])
 
     @property
     def quarantined(self) -> list[Fault]:
@@ -187,7 +192,7 @@ class ShardLoader:
             generator = torch.Generator(self._device).manual_seed(seed)
             images = self._augment(images, generator)
         if self._after is not None:
-            mean, std = (torch.tensor(values, device=self._device).view(3, 1, 1) for values in self._after)
+            mean, std = (constant(tuple(values), self._device).view(3, 1, 1) for values in self._after)
             images = (images - mean) / std
         labels = torch.from_numpy(self._table.label[records])
         return images, labels.to(self._device, non_blocking=True)
@@ -249,6 +254,7 @@ class ShardLoader:
             "rank": schedule.rank,
             "world_size": schedule.world_size,
             "last_batch": schedule.last_batch,
+            **({} if self._count == len(self._table) else {"images": self._count}),
         }
 
     def close(self) -> None:

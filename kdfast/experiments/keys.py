@@ -21,12 +21,13 @@ SCHEMAS = {
     "synth": "kdfast.experiments.synth.config:SynthConfig",
     "select": "kdfast.experiments.select.config:SelectConfig",
     "data-report": "kdfast.experiments.data_report.config:DataReportConfig",
+    "teach-generator": "kdfast.experiments.diffusion_model.config:DiffusionConfig",
     "demo": "kdfast.experiments.demo.config:DemoConfig",
 }
 _GROUPS = {
     "How long, how fast": "epochs iterations batch_size accumulate optimizer lr weight_decay momentum nesterov "
     "schedule milestones lr_decay decay_epochs warmup_epochs min_lr clip_grad_norm ema_decay",
-    "Images and networks": "augment stem",
+    "Images and networks": "augment stem width",
     "The machine": "precision seed device workers",
     "What is written": "eval_every checkpoint_every checkpoint_steps keep log_every tensorboard",
 }
@@ -194,8 +195,8 @@ def _accepted(hint: Any) -> str:
         return f"list of {_accepted(inner[0])}" if inner else "list"
     if hint is type(None):
         return "null"
-    known = {int: "whole number", float: "number", bool: "true, false", str: "text"}
-    return known.get(hint, getattr(hint, "__name__", str(hint)))
+    names: dict[Any, str] = {int: "whole number", float: "number", bool: "true, false", str: "text"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _bound(mark: Any) -> str:

@@ -11,6 +11,8 @@ import torch
 from kdfast.functional._reduction import Reduction
 from kdfast.ops.common.gradients import has_values
 
+_REDUCTIONS = get_args(Reduction)
+
 
 def check_logits(
     student: torch.Tensor, teacher: torch.Tensor, names: tuple[str, str] = ("student", "teacher")
@@ -40,6 +42,13 @@ def refuse_distributed(name: str, tensor: torch.Tensor) -> None:
             f"{name}: got a DTensor, whose parts lie on several ranks; a whole tensor is needed: pass "
             f"{name}.full_tensor(), or call inside the forward of the module that FSDP gathers"
         )
+
+
+def savable(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that autograd may save: one a row that was made under ``torch.inference_mode`` is copied."""
+    if has_values(tensor) and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return tensor.clone()
+    return tensor
 
 
 def as_number(value: Any) -> Any:
@@ -84,9 +93,22 @@ def check_temperature(temperature: float | torch.Tensor, logits: torch.Tensor) -
         return value.reshape(())  # on the device, or a value that a trace cannot look at
     if not isinstance(value, float):
         raise TypeError(f"temperature: got {_said(temperature)}; a float or a 0-d tensor is needed")
-    if not (math.isfinite(value) and value > 0):
+    changes = torch.compiler.is_compiling() and _unknown(value)
+    if not 0 < value < math.inf:  # comparisons, which a trace can follow; NaN fails them
         raise ValueError(f"temperature: got {value}; a finite value above 0 is needed")
+    if changes:
+        # A number that the trace does not know: as a factor it stays one, as an op's argument it would be fixed.
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return torch.ones((), dtype=dtype, device=logits.device) * value
     return value
+
+
+def _unknown(number: float) -> bool:
+    """Whether a trace knows of a number only that it is one."""
+    # Imported here, where a trace has done so: it takes long.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return not statically_known_true(number > 0)
 
 
 def _said(value: Any) -> str:
@@ -114,7 +136,7 @@ def check_rowwise(
         raise ValueError(f"{name}: is on {value.device}; the logits are on {logits.device}")
     if value.requires_grad:
         raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
-    return value
+    return savable(value)
 
 
 def check_number(
@@ -131,7 +153,7 @@ def check_number(
         return number.reshape(())
     if not isinstance(number, float):
         raise TypeError(f"{name}: got {_said(value)}; a float or a 0-d tensor is needed")
-    if not (math.isfinite(number) and number > above):
+    if not above < number < math.inf:
         raise ValueError(f"{name}: got {number}; a finite value above {above} is needed")
     return number
 
@@ -157,14 +179,19 @@ def check_labels(
         )
     if labels.device != logits.device:
         raise ValueError(f"{name}: is on {labels.device}; the logits are on {logits.device}")
-    if labels.device.type == "cpu" and has_values(labels):
+    if on_host(labels):
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
         if bool(wrong.any()):
             raise ValueError(
                 f"{name}: got class {int(labels[wrong][0])}; accepted: 0 to {num_classes - 1}, or ignore_index "
                 f"({ignore_index})"
             )
-    return labels
+    return savable(labels)
+
+
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device, and no trace or transform forbids it."""
+    return tensor.device.type == "cpu" and has_values(tensor)
 
 
 def check_lam(
@@ -179,9 +206,9 @@ def check_lam(
         if lam.device != logits.device and lam.dim() > 0:
             raise ValueError(f"lam: is on {lam.device}; the logits are on {logits.device}")
         if lam.dim() == 0 or lam.shape == rows:
-            return lam.to(dtype)
+            return savable(lam).to(dtype)
         if len(rows) > 1 and lam.shape == rows[:1]:  # one a sample
-            return lam.to(dtype).reshape(-1, *[1] * (len(rows) - 1))
+            return savable(lam).to(dtype).reshape(-1, *[1] * (len(rows) - 1))
         raise ValueError(
             f"lam: got shape {tuple(lam.shape)}; a float, one value a sample or one a row {tuple(rows)} is needed"
         )
@@ -195,8 +222,8 @@ def check_lam(
 
 def check_reduction(reduction: str) -> None:
     """One of :data:`~kdfast.functional._reduction.Reduction`."""
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(get_args(Reduction))}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(_REDUCTIONS)}")
 
 
 def check_factor(name: str, value: float | torch.Tensor) -> float:
@@ -215,7 +242,7 @@ def check_between(name: str, value: float | torch.Tensor, least: float, most: fl
         )
     if not isinstance(number, float):
         raise TypeError(f"{name}: got {_said(value)}; a number is needed")
-    if not (math.isfinite(number) and least <= number <= most):
+    if not least <= number <= most or number == math.inf:
         accepted = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
         raise ValueError(f"{name}: got {number}; a finite value {accepted} is needed")
     return number

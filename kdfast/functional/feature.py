@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdfast.functional._checks import on_host
 from kdfast.ops.feature import mix as ops
 from kdfast.ops.feature import noise as noise_ops
 from kdfast.profiling import annotate
@@ -88,7 +89,7 @@ def reparam_middle_loss(
             raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
     if permutation.dtype != torch.int64:
         raise TypeError(f"permutation: got dtype {permutation.dtype}; int64 is needed")
-    if permutation.device.type == "cpu" and not torch.compiler.is_compiling():
+    if on_host(permutation):
         values = permutation.tolist()
         if sorted(values) != list(range(len(values))):
             raise ValueError(f"permutation: got {values}; each of 0 … {len(values) - 1} once is needed")
@@ -225,7 +226,7 @@ def add_noise_embed(
     for name, value in given.items():
         if value.device != latent.device:
             raise ValueError(f"{name}: is on {value.device}; latent is on {latent.device}")
-    if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
+    if on_host(timesteps):
         wrong = (timesteps < 0) | (timesteps >= limit)
         if bool(wrong.any()):
             raise ValueError(f"timesteps: got {int(timesteps[wrong][0])}; accepted: 0 to {limit - 1}")

@@ -234,9 +234,11 @@ def _check_rows(
     check_logits(student, teacher)
     axis = check_dim(dim, student)
     temperature = check_temperature(temperature, student)
-    rows = student.shape[:axis] + student.shape[axis + 1 :]
-    row_weight = check_rowwise("row_weight", row_weight, rows, student)
-    return axis, temperature, row_weight, check_rowwise("mask", mask, rows, student)
+    if row_weight is not None or mask is not None:
+        rows = student.shape[:axis] + student.shape[axis + 1 :]
+        row_weight = check_rowwise("row_weight", row_weight, rows, student)
+        mask = check_rowwise("mask", mask, rows, student)
+    return axis, temperature, row_weight, mask
 
 
 def label_factor(

@@ -96,8 +96,11 @@ class TopKTeacher(NamedTuple):
 
     def to(self, device: torch.device | str) -> TopKTeacher:
         """The same on another device."""
-        moved = {name: value.to(device) for name, value in self._asdict().items() if torch.is_tensor(value)}
-        return self._replace(**moved)
+        return self._replace(
+            indices=self.indices.to(device),
+            log_probs=self.log_probs.to(device),
+            log_tail=self.log_tail.to(device),
+        )
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``(indices, logits, log_normalizer)`` as :func:`topk_kd_loss` takes them at ``temperature``.

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-from kdfast.functional._checks import check_logits, check_reduction, check_rowwise, check_temperature
+from kdfast.functional._checks import check_logits, check_reduction, check_rowwise, check_temperature, savable
 from kdfast.functional._reduction import Reduction, reduction_divisor
 from kdfast.ops import topk as ops
 from kdfast.ops.common.gradients import has_values
@@ -88,6 +88,7 @@ def topk_kd_loss(
         logits = logits.masked_fill(~mask.unsqueeze(-1), 0.0)
     options = (float(tail == "bucket"),)
     reduce = reduction != "none"
+    indices = savable(indices)
     row = Row(
         options, axis, temperature, row_weight, mask, divisor, reduce, label=indices, factor=log_normalizer
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import torch
 
 from kdfast.ops.common.closed import ClosedRows
-from kdfast.ops.common.row_loss import Row, register, two_options
+from kdfast.ops.common.row_loss import Launcher, Row, register, row_launcher, two_options
 from kdfast.reference import pair as reference
 from kdfast.reference.common import finish, without_masked
 from kdfast.reference.pair import LEAST_BETA, dkd_closed, jsd_closed
@@ -16,30 +16,19 @@ from kdfast.reference.pair import LEAST_BETA, dkd_closed, jsd_closed
 __all__ = ["divergence", "dkd", "jsd"]
 
 
-def _launch_pair(kind: str) -> Callable[..., torch.Tensor]:
-    def launcher(
-        student: torch.Tensor, teacher: torch.Tensor, row: Row, *, want_loss: bool = True, **launch: Any
-    ) -> torch.Tensor:
-        from kdfast.kernels import pair as kernels
-        from kdfast.kernels.common.scale import Scale
+def _launch_pair(kind: str) -> Launcher:
+    def arguments(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+        kernels = _kernels()
+        return kernels.PAIR, *kernels.pair_arguments(getattr(kernels, kind), row.label, *row.options)
 
-        alpha, beta = two_options(row)
-        out: torch.Tensor = kernels.pair_loss(
-            getattr(kernels, kind),
-            student,
-            teacher,
-            row.label,
-            alpha,
-            beta,
-            row.dim,
-            Scale(row.temperature, row.divisor, row.weight, row.mask),
-            reduce=row.reduce and want_loss,
-            want_rows=want_loss and not row.reduce,
-            **launch,
-        )
-        return out
+    return row_launcher(arguments)
 
-    return launcher
+
+@functools.cache
+def _kernels() -> Any:
+    from kdfast.kernels import pair
+
+    return pair
 
 
 def _jsd_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
@@ -78,28 +67,11 @@ def _divergence(row: Row) -> tuple[int, float, torch.Tensor | float]:
     return int(kind), number, ratio if row.factor is None else row.factor
 
 
-def _launch_divergence(
-    student: torch.Tensor, teacher: torch.Tensor, row: Row, *, want_loss: bool = True, **launch: Any
-) -> torch.Tensor:
-    from kdfast.kernels import pair as kernels
-    from kdfast.kernels.common.scale import Scale
-
+@row_launcher
+def _launch_divergence(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+    kernels = _kernels()
     kind, number, ratio = _divergence(row)
-    out: torch.Tensor = kernels.pair_loss(
-        kind,
-        student,
-        teacher,
-        None,
-        0.0,
-        number,
-        row.dim,
-        Scale(row.temperature, row.divisor, row.weight, row.mask),
-        reduce=row.reduce and want_loss,
-        want_rows=want_loss and not row.reduce,
-        ratio=ratio,
-        **launch,
-    )
-    return out
+    return kernels.PAIR, *kernels.pair_arguments(kind, None, 0.0, number, ratio)
 
 
 def _divergence_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:

@@ -78,12 +78,15 @@ def coefficients(table: Tensor, step: int | Tensor) -> list[Scalar]:
     return row.tolist() if table.device.type == "cpu" else list(row.unbind(0))
 
 
+_WIDE = (torch.float32, torch.float64)
+
+
 def guide(model_output: Tensor, rows: int, channels: int | None, guidance: Guidance) -> Tensor:
     """Classifier-free guidance: the output that a step of ``rows`` samples with ``channels`` uses.
 
     Differentiable. Computed in float32 (float64 for float64).
     """
-    wide = model_output.to(_compute_dtype(model_output.dtype))
+    wide = model_output if model_output.dtype in _WIDE else model_output.float()
     if channels is not None and wide.dim() > 1 and wide.shape[1] != channels:
         wide = wide.narrow(1, 0, channels)
     if guidance.scale is None:
@@ -147,10 +150,9 @@ def denoise_step(
     """y, m, clip mask and next input of one step; arguments as those of the kernel's ``denoise_step``."""
     compute = _compute_dtype(table.dtype)
     px, po, a, b, d, *rest, c, s = coefficients(table, step)
-    x = sample.to(compute)
-    o = guide(model_output, sample.shape[0], sample.shape[1] if sample.dim() > 1 else None, guidance).to(
-        compute
-    )
+    x = sample if sample.dtype == compute else sample.to(compute)
+    o = guide(model_output, sample.shape[0], sample.shape[1] if sample.dim() > 1 else None, guidance)
+    o = o if o.dtype == compute else o.to(compute)
     if order is None:
         strides = (sample if sample.is_contiguous() else torch.empty_like(sample, dtype=dtype)).stride()
     else:

@@ -39,6 +39,6 @@ Launch plans: plan.py. Kernel bodies: the files named after them.
 """
 
 from ..common.scale import Scale
-from .launch import Labels, Statistics, kd_kl
+from .launch import LABELS, PLAIN, STATISTICS, Labels, Statistics, kd_kl
 
-__all__ = ["Labels", "Scale", "Statistics", "kd_kl"]
+__all__ = ["LABELS", "PLAIN", "STATISTICS", "Labels", "Scale", "Statistics", "kd_kl"]

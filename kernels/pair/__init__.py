@@ -33,10 +33,12 @@ from .launch import (
     FORWARD_KL,
     JEFFREYS,
     JSD,
+    PAIR,
     REVERSE_KL,
     SKEW_FORWARD_KL,
     SKEW_REVERSE_KL,
     TOTAL_VARIATION,
+    pair_arguments,
     pair_loss,
 )
 
@@ -46,9 +48,11 @@ __all__ = [
     "FORWARD_KL",
     "JEFFREYS",
     "JSD",
+    "PAIR",
     "REVERSE_KL",
     "SKEW_FORWARD_KL",
     "SKEW_REVERSE_KL",
     "TOTAL_VARIATION",
+    "pair_arguments",
     "pair_loss",
 ]

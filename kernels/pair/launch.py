@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ..common.launch_rows import launch_rows, loop_sizes, nothing, outputs, rows_of
+from ..common.launch_rows import RowLaunches, RowPlan, Rows, Wanted, loop_sizes
 from ..common.scale import Scale, value_and_pointer
 from ..common.tile import tile_grid, tile_sizes
 from . import bodies
@@ -50,10 +52,23 @@ def pair_loss(
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.
     """
-    rows, loss = outputs(student, dim, reduce=reduce, want_rows=want_rows)
-    if student.numel() == 0:
-        return nothing(rows, loss, scale)
-    at = rows_of((student, teacher), (grad_student, grad_teacher), dim)
+    want = Wanted(want_rows or not reduce, reduce, exit_if_one)
+    gradients = (grad_student, grad_teacher)
+    further, options = pair_arguments(kind, target, alpha, beta, ratio)
+    return PAIR((student, teacher), gradients, dim, scale, want, upstream, further, options)
+
+
+def pair_arguments(
+    kind: int, target: torch.Tensor | None, alpha: float, beta: float, ratio: torch.Tensor | float = 1.0
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(what varies of a launch beside its rows, what its plan depends on)."""
+    value, pointer = value_and_pointer(ratio)
+    further = (target, float(alpha), float(beta), value, pointer)
+    return further, (kind, pointer is not None or value != 1.0, pointer is not None)
+
+
+def _planned(at: Rows, kind: int, ratio: bool, ratio_ptr: bool) -> RowPlan:
+    student, teacher, *_ = at.tensors
     plan = pair_plan(
         at.num_classes,
         at.layout.inner,
@@ -61,26 +76,11 @@ def pair_loss(
         max(student.itemsize, teacher.itemsize),
         both=None not in at.given,
     )
-    value, pointer = value_and_pointer(ratio)
     loop = plan.regime == "loop"
-    launch_rows(
-        bodies.pair_loop_kernel if loop else bodies.pair_tile_kernel,
-        tile_grid(plan, at.layout),
-        at,
-        rows,
-        loss,
-        scale,
-        upstream,
-        exit_if_one,
-        target_ptr=target,
-        alpha=float(alpha),
-        beta=float(beta),
-        ratio=value,
-        ratio_ptr=pointer,
-        RATIO=pointer is not None or value != 1.0,
-        RATIO_PTR=pointer is not None,
-        KIND=kind,
-        num_warps=plan.num_warps,
-        **(loop_sizes(plan, at) if loop else tile_sizes(plan, at.layout)),
-    )
-    return loss if reduce else rows
+    told = {"KIND": kind, "RATIO": ratio, "RATIO_PTR": ratio_ptr, "num_warps": plan.num_warps}
+    own = loop_sizes(plan, at) if loop else tile_sizes(plan, at.layout)
+    kernel = bodies.pair_loop_kernel if loop else bodies.pair_tile_kernel
+    return RowPlan(kernel, tile_grid(plan, at.layout), own | told)
+
+
+PAIR = RowLaunches(_planned, ("target_ptr", "alpha", "beta", "ratio", "ratio_ptr"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..common.launch_rows import launch_rows, nothing, outputs, rows_of
+from ..common.launch_rows import RowLaunches, RowPlan, Rows, Wanted
 from ..common.scale import Scale
 from . import bodies
 from .plan import topk_plan
@@ -37,35 +37,23 @@ def topk(
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.
     """
-    dim, k = student.dim() - 1, index.shape[-1]
-    rows, loss = outputs(student, dim, reduce=reduce, want_rows=want_rows)
-    if student.numel() == 0:
-        return nothing(rows, loss, scale)
-    at = rows_of((student,), (grad_student,), dim)
-    plan = topk_plan(at.num_classes, k)
-    if not plan.once and k > 1:
+    k = index.shape[-1]
+    if k > 1 and student.numel() and not topk_plan(student.shape[-1], k).once:
         index = _once(index, logits)
-    launch_rows(
-        bodies.topk_kernel,
-        (at.num_rows,),
-        at,
-        rows,
-        loss,
-        scale,
-        upstream,
-        exit_if_one,
-        index_ptr=index,
-        logit_ptr=logits,
-        normalizer_ptr=normalizer,
-        K=k,
-        WIDE=plan.wide,
-        BLOCK=plan.block,
-        BUCKET=bucket,
-        ONCE=plan.once,
-        NORMALIZER=normalizer is not None,
-        num_warps=plan.num_warps,
-    )
-    return loss if reduce else rows
+    want = Wanted(want_rows or not reduce, reduce, exit_if_one)
+    options = (k, bucket, normalizer is not None)
+    further = (index, logits, normalizer)
+    return TOPK((student,), (grad_student,), student.dim() - 1, scale, want, upstream, further, options)
+
+
+def _planned(at: Rows, k: int, bucket: bool, normalizer: bool) -> RowPlan:
+    plan = topk_plan(at.num_classes, k)
+    constants = {"K": k, "WIDE": plan.wide, "BLOCK": plan.block, "BUCKET": bucket, "NORMALIZER": normalizer}
+    constants |= {"ONCE": plan.once, "num_warps": plan.num_warps}
+    return RowPlan(bodies.topk_kernel, (at.num_rows,), constants)
+
+
+TOPK = RowLaunches(_planned, ("index_ptr", "logit_ptr", "normalizer_ptr"))
 
 
 def _once(index: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

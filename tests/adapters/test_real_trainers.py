@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdfast.adapters import Distiller, TrainerLoss, generalized_jsd_loss
 from kdfast.nn import KDLoss
+from tests.support.ranks import ranks
 
 transformers = pytest.importorskip("transformers")
 
@@ -86,39 +85,6 @@ def test_accumulation_in_the_trainer_is_one_batch(tmp_path: Path, weights: tuple
         torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-6)
 
 
-def _ranks(work: Any, *args: Any) -> list[Any]:
-    """What ``work(rank, *args)`` returns on each of two gloo processes."""
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    port = 20000 + os.getpid() % 20000
-    children = [context.Process(target=_rank, args=(rank, port, results, work, *args)) for rank in range(2)]
-    for child in children:
-        child.start()
-    found = dict(results.get() for _ in children)
-    for child in children:
-        child.join()
-    for value in found.values():
-        if isinstance(value, str):
-            raise AssertionError(value)
-    return [found[rank] for rank in range(2)]
-
-
-def _rank(rank: int, port: int, results: Any, work: Any, *args: Any) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    try:
-        value = work(rank, *args)
-        results.put((rank, value.numpy() if isinstance(value, torch.Tensor) else value))
-    except BaseException as error:
-        results.put((rank, f"{type(error).__name__}: {error}"))
-
-
 def _change_of(rank: int, *args: Any) -> torch.Tensor:
     return change(*args)
 
@@ -128,7 +94,7 @@ def _change_of(rank: int, *args: Any) -> torch.Tensor:
 def test_two_processes_in_the_trainer_are_one_batch(tmp_path: Path, weights: tuple[float, float]) -> None:
     whole = change(str(tmp_path), 8, 1, weights)
     for batch, accumulate in ((4, 1), (1, 4)):
-        for got in _ranks(_change_of, str(tmp_path), batch, accumulate, weights):
+        for got in ranks(_change_of, str(tmp_path), batch, accumulate, weights):
             torch.testing.assert_close(torch.from_numpy(got), whole, rtol=1e-4, atol=1e-6)
 
 
@@ -159,7 +125,7 @@ def test_a_distiller_synchronises_or_refuses(way: str) -> None:
     student, teacher = nn.Linear(5, 4), nn.Linear(5, 4).eval().requires_grad_(False)
     x = torch.randn(8, 5)
     Distiller(student, teacher, loss=KDLoss(2.0)).step((x,)).backward()
-    for got in _ranks(_distill, way):
+    for got in ranks(_distill, way):
         torch.testing.assert_close(torch.from_numpy(got), student.weight.grad)
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from kdfast.cli.app import app
 from kdfast.data import ShardWriter, relative_entropy
 from kdfast.data.quality import class_spread, duplicate_groups, effective_directions, picture_hashes
-from kdfast.experiments.common import teacher_view
+from kdfast.experiments.common import networks
 from kdfast.experiments.data_report import run as data_report
 from kdfast.experiments.data_report import verdict as data_verdict
 from kdfast.experiments.data_report.config import DataReportConfig
@@ -47,7 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(root: Path) -> tuple[Path, dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher_view, "load_model", lambda path: ByColour())
+        patch.setattr(networks, "load_model", lambda path: ByColour())
         data_report.run(config(root, root / "out"))
     return root / "out", json.loads((root / "out" / "metrics.json").read_text())
 
@@ -110,7 +110,7 @@ def test_options_change_what_is_looked_at(
 ) -> None:
     from kdfast.experiments.data_report import page as data_page
 
-    monkeypatch.setattr(teacher_view, "load_model", lambda path: ByColour())
+    monkeypatch.setattr(networks, "load_model", lambda path: ByColour())
     monkeypatch.setattr(data_page, "build", lambda *a: data_page.Page("nothing"))
 
     def numbers(**values: Any) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def test_options_change_what_is_looked_at(
 def test_one_class_for_everything_is_reported_not_refused(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher_view, "load_model", lambda path: ByColour())
+    monkeypatch.setattr(networks, "load_model", lambda path: ByColour())
     with ShardWriter(tmp_path / "same", image_format="png") as writer:
         writer.write(flat([3] * 20), [0] * 20)
     words = ["data-report", tmp_path / "same", root / "teacher", "--out", tmp_path / "out", "-q", "--json"]

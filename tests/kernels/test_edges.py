@@ -66,6 +66,14 @@ def _linear(s: torch.Tensor, t: torch.Tensor, target: torch.Tensor, **options: A
     return fused_linear_kd_loss(s, one, t, one, chunk_rows=2, **options)
 
 
+def _complete(
+    kind: str, s: torch.Tensor, t: torch.Tensor, target: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    one = torch.eye(s.shape[-1])
+    labels = {"target": target, "ce_weight": 0.5, "label_smoothing": 0.1}
+    return fused_linear_kd_loss(s, one, teacher_logits=t, kind=kind, chunk_rows=2, **labels, **options)  # type: ignore[arg-type]
+
+
 def _dist(
     s: torch.Tensor, t: torch.Tensor, target: torch.Tensor, temperature: float, **_: Any
 ) -> torch.Tensor:
@@ -82,6 +90,8 @@ LOSSES: dict[str, Any] = {
     "topk_normalizer": partial(_topk, known=True),
     "topk_renormalize": partial(_topk, known=False, tail="renormalize"),
     "linear": _linear,
+    "linear_complete": partial(_complete, "forward_kl"),
+    "linear_jeffreys": partial(_complete, "jeffreys"),
     **{kind: partial(_plain, partial(divergence_loss, kind=kind, alpha=0.3)) for kind in KINDS},
 }
 
@@ -119,7 +129,7 @@ def edge_case(name: str, seed: int) -> tuple[tuple[torch.Tensor, ...], dict[str,
     options: dict[str, Any] = {
         "temperature": pick([0.05, 1.0, 4.0] if kind != "-inf student" else [1.0, 4.0])
     }
-    options["reduction"] = pick(REDUCTIONS if name != "linear" else REDUCTIONS[:-1])
+    options["reduction"] = pick(REDUCTIONS if not name.startswith("linear") else REDUCTIONS[:-1])
     if pick([True, False]):
         options["mask"] = ~_holes(generator, shape[:-1], pick([0.4, 1.1]))
     if pick([True, False]):
@@ -128,7 +138,7 @@ def edge_case(name: str, seed: int) -> tuple[tuple[torch.Tensor, ...], dict[str,
         return None
     if name == "dist" and (0 in shape or kind == "huge"):
         return None
-    if name == "linear" and kind not in ("plain", "equal"):
+    if name.startswith("linear") and kind not in ("plain", "equal"):
         return None  # a product with a NaN or an infinity spreads it over its row in an order of its own
     return (s, t, target), options
 
@@ -181,6 +191,24 @@ def test_a_teacher_of_inference_mode(target: Target, name: str) -> None:
         with torch.inference_mode():
             t = t * 1.0
     assert t.is_inference()
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_labels_masks_and_weights_of_inference_mode(target: Target, name: str) -> None:
+    """As they come from a teacher: which tokens it is sure of, what it would have said."""
+    generator = torch.Generator().manual_seed(1)
+    s, t = (torch.randn(4, 7, generator=generator, device="cpu").to(target.device) for _ in range(2))
+    labels = torch.tensor([0, 3, 2, 6], device=target.device)
+    options = {"mask": labels != 2, "row_weight": labels.float() + 0.5}
+    grads = []
+    for _ in range(2):
+        leaf = s.clone().requires_grad_()
+        LOSSES[name](leaf, t, labels, temperature=2.0, **options).backward()
+        grads.append(leaf.grad)
+        with torch.inference_mode():
+            labels, options = labels * 1, {key: value.clone() for key, value in options.items()}
+    assert labels.is_inference()
     torch.testing.assert_close(*grads)
 
 

@@ -27,7 +27,7 @@ from kdfast.kernels.machine import use_machine
 from kdfast.kernels.norm import launch as norm_launch
 from kdfast.reference.norm.fused import BatchNorm
 from kdfast.reference.replay import Meta, SumLayout
-from tests.support.widths import faults_of, meta
+from tests.support.widths import faults_of, follow, meta
 
 F32, INT64 = torch.float32, torch.int64
 SCALE = kl.Scale(4.0, 8.0, None, None)
@@ -282,6 +282,20 @@ def test_drawings(side: int) -> None:
         procedural.leaves.render(which, law, law, 1, side, side, 5000)
 
     assert faults_of(call) == []
+
+
+def test_a_table_of_any_length_is_one_kernel() -> None:
+    """The longest program of a table is another one each time: it may not be a constant of the compiler's."""
+    which, time = meta(4, dtype=INT64), meta(4, dtype=F32)
+
+    def ir(length: int) -> str:
+        codes, numbers = meta(64, length, dtype=torch.int32), meta(64, length, 16, dtype=F32)
+        (trace,) = follow(
+            lambda: procedural.shaders.render(codes, numbers, numbers, which, time, 32, 32, 1, torch.uint8)
+        )
+        return trace.text
+
+    assert len({ir(length) for length in (1, 25, 28, 32)}) == 1
 
 
 @pytest.mark.parametrize("row", [(3, 64, 64), (3, 20_000, 20_000)])

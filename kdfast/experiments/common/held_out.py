@@ -125,5 +125,15 @@ def open_matched(
             source, split, whole=whole, image_size=size, num_classes=None if named else model.num_classes
         )
         return match_classes(masked, model.classes, model.num_classes)
-    dataset = load_dataset(source, split, whole=whole, label_column=label_column, image_size=size)
+    # The crop is of what measures; at another side than the network's, nothing was said of it.
+    crop = model.crop_pct if size == model.image_size and split == "test" else 1.0
+    dataset = load_dataset(
+        source,
+        split,
+        whole=whole,
+        label_column=label_column if source.startswith("hf:") else None,
+        image_size=size,
+        crop_pct=crop,
+        interpolation=model.interpolation,
+    )
     return match_classes(dataset, model.classes, model.num_classes)

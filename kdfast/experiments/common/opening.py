@@ -124,7 +124,8 @@ def say_training(speaker: Speaker, config: TrainingRecipe, steps: tuple[int, int
         else f"{config.epochs} epochs × {per_epoch:,} = {total:,} steps"
     )
     ranks = accelerator.num_processes
-    batch = f"batch {config.batch_size}" + (f" on each of {ranks} processes" if ranks > 1 else "")
+    shared = f" ({config.share(ranks)} on each of {ranks} processes)" if ranks > 1 else ""
+    batch = f"batch {config.batch_size}{shared}"
     rate = f"lr {config.lr:g} {config.schedule}"
     speaker.say("training", length, batch, config.optimizer, rate, str(accelerator.device), config.precision)
     speaker.say("", "change any as KEY=VALUE at the end of the line; `kdfast keys` explains them")

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kdfast.experiments.common.bounds import Count
+from kdfast.experiments.common.networks import TeacherKeys
 from kdfast.experiments.common.training_recipe import TrainingRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(TrainingRecipe):
+class DistillConfig(TrainingRecipe, TeacherKeys):
     """Who teaches whom, on which images. The fields of the method's own config stand beside these in a recipe.
 
     Attributes:
@@ -25,7 +26,8 @@ class DistillConfig(TrainingRecipe):
             a folder without splits (a fifth of each class where ``data`` is the same folder); ``None`` measures
             nothing.
         label_column: Which class column to use, where ``hf:`` data has several.
-        data_images: Take only so many of real, labelled images, as many of each class, and keep them in memory.
+        data_images: Take only so many: of shards the first ones, so that one large set serves several sizes; of real
+            images as many of each class, kept in memory.
         image_size: Side the networks see; by default the teacher's.
         load_size: Side the images are decoded to, before ``augment``; by default ``image_size``.
         loader: ``dali``, or ``torch`` for the plain loader.

@@ -10,7 +10,7 @@ from typing import Any
 
 from kdfast.errors import ConfigError
 from kdfast.experiments.common.held_out import Evaluator, held_out, splits_itself
-from kdfast.experiments.common.networks import build_network, load_teacher
+from kdfast.experiments.common.networks import at_side, build_network, load_teacher
 from kdfast.experiments.common.opening import Speaker, parameters_of, say_checked, say_closing, say_training
 from kdfast.experiments.common.recipe import build_config, check_keys
 from kdfast.experiments.common.results import (
@@ -24,7 +24,7 @@ from kdfast.experiments.common.results import (
 from kdfast.experiments.distill.config import DistillConfig
 from kdfast.experiments.distill.data import open_training_data
 from kdfast.experiments.distill.methods import METHODS, get_method
-from kdfast.experiments.distill.plan import Setting
+from kdfast.experiments.distill.plan import Setting, uses_labels
 from kdfast.experiments.distill.teacher import measure_teacher, say_distillation, share_kept
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
@@ -84,13 +84,9 @@ def run(
         CheckpointError: The teacher cannot be read.
         TrainingInterrupted: On Ctrl-C, after a checkpoint.
     """
-    teacher, taught = load_teacher(config.teacher, config.data)
-    described = replace(
-        taught,
-        model=config.student,
-        image_size=config.image_size or taught.image_size,
-        options=config.model_options(),
-    )
+    teacher, taught = load_teacher(config.teacher, config, image_size=config.image_size)
+    fed_at = at_side(taught, config.image_size, config.crop_pct)
+    described = replace(fed_at, model=config.student, options=config.model_options())
     accelerator = make_accelerator(config.device, config.precision)
     rank = (accelerator.process_index, accelerator.num_processes)
     whole = not splits_itself(config.data, config.test_data)
@@ -100,13 +96,16 @@ def run(
     seed_everything(config.seed)
     student = build_network(described).to(accelerator.device)
     teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+    # What the method and its data see of the batch; the record and the log keep the whole.
+    mine = replace(config, batch_size=config.share(rank[1]))
     setting = Setting(
-        config, method_config, teacher, student, described, accelerator, taught.num_classes, dry_run
+        mine, method_config, teacher, student, described, accelerator, taught.num_classes, dry_run
     )
     with ExitStack() as stack:
         plan = get_method(config.method).build(setting)
         fed = described if plan.normalised else replace(described, mean=(0.0,) * 3, std=(1.0,) * 3)
-        batches = plan.batches or open_training_data(config, fed, accelerator, stack)
+        labelled = uses_labels(get_method(config.method), method_config)
+        batches = plan.batches or open_training_data(mine, fed, accelerator, stack, labelled=labelled)
         evaluator = None
         if test is not None:
             evaluator = Evaluator(test, described, batch_size=256, trainer_rank=rank, workers=config.workers)

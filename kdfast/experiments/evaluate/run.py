@@ -17,7 +17,7 @@ from kdfast.data.segmentation import is_segmentation_folder
 from kdfast.errors import DataError
 from kdfast.experiments.common.held_out import open_matched
 from kdfast.experiments.common.image_batches import ImageBatches
-from kdfast.experiments.common.networks import load_teacher
+from kdfast.experiments.common.networks import at_side, load_teacher
 from kdfast.experiments.common.results import METRICS
 from kdfast.experiments.common.synthetic_set import ProbabilityVariance, describe
 from kdfast.experiments.evaluate.config import EvalConfig
@@ -41,7 +41,8 @@ def run(config: EvalConfig, *, progress: bool = True) -> dict[str, Any]:
         DataError: The data cannot be used, or has other classes.
     """
     device = make_accelerator(config.device).device
-    model, model_config = load_teacher(config.checkpoint, config.data)
+    model, taught = load_teacher(config.checkpoint, config, image_size=config.image_size)
+    model_config = at_side(taught, config.image_size, config.crop_pct)
     model.to(device)
     variance, settings = ProbabilityVariance(), describe(config.data)
     with ExitStack() as stack:

@@ -79,7 +79,7 @@ def run(
     network = build_network(replace(described, options={**described.options, **weights}))
     batches = ImageBatches(
         dataset,
-        config.batch_size,
+        config.share(rank[1]),
         mean=described.mean,
         std=described.std,
         augment=config.augmentation(config.image_size),
@@ -141,6 +141,12 @@ def _describe(config: TeachConfig, dataset: Labelled) -> ModelConfig:
     picked = torch.linspace(0, len(dataset) - 1, min(_STATISTICS_OF, len(dataset))).long().tolist()
     mean, std = channel_statistics(torch.stack([dataset[index][0] for index in picked]))
     described = ModelConfig(
-        config.model, dataset.num_classes, config.image_size, mean, std, classes=tuple(dataset.classes)
+        config.model,
+        dataset.num_classes,
+        config.image_size,
+        mean,
+        std,
+        classes=tuple(dataset.classes),
+        crop_pct=config.crop_pct,
     )
-    return replace(described, options=config.model_options())
+    return replace(described, options=config.model_options(), crop_pct=config.crop_pct)

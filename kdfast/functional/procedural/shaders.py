@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdfast.functional._checks import on_host
 from kdfast.ops.procedural import shaders as ops
 from kdfast.profiling import annotate
 from kdfast.reference.procedural.shaders import SLOTS
@@ -81,7 +82,7 @@ def render_shaders(
         raise ValueError(f"antialias: got {antialias}; accepted: 1 to {MAX_ANTIALIAS}")
     if dtype not in (torch.uint8, torch.float32):
         raise TypeError(f"dtype: got {dtype}; torch.uint8 or torch.float32 is needed")
-    if program.device.type == "cpu" and program.numel() and not torch.compiler.is_compiling():
+    if program.numel() and on_host(program):
         low, high = int(program.min()), int(program.max())
         if low < 0 or high >= codes.shape[0]:
             raise ValueError(f"program: got {low} to {high}; accepted: 0 to {codes.shape[0] - 1}")

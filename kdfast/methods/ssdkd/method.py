@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kdfast.capture import step_state
 from kdfast.errors import CheckpointError, KDFastError
 from kdfast.functional import KDStatistics, kd_kl_div, kd_statistics
 from kdfast.methods.ssdkd.capture import CapturedLoss, CapturedStep, capturable, optimizer_capturable
@@ -122,6 +123,8 @@ class SSDKD(Learning):
         self.parts: dict[str, Tensor] = {}
         self._losses: dict[Any, CapturedLoss] = {}
         self._updates: dict[Any, CapturedStep] = {}
+        #: What a graph was recorded from; one of another state is recorded anew.
+        self._recorded: dict[Any, tuple[Any, ...]] = {}
         self._loss = torch.zeros((), device=self.device)
 
     @property
@@ -236,6 +239,7 @@ class SSDKD(Learning):
         """
         student = self._ready_student(student)
         key = self._key(student)
+        self._forget(self._losses, key, student)
         if key not in self._losses:
             self._losses[key] = CapturedLoss(
                 lambda: self._distil(student),
@@ -263,6 +267,7 @@ class SSDKD(Learning):
         """
         student = self._ready_student(student)
         key = (id(optimizer), *self._key(student))
+        self._forget(self._updates, key, student)
         if key not in self._updates:
             capture = self._captures(student) and optimizer_capturable(optimizer)
             self._updates[key] = CapturedStep(
@@ -384,6 +389,15 @@ class SSDKD(Learning):
         device = self.device.type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         return (id(student), student.training, torch.is_grad_enabled(), *autocast)
+
+    def _forget(self, graphs: dict[Any, Any], key: Any, student: nn.Module) -> None:
+        """Drop a graph whose student or teacher is no longer as it was recorded: it would go on with what is gone."""
+        if not self._captures(student):
+            return
+        now = (*step_state(student), *step_state(self.teacher))
+        if self._recorded.get(key) != now:
+            graphs.pop(key, None)
+            self._recorded[key] = now
 
     def _captures(self, student: nn.Module) -> bool:
         wanted = self.config.cuda_graphs and torch.is_grad_enabled()

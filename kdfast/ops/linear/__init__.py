@@ -51,7 +51,7 @@ class _Fused(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, chunk_rows: int
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.job, ctx.chunk_rows = job, chunk_rows
+        ctx.job, ctx.chunk_rows, ctx.like = job, chunk_rows, weight.dtype
         job = job._replace(hidden=hidden, weight=weight, bias=bias)
         loss, *ctx.grads = compute(job, chunk_rows, ctx.needs_input_grad[:3])
         return loss
@@ -67,7 +67,10 @@ class _Fused(torch.autograd.Function):
             hidden, weight, bias = ctx.saved_tensors
             job = ctx.job._replace(hidden=hidden, weight=weight, bias=bias)
             grads = compute(job, ctx.chunk_rows, needs)[1:]
-        scaled = [grad.mul_(upstream) if need else None for grad, need in zip(grads, needs, strict=True)]
+        like = ctx.like
+        scaled = [
+            grad.mul_(upstream).to(like) if need else None for grad, need in zip(grads, needs, strict=True)
+        ]
         return (*scaled, None, None)
 
 
@@ -86,10 +89,10 @@ def fused_linear_kd_op(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @fused_linear_kd_op.register_fake
 def _(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     job, (need_hidden, need_weight, need_bias) = job_of(given[:-4]), given[-3:]
-    new, like = job.hidden.new_empty, job.weight.dtype
+    new, like = job.hidden.new_empty, job.kept
     return (
         new((), dtype=job.dtype),
-        torch.empty_like(job.hidden) if need_hidden else new(0),
+        torch.empty_like(job.hidden, dtype=like) if need_hidden else new(0),
         new(job.weight.shape, dtype=like) if need_weight else new(0, dtype=like),
         new(job.weight.shape[:1], dtype=like) if need_bias else new(0, dtype=like),
     )
@@ -97,7 +100,7 @@ def _(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.needs = inputs[-3:]
-    ctx.inputs = len(inputs)
+    ctx.inputs, ctx.like = len(inputs), job_of(inputs[:-4]).weight.dtype
     ctx.save_for_backward(*output[1:])
 
 
@@ -106,8 +109,7 @@ def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         raise NotImplementedError(_ONCE)
     saved = ctx.saved_tensors
     grads = [
-        (grad * upstream).to(grad.dtype) if need else None
-        for grad, need in zip(saved, ctx.needs, strict=True)
+        (grad * upstream).to(ctx.like) if need else None for grad, need in zip(saved, ctx.needs, strict=True)
     ]
     return (*grads, *[None] * (ctx.inputs - 3))
 

@@ -198,7 +198,8 @@ def _compute(
     grad_bias = new(shape[:1], dtype=dtype) if need_bias else new(0)
     index = _counted(job.mask)
     like = torch.empty_like if index is None else torch.zeros_like
-    grad_hidden = like(job.hidden) if need_hidden else new(0)
+    kept = job.kept
+    grad_hidden = like(job.hidden, dtype=kept) if need_hidden else new(0)
     rows = len(job.hidden) if index is None else len(index)
     divisor = job.divisor.to(dtype) if isinstance(job.divisor, Tensor) else job.divisor
     scale = 1.0 / divisor if rows else 0.0  # a sum of nothing is 0, whatever it is the mean of
@@ -217,7 +218,11 @@ def _compute(
         ):  # before the divisor, so that a half-precision gradient stays clear of the smallest numbers
             gradient = gradient.to(job.weight.dtype)
         if need_hidden:
-            grad_hidden[some] = products.multiply(gradient, products.weight).mul_(scale).to(grad_hidden.dtype)
+            product = products.multiply(gradient, products.weight)
+            if isinstance(some, slice):
+                torch.mul(product, scale, out=grad_hidden[some])
+            else:
+                grad_hidden[some] = product.mul_(scale).to(grad_hidden.dtype)
         if need_weight:
             products.add(grad_weight, gradient.t(), _without_masked(chunk))
 
@@ -227,7 +232,7 @@ def _compute(
             some = slice(start, start + chunk_rows)
             step(some if index is None else index[some], products)
     if need_weight:
-        grad_weight = grad_weight.mul_(scale).to(job.weight.dtype)
+        grad_weight = grad_weight.mul_(scale).to(kept)
     if need_bias:
-        grad_bias = grad_bias.mul_(scale).to(job.weight.dtype)
+        grad_bias = grad_bias.mul_(scale).to(kept)
     return loss * scale, grad_hidden, grad_weight, grad_bias

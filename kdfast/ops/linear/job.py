@@ -80,6 +80,15 @@ class Job(NamedTuple):
         )
 
     @property
+    def kept(self) -> torch.dtype:
+        """What gradients are kept in until the backward.
+
+        Divided by the rows, they are among float16's smallest numbers, and would lose their digits before a loss's
+        scale (``torch.amp.GradScaler``) multiplies them; bfloat16 reaches as far down as float32.
+        """
+        return self.dtype if self.weight.dtype == torch.float16 else self.weight.dtype
+
+    @property
     def alike(self) -> bool:
         """Whether both sides have one temperature."""
         return not isinstance(self.ratio, Tensor) and self.ratio == 1.0

@@ -156,3 +156,54 @@ def test_the_instrument_sees_a_product_a_chunk(monkeypatch: pytest.MonkeyPatch) 
     before = measured(4, 64, torch.float32, "cpu", "head", 1)
     monkeypatch.setattr(op.Products, "add", fresh)
     assert measured(4, 64, torch.float32, "cpu", "head", 1) >= before + 4 * 64 * H - 2 * 64 * 4
+
+
+class Launched(TorchDispatchMode):
+    """How many operators ran that compute or copy something; views do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        idle = (
+            "view",
+            "expand",
+            "detach",
+            "t",
+            "transpose",
+            "slice",
+            "empty",
+            "empty_like",
+            "new_empty",
+            "select",
+        )
+        self.count += func.overloadpacket.__name__.removeprefix("_") not in idle
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("kernels_that_write_nothing")
+@pytest.mark.parametrize(
+    "dtype, options, launches",
+    [
+        (torch.float32, {}, 3),
+        (torch.bfloat16, {}, 4),
+        (torch.float32, {"ce_weight": 1.0}, 3),
+        (torch.float32, {"kind": "jsd"}, 3),
+        (torch.float32, {"kind": "jsd", "ce_weight": 1.0}, 6),
+    ],
+)
+def test_launches_a_chunk_are_as_the_table_says(
+    dtype: torch.dtype, options: dict[str, Any], launches: int
+) -> None:
+    """Beside four products and the divergence's kernel (which is replaced, and not counted)."""
+    counts = []
+    for chunks in (2, 3):
+        given = problem(chunks * N, 64, dtype, "meta", "head")
+        if "ce_weight" in options:
+            given["target"] = torch.zeros(chunks * N, dtype=torch.int64, device="meta")
+        own = [given[key].requires_grad_() for key in ("student_hidden", "student_weight")]
+        with Launched() as launched:
+            torch.autograd.grad(fused_linear_kd_loss(**given, **options, chunk_rows=N, reduction="sum"), own)
+        counts.append(launched.count)
+    assert counts[1] - counts[0] == 4 + launches
