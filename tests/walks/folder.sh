@@ -7,8 +7,8 @@ export PATH="$(dirname "$python"):$PATH"
 
 "$python" "$here/shapes.py" flowers 150 40 # 900 to train on, 240 to test on
 
-kdfast keys teach | grep -q image_size
-kdfast distill --help | grep -q epochs
+kdfast keys teach >said && grep -q image_size said
+kdfast distill --help >said && grep -q epochs said
 kdfast teach --data flowers --out runs/flowers/teacher --dry-run \
   image_size=32 epochs=12 2>said
 grep -q 'flowers/train, 900 images, 6 classes of 150' said
