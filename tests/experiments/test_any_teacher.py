@@ -429,6 +429,7 @@ def test_timm_and_torchvision_themselves(tmp_path: Path) -> None:
         (stage / child.name).symlink_to(child)
     ran = subprocess.run(
         [python, "-c", REAL, str(tmp_path)],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(stage.parent)},
