@@ -130,6 +130,8 @@ def test_a_miniature_says_so(table: Path) -> None:
     result = run(config(table, scale="small", cells=("one",)), Fake())
     page = Path(result["report"]).read_text()
     assert "This is a miniature, not the paper&#39;s experiment" in page
+    assert "difference" not in page
+    assert result["results"]["one"]["difference"] == {}
     assert "epochs: 1" in Path("out/cells/one.yaml").read_text()
 
 

@@ -25,6 +25,7 @@ class Row:
         ours: By metric, the mean over seeds and its standard deviation, in the same units; empty if not finished.
         seeds: The seeds.
         seconds: Of a student's training, on average.
+        comparable: Whether the paper's value is of the same experiment, which a miniature's is not.
     """
 
     cell: str
@@ -32,6 +33,7 @@ class Row:
     ours: Mapping[str, tuple[float, float]]
     seeds: tuple[int, ...] = ()
     seconds: float | None = None
+    comparable: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it; ``difference`` is ours less the paper's."""
@@ -40,7 +42,9 @@ class Row:
             "paper": dict(self.paper),
             "ours": ours,
             "std": {name: round(std, 4) for name, (_, std) in self.ours.items()},
-            "difference": {k: round(v - self.paper[k], 4) for k, v in ours.items() if k in self.paper},
+            "difference": {
+                k: round(v - self.paper[k], 4) for k, v in ours.items() if self.comparable and k in self.paper
+            },
             "seeds": list(self.seeds),
             "seconds": self.seconds,
         }
@@ -75,9 +79,15 @@ def write_page(
     )
     head = ["cell"]
     for metric in metrics:
-        head += [f"paper, {_NAMES[metric]}", "ours", "difference"]
+        # A miniature's difference from the paper would be read as one.
+        head += [f"paper, {_NAMES[metric]}", "ours", *(() if small else ("difference",))]
     body = tuple(
-        (row.cell, *(word for metric in metrics for word in _words(row, metric)), _seeds(row), _time(row))
+        (
+            row.cell,
+            *(word for metric in metrics for word in _words(row, metric)[: 2 if small else 3]),
+            _seeds(row),
+            _time(row),
+        )
         for row in rows
     )
     findings = [Finding("note", "What differs from the paper", text) for text in differs]

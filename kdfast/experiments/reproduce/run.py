@@ -145,7 +145,7 @@ def _row(work: _Work, cell: str) -> Row:
             found[name] = (scale * value, scale * float(metrics.get(f"{name}_std", 0.0)))
     seconds = metrics.get("seconds_mean", metrics.get("seconds"))
     seeds = metrics.get("seeds", [metrics["seed"]] if "seed" in metrics else [])
-    return Row(cell, work.table.paper(cell), found, tuple(seeds), seconds)
+    return Row(cell, work.table.paper(cell), found, tuple(seeds), seconds, not work.small)
 
 
 def _teachers(work: _Work) -> dict[str, Path]:
