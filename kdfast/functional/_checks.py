@@ -3,11 +3,71 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
+from kdfast.documents import shown
 from kdfast.functional._reduction import Reduction
+
+#: Every float that a kernel gets has to be one in its arithmetic, float32.
+_LARGEST = float(torch.finfo(torch.float32).max)
+
+
+def check_tensor(name: str, value: Any, needed: str = "a tensor") -> None:
+    """A tensor whose elements lie in memory one by one: not sparse, quantised or nested."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; {needed} is needed")
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantised" if value.is_quantized else str(value.layout)
+        raise TypeError(f"{name}: got a tensor that is {kind}; a dense one is needed")
+
+
+def check_floating(name: str, value: Any, needed: str = "a floating-point tensor") -> None:
+    """A dense tensor of a floating-point dtype."""
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: got dtype {value.dtype}; {needed} is needed")
+
+
+def check_int(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
+    """An int in [low, high]; no bool."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}; an int is needed")
+    if not low <= value <= high:
+        top = "2⁶³ − 1" if high == 2**63 - 1 else high
+        raise ValueError(f"{name}: got {shown(value)}; accepted: {low} to {top}")
+    return value
+
+
+def check_bool(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}; a bool is needed")
+
+
+def check_real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite float in [low, high]; no bool."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}; a number is needed")
+    # Not float(): an int may be beyond any.
+    if not (-_LARGEST <= value <= _LARGEST and low <= value <= high):
+        bounds = (
+            f" from {low:g} to {high:g}"
+            if high < math.inf
+            else f" of at least {low:g}"
+            if low > -math.inf
+            else ""
+        )
+        raise ValueError(f"{name}: got {shown(value)}; a finite number{bounds} is needed")
+    return float(value)
+
+
+def check_sizes(name: str, value: Any) -> tuple[int, int]:
+    """Height and width, each from 1 to 2³¹ − 1."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: got {shown(value)}; height and width, two ints, are needed")
+    return check_int(name, value[0], 1, 2**31 - 1), check_int(name, value[1], 1, 2**31 - 1)
 
 
 def check_logits(
@@ -15,8 +75,7 @@ def check_logits(
 ) -> None:
     """Two floating-point tensors of one shape, at least 1-d, on one device."""
     for name, tensor in zip(names, (student, teacher), strict=True):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}; a tensor of logits is needed")
+        check_tensor(name, tensor, "a tensor of logits")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: got dtype {tensor.dtype}; floating-point logits are needed")
     if student.shape != teacher.shape:
@@ -33,8 +92,7 @@ def check_logits(
 
 def check_dim(dim: int, tensor: torch.Tensor) -> int:
     """The class dimension as a non-negative index."""
-    if not isinstance(dim, int) or isinstance(dim, bool):
-        raise TypeError(f"dim: got {type(dim).__name__}; an int is needed")
+    check_int("dim", dim, -(2**63))
     if not -tensor.dim() <= dim < tensor.dim():
         raise ValueError(
             f"dim: got {dim}; accepted: {-tensor.dim()} to {tensor.dim() - 1} for {tensor.dim()}-d logits"
@@ -45,6 +103,9 @@ def check_dim(dim: int, tensor: torch.Tensor) -> int:
 def check_temperature(temperature: float | torch.Tensor, logits: torch.Tensor) -> float | torch.Tensor:
     """A positive finite float, or a 0-d tensor on the logits' device (whose value is not read: no sync)."""
     if isinstance(temperature, torch.Tensor):
+        check_tensor("temperature", temperature)
+        if temperature.is_complex() or temperature.dtype == torch.bool:
+            raise TypeError(f"temperature: got dtype {temperature.dtype}; a real number is needed")
         if temperature.requires_grad:
             raise ValueError(
                 "temperature: requires grad; kdfast gives it no gradient, pass temperature.detach()"
@@ -60,11 +121,19 @@ def check_temperature(temperature: float | torch.Tensor, logits: torch.Tensor) -
         if torch.compiler.is_compiling():
             return temperature.reshape(())  # a value that the trace cannot look at
         temperature = temperature.item()  # host memory: no sync
-    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
-        raise TypeError(f"temperature: got {type(temperature).__name__}; a float or a 0-d tensor is needed")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature: got {temperature}; a finite value above 0 is needed")
-    return float(temperature)
+    temperature = _above("temperature", temperature, 0.0)
+    # T² is a factor of the losses, 1/T one of the logits: both have to be float32.
+    if not 1e-18 <= temperature <= 1e18:
+        raise ValueError(f"temperature: got {temperature}; a value from 1e-18 to 1e18 is needed")
+    return temperature
+
+
+def _above(name: str, value: float, bound: float) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}; a float or a 0-d tensor is needed")
+    if not bound < value <= _LARGEST:
+        raise ValueError(f"{name}: got {shown(value)}; a finite value above {bound:g} is needed")
+    return float(value)
 
 
 def check_rowwise(
@@ -73,8 +142,7 @@ def check_rowwise(
     """One value a row: bool for ``mask``, floating point without gradient otherwise."""
     if value is None:
         return None
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}; a tensor is needed")
+    check_tensor(name, value)
     if name == "mask" and value.dtype != torch.bool:
         raise TypeError(f"mask: got dtype {value.dtype}; bool is needed (True = the row counts)")
     if name != "mask" and not value.is_floating_point():
@@ -95,17 +163,14 @@ def check_number(
 ) -> float | torch.Tensor:
     """A float above a bound, or a 0-d tensor on the logits' device (whose value is not read: no sync)."""
     if isinstance(value, torch.Tensor):
+        check_tensor(name, value)
         if value.numel() != 1 or value.requires_grad or value.device != logits.device:
             raise ValueError(
                 f"{name}: got shape {tuple(value.shape)} on {value.device}, requires_grad={value.requires_grad}; a 0-d "
                 f"tensor on {logits.device} without gradient, or a float, is needed"
             )
         return value.reshape(())
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}; a float or a 0-d tensor is needed")
-    if not (math.isfinite(value) and value > above):
-        raise ValueError(f"{name}: got {value}; a finite value above {above} is needed")
-    return float(value)
+    return _above(name, value, above)
 
 
 def check_labels(
@@ -117,10 +182,10 @@ def check_labels(
     logits: torch.Tensor,
 ) -> torch.Tensor | None:
     """int64 classes, one a row. Their values are looked at on the CPU only, where that does not wait for a GPU."""
+    check_int("ignore_index", ignore_index, -(2**63))
     if labels is None:
         return None
-    if not isinstance(labels, torch.Tensor):
-        raise TypeError(f"{name}: got {type(labels).__name__}; a tensor of classes is needed")
+    check_tensor(name, labels, "a tensor of classes")
     if labels.dtype != torch.int64:
         raise TypeError(f"{name}: got dtype {labels.dtype}; int64 classes are needed")
     if labels.shape != rows:
@@ -144,8 +209,7 @@ def check_lam(
 ) -> float | torch.Tensor:
     """λ of mixed samples: a float from 0 to 1, or a tensor that broadcasts over the rows."""
     if isinstance(lam, torch.Tensor):
-        if not lam.is_floating_point():
-            raise TypeError(f"lam: got dtype {lam.dtype}; floating point is needed")
+        check_floating("lam", lam)
         if lam.requires_grad:
             raise ValueError("lam: requires grad; kdfast gives it no gradient, pass lam.detach()")
         if lam.device != logits.device and lam.dim() > 0:
@@ -166,17 +230,13 @@ def check_lam(
 
 def check_reduction(reduction: str) -> None:
     """One of :data:`~kdfast.functional._reduction.Reduction`."""
-    if reduction not in get_args(Reduction):
+    if not isinstance(reduction, str) or reduction not in get_args(Reduction):
         raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(get_args(Reduction))}")
 
 
 def check_factor(name: str, value: float) -> float:
     """A finite float that is not negative."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}; a number is needed")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: got {value}; a finite value of at least 0 is needed")
-    return float(value)
+    return check_real(name, value, 0.0)
 
 
 def check_pair(

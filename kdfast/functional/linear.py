@@ -6,7 +6,7 @@ from typing import get_args
 
 import torch
 
-from kdfast.functional._checks import check_rowwise, check_temperature
+from kdfast.functional._checks import check_floating, check_int, check_rowwise, check_temperature
 from kdfast.functional._reduction import Reduction, reduction_divisor
 from kdfast.ops import linear as ops
 from kdfast.profiling import annotate
@@ -62,10 +62,10 @@ def fused_linear_kd_loss(
         ValueError: Shapes, devices, ``temperature``, ``chunk_rows`` or ``reduction`` out of what is said above;
             teacher tensors that require grad.
     """
-    if reduction not in get_args(Reduction) or reduction == "none":
+    if not isinstance(reduction, str) or reduction not in get_args(Reduction) or reduction == "none":
         raise ValueError(f"reduction: got {reduction!r}; accepted: batchmean, mean, sum, rowmean")
     device = _check_tensor("student_hidden", student_hidden, None)
-    autocast = torch.is_autocast_enabled(device.type)
+    autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     heads = []
     for role, hidden, weight, bias in (
         ("student", student_hidden, student_weight, student_bias),
@@ -100,7 +100,11 @@ def fused_linear_kd_loss(
     temperature = check_temperature(temperature, student_hidden)
     row_weight = check_rowwise("row_weight", row_weight, rows, student_hidden)
     mask = check_rowwise("mask", mask, rows, student_hidden)
-    chunk = ops.default_chunk_rows(num_classes) if chunk_rows is None else _check_chunk(chunk_rows)
+    chunk = (
+        ops.default_chunk_rows(num_classes)
+        if chunk_rows is None
+        else check_int("chunk_rows", chunk_rows, 1, 2**31 - 1)
+    )
     logits = torch.empty((*rows, num_classes), device="meta")  # its sizes are all that the divisor reads
     return ops.fused_linear_kd(
         heads[0],
@@ -114,10 +118,7 @@ def fused_linear_kd_loss(
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, device: torch.device | None) -> torch.device:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: got {type(tensor).__name__}; a tensor is needed")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: got dtype {tensor.dtype}; a floating-point tensor is needed")
+    check_floating(name, tensor)
     if device is not None and tensor.device != device:
         raise ValueError(f"{name}: is on {tensor.device}; student_hidden is on {device}, and they must match")
     return tensor.device
@@ -149,11 +150,3 @@ def _check_head(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{role}_bias: got shape {tuple(bias.shape)}; ({weight.shape[0]},) is needed")
-
-
-def _check_chunk(chunk_rows: int) -> int:
-    if not isinstance(chunk_rows, int) or isinstance(chunk_rows, bool):
-        raise TypeError(f"chunk_rows: got {type(chunk_rows).__name__}; an int is needed")
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows: got {chunk_rows}; at least 1 is needed")
-    return chunk_rows

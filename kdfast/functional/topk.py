@@ -6,7 +6,13 @@ from typing import Literal, get_args
 
 import torch
 
-from kdfast.functional._checks import check_logits, check_reduction, check_rowwise, check_temperature
+from kdfast.functional._checks import (
+    check_logits,
+    check_reduction,
+    check_rowwise,
+    check_temperature,
+    check_tensor,
+)
 from kdfast.functional._reduction import Reduction, reduction_divisor
 from kdfast.ops import topk as ops
 from kdfast.ops.common.row_loss import Row
@@ -69,7 +75,7 @@ def topk_kd_loss(
             above; ``log_normalizer`` with ``"renormalize"``; cached tensors that require grad.
     """
     check_reduction(reduction)
-    if tail not in get_args(Tail):
+    if not isinstance(tail, str) or tail not in get_args(Tail):
         raise ValueError(f"tail: got {tail!r}; accepted: {', '.join(get_args(Tail))}")
     check_logits(student, student)
     check_logits(logits, logits, ("logits", "logits"))
@@ -96,8 +102,7 @@ def topk_kd_loss(
 
 
 def _check_indices(indices: torch.Tensor, logits: torch.Tensor, student: torch.Tensor) -> None:
-    if not isinstance(indices, torch.Tensor):
-        raise TypeError(f"indices: got {type(indices).__name__}; a tensor is needed")
+    check_tensor("indices", indices)
     if indices.dtype != torch.int64:
         raise TypeError(f"indices: got dtype {indices.dtype}; int64 class indices are needed")
     if indices.shape[:-1] != student.shape[:-1] or indices.dim() != student.dim():

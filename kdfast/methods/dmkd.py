@@ -11,6 +11,7 @@ here to see that.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -23,6 +24,7 @@ from kdfast.errors import ConfigError
 from kdfast.functional import kd_kl_div
 from kdfast.models.outputs import logits_of
 from kdfast.models.roles import check_networks, chosen_student, still_evaluated
+from kdfast.training.bounds import check_finite
 from kdfast.training.learning import Learning
 
 __all__ = ["DMKD", "DMKDConfig"]
@@ -51,15 +53,14 @@ class DMKDConfig:
     cutmix_alpha: float | None = 0.25
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature: got {self.temperature}, accepted: a number above 0")
+        check_finite("temperature", self.temperature, 0, above=True)
         if self.labels not in get_args(Labels):
             raise ConfigError(f"labels: got {self.labels!r}, accepted: {', '.join(get_args(Labels))}")
         if self.hard_labels not in get_args(HardLabels):
             raise ConfigError(
                 f"hard_labels: got {self.hard_labels!r}, accepted: {', '.join(get_args(HardLabels))}"
             )
-        if self.cutmix_alpha is not None and not self.cutmix_alpha > 0:
+        if self.cutmix_alpha is not None and not 0 < self.cutmix_alpha < math.inf:
             raise ConfigError(
                 f"cutmix_alpha: got {self.cutmix_alpha}, accepted: a number above 0, or null for none"
             )

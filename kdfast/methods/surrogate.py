@@ -28,6 +28,7 @@ from kdfast.errors import ConfigError
 from kdfast.functional import kd_kl_div
 from kdfast.models.outputs import logits_of
 from kdfast.models.roles import check_networks, chosen_student, still_evaluated
+from kdfast.training.bounds import check_finite
 from kdfast.training.learning import Learning
 
 __all__ = ["SurrogateKD", "SurrogateKDConfig"]
@@ -75,8 +76,7 @@ class SurrogateKDConfig:
     threshold: float = 0.9
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature: got {self.temperature}, accepted: a number above 0")
+        check_finite("temperature", self.temperature, 0, above=True)
         for name, accepted in (
             ("targets", get_args(Targets)),
             ("regime", tuple(REGIMES)),

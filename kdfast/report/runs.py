@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdfast.documents import read_json, read_json_lines
 from kdfast.errors import DataError
 
 METRICS = "metrics.json"
 LOG = "metrics.jsonl"
+
+
+def _number(value: Any) -> float:
+    """A value of a log; one that is no number is a gap in the curve."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max else math.nan
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,11 @@ class Run:
             x and y, equally long; empty if the log has no such value.
         """
         points = [
-            (e[against], e[key]) for e in self.log if e.get("kind") == kind and key in e and against in e
+            (_number(e[against]), _number(e[key]))
+            for e in self.log
+            if e.get("kind") == kind and key in e and against in e
         ]
-        return [float(x) for x, _ in points], [float(y) for _, y in points]
+        return [x for x, _ in points], [y for _, y in points]
 
     @property
     def pictures(self) -> list[Path]:
@@ -78,30 +87,17 @@ def _has_metrics(folder: Path) -> bool:
 
 
 def _metrics(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
     try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {error}") from error
+        document = read_json(path, error=DataError)
+    except FileNotFoundError:
+        return {}
     if not isinstance(document, dict):
         raise DataError(f"{path}: holds a JSON {type(document).__name__}, expected an object")
     return document
 
 
 def _log(path: Path) -> tuple[dict[str, Any], ...]:
-    if not path.exists():
-        return ()
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    entries = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines):
-                break  # a run that is writing right now, or that was killed while it did
-            raise DataError(f"{path}: line {number} is not JSON: {error}") from error
-    return tuple(entries)
+        return tuple(read_json_lines(path, error=DataError))
+    except FileNotFoundError:
+        return ()
