@@ -79,7 +79,12 @@ def read_run(path: str | Path) -> Run:
 
 def _read(folder: Path) -> Run:
     children = [_read(child) for child in sorted(folder.iterdir()) if child.is_dir() and _has_metrics(child)]
-    return Run(folder, folder.resolve().name, _metrics(folder / METRICS), _log(folder / LOG), tuple(children))
+    return Run(folder, _name(folder), _metrics(folder / METRICS), _log(folder / LOG), tuple(children))
+
+
+def _name(folder: Path) -> str:
+    """The directory's name on one line, in letters that a page can hold."""
+    return " ".join(folder.resolve().name.encode("utf-8", "backslashreplace").decode().split())
 
 
 def _has_metrics(folder: Path) -> bool:

@@ -95,8 +95,9 @@ class Progress:
     def _add(self, task: Task) -> Any:
         if self._rich is None:
             return None
+        markup = require("rich.markup", extra="train", feature="the progress bar")
         return self._rich.add_task(
-            task.description, total=task.total, completed=task.completed, rate="", note=""
+            markup.escape(task.description), total=task.total, completed=task.completed, rate="", note=""
         )
 
     def _show(self, task: Task, note: str) -> None:
