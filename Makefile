@@ -34,7 +34,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all test-gpu sanitize lint format imports docs bench clean distclean
+.PHONY: help install demo test test-all test-gpu test-vision sanitize lint format imports docs bench clean distclean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -69,10 +69,26 @@ test: $(STAMP) ## Run the tests
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not slow" tests
 	$(PYTEST) -m "not slow and not gpu and not interpreter" tests
 
-test-all: $(STAMP) ## Run the tests with the slow ones, and the GPU's where there is one
+# TRL and Lightning, whose trainers the adapters' slow tests run; without them those tests skip.
+$(VENV)/.trainers-installed: $(STAMP)
+	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[all,dev,trainers]'
+	@touch $@
+
+test-all: $(VENV)/.trainers-installed ## Run the tests with the slow ones, and the GPU's where there is one
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests
 	@! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(MAKE) test-gpu
 	$(PYTEST) -m "not gpu and not interpreter" tests
+	$(MAKE) test-vision
+
+# torchvision and timm do not import beside the torch that the tests pin, so they have an environment of their own.
+.venv-vision/.installed: tests/vision/requirements.txt pyproject.toml setup.py $(CPP)
+	$(PYTHON) -m venv .venv-vision
+	.venv-vision/bin/python -m pip install -q -r tests/vision/requirements.txt setuptools pybind11 ninja
+	.venv-vision/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-vision: .venv-vision/.installed ## Run the tests with torchvision, timm and 🤗 networks
+	OMP_NUM_THREADS=1 .venv-vision/bin/python -m pytest -o addopts= -q -p no:cacheprovider tests/vision
 
 test-gpu: $(STAMP) ## Run the tests that need a GPU
 	$(PY) -m pytest -m gpu tests
@@ -123,4 +139,4 @@ clean: ## Remove what builds leave behind
 	find kdfast kernels tests bench recipes -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## Remove those and the virtual environments
-	rm -rf $(VENV) .venv-sanitize kdfast/_C*.so
+	rm -rf $(VENV) .venv-sanitize .venv-vision kdfast/_C*.so

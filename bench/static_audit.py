@@ -51,7 +51,11 @@ class _Driver:
 
 @dataclass
 class KernelReport:
-    """What one compiled kernel looks like; ``elements`` are those of the first tensor it was launched with."""
+    """What one compiled kernel looks like.
+
+    ``elements`` are those of the first tensor it was launched with; ``loops`` the instructions of its innermost loops,
+    in the order of the code (NVIDIA's only).
+    """
 
     name: str
     capability: int | str
@@ -65,6 +69,7 @@ class KernelReport:
     loads: Counter[str] = field(default_factory=Counter)
     stores: Counter[str] = field(default_factory=Counter)
     elements: int = 0
+    loops: list[int] = field(default_factory=list)
 
     @property
     def target(self) -> str:
@@ -163,7 +168,20 @@ def report_of(compiled: Any, name: str, capability: int, grid: tuple[int, ...]) 
         instructions=sum(op != "NOP" for op in ops),  # padding behind the last branch is never issued
         loads=Counter(op for op in ops if op.startswith("LDG")),
         stores=Counter(op for op in ops if op.startswith("STG")),
+        loops=_loops(sass),
     )
+
+
+def _loops(sass: str) -> list[int]:
+    """Instructions between a branch back and where it leads, of the loops that hold no other."""
+    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)", sass, re.M)
+    spans = []
+    for address, op, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if op.startswith("BRA") and target is not None and int(target[1], 16) < int(address, 16):
+            spans.append((int(target[1], 16), int(address, 16)))
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [sum(low <= int(at, 16) <= high and op != "NOP" for at, op, _ in code) for low, high in inner]
 
 
 @contextlib.contextmanager
@@ -187,6 +205,13 @@ def compiling_for(capability: int | str, **overrides: Any) -> Iterator[list[Kern
         report.elements = 0 if operand is None else operand.numel()
         reports.append(report)
 
+    with launching_with(compile_instead, capability):
+        yield reports
+
+
+@contextlib.contextmanager
+def launching_with(instead: Callable[..., None], capability: int | str) -> Iterator[None]:
+    """Within the block, ``instead`` is called where kernels would be launched, for one of :data:`TARGETS`."""
     original = launching.launch
     # Families import `launch` by name: replace it wherever it went.
     kernels = [module for name, module in sys.modules.items() if name.startswith("kdfast.kernels")]
@@ -195,9 +220,9 @@ def compiling_for(capability: int | str, **overrides: Any) -> Iterator[list[Kern
     target = ("cuda", capability, 32) if isinstance(capability, int) else ("hip", capability, 64)
     driver.set_active(_Driver(GPUTarget(*target)))
     for module in holders:
-        module.launch = compile_instead
+        module.launch = instead
     try:
-        yield reports
+        yield
     finally:
         for module in holders:
             module.launch = original

@@ -1,10 +1,12 @@
-// kdfast._C: the bookkeeping of prioritized replay.
+// kdfast._C: the bookkeeping of prioritized replay, and what a CPU computes in one pass where operators take many.
 #include "bound.hpp"
+#include "dead_leaves.hpp"
 #include "philox_normal.hpp"
+#include "row_losses.hpp"
 
 PYBIND11_MODULE(_C, module) {
   using namespace kdfast;
-  module.doc() = "Bookkeeping of prioritized replay: the part of kdfast that is C++.";
+  module.doc() = "Bookkeeping of prioritized replay, and a CPU's fused loops: the part of kdfast that is C++.";
   py::register_exception<SnapshotError>(module, "SnapshotError", PyExc_ValueError);
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
@@ -174,4 +176,40 @@ PYBIND11_MODULE(_C, module) {
       },
       py::arg("key"), py::arg("step"), py::arg("count"),
       "Standard normals of a step under a 64-bit key, float32: the bits of kernels/common/normal.py.");
+
+  module.def(
+      "kl_rows",
+      [](int64_t rows, int64_t classes, uintptr_t student, int64_t student_stride, uintptr_t teacher,
+         int64_t teacher_stride, float inverse, uintptr_t loss, uintptr_t grad_student, uintptr_t grad_teacher,
+         int64_t threads) {
+        if (classes < 1) throw py::value_error("classes: got " + std::to_string(classes) + ", accepted: 1 or more");
+        return kl_rows(rows, classes, {at<const float>(student), student_stride},
+                {at<const float>(teacher), teacher_stride}, inverse, at<float>(loss),
+                {at<float>(grad_student), classes}, {at<float>(grad_teacher), classes}, threads);
+      },
+      py::call_guard<py::gil_scoped_release>(),
+      "KL(softmax(teacher/T) || softmax(student/T)) of float32 rows at these addresses, with inverse = 1/T, and T "
+      "times its gradients (0: not wanted).");
+
+  module.def(
+      "dead_leaves",
+      [](uint64_t seed, const Array<int64_t>& index, int64_t height, int64_t width, int64_t limit,
+         const Array<float>& radii, const Array<float>& cumulative) {
+        if (height < 0 || width < 0) throw py::value_error("height, width: accepted: 0 or more");
+        if (radii.size() < 1 || radii.size() != cumulative.size())
+          throw py::value_error("radii, cumulative: accepted: as many of each, at least one");
+        py::array_t<uint8_t> out({index.size(), int64_t{3}, height, width});
+        const LeafLaw law{radii.data(), cumulative.data(), radii.size()};
+        const int64_t* const image = index.data();
+        const int64_t count = index.size();
+        uint8_t* const pixels = out.mutable_data();
+        py::gil_scoped_release release;
+        std::vector<uint8_t> covered;
+        for (int64_t i = 0; i < count; ++i)
+          paint_leaves(seed, image[i], height, width, limit, law, covered, pixels + i * 3 * height * width);
+        return out;
+      },
+      py::arg("seed"), py::arg("index"), py::arg("height"), py::arg("width"), py::arg("limit"),
+      py::arg("radii"), py::arg("cumulative"),
+      "uint8 [B, 3, H, W]: images `index` of at most `limit` leaves each, with the reference's bits.");
 }

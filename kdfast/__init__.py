@@ -30,9 +30,19 @@ if TYPE_CHECKING:
     from kdfast.backend import get_backend as get_backend
     from kdfast.backend import set_backend as set_backend
     from kdfast.backend import use_backend as use_backend
+    from kdfast.commands import data_report as data_report
+    from kdfast.commands import demo as demo
+    from kdfast.commands import distill as distill
+    from kdfast.commands import evaluate as evaluate
+    from kdfast.commands import export as export
+    from kdfast.commands import select as select
+    from kdfast.commands import synth as synth
+    from kdfast.commands import teach as teach
 
 _LAZY = ("data", "diffusion", "functional", "methods", "models", "nn", "replay")
 _BACKEND = ("get_backend", "set_backend", "use_backend")
+# What the command line does, without `report`: that name is a room's.
+_COMMANDS = ("data_report", "demo", "distill", "evaluate", "export", "select", "synth", "teach")
 
 __all__ = [
     "BackendError",
@@ -44,6 +54,7 @@ __all__ = [
     "ShardError",
     "__version__",
     *_BACKEND,
+    *_COMMANDS,
     *_LAZY,
 ]
 
@@ -53,6 +64,7 @@ def __getattr__(name: str) -> Any:
     # imported before it is needed, so that the command line answers at once.
     if name in _LAZY or name == "backend":
         return importlib.import_module(f"kdfast.{name}")
-    if name in _BACKEND:
-        return getattr(importlib.import_module("kdfast.backend"), name)
+    for home, names in (("backend", _BACKEND), ("commands", _COMMANDS)):
+        if name in names:
+            return getattr(importlib.import_module(f"kdfast.{home}"), name)
     raise AttributeError(f"module 'kdfast' has no attribute {name!r}")

@@ -81,15 +81,14 @@ def resolve(*tensors: torch.Tensor | None) -> Resolved:
     Raises:
         BackendError: ``triton`` was chosen and cannot run these tensors.
     """
-    backend = get_backend()
-    present = [tensor for tensor in tensors if tensor is not None]
-    on_gpu = True
-    for tensor in present:  # a loop: this is on the way of every op, and generators cost a microsecond each
-        on_gpu = on_gpu and tensor.is_cuda
-        if tensor.dtype == torch.float64:
-            backend = "reference"
-    if backend == "reference":
+    backend, on_gpu, double = get_backend(), True, False
+    for tensor in tensors:  # a loop: this is on the way of every op, and generators cost a microsecond each
+        if tensor is not None:
+            on_gpu = on_gpu and tensor.is_cuda
+            double = double or tensor.dtype is torch.float64
+    if backend == "reference" or double:
         return "reference"
+    present = [tensor for tensor in tensors if tensor is not None]
     if backend == "triton":
         if not triton_available():
             raise BackendError("backend 'triton' was chosen, but the triton package is not installed")

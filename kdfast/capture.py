@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Same", "autocast_state", "can_capture", "has_hooks", "module_state", "record"]
+__all__ = [
+    "Same",
+    "autocast_state",
+    "can_capture",
+    "capturing",
+    "has_hooks",
+    "module_state",
+    "record",
+    "step_state",
+]
 
 #: torch's CUDA classes have no types.
 cuda: Any = torch.cuda
@@ -24,6 +33,11 @@ _PRIMITIVE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 def can_capture(device: torch.device) -> bool:
     """Whether work on this device can be recorded."""
     return device.type == "cuda"
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on ``device`` now goes into a graph, which will read the same memory in every replay."""
+    return can_capture(device) and bool(cuda.is_current_stream_capturing())
 
 
 def record(
@@ -94,6 +108,25 @@ def autocast_state(device: torch.device) -> tuple[Any, ...]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` runs more than its own code: hooks of torch, accelerate or diffusers (offloading)."""
     return any(getattr(part, name, None) for part in module.modules() for name in _HOOKS)
+
+
+def step_state(module: nn.Module) -> tuple[Any, ...]:
+    """The part of :func:`module_state` that training steps change, quick enough to be asked for before each of them.
+
+    The parts themselves, their modes and hooks, and where parameters and buffers lie: weights that were loaded with
+    ``assign=True``, moved away and back or replaced, layers that were wrapped, frozen or hooked.
+    """
+    found: list[Any] = []
+    for part in module.modules():
+        found += (part, part.training)
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+            if hooks:
+                found += map(Same, hooks.values())
+        for own in (part._parameters, part._buffers):
+            for tensor in own.values():
+                if tensor is not None:
+                    found += (tensor.data_ptr(), tensor.requires_grad)
+    return tuple(found)
 
 
 def module_state(module: nn.Module) -> tuple[Any, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import numbers
+from collections.abc import Mapping
 from types import ModuleType
 
 
@@ -34,6 +36,11 @@ class CheckpointError(KDFastError):
     """A checkpoint cannot be read, or does not fit what it is loaded into."""
 
 
+def is_positive(value: object) -> bool:
+    """Whether ``value`` is a number above 0: what a text is compared with is no error of its own."""
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and float(value) > 0
+
+
 def require(module: str, *, extra: str, feature: str) -> ModuleType:
     """Import ``module``, or raise :class:`MissingExtraError` that says which command installs it.
 
@@ -49,3 +56,31 @@ def require(module: str, *, extra: str, feature: str) -> ModuleType:
             f"{feature} needs {module.split('.')[0]}, which cannot be imported ({error}). "
             f'Install it with: pip install "kdfast[{extra}]"'
         ) from error
+
+
+def require_all(modules: Mapping[str, str], *, feature: str) -> None:
+    """Look for several modules at once, so that one command brings all that are missing.
+
+    Args:
+        modules: Dotted names, each with the extra of kdfast's that brings it.
+        feature: What the user was trying to use, for the message.
+
+    Raises:
+        MissingExtraError: Names every one that cannot be imported, and all their extras in one command.
+    """
+    missing = {}
+    for module, extra in modules.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            missing[module] = (extra, error)
+    if len(missing) == 1:
+        ((module, (extra, _)),) = missing.items()
+        require(module, extra=extra, feature=feature)
+    if missing:
+        names = ", ".join(f"{module.split('.')[0]} ({error})" for module, (_, error) in missing.items())
+        extras = ",".join(sorted({extra for extra, _ in missing.values()}))
+        raise MissingExtraError(
+            f"{feature} needs what cannot be imported: {names}. "
+            f'Install all of it with: pip install "kdfast[{extras}]"'
+        )

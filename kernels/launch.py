@@ -1,14 +1,20 @@
-"""One way to launch a kernel: every launch is counted, so that a test can tell which code ran."""
+"""One way to launch a kernel: every launch is counted, so that a test can tell which code ran.
+
+What Triton does for each launch (bind, classify and hash all arguments) costs several times what a small kernel
+takes. Here it does so once for each geometry: a :class:`Launch` keeps the compiled kernel, and runs it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from triton import knobs
+from triton.runtime import driver
 
 #: What CUDA allows along the second grid dimension; programs loop over what is beyond.
 MAX_GRID_Y = 65535
@@ -17,12 +23,227 @@ MAX_GRID_Y = 65535
 launch_counts: Counter[str] = Counter()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    """Launch ``kernel`` on ``grid`` (any length up to 3); an empty grid launches nothing."""
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
+    """Launch ``kernel`` on ``grid`` (any length up to 3); an empty grid launches nothing.
+
+    Returns:
+        What Triton compiled, None in its interpreter.
+    """
     if 0 in grid:
-        return
+        return None
     launch_counts[kernel.__name__] += 1
-    kernel[grid](*args, **kwargs)
+    return kernel[grid](*args, **kwargs)
+
+
+class _Ready(NamedTuple):
+    """A compiled kernel, and what stays the same from launch to launch."""
+
+    compiled: Any
+    programs: tuple[int, int, int]
+    run: Any
+    function: Any
+    metadata: Any
+    tail: tuple[Any, ...]  # arguments after those that vary
+    slots: tuple[int, ...]  # where in all arguments the further varying ones go
+    driver: Any
+    knobs: tuple[Any, ...]
+
+
+def _knobs() -> tuple[Any, ...]:
+    """What makes Triton compile another kernel of the same arguments."""
+    runtime = knobs.runtime
+    return runtime.debug, knobs.compilation.instrumentation_mode, runtime.add_stages_inspection_hook
+
+
+def _listens(hook: Any) -> bool:
+    """Whether a hook of Triton's does anything: a profiler has added to its chain, or put its own there."""
+    return hook is not None and (type(hook) is not knobs.HookChain or bool(hook.calls))
+
+
+class Launch:
+    """One kernel on one geometry, to be launched as often as wanted.
+
+    The first launch is Triton's own. It compiles, and everything later is run as Triton would run it, without asking
+    again what has been asked: on the current stream of the kernel's device, with the hooks of profilers. Whoever keeps
+    a Launch answers for the arguments: types, dtypes, None, and which pointers are multiples of 16 must be those of the
+    first launch. After a change of Triton's debug knobs or driver the next launch is Triton's own again.
+
+    Args:
+        kernel: A ``triton.jit`` function.
+        grid: Its programs.
+        fixed: Arguments after those that vary.
+        constants: Arguments by name, and the options of the launch.
+        further: Names of parameters that vary, too, and stand among or after the fixed ones.
+        device: Where it runs.
+    """
+
+    __slots__ = ("_ready", "constants", "device", "fixed", "further", "grid", "kernel", "name")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        fixed: tuple[Any, ...],
+        constants: dict[str, Any],
+        device: torch.device,
+        further: tuple[str, ...] = (),
+    ) -> None:
+        self.kernel, self.grid, self.fixed, self.constants = kernel, grid, fixed, constants
+        self.further, self.name = further, kernel.__name__
+        # Triton launches on the current device; -1: there is no other.
+        self.device = device.index if device.type == "cuda" and device.index is not None else -1
+        self._ready: _Ready | None = None
+
+    def __call__(self, varying: tuple[Any, ...], further: tuple[Any, ...] = ()) -> None:
+        """Launch with these values of the first parameters, and of those named ``further``."""
+        ready = self._ready
+        if ready is None:  # before the driver is asked for: the interpreter has none
+            with _guard(self.device):
+                return self._by_triton(varying, further)
+        active = driver.active
+        if self.device >= 0 and active.get_current_device() != self.device:
+            with _guard(self.device):
+                return self(varying, further)
+        if ready.driver is not active or ready.knobs != _knobs() or self.kernel.pre_run_hooks:
+            return self._by_triton(varying, further)
+        arguments: Any = (*varying, *ready.tail)
+        if further:
+            arguments = list(arguments)
+            for slot, value in zip(ready.slots, further):
+                arguments[slot] = value
+        stream = active.get_current_stream(max(self.device, 0))
+        runtime, about = knobs.runtime, None
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if _listens(enter) or _listens(leave):
+            about = ready.compiled.launch_metadata(self.grid, stream, *arguments)
+        else:
+            enter = leave = None
+        launch_counts[self.name] += 1
+        run, function, metadata, (x, y, z) = ready.run, ready.function, ready.metadata, ready.programs
+        run(x, y, z, stream, function, metadata, about, enter, leave, *arguments)
+        return None
+
+    def _by_triton(self, varying: tuple[Any, ...], further: tuple[Any, ...]) -> None:
+        named = dict(zip(self.further, further, strict=True))
+        state = _knobs()
+        compiled = launch(self.kernel, self.grid, *varying, *self.fixed, **named, **self.constants)
+        # The interpreter compiles nothing; ROCm's compiler also looks at how much memory a pointer leads to.
+        if compiled is None or compiled.metadata.target.backend != "cuda":
+            return
+        given = dict(zip(self.kernel.arg_names, (*varying, *self.fixed)))
+        given |= named | self.constants
+        tail = [given.get(p.name, p.default) for p in self.kernel.params[len(varying) :]]
+        slots = tuple(self.kernel.arg_names.index(name) for name in self.further)
+        x, y, z = (*self.grid, 1, 1)[:3]
+        handles = compiled.run, compiled.function, compiled.packed_metadata
+        self._ready = _Ready(compiled, (x, y, z), *handles, tuple(tail), slots, driver.active, state)
+
+
+def keeps(device: torch.device) -> bool:
+    """Whether launches on ``device`` are kept by geometry: the interpreter's, and those for no device, never are."""
+    return device.type == "cuda"
+
+
+def traits(value: Any) -> Any:
+    """What a compiled kernel depends on of an argument: of a number or None, its type alone."""
+    if not isinstance(value, torch.Tensor):
+        return type(value)
+    return value.dtype, value.dim() == 0, value.data_ptr() & 15
+
+
+#: Geometries that a family keeps: as many shapes as a training run has, not as many as a server sees.
+MAX_KEPT = 512
+_keeping = threading.Lock()
+_all_kept: list[Kept] = []
+
+
+class Kept(dict[Any, Any]):
+    """What a family has planned, by geometry: the last :data:`MAX_KEPT`. It holds no tensor.
+
+    Reading takes no lock: two threads that miss both plan, and one plan stays.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        _all_kept.append(self)
+
+    def keep(self, key: Any, value: Any, device: torch.device) -> Any:
+        """Keep ``value``, where launches on ``device`` are kept; whatever is kept then."""
+        if not keeps(device):
+            return value
+        with _keeping:
+            while len(self) >= MAX_KEPT:
+                del self[next(iter(self))]
+            return self.setdefault(key, value)
+
+
+#: A grid, the arguments after those that vary, and the constants by name.
+Planned = tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]
+
+
+class Launches:
+    """The launches of one kernel, each planned once for its geometry.
+
+    Args:
+        kernel: A ``triton.jit`` function.
+        plan: ``(*geometry)`` to what is planned.
+        further: Names of parameters after the fixed ones that vary, too: numbers.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        plan: Callable[..., Planned],
+        further: tuple[str, ...] = (),
+    ) -> None:
+        self.kernel, self.plan, self.further = kernel, plan, further
+        self.kept = Kept()
+
+    def find(self, device: torch.device, geometry: tuple[Any, ...], varying: tuple[Any, ...]) -> Launch:
+        """The launch of a geometry.
+
+        Args:
+            device: Where the tensors are.
+            geometry: All that the plan depends on, hashable.
+            varying: Values of the kernel's first parameters; memory made for this call may be left out.
+        """
+        # What Triton would compile another kernel for, of all that varies.
+        kinds = [
+            None if x is None else (x.dtype, x.data_ptr() & 15) if isinstance(x, torch.Tensor) else number_traits(x)
+            for x in varying
+        ]  # fmt: skip
+        key = (device, geometry, tuple(kinds))
+        found: Launch | None = self.kept.get(key)
+        if found is None:
+            grid, fixed, constants = self.plan(*geometry)
+            found = Launch(self.kernel, grid, fixed, constants, device, self.further)
+            self.kept.keep(key, found, device)
+        return found
+
+    def __call__(
+        self,
+        device: torch.device,
+        geometry: tuple[Any, ...],
+        varying: tuple[Any, ...],
+        further: tuple[Any, ...] = (),
+    ) -> None:
+        """Launch once; ``further``: values of the parameters of that name."""
+        self.find(device, geometry, varying)(varying, further)
+
+
+def number_traits(value: Any) -> Any:
+    """What Triton may compile for: an integer's width, whether 16 divides it, whether it is 1."""
+    if type(value) is not int:
+        return type(value)
+    width = 32 if -(2**31) <= value < 2**31 else 64 if value < 2**63 else 65
+    return width, value & 15 == 0, value == 1
+
+
+def forget() -> None:
+    """Plan everything anew: after a change of what plans depend on beside the geometry."""
+    with _keeping:
+        for kept in _all_kept:
+            kept.clear()
 
 
 @contextlib.contextmanager
@@ -39,8 +260,12 @@ def count_launches() -> Iterator[Counter[str]]:
 
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make ``tensor``'s GPU current, since Triton launches on the current one; nothing on a CPU."""
-    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
+    return _guard(tensor.device.index if tensor.device.type == "cuda" else -1)
+
+
+def _guard(index: int) -> contextlib.AbstractContextManager[Any]:
+    if index >= 0 and index != torch.cuda.current_device():
+        return torch.cuda.device(index)
     return contextlib.nullcontext()
 
 
@@ -96,6 +321,23 @@ def fresh_counters() -> Iterator[None]:
 
 
 _counters: dict[tuple[int | None, int], torch.Tensor] = {}
+_reductions: dict[tuple[int | None, int], tuple[torch.Tensor, torch.Tensor]] = {}
+#: More partial sums than this are memory of one launch.
+MAX_PARTIALS = 1 << 18
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def _stream(device: torch.device) -> int:
+    """The handle of the current stream; torch's own object of it takes microseconds to make."""
+    if _raw_stream is not None and device.index is not None:
+        return int(_raw_stream(device.index))
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def _lasting(device: torch.device) -> bool:
+    """Whether memory may be kept for later launches."""
+    kept = keeps(device) and not getattr(_compiled, "fresh", False)
+    return kept and not torch.cuda.is_current_stream_capturing()
 
 
 def arrival_counter(device: torch.device, count: int = 1) -> torch.Tensor:
@@ -104,13 +346,25 @@ def arrival_counter(device: torch.device, count: int = 1) -> torch.Tensor:
     One set a stream, since launches of two streams may overlap. While a graph is captured, and in a registered op
     (:func:`fresh_counters`), it is a fresh one: memory of a graph's pool must not outlive it in a cache.
     """
-    if (
-        device.type != "cuda"
-        or getattr(_compiled, "fresh", False)
-        or torch.cuda.is_current_stream_capturing()
-    ):
+    if not _lasting(device):
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    key = (device.index, _stream(device))
     if key not in _counters or _counters[key].numel() < count:
         _counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
     return _counters[key]
+
+
+def reduction(device: torch.device, programs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(memory for a float32 of each program, an arrival counter), for launches that sum.
+
+    Both are kept for a stream's next launch, which cannot begin before this one has summed.
+    """
+    if programs > MAX_PARTIALS or not _lasting(device):
+        return torch.empty(programs, dtype=torch.float32, device=device), arrival_counter(device)
+    key = (device.index, _stream(device))
+    found = _reductions.get(key)
+    if found is None or found[0].numel() < programs:
+        held = max(1024, 1 << (programs - 1).bit_length())
+        found = torch.empty(held, dtype=torch.float32, device=device), arrival_counter(device)
+        _reductions[key] = found
+    return found

@@ -1,1 +1,1 @@
-"""The recipes: one flat YAML file an experiment, installed as ``kdfast.recipes``."""
+"""The recipes: one YAML file a table or figure of a paper, installed as ``kdfast.recipes``."""

@@ -5,6 +5,7 @@ instead of                              use
 =====================================  ==========================================================
 ``torch.nn.KLDivLoss`` in KD code       :class:`KLDivLoss`, on the same (log-)probabilities
 ``GKDTrainer.generalized_jsd_loss``     :func:`generalized_jsd_loss`, the same arguments and value
+``GKDTrainer`` (TRL)                    :class:`GKDMixin` before it: that loss, on any number of ranks
 ``Trainer.compute_loss`` (🤗)           :class:`TrainerLoss`, the same arguments
 a teacher in a ``LightningModule``      :class:`Distiller`, a module that holds both networks
 torchrl's ``PrioritizedSampler``        :func:`torchrl_sampler`, with kdfast's exact integer tree
@@ -13,11 +14,12 @@ torchrl's ``PrioritizedSampler``        :func:`torchrl_sampler`, with kdfast's e
 
 from __future__ import annotations
 
-from kdfast.adapters.losses import Distiller, KLDivLoss, TrainerLoss, generalized_jsd_loss
+from kdfast.adapters.losses import Distiller, GKDMixin, KLDivLoss, TrainerLoss, generalized_jsd_loss
 from kdfast.adapters.sampler import PrioritySampler, torchrl_sampler
 
 __all__ = [
     "Distiller",
+    "GKDMixin",
     "KLDivLoss",
     "PrioritySampler",
     "TrainerLoss",

@@ -2,62 +2,48 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+import torch.distributed
 from torch import nn
 
 from kdfast.functional import jsd_loss, kd_kl_div
 from kdfast.models.roles import check_networks, check_teacher
 
-__all__ = ["Distiller", "KLDivLoss", "TrainerLoss", "generalized_jsd_loss"]
+__all__ = ["Distiller", "GKDMixin", "KLDivLoss", "TrainerLoss", "generalized_jsd_loss"]
 
 #: What Transformers and TRL give to tokens that do not count.
 IGNORED = -100
 
 
-class KLDivLoss(nn.Module):
-    """``torch.nn.KLDivLoss`` where its arguments are a softmax's: ``loss(log_softmax(s/T), softmax(t/T))``.
+class KLDivLoss(nn.KLDivLoss):
+    """``torch.nn.KLDivLoss``, to the letter: whatever that takes, with its value and its gradients.
 
-    The value is the same, and so is the gradient of the logits behind ``input``. With respect to ``input``
-    itself it is q - p instead of -p: a log-softmax in front of it makes the two equal, and adds nothing but a
-    rounding to the former. Give :class:`kdfast.nn.KDLoss` the logits themselves where you can: that saves the
-    softmaxes, too, and includes the factor T².
+    It stands here for code that has probabilities only. A divergence of probabilities has nothing left to fuse: its
+    rows need not sum to 1 (padding is often multiplied away), so no softmax may be put in for them. Give
+    :class:`kdfast.nn.KDLoss` the logits themselves where you can: that saves the two softmaxes before this, keeps the
+    digits of a small divergence, and includes the factor T².
 
     Args:
-        reduction: ``"mean"``, ``"batchmean"`` or ``"sum"``.
+        reduction: ``"mean"``, ``"batchmean"``, ``"sum"`` or ``"none"``.
         log_target: Whether ``target`` is log-probabilities.
-        dim: The class dimension.
+        dim: The class dimension, as :class:`kdfast.nn.KDLoss` has it. The value does not depend on it.
     """
 
     def __init__(
         self,
-        reduction: Literal["mean", "batchmean", "sum"] = "mean",
+        reduction: Literal["mean", "batchmean", "sum", "none"] = "mean",
         log_target: bool = False,
         *,
         dim: int = -1,
     ) -> None:
-        super().__init__()
-        if reduction not in ("mean", "batchmean", "sum"):
-            raise ValueError(
-                f"reduction: got {reduction!r}; accepted: mean, batchmean, sum (one value a row: "
-                "kd_kl_div(..., reduction='none'))"
-            )
-        self.reduction, self.log_target, self.dim = reduction, log_target, dim
-
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The divergence of ``target`` from ``input``.
-
-        Args:
-            input: Log-probabilities, normalised over ``dim``.
-            target: Probabilities, or with ``log_target`` log-probabilities, of the same shape.
-
-        Returns:
-            A 0-d tensor, float32 or float64.
-        """
-        teacher = target if self.log_target else target.log()
-        return kd_kl_div(input, teacher, dim=self.dim, reduction=self.reduction)
+        if reduction not in ("mean", "batchmean", "sum", "none"):
+            raise ValueError(f"reduction: got {reduction!r}; accepted: mean, batchmean, sum, none")
+        super().__init__(reduction=reduction, log_target=log_target)
+        self.dim = dim
 
     def extra_repr(self) -> str:
         """The options."""
@@ -71,6 +57,7 @@ def generalized_jsd_loss(
     beta: float = 0.5,
     temperature: float = 1.0,
     reduction: Literal["batchmean", "sum", "mean"] = "batchmean",
+    num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """TRL's ``GKDTrainer.generalized_jsd_loss``, argument for argument: assign it to the trainer class.
 
@@ -84,6 +71,8 @@ def generalized_jsd_loss(
         beta: 0 is KL(teacher ‖ student), 1 is KL(student ‖ teacher).
         temperature: T > 0.
         reduction: ``"batchmean"``, ``"sum"`` or ``"mean"`` (over tokens that count, and the vocabulary).
+        num_items_in_batch: Tokens that count over the whole optimizer step (TRL 1.7 and later): the sum is divided by
+            it, and ``reduction`` has no part.
 
     Returns:
         A 0-d tensor, float32 or float64.
@@ -97,6 +86,8 @@ def generalized_jsd_loss(
             "jsd_loss(..., reduction='none'))"
         )
     mask = None if labels is None else labels != IGNORED
+    if num_items_in_batch is not None:
+        reduction = "sum"
     per_token = mask is not None or reduction == "mean"
     loss = jsd_loss(
         student_logits,
@@ -107,7 +98,40 @@ def generalized_jsd_loss(
         reduction="sum" if reduction == "sum" else "rowmean" if per_token else "batchmean",
     )
     vocabulary = student_logits.shape[-1] if reduction == "mean" else 1
-    return loss / (temperature * temperature * vocabulary)
+    loss = loss / (temperature * temperature * vocabulary)
+    if num_items_in_batch is None:
+        return loss
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch
+
+
+class GKDMixin:
+    """TRL's ``GKDTrainer`` with :func:`generalized_jsd_loss`, and one batch's gradient on any number of ranks.
+
+    TRL (1.7 and later) divides by the tokens of all processes and leaves out the factor that makes up for gradients
+    being averaged over them, so that two ranks learn at half the rate. Written before the trainer among the bases.
+
+    Example:
+        >>> class Trainer(GKDMixin, GKDTrainer):
+        ...     pass
+    """
+
+    args: Any
+    generalized_jsd_loss = staticmethod(generalized_jsd_loss)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The trainer's own, times the number of processes where its count is of all of them."""
+        found: Any = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if num_items_in_batch is None or not getattr(self.args, "average_tokens_across_devices", True):
+            return found
+        loss, *others = found if return_outputs else (found,)
+        loss = loss * _processes()
+        return (loss, *others) if return_outputs else loss
 
 
 class TrainerLoss:
@@ -125,6 +149,8 @@ class TrainerLoss:
         ce_weight: Weight of the loss that the model returns; at 0 labels only serve as mask.
         beta: None for :func:`~kdfast.functional.kd_kl_div`, else β of :func:`~kdfast.functional.jsd_loss`.
         shift_labels: Whether the label at position i + 1 belongs to the logits at i.
+        average_tokens_across_devices: As the Trainer's argument of that name, whose default is True, too: whether
+            ``num_items_in_batch`` counts the tokens of all processes.
 
     Raises:
         ValueError: The teacher requires grad or is in training mode.
@@ -144,7 +170,9 @@ class TrainerLoss:
         ce_weight: float = 0.5,
         beta: float | None = None,
         shift_labels: bool = False,
+        average_tokens_across_devices: bool = True,
     ) -> None:
+        self.average_tokens_across_devices = average_tokens_across_devices
         self.teacher = check_teacher(teacher)
         self.temperature, self.kd_weight, self.ce_weight = temperature, kd_weight, ce_weight
         self.beta, self.shift_labels = beta, shift_labels
@@ -158,8 +186,10 @@ class TrainerLoss:
     ) -> Any:
         """What ``Trainer.compute_loss`` returns: the loss, or with ``return_outputs`` loss and outputs.
 
-        With ``num_items_in_batch`` (the labels of all accumulated batches) the distillation is divided by it
-        rather than by this batch's count, as the model's own loss is if ``inputs`` carry it along.
+        With ``num_items_in_batch`` (the labels of all accumulated batches) both parts are sums over it: the
+        distillation, and the model's own loss, which gets it as the Trainer's own ``compute_loss`` hands it on. Both
+        are then multiplied by the number of processes where it counts the tokens of all, since gradients are averaged
+        over them. The gradient is that of one large batch, however it is accumulated or spread.
 
         Args:
             model: The student.
@@ -167,7 +197,12 @@ class TrainerLoss:
             return_outputs: Also return the student's outputs.
             num_items_in_batch: The number of labels that count over the whole optimizer step, or None.
         """
-        outputs = model(**inputs)
+        counted = (
+            {}
+            if num_items_in_batch is None or not _takes_count(model)
+            else {"num_items_in_batch": num_items_in_batch}
+        )
+        outputs = model(**inputs, **counted)
         with torch.no_grad():
             # Only the student needs its own loss; without labels the teacher computes none.
             theirs = self.teacher(**{key: value for key, value in inputs.items() if key != "labels"})
@@ -189,8 +224,29 @@ class TrainerLoss:
             own = _field(outputs, "loss")
             if own is None:
                 raise ValueError("inputs: the model returned no loss; give labels, or set ce_weight=0")
+            if num_items_in_batch is not None and not counted:  # a mean over this batch alone
+                rows = mask.sum() if mask is not None else student[..., 0].numel()
+                own = own * (rows / num_items_in_batch)
             loss = loss + self.ce_weight * own
+        if num_items_in_batch is not None and self.average_tokens_across_devices:
+            loss = loss * _processes()
         return (loss, outputs) if return_outputs else loss
+
+
+def _takes_count(model: nn.Module) -> bool:
+    """Whether a model divides its loss by ``num_items_in_batch``, as the Trainer finds out."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):  # DDP and its like take any keyword
+        model = inner
+    declared = getattr(model, "accepts_loss_kwargs", None)
+    if declared is not None:
+        return bool(declared)
+    parameters = inspect.signature(model.forward).parameters
+    return any(p.kind is p.VAR_KEYWORD or name == "num_items_in_batch" for name, p in parameters.items())
+
+
+def _processes() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
 
 
 def _field(outputs: Any, name: str) -> Any:
@@ -201,9 +257,10 @@ def _field(outputs: Any, name: str) -> Any:
 class Distiller(nn.Module):
     """Student, frozen teacher and loss as one module, to be a member of a ``LightningModule`` (or of any loop).
 
-    Calling it is calling the student. The teacher stays in eval mode whatever ``train()`` says, follows
-    ``to(device)``, gets no gradient, and is neither in ``parameters()`` nor in ``state_dict()``: a checkpoint
-    holds the student alone.
+    Calling it is calling the student, but for ``distiller(distil=batch)``, which is :meth:`step` by a way that wrappers
+    see: under DistributedDataParallel (Accelerate's ``prepare``) that is the call to make. The teacher stays in eval
+    mode whatever ``train()`` says, follows ``to(device)``, gets no gradient, and is neither in ``parameters()`` nor in
+    ``state_dict()``: a checkpoint holds the student alone.
 
     Args:
         student: The network to train.
@@ -243,12 +300,34 @@ class Distiller(nn.Module):
         """The frozen network."""
         return self._teacher[0]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The student's output."""
-        return self.student(*args, **kwargs)
+    def forward(self, *args: Any, distil: tuple[torch.Tensor, ...] | None = None, **kwargs: Any) -> Any:
+        """The student's output, or with ``distil`` the loss of that batch."""
+        return self.student(*args, **kwargs) if distil is None else self._loss(distil)
 
     def step(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """The loss of a batch ``(inputs, target)``, or ``(inputs,)`` where the loss takes no target."""
+        """The loss of a batch ``(inputs, target)``, or ``(inputs,)`` where the loss takes no target.
+
+        Raises:
+            RuntimeError: Several processes run and nothing would synchronise the gradients.
+        """
+        self._check_synchronised()
+        return self._loss(batch)
+
+    def _check_synchronised(self) -> None:
+        ddp = nn.parallel.DistributedDataParallel
+        within = (
+            getattr(ddp, "_active_ddp_module", None) is not None
+        )  # Lightning calls training_step in there
+        sharded = any(hasattr(p, "device_mesh") for p in self.student.parameters())  # fully_shard
+        wrapped = isinstance(self.student, ddp) or "FullyShardedDataParallel" in type(self.student).__name__
+        if _processes() > 1 and torch.is_grad_enabled() and not (within or sharded or wrapped):
+            raise RuntimeError(
+                f"step: {_processes()} processes run, and a step past the wrapper leaves each its own gradients; "
+                "call ddp(distil=batch) on DistributedDataParallel(distiller), or give Distiller a student that is "
+                "wrapped already"
+            )
+
+    def _loss(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         inputs = batch[0]
         if self.with_target and len(batch) < 2:
             raise ValueError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdfast.benchmarks.run import FORMAT
+from kdfast.benchmarks.run import FORMAT, OUT
 from kdfast.benchmarks.table import spread
 from kdfast.benchmarks.timing import KINDS
 from kdfast.errors import ConfigError
@@ -90,6 +90,42 @@ def moves(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Move]:
                 first, second = map(statistics.median, pair)
                 found.append(Move(key, name, kind, first, second, noise))
     return found
+
+
+def failures(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Why a gate between these two results stays shut, a line each; none lets it pass.
+
+    What counts is kdfast: its rows that became slower beyond the noise, that were timed before and no longer are, or
+    that failed; results that were wrong, whoever's; suites that stopped. Peers may become slower or vanish.
+    """
+    found = [
+        f"{move.key}: {move.provider} takes {100 * move.change:+.1f} % (noise ± {100 * move.noise:.1f} %)"
+        for move in moves(before, after)
+        if _ours(move.provider) and move.beyond_noise and move.change > 0
+    ]
+    now = {key for key, _ in _timed(after)}
+    why = {
+        (row["key"], provider["name"]): f"{reason}: {provider[reason]}"
+        for row in after["cases"]
+        for provider in row["providers"]
+        for reason in OUT
+        if provider.get(reason)
+    }
+    for (key, name), _ in _timed(before):
+        if _ours(name) and (key, name) not in now:
+            found.append(
+                f"{key}: {name} was timed before and is not now ({why.get((key, name), 'no such row')})"
+            )
+    told = {(key, name) for (key, name), _ in _timed(before) if (key, name) not in now}
+    for (key, name), reason in why.items():
+        failed = reason.startswith("wrong") or (reason.startswith("failed") and _ours(name))
+        if failed and not (_ours(name) and (key, name) in told):
+            found.append(f"{key}: {name} {reason}")
+    return [*found, *(f"stopped: {error}" for error in after.get("errors", ()))]
+
+
+def _ours(provider: str) -> bool:
+    return provider.startswith("kdfast")
 
 
 def _timed(result: Mapping[str, Any]) -> list[tuple[tuple[str, str], dict[str, list[float]]]]:

@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError as error:
         if (error.name or "").split(".")[0] not in ("typer", "click", "rich"):
             raise
+        if "doctor" in words:
+            sys.exit(_doctor(words))
         print(
             f"kdfast: the command line needs {error.name}, which is not installed. "
             'Install it with: pip install "kdfast[train]"',
@@ -29,3 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         sys.exit(1)
     app(words, prog_name="kdfast")
+
+
+def _doctor(words: Sequence[str]) -> int:
+    """``kdfast doctor`` where the command line's own packages are missing: that is what it is for."""
+    import json
+
+    from kdfast.experiments import doctor
+
+    report = doctor.run()
+    print(json.dumps(report.as_dict(), indent=1) if "--json" in words else report.as_text())
+    return 0 if report.healthy else 1

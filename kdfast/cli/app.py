@@ -12,11 +12,17 @@ from kdfast.cli.commands.demo import demo
 from kdfast.cli.commands.distill import distill
 from kdfast.cli.commands.doctor import doctor
 from kdfast.cli.commands.evaluate import evaluate
+from kdfast.cli.commands.export import export
+from kdfast.cli.commands.keys import keys
+from kdfast.cli.commands.recipes import recipes
 from kdfast.cli.commands.report import report
+from kdfast.cli.commands.reproduce import reproduce
 from kdfast.cli.commands.select import select
 from kdfast.cli.commands.synth import synth
 from kdfast.cli.commands.teach import teach
+from kdfast.cli.commands.teach_generator import teach_generator
 from kdfast.cli.guard import Options
+from kdfast.cli.keyed import KeyedCommand
 
 app = typer.Typer(
     name="kdfast",
@@ -48,12 +54,17 @@ app.info.invoke_without_command = True
 
 
 app.command()(doctor)
-app.command()(teach)
-app.command()(distill)
+app.command(cls=KeyedCommand)(teach)
+app.command(cls=KeyedCommand)(distill)
 app.command("eval")(evaluate)
-app.command()(synth)
-app.command()(demo)
+app.command(cls=KeyedCommand)(synth)
+app.command(cls=KeyedCommand)(teach_generator)
+app.command(cls=KeyedCommand)(demo)
+app.command()(export)
+app.command()(recipes)
+app.command()(reproduce)
+app.command()(keys)
 app.command()(report)
 app.command()(bench)
-app.command()(select)
-app.command()(data_report)
+app.command(cls=KeyedCommand)(select)
+app.command(cls=KeyedCommand)(data_report)

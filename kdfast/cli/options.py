@@ -21,7 +21,8 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Values that go before the recipe's.", show_default=False),
 ]
 RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="YAML with values for this run.", metavar="FILE")
+    Path | None,
+    typer.Option("--recipe", help="YAML with values for this run, or a recipe's name.", metavar="FILE|NAME"),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Data = Annotated[
@@ -32,5 +33,9 @@ Data = Annotated[
 ]
 TeacherRun = Annotated[
     str,
-    typer.Argument(help="Directory of a finished run.", metavar="TEACHER", show_default=False),
+    typer.Argument(
+        help="A finished run's folder, timm:NAME, torchvision:NAME, hf:NAME, or FILE.py:FACTORY with weights=FILE.",
+        metavar="TEACHER",
+        show_default=False,
+    ),
 ]

@@ -13,11 +13,13 @@ import typer
 T = TypeVar("T")
 
 
-def values_of(recipe: Path | None, overrides: list[str] | None, **options: Any) -> dict[str, Any]:
-    """Recipe, then options that were given, then KEY=VALUE words: the later wins."""
+def values_of(
+    recipe: Path | None, overrides: list[str] | None, *, cell: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """Recipe (of a table the cell), then options that were given, then KEY=VALUE words: the later wins."""
     from kdfast.experiments.common.recipe import load_recipe, parse_overrides
 
-    values = load_recipe(recipe) if recipe is not None else {}
+    values = load_recipe(recipe, cell) if recipe is not None else {}
     values |= {name: value for name, value in options.items() if value is not None}
     return values | parse_overrides(overrides or [])
 

@@ -10,12 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.data.labelled import LabelledImages, add_files, hold_out, pillow, reporting_images, rgb_tensor
+from kdfast.data.labelled import (
+    Fit,
+    LabelledImages,
+    add_files,
+    hold_out,
+    pillow,
+    reporting_images,
+    rgb_tensor,
+)
+from kdfast.data.splits import ALIASES, choose, held_out_note, is_split
 from kdfast.errors import DataError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-_SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid")}
 
 
 class ImageFolder(LabelledImages):
@@ -35,16 +42,16 @@ class ImageFolder(LabelledImages):
         labels: Tensor,
         classes: tuple[str, ...],
         source: str,
-        image_size: int | None = None,
+        image_size: int | Fit | None = None,
     ) -> None:
-        self._image = pillow("decoding an image folder")
+        pillow("decoding an image folder")  # not kept: modules cannot be sent to a worker process
         self.paths = list(paths)
         self.labels, self.classes, self.source, self.image_size = labels, classes, source, image_size
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Decode image ``index``; see :class:`~kdfast.data.labelled.LabelledImages`."""
         path = self.paths[index]
-        with reporting_images(path), self._image.open(path) as image:
+        with reporting_images(path), pillow("decoding an image folder").open(path) as image:
             return rgb_tensor(image, self.image_size), int(self.labels[index])
 
     def _contents(self, digest: Any) -> None:
@@ -56,38 +63,41 @@ class ImageFolder(LabelledImages):
         return ImageFolder(paths, self.labels[indices], self.classes, self.source, self.image_size)
 
 
-def open_folder(root: Path, split: str, image_size: int | None) -> ImageFolder:
-    """The ``train``, ``test`` or ``all`` split of a folder of class subfolders.
+def open_folder(root: Path, split: str, image_size: int | Fit | None, *, whole: bool = False) -> ImageFolder:
+    """A split of a folder of class subfolders.
 
     Classes are the subfolders' names in alphabetical order; images are found at any depth below them. Where
-    ``root`` holds ``train`` and ``test`` (or ``val``, ``validation``, ``valid``) folders of class subfolders,
-    those are the splits, and the classes are those of ``train``. Otherwise a fifth of each class is held out
-    for ``test``.
+    ``root`` holds ``train``, ``val`` or ``test`` folders (spelled in any of the ways of
+    :data:`kdfast.data.splits.ALIASES`, in any case) of class subfolders, those are the splits, and the classes are
+    those of ``train``. Otherwise a fifth of each class is held out for ``val`` and ``test``, or with ``whole``
+    nothing is: any split is the whole folder.
 
     Raises:
         DataError: If the folder is missing, empty, or not of this form.
     """
     if not root.is_dir():
         raise DataError(f"{root} is {'a file, not a folder' if root.exists() else 'no folder'}")
-    splits = {name: folder for name in _SPLIT_FOLDERS if (folder := _split_folder(root, name)) is not None}
+    splits = {name: folder for name in ALIASES if (folder := _split_folder(root, name)) is not None}
     if not splits:
         splits = {"train": root}
     # Split folders may lack images of a class; the one that says what the classes are may not.
-    reference = splits.get("train") or splits["test"]
+    reference = splits.get("train") or next(iter(splits.values()))
     classes = _class_names(reference)
     parts = {
         name: _scan(folder, classes, image_size, complete=folder == reference)
         for name, folder in splits.items()
     }
-    if "test" not in parts and split != "all":
-        indices = dict(zip(("train", "test"), hold_out(parts["train"].labels)))
-        parts = {name: parts["train"].select(indices[name]) for name in indices}
-    if split == "all":
+    if split == "all" or (list(splits) == ["train"] and whole):
         chosen = _concatenate(list(parts.values()), str(root))
-    elif split in parts:
-        chosen = parts[split]
+    elif list(splits) == ["train"]:
+        undivided = parts["train"]
+        train, test = hold_out(undivided.labels)
+        chosen = undivided.select(train if split == "train" else test)
+        chosen.note = held_out_note(str(root), split, len(chosen), len(undivided))
+    elif (name := choose(split, parts)) is not None:
+        chosen = parts[name]
     else:
-        raise DataError(f"{root} holds only a test split; {split!r} was asked for")
+        raise DataError(f"{root} holds only a {' and '.join(parts)} split; {split!r} was asked for")
     if not len(chosen):
         raise DataError(f"the {split} split of {root} holds no image")
     return chosen
@@ -95,7 +105,7 @@ def open_folder(root: Path, split: str, image_size: int | None) -> ImageFolder:
 
 def _split_folder(root: Path, split: str) -> Path | None:
     found = _subfolders(root)
-    for alias in _SPLIT_FOLDERS[split]:
+    for alias in ALIASES[split]:
         # A class may be called "train" (one of CIFAR-100's is): a split holds folders, a class holds images.
         spelled = [name for name in found if name.lower() == alias and _subfolders(root / name)]
         if len(spelled) > 1:
@@ -120,9 +130,7 @@ def _hidden(name: str) -> bool:
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = _subfolders(folder)
     form = f"{folder}/CLASS/IMAGE"
-    if names and {name.lower() for name in names} <= {
-        name for aliases in _SPLIT_FOLDERS.values() for name in aliases
-    }:
+    if names and all(map(is_split, names)):
         # Otherwise train/ and test/ folders of loose images would pass for two classes.
         raise DataError(
             f"{folder / names[0]} holds no class subfolders; the form is {folder / names[0]}/CLASS/IMAGE"
@@ -139,7 +147,9 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     raise DataError(f"{folder} holds no class subfolders; the form is {form}")
 
 
-def _scan(folder: Path, classes: tuple[str, ...], image_size: int | None, *, complete: bool) -> ImageFolder:
+def _scan(
+    folder: Path, classes: tuple[str, ...], image_size: int | Fit | None, *, complete: bool
+) -> ImageFolder:
     """List the images below each class's folder; ``complete`` refuses a class without any."""
     if unknown := sorted(set(_subfolders(folder)) - set(classes)):
         raise DataError(

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.data.labelled import LabelledImages, hold_out, pillow, reporting_images, rgb_tensor
+from kdfast.data.labelled import Fit, LabelledImages, hold_out, pillow, reporting_images, rgb_tensor
 from kdfast.data.naming import class_mapping
+from kdfast.data.splits import choose, held_out_note, is_split, split_name
 from kdfast.errors import DataError, require
 
 # Where a data set has several class columns (CIFAR-100 has two), the finest one is what papers report.
 _LABEL_NAMES = ("label", "labels", "fine_label")
-_TEST_NAMES = ("test", "validation", "valid", "val")
 # A label beyond is a slip (an identifier taken for a class), and a network of so many classes fits nowhere.
 _MOST_CLASSES = 1 << 20
 
@@ -40,9 +40,9 @@ class HuggingFaceImages(LabelledImages):
         labels: Tensor,
         classes: tuple[str, ...],
         source: str,
-        image_size: int | None = None,
+        image_size: int | Fit | None = None,
     ) -> None:
-        self._image = pillow("decoding images")
+        pillow("decoding images")  # not kept: modules cannot be sent to a worker process
         self.table, self.image_column = table, image_column
         self.labels, self.classes, self.source, self.image_size = labels, classes, source, image_size
 
@@ -60,23 +60,24 @@ class HuggingFaceImages(LabelledImages):
             raise DataError(f"image {where} is missing")
         with (
             reporting_images(where),
-            self._image.open(path if data is None else io.BytesIO(data)) as image,
+            pillow("decoding images").open(path if data is None else io.BytesIO(data)) as image,
         ):
             return rgb_tensor(image, self.image_size), label
 
 
 def open_hugging_face(
-    name: str, split: str, image_size: int | None, label_column: str | None
+    name: str, split: str, image_size: int | Fit | None, label_column: str | None, *, whole: bool = False
 ) -> HuggingFaceImages:
-    """The ``train``, ``test`` or ``all`` split of a 🤗 data set.
+    """A split of a 🤗 data set.
 
     Args:
         name: A directory (written by ``save_to_disk``, or anything ``datasets.load_dataset`` reads), or
             ``NAME`` or ``NAME:CONFIG`` on the hub.
-        split: ``test`` is the data set's test split, or its validation split where there is none; with
-            neither, a fifth of each class of ``train`` is held out.
+        split: ``train``, ``val``, ``test`` or ``all``. A validation split stands in for a missing test split and the
+            reverse; with neither, a fifth of each class of ``train`` is held out.
         image_size: Side to resize to, or None.
         label_column: Which column holds the labels; None finds it by its type and name.
+        whole: Hold nothing out; ``train`` alone answers every split.
 
     Raises:
         DataError: If the data set cannot be loaded, or has no such columns or split.
@@ -88,18 +89,22 @@ def open_hugging_face(
     first = next(iter(tables.values()))
     image_column = _image_column(library, first, source)
     label_column = _label_column(library, first, source, label_column)
-    test_name = next((known for known in _TEST_NAMES if known in tables), None)
+    parts: dict[str, Any] = {}
+    for known, table in tables.items():
+        if is_split(known):
+            parts.setdefault(split_name(known), table)
+    note = ""
     if split == "all":
-        names = [known for known in ("train", test_name) if known in tables] or list(tables)
-        chosen = [tables[known] for known in names]
-    elif split == "test" and test_name is not None:
-        chosen = [tables[test_name]]
-    elif "train" in tables:
-        table = tables["train"]
-        if test_name is None:
-            labels = _labels(table, label_column, source)
-            table = table.select(dict(zip(("train", "test"), hold_out(labels)))[split].tolist())
+        chosen = list(parts.values()) or list(tables.values())
+    elif list(parts) == ["train"]:
+        table = parts["train"]
+        if not whole:
+            train, test = hold_out(_labels(table, label_column, source))
+            table = table.select((train if split == "train" else test).tolist())
+            note = held_out_note(source, split, len(table), len(parts["train"]))
         chosen = [table]
+    elif (found := choose(split, parts)) is not None:
+        chosen = [parts[found]]
     else:
         raise DataError(f"{source} has no {split} split; it has {', '.join(tables)}")
     classes, named = _classes(library, tables, label_column, source)
@@ -110,7 +115,7 @@ def open_hugging_face(
     ]
     table = pictures[0] if len(pictures) == 1 else library.concatenate_datasets(pictures)
     dataset = HuggingFaceImages(table, image_column, labels, classes, f"{source}[{split}]", image_size)
-    dataset.named = named
+    dataset.named, dataset.note = named, note
     return dataset
 
 

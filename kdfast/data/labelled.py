@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]], ABC):
         classes: Class names; a label is an index into them.
         labels: All labels, int64 ``[N]``, known without decoding an image.
         named: Whether ``classes`` are names; else they are numbers that nobody named.
+        note: What a user should know about how the set came to be, such as that a part was held out; or empty.
     """
 
     source: str
@@ -46,6 +49,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]], ABC):
     labels: Tensor
     #: Whether the classes have names, or only numbers that stand for them.
     named: bool = True
+    note: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -54,6 +58,14 @@ class LabelledImages(Dataset[tuple[Tensor, int]], ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        """Where it is from, how many images and which classes."""
+        names = ", ".join(self.classes[:4]) + (", …" if len(self.classes) > 4 else "")
+        held = f"{len(self):,} images, {self.num_classes} classes: {names}" + (
+            f"; {self.note}" if self.note else ""
+        )
+        return f"{type(self).__name__}({self.source!r}: {held})"
 
     def fingerprint(self) -> str:
         """What tells this data set from any other, so that results of one are not taken for the other's."""
@@ -114,7 +126,7 @@ def to_memory(dataset: LabelledImages) -> InMemoryImages:
             )
         images[index] = image
     kept = InMemoryImages(images, dataset.labels, dataset.classes, dataset.source)
-    kept.named = dataset.named
+    kept.named, kept.note = dataset.named, dataset.note
     return kept
 
 
@@ -176,7 +188,44 @@ def check_pixels(image: Any) -> None:
         raise ValueError(f"it claims {width}x{height} pixels, accepted: at most {MAX_PIXELS}")
 
 
-def rgb_tensor(image: Any, image_size: int | None) -> Tensor:
+@dataclass(frozen=True)
+class Fit:
+    """How an image becomes a square: the shorter side resized to ``side / crop_pct``, and the centre cropped.
+
+    Attributes:
+        side: Of the square, in pixels.
+        crop_pct: Share of the resized side that is kept; 0.875 is the usual 256 and 224 of ImageNet.
+        interpolation: ``bilinear`` or ``bicubic``.
+    """
+
+    side: int
+    crop_pct: float = 1.0
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct: got {self.crop_pct}; accepted: above 0, at most 1")
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"interpolation: got {self.interpolation!r}; accepted: bilinear, bicubic")
+
+    def __call__(self, image: Any) -> Any:
+        """A PIL image, square; rounded as torchvision's Resize and CenterCrop round."""
+        from PIL import Image, ImageOps
+
+        resample = getattr(Image.Resampling, self.interpolation.upper())
+        if self.crop_pct == 1:
+            return ImageOps.fit(image, (self.side, self.side), resample)
+        short = math.floor(self.side / self.crop_pct)
+        width, height = image.size
+        scaled = (
+            (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+        )
+        image = image.resize(scaled, resample)
+        left, top = (round((extent - self.side) / 2.0) for extent in scaled)
+        return image.crop((left, top, left + self.side, top + self.side))
+
+
+def rgb_tensor(image: Any, image_size: int | Fit | None) -> Tensor:
     """A PIL image as uint8 ``[3, H, W]``, upright; ``image_size`` resizes the shorter side and crops the centre.
 
     16-bit greys keep their upper 8 bits, floats from 0 to 1 are spread over 0 to 255, palettes and alpha become plain
@@ -204,5 +253,5 @@ def rgb_tensor(image: Any, image_size: int | None) -> Tensor:
         image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) // 256).astype(np.uint8))
     image = image.convert("RGB")
     if image_size is not None:
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+        image = (image_size if isinstance(image_size, Fit) else Fit(image_size))(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdfast.constants import constant
 from kdfast.data.decoder import Decoder, DecoderConfig
 from kdfast.data.preflight import Fault, RecordTable, check_shards
 from kdfast.data.reader import RecordReader
@@ -77,6 +78,7 @@ class ShardLoader:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         num_workers: int | None = None,
+        images: int | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error: got {on_error!r}; accepted: 'raise', 'skip'")
@@ -86,9 +88,13 @@ class ShardLoader:
             raise ValueError(f"image_size: got {image_size}; must be at least 1, or None")
         augment = _augmentation(augment)
         channels = _channels(mean, std)
+        self.source = str(directory)
         self._device = _device(device)
         self._table = check_shards(directory, on_error=on_error)
-        self._schedule = Schedule(len(self._table), batch_size, shuffle, seed, rank, world_size, last_batch)
+        if images is not None and not 1 <= images <= len(self._table):
+            raise ValueError(f"images: got {images}; accepted: 1 to the set's {len(self._table)}, or None")
+        self._count = len(self._table) if images is None else images
+        self._schedule = Schedule(self._count, batch_size, shuffle, seed, rank, world_size, last_batch)
         self._raise, self._augment = on_error == "raise", augment
         # Augmentation comes before normalisation, so that one then is done after it.
         plain = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -114,8 +120,14 @@ class ShardLoader:
 
     @property
     def num_samples(self) -> int:
-        """Usable images of the whole set, all ranks together."""
-        return len(self._table)
+        """Usable images of the whole set, or of the part that is taken, all ranks together."""
+        return self._count
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Shortest and longest of the images' shorter sides, as they are stored, in pixels."""
+        shorter = np.minimum(self._table.height, self._table.width)
+        return int(shorter.min()), int(shorter.max())
 
     @property
     def num_classes(self) -> int | None:
@@ -125,12 +137,21 @@ class ShardLoader:
     @property
     def labels(self) -> NDArray[np.int64]:
         """The classes that its images are of, int64, ascending, each once."""
-        return np.unique(self._table.label)
+        return np.unique(self._table.label[: self._count])
 
     @property
     def quarantined(self) -> list[Fault]:
         """What ``on_error="skip"`` left out: shard, key (empty for the shard itself) and reason."""
         return [*self._table.faults, *self._found]
+
+    def __repr__(self) -> str:
+        """Where the shards are, what is in them, and which batch comes next."""
+        low, high = self.sides
+        classes = "unlabelled" if self.num_classes is None else f"{self.num_classes} classes"
+        return (
+            f"ShardLoader({self.source!r}: {self.num_samples:,} images, {classes}, sides {low} to {high}; "
+            f"{len(self):,} batches an epoch on {self._device}, next: batch {self._batch} of epoch {self._epoch})"
+        )
 
     def __len__(self) -> int:
         """Batches an epoch, the same on every rank."""
@@ -171,7 +192,7 @@ class ShardLoader:
             generator = torch.Generator(self._device).manual_seed(seed)
             images = self._augment(images, generator)
         if self._after is not None:
-            mean, std = (torch.tensor(values, device=self._device).view(3, 1, 1) for values in self._after)
+            mean, std = (constant(tuple(values), self._device).view(3, 1, 1) for values in self._after)
             images = (images - mean) / std
         labels = torch.from_numpy(self._table.label[records])
         return images, labels.to(self._device, non_blocking=True)
@@ -233,6 +254,7 @@ class ShardLoader:
             "rank": schedule.rank,
             "world_size": schedule.world_size,
             "last_batch": schedule.last_batch,
+            **({} if self._count == len(self._table) else {"images": self._count}),
         }
 
     def close(self) -> None:

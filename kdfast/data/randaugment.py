@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from kdfast.constants import constant
+
 BINS = 31
 # Weights of the luma of ITU-R BT.601, as Pillow's grey.
 _GREY = (0.299, 0.587, 0.114)
@@ -84,7 +86,7 @@ def affine(images: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """
     height, width = images.shape[-2:]
     # affine_grid counts in halves of each side.
-    size = torch.tensor([width / 2, height / 2], device=images.device, dtype=torch.float32)
+    size = constant((width / 2, height / 2), images.device)
     matrix = matrix.float()
     theta = torch.cat([matrix[:, :, :2] * size / size[:, None], matrix[:, :, 2:] / size[:, None]], 2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
@@ -123,7 +125,7 @@ def _blended(plain: Callable[[torch.Tensor], torch.Tensor]) -> Operation:
 
 def grey(images: torch.Tensor) -> torch.Tensor:
     """Luma, ``[B, 1, H, W]``."""
-    weights = torch.tensor(_GREY, device=images.device, dtype=images.dtype)
+    weights = constant(_GREY, images.device, images.dtype)
     return (images * weights[:, None, None]).sum(1, keepdim=True)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from kdfast.constants import constant
 from kdfast.data.augment import padded_crop, random_flip
 from kdfast.data.randaugment import rand_augment
 
@@ -94,7 +95,7 @@ def elastic(
     chosen = _chance(images, generator, p)
     noise = torch.rand(batch, 2, height, width, generator=generator, device=images.device) * 2 - 1
     shift = _blur(noise, sigma) * alpha
-    scale = torch.tensor([1 / width, 1 / height], device=images.device)
+    scale = constant((1 / width, 1 / height), images.device)
     identity = torch.eye(2, 3, device=images.device).expand(batch, -1, -1)
     grid = F.affine_grid(identity, list(images.shape), align_corners=False)
     grid = grid + shift.permute(0, 2, 3, 1) * scale

@@ -1,8 +1,8 @@
 """Segmentation folders: images beside PNG masks of class numbers, 255 ignored.
 
-DIR/[train|test/]images/NAME.jpg    any format Pillow reads
-DIR/[train|test/]masks/NAME.png     one channel, a class number a pixel; the same NAME
-DIR/classes.txt                     optional: a class name a line
+DIR/[train|val|test/]images/NAME.jpg    any format Pillow reads
+DIR/[train|val|test/]masks/NAME.png     one channel, a class number a pixel; the same NAME
+DIR/classes.txt                         optional: a class name a line
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from kdfast.data.folders import IMAGE_SUFFIXES
 from kdfast.data.labelled import add_files, check_pixels, pillow, reporting_images, rgb_tensor
+from kdfast.data.splits import ALIASES, choose, held_out_note, split_name
 from kdfast.documents import read_text
 from kdfast.errors import DataError
 
@@ -27,7 +28,6 @@ __all__ = ["IGNORE", "SegmentationFolder", "is_segmentation_folder", "open_segme
 IGNORE = 255
 _CLASSES = "classes.txt"
 _ORIENTATION = 0x0112  # EXIF's
-_SPLITS = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid")}
 _TEST_SHARE = 5  # without split folders every fifth image is for test
 
 
@@ -50,10 +50,10 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         image_size: int | None = None,
     ) -> None:
         #: Whether the classes have names, or only the masks' numbers.
-        self.named = True
+        self.named, self.note = True, ""
         #: int64, the number to give for each of a mask's; ``None`` leaves them.
         self.lookup: Tensor | None = None
-        self._pillow = pillow("decoding a segmentation folder")
+        pillow("decoding a segmentation folder")  # not kept: modules cannot be sent to a worker process
         self.pairs, self.classes, self.source, self.image_size = (
             list(pairs.items()),
             classes,
@@ -72,6 +72,11 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         add_files(digest, [path for pair in self.pairs for path in pair], Path(self.source))
         return digest.hexdigest()[:32]
 
+    def __repr__(self) -> str:
+        """Where it is from, how many images and classes."""
+        note = f"; {self.note}" if self.note else ""
+        return f"SegmentationFolder({self.source!r}: {len(self):,} images, {self.num_classes} classes{note})"
+
     def __len__(self) -> int:
         return len(self.pairs)
 
@@ -82,7 +87,8 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
             DataError: A file cannot be read, the sizes differ, or the mask holds a class that there is not.
         """
         image_file, mask_file = self.pairs[index]
-        with _open(self._pillow, image_file) as image, _open(self._pillow, mask_file) as mask:
+        library = pillow("decoding a segmentation folder")
+        with _open(library, image_file) as image, _open(library, mask_file) as mask:
             if image.size == mask.size:
                 image.getexif().pop(_ORIENTATION, None)  # the mask was drawn on the picture as it is stored
             elif _upright_size(image) != mask.size:
@@ -113,14 +119,20 @@ def is_segmentation_folder(path: str | Path) -> bool:
 
 
 def open_segmentation(
-    root: str | Path, split: str = "train", *, image_size: int | None = None, num_classes: int | None = None
+    root: str | Path,
+    split: str = "train",
+    *,
+    whole: bool = False,
+    image_size: int | None = None,
+    num_classes: int | None = None,
 ) -> SegmentationFolder:
     """A split of a segmentation folder.
 
     Args:
         root: The folder.
-        split: ``"train"``, ``"test"`` or ``"all"``. Where there are no split folders, every fifth image by name is for
-            test.
+        split: ``"train"``, ``"val"``, ``"test"`` or ``"all"``. Where there are no split folders, every fifth image by
+            name is for test, and ``.note`` says so.
+        whole: Without split folders, any split is the whole folder.
         image_size: See :class:`SegmentationFolder`.
         num_classes: How many classes there are. None: as many as ``classes.txt`` names, or as the masks of the whole
             folder hold (which reads them all).
@@ -129,8 +141,7 @@ def open_segmentation(
         ValueError: ``split`` is another.
         DataError: The folder is missing or not of this form, an image has no mask, or the number of classes differs.
     """
-    if split not in (*_SPLITS, "all"):
-        raise ValueError(f"split: got {split!r}, accepted: train, test, all")
+    split = split_name(split)
     root = Path(root)
     folders = _split_folders(root)
     if not folders:
@@ -138,17 +149,22 @@ def open_segmentation(
             f"{root}: holds no images/ and masks/ folders, neither itself nor in train/ and test/"
         )
     parts = {name: _pairs(folder) for name, folder in folders.items()}
-    if "" in parts:
-        pairs = parts.pop("")
-        parts["test"] = dict(list(pairs.items())[_TEST_SHARE - 1 :: _TEST_SHARE])
-        parts["train"] = {image: mask for image, mask in pairs.items() if image not in parts["test"]}
     everything = {image: mask for part in parts.values() for image, mask in part.items()}
-    chosen = dict(sorted(everything.items())) if split == "all" else parts.get(split)
+    if split == "all" or ("" in parts and whole):
+        chosen: dict[Path, Path] | None = dict(sorted(everything.items()))
+    elif "" in parts:
+        test = dict(list(everything.items())[_TEST_SHARE - 1 :: _TEST_SHARE])
+        train = {image: mask for image, mask in everything.items() if image not in test}
+        chosen = train if split == "train" else test
+    else:
+        chosen = parts.get(choose(split, parts) or split)
     if not chosen:
         raise DataError(f"{root}: holds no {split} image")
     classes = _classes(root, everything, num_classes)
     opened = SegmentationFolder(chosen, classes, str(root), image_size)
     opened.named = (root / _CLASSES).exists()
+    if "" in parts and len(chosen) < len(everything):
+        opened.note = held_out_note(str(root), split, len(chosen), len(everything))
     return opened
 
 
@@ -158,8 +174,19 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
     if complete(root):
         return {"": root}
-    found = ((split, root / name) for split, names in _SPLITS.items() for name in names)
-    return {split: folder for split, folder in found if complete(folder)}
+    below = sorted(entry for entry in root.iterdir() if complete(entry)) if root.is_dir() else []
+    found: dict[str, Path] = {}
+    for split, spelled in ALIASES.items():
+        for alias in spelled:
+            named = [folder for folder in below if folder.name.lower() == alias]
+            if len(named) > 1:
+                raise DataError(
+                    f"{root} holds {' and '.join(folder.name for folder in named)}; only one of them can be the "
+                    f"{split} split"
+                )
+            if named:
+                found.setdefault(split, named[0])
+    return found
 
 
 def _pairs(folder: Path) -> dict[Path, Path]:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from kdfast.constants import constant
 from kdfast.data.codec import Image, decode
 from kdfast.data.decoder import Decoded, DecoderConfig
 from kdfast.data.reader import RecordLost, RecordReader
@@ -35,7 +36,7 @@ class TorchDecoder:
     def run(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Decoded]:
         """Decode batches in order."""
         self._plan.batches = batches
-        mean, std = (torch.tensor(values, device=self._device).view(3, 1, 1) for values in self._channels)
+        mean, std = (constant(tuple(values), self._device).view(3, 1, 1) for values in self._channels)
         for batch, (pixels, failures) in zip(batches, self._batches):
             bad = [record for record, _ in failures]
             images = pixels.to(self._device, non_blocking=True).to(torch.float32).div_(255)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kdfast.capture import autocast_state, has_hooks, module_state
 from kdfast.diffusion.loop import Mode, SamplingLoop, StaticStep, class_denoiser, resolve_mode, text_denoiser
-from kdfast.diffusion.plans import SCHEDULERS, SamplerPlan, fused_scheduler, sampler_plan
+from kdfast.diffusion.plans import SCHEDULERS, SamplerPlan, fused_scheduler, same_settings, sampler_plan
 from kdfast.diffusion.schedulers.common import diffusers
 from kdfast.errors import ConfigError
 from kdfast.functional.denoise import Order
@@ -119,7 +119,7 @@ def _plain_scheduler(pipe: Any, state: _State) -> Any:
     if type(scheduler) not in SCHEDULERS.values():
         return scheduler  # the user's own choice
     namesake = getattr(diffusers, type(scheduler).__name__)
-    return namesake.from_config({k: v for k, v in scheduler.config.items() if not k.startswith("_")})
+    return same_settings(namesake, scheduler)
 
 
 def _state(pipe: Any) -> _State | None:
@@ -243,7 +243,7 @@ def _sample_dit(pipe: Any, values: Mapping[str, Any]) -> Any:
         shape, generator=generator, device=device, dtype=model.dtype
     )
     guided = scale > 1
-    labels = torch.tensor(classes, device=device).reshape(-1)
+    labels = torch.tensor(classes).to(device, non_blocking=True).reshape(-1)
     if guided:
         labels = torch.cat([labels, torch.full_like(labels, 1000)])  # the pipeline's own null class
     # The pipeline steps both halves, from the global generator, and goes on with the first.

@@ -80,8 +80,17 @@ def fused_scheduler(scheduler: Any) -> Any:
             f"scheduler: got {kind.__module__}.{kind.__name__}, accepted: {', '.join(SCHEDULERS)}; one of these over "
             "the same noise schedule is made by KIND.from_config(scheduler.config)"
         )
+    return same_settings(ours, scheduler)
+
+
+def same_settings(kind: Any, scheduler: Any) -> Any:
+    """A scheduler of another class with every setting of this one."""
     # Without diffusers' list of which values are defaults: pipelines change some of those behind its back.
-    return ours.from_config({k: v for k, v in scheduler.config.items() if not k.startswith("_")})
+    made = kind.from_config({k: v for k, v in scheduler.config.items() if not k.startswith("_")})
+    if "_use_default_values" in scheduler.config:
+        # By that list a third class, made from this one's config, has defaults of its own; so it is handed on.
+        made.register_to_config(_use_default_values=scheduler.config["_use_default_values"])
+    return made
 
 
 def sampler_plan(scheduler: Any, device: torch.device | str, *, eta: float = 0.0) -> SamplerPlan | None:

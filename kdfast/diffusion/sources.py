@@ -82,6 +82,9 @@ class ModelSource:
         self._condition = condition or self._labels
         self._denoiser, self._by_class = denoiser or class_denoiser(model), denoiser is None
         self._loops: dict[int, SamplingLoop] = {}
+        #: Rows that every batch is filled up to, where loops are captured: a set of images is made by loops of one
+        #: size then, whichever batch a run begins with, and libraries compute the same bits for it.
+        self.fill_to = 0
         self._mode = resolve_mode(sampling.mode, device)
         scheduler.set_timesteps(sampling.num_inference_steps, device=device)
         self._plan = sampler_plan(scheduler, device, eta=sampling.eta)
@@ -98,7 +101,7 @@ class ModelSource:
         sampling = self._sampling
         key = (sampling.seed, classes, indices)
         options: dict[str, Any] = {"attempt": attempt, "paper_rng": sampling.paper_rng}
-        noise = sample_noise(*key, self.sample_shape, **options).to(self.device)
+        noise = sample_noise(*key, self.sample_shape, **options).to(self.device, non_blocking=True)
         if self._plan is None:
             return self._step_by_step(noise, classes, step_generators(*key, **options))
         rows = self._rows(len(classes))
@@ -110,7 +113,7 @@ class ModelSource:
             seeds = torch.cat([seeds, seeds[-1:].expand(spare)])
         conditions = self._condition(padded)
         loop = self._loop(rows, conditions)
-        return loop.run(noise, conditions, seeds=seeds.to(self.device))[: len(classes)]
+        return loop.run(noise, conditions, seeds=seeds.to(self.device, non_blocking=True))[: len(classes)]
 
     @torch.no_grad()
     def decode(self, drawn: Tensor) -> Tensor:
@@ -133,8 +136,11 @@ class ModelSource:
 
     def _rows(self, count: int) -> int:
         """Rows of the loop to use: a captured one is filled up rather than captured again for a short batch."""
-        larger = [rows for rows in self._loops if rows >= count]
-        return min(larger) if larger and self._mode != "eager" else count
+        if self._mode == "eager":
+            return count
+        if count <= self.fill_to:
+            return self.fill_to
+        return min((rows for rows in self._loops if rows >= count), default=count)
 
     def _loop(self, rows: int, conditions: Mapping[str, Tensor]) -> SamplingLoop:
         found = self._loops.get(rows)
@@ -158,7 +164,7 @@ class ModelSource:
         return found
 
     def _labels(self, classes: Sequence[int]) -> Mapping[str, Tensor]:
-        labels = torch.tensor(list(classes), device=self.device)
+        labels = torch.tensor(list(classes)).to(self.device, non_blocking=True)
         if self._sampling.guided:
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
         return {"labels": labels}
@@ -172,7 +178,7 @@ class ModelSource:
             self.model,
             self.scheduler,
             noise,
-            torch.tensor(list(classes), device=self.device),
+            torch.tensor(list(classes)).to(self.device, non_blocking=True),
             guidance_scale=self._sampling.guidance_scale,
             null_class=self.num_classes,
             cfg_channels=self._sampling.cfg_channels,
@@ -218,6 +224,7 @@ class PipelineSource:
         self.scheduler = pipe.scheduler
         self.device = torch.device(pipe._execution_device)
         self._texts = texts
+        self.fill_to = 0  # a pipeline captures nothing
         accepted = inspect.signature(type(pipe).__call__).parameters
         options = {
             "num_inference_steps": sampling.num_inference_steps,

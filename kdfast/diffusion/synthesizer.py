@@ -258,6 +258,7 @@ class Synthesizer:
                 on_progress(finish.done - start, stop - start)
 
         report()
+        self.source.fill_to = min(batch_size, samples_per_shard)
         with Background(finish) as background:
             while done < stop:
                 # Batches never cross a shard's end: a resumed run, which begins at one, then makes the same batches.
@@ -268,6 +269,7 @@ class Synthesizer:
                 background.put((latents, labels, refused))
                 report()
                 done = end
+        self.source.fill_to = 0
         report()
 
     def _finite_latents(

@@ -8,7 +8,7 @@ import importlib.util
 import pkgutil
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +22,10 @@ _CORE = ("torch", "numpy", "triton")
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+).*;.*extra == ['\"]([\w-]+)['\"]")
 # Extras for working on kdfast itself, and the one that stands for others.
 _NOT_SHOWN = ("dev", "docs", "bench", "all")
-_ALTERNATIVES = {"dali-cu12": "dali"}  # either of the two will do
+# Two builds of one library: either will do, and both together will not.
+_DALI = ("dali", "dali-cu12")
+#: What a user should know before installing an extra.
+_BEWARE = {"models": " (torchvision brings the torch that it was built for)"}
 
 
 @dataclass
@@ -34,7 +37,8 @@ class Report:
         ops: Registered ops, each with the backend that runs it for tensors on a device.
         extras: For each extra, its packages with their versions; ``None`` for a missing one.
         problems: What is wrong with the core; empty is healthy.
-        remarks: What is missing and what installs it.
+        remarks: What is missing.
+        command: The one command that installs everything that is missing; empty if nothing is.
     """
 
     versions: dict[str, str] = field(default_factory=dict)
@@ -42,6 +46,7 @@ class Report:
     extras: dict[str, dict[str, str | None]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    command: str = ""
 
     @property
     def healthy(self) -> bool:
@@ -69,6 +74,8 @@ class Report:
             *(f"! {problem}" for problem in self.problems),
             *(f"- {remark}" for remark in self.remarks),
         ]
+        if self.command:
+            lines += ["", "All that is missing, in one command:", f"  {self.command}", ""]
         lines.append("The core works." if self.healthy else "The core is broken.")
         return "\n".join(lines)
 
@@ -97,7 +104,7 @@ def _versions(report: Report) -> None:
         report.versions["cuda"] = "no device: ops run on the reference in plain PyTorch"
     report.versions["backend"] = get_backend()
     if report.versions["triton"] == "missing":
-        report.remarks.append("triton is missing, so no fused kernel runs: pip install triton (Linux)")
+        report.remarks.append("triton is missing, so no fused kernel runs (it is for Linux)")
 
 
 def _ops(report: Report) -> None:
@@ -141,12 +148,23 @@ def _extras(report: Report) -> None:
         if found and found[2] not in _NOT_SHOWN and found[1] != "kdfast":
             report.extras.setdefault(found[2], {})[found[1]] = _version(found[1])
     complete = {name for name, packages in report.extras.items() if all(packages.values())}
-    for name in report.extras.keys() - complete:
-        other = _ALTERNATIVES.get(name) or next((k for k, v in _ALTERNATIVES.items() if v == name), None)
-        if other not in complete:
-            gone = ", ".join(package for package, version in report.extras[name].items() if not version)
-            report.remarks.append(f'{gone} missing: pip install "kdfast[{name}]"')
-    report.remarks.sort()
+    wanted = report.extras.keys() - complete - {_other_dali(report.extras, complete)}
+    for name in sorted(wanted):
+        gone = ", ".join(package for package, version in report.extras[name].items() if not version)
+        report.remarks.append(f"{name}: {gone} missing{_BEWARE.get(name, '')}")
+    parts = ["triton"] if report.versions["triton"] == "missing" and platform.system() == "Linux" else []
+    parts += [f'"kdfast[{",".join(sorted(wanted))}]"'] if wanted else []
+    report.command = " ".join(["pip install", *parts]) if parts else ""
+
+
+def _other_dali(extras: Mapping[str, Mapping[str, str | None]], complete: Collection[str]) -> str:
+    """The build of DALI that is not for this machine: not the one that is there, else not the one for torch's CUDA."""
+    there = [name for name in _DALI if name in complete] or [
+        name for name in _DALI if any(v for package, v in extras.get(name, {}).items() if "dali" in package)
+    ]
+    cuda = torch.version.cuda or ""
+    mine = there[0] if there else _DALI[cuda.startswith("12")]
+    return _DALI[mine == _DALI[0]]
 
 
 def _requirements() -> Sequence[str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, get_args
 
 import torch
 
 from kdfast.documents import shown
 from kdfast.functional._reduction import Reduction
+from kdfast.ops.common.gradients import has_values
 
+_REDUCTIONS = get_args(Reduction)
 #: Every float that a kernel gets has to be one in its arithmetic, float32.
 _LARGEST = float(torch.finfo(torch.float32).max)
 
@@ -75,7 +78,8 @@ def check_logits(
 ) -> None:
     """Two floating-point tensors of one shape, at least 1-d, on one device."""
     for name, tensor in zip(names, (student, teacher), strict=True):
-        check_tensor(name, tensor, "a tensor of logits")
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}; a tensor of logits is needed")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: got dtype {tensor.dtype}; floating-point logits are needed")
     if student.shape != teacher.shape:
@@ -90,9 +94,40 @@ def check_logits(
         )
 
 
+def refuse_distributed(name: str, tensor: torch.Tensor) -> None:
+    """No DTensor, whose rows or columns lie on other ranks."""
+    if type(tensor).__name__ == "DTensor":  # to import the class takes longer than a loss
+        raise TypeError(
+            f"{name}: got a DTensor, whose parts lie on several ranks; a whole tensor is needed: pass "
+            f"{name}.full_tensor(), or call inside the forward of the module that FSDP gathers"
+        )
+
+
+def savable(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that autograd may save: one a row that was made under ``torch.inference_mode`` is copied."""
+    if has_values(tensor) and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return tensor.clone()
+    return tensor
+
+
+def as_number(value: Any) -> Any:
+    """A Python float of what is a number: Python's and numpy's scalars, a 0-d tensor in host memory; else as it is."""
+    if type(value) is float:  # nearly always, and at once
+        return value
+    if isinstance(value, torch.Tensor):
+        host = value.device.type == "cpu" and value.numel() == 1 and value.dtype != torch.bool
+        return float(value.item()) if host and not value.requires_grad and has_values(value) else value
+    if isinstance(value, bool):
+        return value
+    # numpy.bool_ is no numbers.Real; numpy's 0-d arrays are none either.
+    array = getattr(value, "shape", None) == () and getattr(value.dtype, "kind", "") in "iuf"
+    return float(value) if array or isinstance(value, numbers.Real) else value
+
+
 def check_dim(dim: int, tensor: torch.Tensor) -> int:
     """The class dimension as a non-negative index."""
-    check_int("dim", dim, -(2**63))
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"dim: got {type(dim).__name__}; an int is needed")
     if not -tensor.dim() <= dim < tensor.dim():
         raise ValueError(
             f"dim: got {dim}; accepted: {-tensor.dim()} to {tensor.dim() - 1} for {tensor.dim()}-d logits"
@@ -102,38 +137,42 @@ def check_dim(dim: int, tensor: torch.Tensor) -> int:
 
 def check_temperature(temperature: float | torch.Tensor, logits: torch.Tensor) -> float | torch.Tensor:
     """A positive finite float, or a 0-d tensor on the logits' device (whose value is not read: no sync)."""
-    if isinstance(temperature, torch.Tensor):
-        check_tensor("temperature", temperature)
-        if temperature.is_complex() or temperature.dtype == torch.bool:
-            raise TypeError(f"temperature: got dtype {temperature.dtype}; a real number is needed")
-        if temperature.requires_grad:
+    value = as_number(temperature)
+    if isinstance(value, torch.Tensor):
+        if value.requires_grad:
             raise ValueError(
                 "temperature: requires grad; kdfast gives it no gradient, pass temperature.detach()"
             )
-        if temperature.numel() != 1:
+        if value.numel() != 1 or value.dtype == torch.bool:
             raise ValueError(
-                f"temperature: got shape {tuple(temperature.shape)}; a float or a 0-d tensor is needed"
+                f"temperature: got shape {tuple(value.shape)} of {value.dtype}; a float or a 0-d tensor is needed"
             )
-        if temperature.device == logits.device and temperature.device.type != "cpu":
-            return temperature.reshape(())
-        if temperature.device.type != "cpu":
-            raise ValueError(f"temperature: is on {temperature.device}; the logits are on {logits.device}")
-        if torch.compiler.is_compiling():
-            return temperature.reshape(())  # a value that the trace cannot look at
-        temperature = temperature.item()  # host memory: no sync
-    temperature = _above("temperature", temperature, 0.0)
-    # T² is a factor of the losses, 1/T one of the logits: both have to be float32.
-    if not 1e-18 <= temperature <= 1e18:
-        raise ValueError(f"temperature: got {temperature}; a value from 1e-18 to 1e18 is needed")
-    return temperature
+        if value.device != logits.device:
+            raise ValueError(f"temperature: is on {value.device}; the logits are on {logits.device}")
+        return value.reshape(())  # on the device, or a value that a trace cannot look at
+    if not isinstance(value, float):
+        raise TypeError(f"temperature: got {_said(temperature)}; a float or a 0-d tensor is needed")
+    changes = torch.compiler.is_compiling() and _unknown(value)
+    if not 0 < value < math.inf:  # comparisons, which a trace can follow; NaN fails them
+        raise ValueError(f"temperature: got {value}; a finite value above 0 is needed")
+    if changes:
+        # A number that the trace does not know: as a factor it stays one, as an op's argument it would be fixed.
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return torch.ones((), dtype=dtype, device=logits.device) * value
+    return value
 
 
-def _above(name: str, value: float, bound: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}; a float or a 0-d tensor is needed")
-    if not bound < value <= _LARGEST:
-        raise ValueError(f"{name}: got {shown(value)}; a finite value above {bound:g} is needed")
-    return float(value)
+def _unknown(number: float) -> bool:
+    """Whether a trace knows of a number only that it is one."""
+    # Imported here, where a trace has done so: it takes long.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return not statically_known_true(number > 0)
+
+
+def _said(value: Any) -> str:
+    """A type, and a text that was given for a number."""
+    return f"{type(value).__name__} {value!r}" if isinstance(value, str) else type(value).__name__
 
 
 def check_rowwise(
@@ -142,7 +181,8 @@ def check_rowwise(
     """One value a row: bool for ``mask``, floating point without gradient otherwise."""
     if value is None:
         return None
-    check_tensor(name, value)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; a tensor is needed")
     if name == "mask" and value.dtype != torch.bool:
         raise TypeError(f"mask: got dtype {value.dtype}; bool is needed (True = the row counts)")
     if name != "mask" and not value.is_floating_point():
@@ -155,22 +195,26 @@ def check_rowwise(
         raise ValueError(f"{name}: is on {value.device}; the logits are on {logits.device}")
     if value.requires_grad:
         raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
-    return value
+    return savable(value)
 
 
 def check_number(
     name: str, value: float | torch.Tensor, logits: torch.Tensor, *, above: float
 ) -> float | torch.Tensor:
     """A float above a bound, or a 0-d tensor on the logits' device (whose value is not read: no sync)."""
-    if isinstance(value, torch.Tensor):
-        check_tensor(name, value)
-        if value.numel() != 1 or value.requires_grad or value.device != logits.device:
+    number = as_number(value)
+    if isinstance(number, torch.Tensor):
+        if number.numel() != 1 or number.requires_grad or number.device != logits.device:
             raise ValueError(
-                f"{name}: got shape {tuple(value.shape)} on {value.device}, requires_grad={value.requires_grad}; a 0-d "
-                f"tensor on {logits.device} without gradient, or a float, is needed"
+                f"{name}: got shape {tuple(number.shape)} on {number.device}, requires_grad={number.requires_grad}; a "
+                f"0-d tensor on {logits.device} without gradient, or a float, is needed"
             )
-        return value.reshape(())
-    return _above(name, value, above)
+        return number.reshape(())
+    if not isinstance(number, float):
+        raise TypeError(f"{name}: got {_said(value)}; a float or a 0-d tensor is needed")
+    if not above < number < math.inf:
+        raise ValueError(f"{name}: got {number}; a finite value above {above} is needed")
+    return number
 
 
 def check_labels(
@@ -182,10 +226,10 @@ def check_labels(
     logits: torch.Tensor,
 ) -> torch.Tensor | None:
     """int64 classes, one a row. Their values are looked at on the CPU only, where that does not wait for a GPU."""
-    check_int("ignore_index", ignore_index, -(2**63))
     if labels is None:
         return None
-    check_tensor(name, labels, "a tensor of classes")
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"{name}: got {type(labels).__name__}; a tensor of classes is needed")
     if labels.dtype != torch.int64:
         raise TypeError(f"{name}: got dtype {labels.dtype}; int64 classes are needed")
     if labels.shape != rows:
@@ -194,14 +238,19 @@ def check_labels(
         )
     if labels.device != logits.device:
         raise ValueError(f"{name}: is on {labels.device}; the logits are on {logits.device}")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if on_host(labels):
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
         if bool(wrong.any()):
             raise ValueError(
                 f"{name}: got class {int(labels[wrong][0])}; accepted: 0 to {num_classes - 1}, or ignore_index "
                 f"({ignore_index})"
             )
-    return labels
+    return savable(labels)
+
+
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device, and no trace or transform forbids it."""
+    return tensor.device.type == "cpu" and has_values(tensor)
 
 
 def check_lam(
@@ -209,34 +258,53 @@ def check_lam(
 ) -> float | torch.Tensor:
     """λ of mixed samples: a float from 0 to 1, or a tensor that broadcasts over the rows."""
     if isinstance(lam, torch.Tensor):
-        check_floating("lam", lam)
+        if not lam.is_floating_point():
+            raise TypeError(f"lam: got dtype {lam.dtype}; floating point is needed")
         if lam.requires_grad:
             raise ValueError("lam: requires grad; kdfast gives it no gradient, pass lam.detach()")
         if lam.device != logits.device and lam.dim() > 0:
             raise ValueError(f"lam: is on {lam.device}; the logits are on {logits.device}")
         if lam.dim() == 0 or lam.shape == rows:
-            return lam.to(dtype)
+            return savable(lam).to(dtype)
         if len(rows) > 1 and lam.shape == rows[:1]:  # one a sample
-            return lam.to(dtype).reshape(-1, *[1] * (len(rows) - 1))
+            return savable(lam).to(dtype).reshape(-1, *[1] * (len(rows) - 1))
         raise ValueError(
             f"lam: got shape {tuple(lam.shape)}; a float, one value a sample or one a row {tuple(rows)} is needed"
         )
-    if not isinstance(lam, (int, float)) or isinstance(lam, bool):
-        raise TypeError(f"lam: got {type(lam).__name__}; a float or a tensor is needed")
-    if not 0 <= lam <= 1:
+    share = as_number(lam)
+    if not isinstance(share, float):
+        raise TypeError(f"lam: got {_said(lam)}; a float or a tensor is needed")
+    if not 0 <= share <= 1:
         raise ValueError(f"lam: got {lam}; 0 to 1 is needed")
-    return float(lam)
+    return share
 
 
 def check_reduction(reduction: str) -> None:
     """One of :data:`~kdfast.functional._reduction.Reduction`."""
-    if not isinstance(reduction, str) or reduction not in get_args(Reduction):
-        raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(get_args(Reduction))}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(_REDUCTIONS)}")
 
 
-def check_factor(name: str, value: float) -> float:
-    """A finite float that is not negative."""
-    return check_real(name, value, 0.0)
+def check_factor(name: str, value: float | torch.Tensor) -> float:
+    """A finite float that is not negative; a number of numpy's or a 0-d tensor in host memory is read."""
+    return check_between(name, value, 0.0, math.inf)
+
+
+def check_between(name: str, value: float | torch.Tensor, least: float, most: float) -> float:
+    """A finite number from ``least`` to ``most``; one of numpy's or a 0-d tensor in host memory is read."""
+    number = as_number(value)
+    if isinstance(number, torch.Tensor):
+        raise ValueError(
+            f"{name}: got a tensor of shape {tuple(number.shape)} on {number.device}, "
+            f"requires_grad={number.requires_grad}; a number, or a 0-d tensor without gradient in host memory, is "
+            "needed (to read another would wait for the device)"
+        )
+    if not isinstance(number, float):
+        raise TypeError(f"{name}: got {_said(value)}; a number is needed")
+    if not least <= number <= most or number == math.inf:
+        accepted = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        raise ValueError(f"{name}: got {number}; a finite value {accepted} is needed")
+    return number
 
 
 def check_pair(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kdfast.constants import constant
 from kdfast.documents import shown
-from kdfast.functional._checks import check_int, check_real, check_tensor
+from kdfast.functional._checks import check_int, check_real, check_tensor, on_host
 from kdfast.ops import images as ops
 from kdfast.profiling import annotate
 
@@ -18,8 +19,6 @@ __all__ = ["crop_flip_normalize", "draw_crop_flip"]
 PerChannel = float | Sequence[float] | Tensor
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-#: Tensors made of numbers, by (mean, std, scale, channels, dtype, device): a copy to the device waits for it.
-_affine: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
 
 @annotate("crop_flip_normalize")
@@ -169,7 +168,7 @@ def _check_draws(
         raise TypeError(f"offsets: got dtype {offsets.dtype}; accepted: int32, int64")
     if flips.is_floating_point() or flips.is_complex():
         raise TypeError(f"flips: got dtype {flips.dtype}; bool or integers are needed")
-    if offsets.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+    if batch and on_host(offsets):
         low, high = (found.tolist() for found in torch.aminmax(offsets, dim=0))
         if min(low) < 0 or high[0] > room[0] or high[1] > room[1]:
             raise ValueError(
@@ -188,27 +187,14 @@ def _gain_and_bias(
         mu, sigma = (_channel_tensor(name, value, images) for name, value in (("mean", mean), ("std", std)))
         return (scale / sigma).to(dtype), (-mu / sigma).to(dtype)
     mus, sigmas = _numbers("mean", mean, channels), _numbers("std", std, channels)
-    key = (mus, sigmas, scale, dtype, images.device)
-    if not torch.compiler.is_compiling() and key in _affine:
-        return _affine[key]
-    gains, biases = [scale / s for s in sigmas], [-m / s for m, s in zip(mus, sigmas, strict=True)]
-    if torch.compiler.is_compiling():
-        return (
-            torch.tensor(gains, dtype=dtype, device=images.device),
-            torch.tensor(biases, dtype=dtype, device=images.device),
-        )
-    if len(_affine) >= 64:  # whoever normalises every batch differently
-        _affine.clear()
-    with torch.inference_mode(False):  # what is kept must serve calls that record gradients, too
-        made = torch.tensor([gains, biases], dtype=dtype, device=images.device)
-    _affine[key] = made[0], made[1]
-    return _affine[key]
+    gains, biases = (scale / s for s in sigmas), (-m / s for m, s in zip(mus, sigmas, strict=True))
+    return constant(tuple(gains), images.device, dtype), constant(tuple(biases), images.device, dtype)
 
 
 def _channel_tensor(name: str, value: PerChannel, images: Tensor) -> Tensor:
     channels = images.shape[1]
     if not isinstance(value, Tensor):
-        return images.new_tensor(_numbers(name, value, channels), dtype=torch.float64)
+        return constant(_numbers(name, value, channels), images.device, torch.float64)
     check_tensor(name, value)
     if value.is_complex():
         raise TypeError(f"{name}: got dtype {value.dtype}; real numbers are needed")

@@ -160,12 +160,10 @@ def distillation_loss(
     labels = None
     if ce_weight and target is not None:
         dtype = compute_dtype(student, teacher)
-        factor = _label_factor(target, ignore_index, ce_weight, reduction, mask, dtype)
+        factor = label_factor(target, ignore_index, ce_weight, reduction, mask, dtype)
         second = None
         if mixed_target is not None and share is not None:
-            second = _label_factor(mixed_target, ignore_index, ce_weight, reduction, mask, dtype) * (
-                1 - share
-            )
+            second = label_factor(mixed_target, ignore_index, ce_weight, reduction, mask, dtype) * (1 - share)
             factor = factor * share
             second, mixed_target = second.contiguous(), mixed_target.contiguous()
         labels = ops.Labels(
@@ -236,12 +234,14 @@ def _check_rows(
     check_logits(student, teacher)
     axis = check_dim(dim, student)
     temperature = check_temperature(temperature, student)
-    rows = student.shape[:axis] + student.shape[axis + 1 :]
-    row_weight = check_rowwise("row_weight", row_weight, rows, student)
-    return axis, temperature, row_weight, check_rowwise("mask", mask, rows, student)
+    if row_weight is not None or mask is not None:
+        rows = student.shape[:axis] + student.shape[axis + 1 :]
+        row_weight = check_rowwise("row_weight", row_weight, rows, student)
+        mask = check_rowwise("mask", mask, rows, student)
+    return axis, temperature, row_weight, mask
 
 
-def _label_factor(
+def label_factor(
     target: torch.Tensor,
     ignore_index: int,
     weight: float,

@@ -6,15 +6,10 @@ from typing import Literal, get_args
 
 import torch
 
-from kdfast.functional._checks import (
-    check_logits,
-    check_reduction,
-    check_rowwise,
-    check_temperature,
-    check_tensor,
-)
+from kdfast.functional._checks import check_logits, check_reduction, check_rowwise, check_temperature, savable
 from kdfast.functional._reduction import Reduction, reduction_divisor
 from kdfast.ops import topk as ops
+from kdfast.ops.common.gradients import has_values
 from kdfast.ops.common.row_loss import Row
 from kdfast.profiling import annotate
 
@@ -56,9 +51,12 @@ def topk_kd_loss(
 
     Args:
         student: Logits ``[..., V]``, any strides; float32, bfloat16, float16 or float64.
-        indices: int64 ``[..., k]``, the classes that were kept; distinct in a row. A negative one is padding.
-            On the CPU an index ≥ V is refused; on a GPU, where looking would mean to wait, it is padding too.
-        logits: The teacher's logits at those classes, same shape, floating point. Gets no gradient.
+        indices: int64 ``[..., k]``, the classes that were kept, in any order. A negative one is padding; a class that
+            is named again in its row (servers add the drawn token to its k) counts once, where it is named first; a
+            row that names none adds nothing. On the CPU an index ≥ V is refused; on a GPU, where looking would mean to
+            wait, it is padding too.
+        logits: The teacher's logits at those classes, same shape, floating point (log-probabilities in float16, say).
+            -inf is padding. Gets no gradient.
         temperature: T > 0; a float, or a 0-d tensor (read on the device). Gets no gradient.
         tail: ``"bucket"`` or ``"renormalize"``.
         log_normalizer: Z of each row, ``[...]``; only for ``"bucket"``. Gets no gradient.
@@ -75,17 +73,12 @@ def topk_kd_loss(
             above; ``log_normalizer`` with ``"renormalize"``; cached tensors that require grad.
     """
     check_reduction(reduction)
-    if not isinstance(tail, str) or tail not in get_args(Tail):
-        raise ValueError(f"tail: got {tail!r}; accepted: {', '.join(get_args(Tail))}")
     check_logits(student, student)
     check_logits(logits, logits, ("logits", "logits"))
     rows = student.shape[:-1]
-    _check_indices(indices, logits, student)
+    _check_indices(indices, logits, student.shape, student)
     temperature = check_temperature(temperature, student)
-    if log_normalizer is not None and tail == "renormalize":
-        raise ValueError(
-            "log_normalizer: got a tensor; tail='renormalize' compares the k classes alone and has no use for it"
-        )
+    _check_tail(tail, log_normalizer)
     log_normalizer = check_rowwise("log_normalizer", log_normalizer, rows, student)
     row_weight = check_rowwise("row_weight", row_weight, rows, student)
     mask = check_rowwise("mask", mask, rows, student)
@@ -95,38 +88,71 @@ def topk_kd_loss(
         logits = logits.masked_fill(~mask.unsqueeze(-1), 0.0)
     options = (float(tail == "bucket"),)
     reduce = reduction != "none"
+    indices = savable(indices)
     row = Row(
         options, axis, temperature, row_weight, mask, divisor, reduce, label=indices, factor=log_normalizer
     )
     return ops.topk(student, logits, row)
 
 
-def _check_indices(indices: torch.Tensor, logits: torch.Tensor, student: torch.Tensor) -> None:
-    check_tensor("indices", indices)
-    if indices.dtype != torch.int64:
-        raise TypeError(f"indices: got dtype {indices.dtype}; int64 class indices are needed")
-    if indices.shape[:-1] != student.shape[:-1] or indices.dim() != student.dim():
+def check_topk(
+    given: tuple[torch.Tensor, ...], tail: str, shape: tuple[int, ...], like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """``teacher_topk`` of the fused heads: (indices, logits, log_normalizer or None), for logits of ``shape``."""
+    if not isinstance(given, tuple) or len(given) not in (2, 3):
+        size = f" of {len(given)}" if isinstance(given, tuple | list) else ""
+        raise TypeError(
+            f"teacher_topk: got {type(given).__name__}{size}; a tuple (indices, logits) or (indices, logits, "
+            "log_normalizer) is needed"
+        )
+    _check_tail(tail, given[2] if len(given) == 3 else None)
+    check_logits(given[1], given[1], ("teacher_topk[1]", "teacher_topk[1]"))
+    _check_indices(given[0], given[1], shape, like, ("teacher_topk[0]", "teacher_topk[1]"))
+    normalizer = given[2] if len(given) == 3 else None
+    return given[0], given[1], check_rowwise("teacher_topk[2]", normalizer, torch.Size(shape[:-1]), like)
+
+
+def _check_tail(tail: str, log_normalizer: torch.Tensor | None) -> None:
+    if tail not in get_args(Tail):
+        raise ValueError(f"tail: got {tail!r}; accepted: {', '.join(get_args(Tail))}")
+    if log_normalizer is not None and tail == "renormalize":
         raise ValueError(
-            f"indices: got shape {tuple(indices.shape)}; {(*student.shape[:-1], 'k')} is needed, as student has it"
+            "log_normalizer: got a tensor; tail='renormalize' compares the k classes alone and has no use for it"
+        )
+
+
+def _check_indices(
+    indices: torch.Tensor,
+    logits: torch.Tensor,
+    shape: tuple[int, ...],
+    student: torch.Tensor,
+    names: tuple[str, str] = ("indices", "logits"),
+) -> None:
+    first, second = names
+    if not isinstance(indices, torch.Tensor):
+        raise TypeError(f"{first}: got {type(indices).__name__}; a tensor is needed")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{first}: got dtype {indices.dtype}; int64 class indices are needed")
+    if indices.shape[:-1] != shape[:-1] or indices.dim() != len(shape):
+        raise ValueError(
+            f"{first}: got shape {tuple(indices.shape)}; {(*shape[:-1], 'k')} is needed, as student has it"
         )
     if logits.shape != indices.shape:
         raise ValueError(
-            f"logits: got shape {tuple(logits.shape)}; indices has {tuple(indices.shape)}, and they must match"
+            f"{second}: got shape {tuple(logits.shape)}; {first} has {tuple(indices.shape)}, and they must match"
         )
-    if not 1 <= indices.shape[-1] <= student.shape[-1]:
-        raise ValueError(f"indices: got k = {indices.shape[-1]}; accepted: 1 to {student.shape[-1]}")
-    for name, tensor in (("indices", indices), ("logits", logits)):
+    if indices.shape[-1] < 1:
+        raise ValueError(f"{first}: got k = 0; at least 1 is needed")
+    for name, tensor in ((first, indices), (second, logits)):
         if tensor.device != student.device:
             raise ValueError(
                 f"{name}: is on {tensor.device}; student is on {student.device}, and they must match"
             )
     if logits.requires_grad:
-        raise ValueError("logits: requires grad; a cached teacher gets no gradient, pass logits.detach()")
-    if (
-        indices.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and bool((indices >= student.shape[-1]).any())
-    ):
         raise ValueError(
-            f"indices: got class {int(indices.max())}; accepted: 0 to {student.shape[-1] - 1}, or -1 to pad"
+            f"{second}: requires grad; a cached teacher gets no gradient, pass {second}.detach()"
+        )
+    if indices.device.type == "cpu" and has_values(indices) and bool((indices >= shape[-1]).any()):
+        raise ValueError(
+            f"{first}: got class {int(indices.max())}; accepted: 0 to {shape[-1] - 1}, or -1 to pad"
         )

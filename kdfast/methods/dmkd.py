@@ -11,7 +11,6 @@ here to see that.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,11 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdfast.data.augment import cutmix
-from kdfast.errors import ConfigError
+from kdfast.errors import ConfigError, is_positive
 from kdfast.functional import kd_kl_div
 from kdfast.models.outputs import logits_of
 from kdfast.models.roles import check_networks, chosen_student, still_evaluated
-from kdfast.training.bounds import check_finite
 from kdfast.training.learning import Learning
 
 __all__ = ["DMKD", "DMKDConfig"]
@@ -53,16 +51,17 @@ class DMKDConfig:
     cutmix_alpha: float | None = 0.25
 
     def __post_init__(self) -> None:
-        check_finite("temperature", self.temperature, 0, above=True)
+        if not is_positive(self.temperature):
+            raise ConfigError(f"temperature: got {self.temperature!r}, accepted: a number above 0")
         if self.labels not in get_args(Labels):
             raise ConfigError(f"labels: got {self.labels!r}, accepted: {', '.join(get_args(Labels))}")
         if self.hard_labels not in get_args(HardLabels):
             raise ConfigError(
                 f"hard_labels: got {self.hard_labels!r}, accepted: {', '.join(get_args(HardLabels))}"
             )
-        if self.cutmix_alpha is not None and not 0 < self.cutmix_alpha < math.inf:
+        if self.cutmix_alpha is not None and not is_positive(self.cutmix_alpha):
             raise ConfigError(
-                f"cutmix_alpha: got {self.cutmix_alpha}, accepted: a number above 0, or null for none"
+                f"cutmix_alpha: got {self.cutmix_alpha!r}, accepted: a number above 0, or null for none"
             )
 
 

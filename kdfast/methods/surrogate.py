@@ -24,11 +24,10 @@ from torch.nn import functional as F
 from kdfast.data.augment import mixup
 from kdfast.data.boundary import BoundaryPairs, decision_boundary_pairs, random_targets
 from kdfast.data.regimes import REGIMES, regime
-from kdfast.errors import ConfigError
+from kdfast.errors import ConfigError, is_positive
 from kdfast.functional import kd_kl_div
 from kdfast.models.outputs import logits_of
 from kdfast.models.roles import check_networks, chosen_student, still_evaluated
-from kdfast.training.bounds import check_finite
 from kdfast.training.learning import Learning
 
 __all__ = ["SurrogateKD", "SurrogateKDConfig"]
@@ -76,7 +75,8 @@ class SurrogateKDConfig:
     threshold: float = 0.9
 
     def __post_init__(self) -> None:
-        check_finite("temperature", self.temperature, 0, above=True)
+        if not is_positive(self.temperature):
+            raise ConfigError(f"temperature: got {self.temperature!r}, accepted: a number above 0")
         for name, accepted in (
             ("targets", get_args(Targets)),
             ("regime", tuple(REGIMES)),

@@ -8,16 +8,77 @@ last axis. What is ambiguous then is refused.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from kdfast.models.maps import Layout
+from kdfast.models.maps import Layout, as_map
+from kdfast.models.places import Place
 
-__all__ = ["layout_of"]
+__all__ = ["Reading", "layout_of", "reading_of"]
 
 #: How much two ratios may differ: sizes are rounded at every stride.
 _ROUNDING = 1.25
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a layer's activations are read as maps.
+
+    Attributes:
+        layer: By name, for messages.
+        layout: Where the channels of 4-d ones are.
+        tokens: Which tokens of 3-d ones are the map's, as a slice; None for all, after a class token or without.
+        grid: Their rows and columns; None for a square.
+    """
+
+    layer: str
+    layout: Layout
+    tokens: tuple[int, int | None] | None = None
+    grid: tuple[int, int] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """An activation as ``[B, C, H, W]``; see :func:`kdfast.models.maps.as_map`."""
+        return as_map(x, self.layout, self.layer, tokens=self.tokens, grid=self.grid)
+
+
+def reading_of(
+    network: nn.Module,
+    layer: str,
+    x: Tensor,
+    layout: Layout,
+    images: Any = None,
+    tokens: tuple[int, int | None] | None = None,
+) -> Reading:
+    """Find out by one activation how a layer's are read.
+
+    Args:
+        network: As for :func:`layout_of`, and so are ``layer``, ``x``, ``layout`` and ``images``.
+        layer: See there.
+        x: See there.
+        layout: See there.
+        images: See there; tokens of pictures that are no squares form a grid of their proportions.
+        tokens: Which ones are the map's.
+
+    Raises:
+        ValueError: See :func:`layout_of`.
+    """
+    grid = _grid(x, images, tokens) if x.dim() == 3 else None
+    return Reading(layer, layout_of(network, layer, x, layout, images), tokens, grid)
+
+
+def _grid(x: Tensor, images: Any, tokens: tuple[int, int | None] | None) -> tuple[int, int] | None:
+    """Rows and columns of tokens, by the stride at which the picture has as many; None for a square."""
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[2] == images.shape[3]:
+        return None
+    count = x.shape[1] if tokens is None else x[:, slice(*tokens)].shape[1]
+    size = (images.shape[2], images.shape[3])
+    for stride in range(1, max(size) + 1):
+        for grid in ((-(-size[0] // stride), -(-size[1] // stride)), (size[0] // stride, size[1] // stride)):
+            if grid[0] * grid[1] == count or (tokens is None and grid[0] * grid[1] == count - 1):
+                return grid
+    return None
 
 
 def layout_of(network: nn.Module, layer: str, x: Tensor, layout: Layout, images: Any = None) -> Layout:
@@ -55,10 +116,12 @@ def _spatial(module: nn.Module) -> bool:
 
 def _by_module(network: nn.Module, layer: str, x: Tensor) -> Layout | None:
     """By the channels of the last module within the layer that has any; nothing is known of inputs."""
-    if layer.endswith((":input", ":output")) or layer not in dict(network.named_modules()):
+    modules = dict(network.named_modules())
+    place = Place.parse(layer, modules)
+    if place.is_input or not place.layer or place.layer not in modules:
         return None
     first: Layout = "channels_first"
-    for module in reversed(list(network.get_submodule(layer).modules())):
+    for module in reversed(list(modules[place.layer].modules())):
         on_last = isinstance(module, nn.Linear) or (
             type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and not _spatial(module)
         )

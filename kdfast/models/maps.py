@@ -16,7 +16,14 @@ Resize = Literal["student", "refuse"]
 T = TypeVar("T")
 
 
-def as_map(x: Tensor, layout: Layout, layer: str) -> Tensor:
+def as_map(
+    x: Tensor,
+    layout: Layout,
+    layer: str,
+    *,
+    tokens: tuple[int, int | None] | None = None,
+    grid: tuple[int, int] | None = None,
+) -> Tensor:
     """An activation as ``[B, C, H, W]``; a view, which is not copied.
 
     Args:
@@ -24,24 +31,29 @@ def as_map(x: Tensor, layout: Layout, layer: str) -> Tensor:
         layout: Where the channels of a 4-d activation are, ``"channels_first"`` or ``"channels_last"``; for
             ``"auto"`` ask :func:`kdfast.models.layouts.layout_of` before.
         layer: For messages.
+        tokens: Which ones are the map's, from the first to before the second as in a slice; by default all, or all
+            but a class token.
+        grid: Rows and columns that they form; by default a square.
 
     Raises:
-        ValueError: It has another rank, is no floating-point tensor, or its tokens form no square.
+        ValueError: It has another rank, is no floating-point tensor, or its tokens form no square (or not that grid).
     """
     if not x.is_floating_point():
         raise ValueError(f"layer {layer!r} gave {x.dtype}; a floating-point activation is needed")
     if x.dim() == 2:
         return x[:, :, None, None]
     if x.dim() == 3:
-        side = math.isqrt(x.shape[1])
-        extra = x.shape[1] - side * side
-        if side == 0 or extra > 1:
+        chosen = x if tokens is None else x[:, slice(*tokens)]
+        count = chosen.shape[1]
+        height, width = grid or (math.isqrt(count),) * 2
+        extra = count - height * width
+        if height * width == 0 or not 0 <= extra <= (tokens is None):
+            form = f"a grid of {grid[0]}×{grid[1]}, as when the method was made" if grid else "a square"
             raise ValueError(
-                f"layer {layer!r} gave shape {tuple(x.shape)}; tokens [B, N, C] must form a square, after one class "
-                "token at most"
+                f"layer {layer!r} gave shape {tuple(x.shape)}; tokens [B, N, C] must form {form}, after one class "
+                "token at most; which ones are the map's can be said with student_tokens or teacher_tokens"
             )
-        batch, _, channels = x.shape
-        return x[:, extra:].reshape(batch, side, side, channels).movedim(-1, 1)
+        return chosen[:, extra:].reshape(len(x), height, width, -1).movedim(-1, 1)
     if x.dim() != 4:
         raise ValueError(
             f"layer {layer!r} gave shape {tuple(x.shape)}; accepted: [B, C], [B, N, C], [B, C, H, W], [B, H, W, C]"

@@ -1,4 +1,4 @@
-"""Networks by name: the papers' CIFAR networks here, everything else through ``timm:NAME``."""
+"""Networks by name: the papers' CIFAR networks here, others through ``timm:``, ``torchvision:``, ``hf:``, or a file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from kdfast.errors import require
 from kdfast.models.deeplab import DeepLabV3
+from kdfast.models.foreign import create_hugging_face, create_own, is_own
 from kdfast.models.gap2 import Gap2
 from kdfast.models.mobilenet_v1 import MobileNetV1
 from kdfast.models.mobilenet_v2 import MobileNetV2
@@ -79,7 +80,8 @@ def create_model(name: str, num_classes: int, *, in_channels: int = 3, **kwargs:
     understood.
 
     Args:
-        name: A name from :func:`list_models`, ``wrn_D_K``, or ``timm:NAME`` or ``torchvision:NAME`` for one of theirs.
+        name: A name from :func:`list_models`, ``wrn_D_K``, ``timm:NAME``, ``torchvision:NAME`` or ``hf:NAME`` for one
+            of theirs, or ``FILE.py:FACTORY`` for what a function of yours returns.
         num_classes: Outputs of the classifier, at least 1.
         in_channels: Channels of the images, at least 1.
         **kwargs: Options of that network, e.g. ``stem="imagenet"`` for resnet18/34/50; for ``timm:`` those of
@@ -96,9 +98,13 @@ def create_model(name: str, num_classes: int, *, in_channels: int = 3, **kwargs:
         if value < 1:
             raise ValueError(f"{argument} is at least 1, got {value}")
     if name.startswith("timm:"):
-        return _create_timm(name.removeprefix("timm:"), num_classes, in_channels, kwargs)
+        return create_timm(name.removeprefix("timm:"), num_classes, in_channels, kwargs)
     if name.startswith("torchvision:"):
-        return _create_torchvision(name.removeprefix("torchvision:"), num_classes, in_channels, kwargs)
+        return create_torchvision(name.removeprefix("torchvision:"), num_classes, in_channels, kwargs)
+    if name.startswith("hf:"):
+        return create_hugging_face(name.removeprefix("hf:"), num_classes, in_channels, kwargs)
+    if is_own(name):
+        return create_own(name, num_classes, in_channels, kwargs)
     builder = _find(name)
     _check_options(name, builder, kwargs)
     return builder(num_classes, in_channels=in_channels, **kwargs)
@@ -130,10 +136,15 @@ def _check_options(name: str, builder: Builder, options: dict[str, object]) -> N
         )
 
 
-def _create_timm(name: str, num_classes: int, in_channels: int, options: dict[str, object]) -> nn.Module:
+def create_timm(
+    name: str, num_classes: int | None, in_channels: int, options: dict[str, object]
+) -> nn.Module:
+    """One of timm's; ``num_classes=None`` leaves the classifier as timm has it, trained or not."""
     timm = require("timm", extra="models", feature=f"model 'timm:{name}'")
+    # timm throws a trained classifier away when it is told another number of classes, or even says one itself.
+    classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        model: nn.Module = timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **options)
+        model: nn.Module = timm.create_model(name, in_chans=in_channels, **classes, **options)
     except RuntimeError as error:
         if "Unknown model" not in str(error):
             raise
@@ -143,7 +154,7 @@ def _create_timm(name: str, num_classes: int, in_channels: int, options: dict[st
     return model
 
 
-def _create_torchvision(
+def create_torchvision(
     name: str, num_classes: int, in_channels: int, options: dict[str, object]
 ) -> nn.Module:
     """For the networks that timm does not have (ShuffleNetV2); ``pretrained`` are torchvision's first weights."""

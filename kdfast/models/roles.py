@@ -15,12 +15,20 @@ def _some(names: list[str]) -> str:
     return ", ".join(name or "the network itself" for name in names[:3]) + (", …" if len(names) > 3 else "")
 
 
+def _check_network(role: str, given: object) -> None:
+    if not isinstance(given, nn.Module):
+        hint = "; settings are given by name, config=…" if type(given).__name__.endswith("Config") else ""
+        raise TypeError(f"{role}: got a {type(given).__name__}, accepted: a network (torch.nn.Module){hint}")
+
+
 def check_student(student: nn.Module) -> nn.Module:
     """The student, as it is.
 
     Raises:
+        TypeError: It is no network.
         ValueError: No parameter of it requires grad.
     """
+    _check_network("student", student)
     if not any(p.requires_grad for p in student.parameters()):
         raise ValueError(
             f"student: got a {type(student).__name__} of which no parameter requires grad; a student learns, call "
@@ -33,8 +41,10 @@ def check_teacher(teacher: nn.Module) -> nn.Module:
     """The teacher, as it is.
 
     Raises:
+        TypeError: It is no network.
         ValueError: Parameters of it require grad, or modules of it are in training mode.
     """
+    _check_network("teacher", teacher)
     wanting = [name for name, p in teacher.named_parameters() if p.requires_grad]
     if wanting:
         raise ValueError(
@@ -65,8 +75,12 @@ def check_networks(student: nn.Module | None, teacher: nn.Module | None) -> None
     """:func:`check_student` and :func:`check_teacher` of those that are given.
 
     Raises:
-        ValueError: See there.
+        TypeError, ValueError: See there.
     """
+    # What is no network at all is told of first: a slip in one often hides behind the other's training mode.
+    for role, given in (("student", student), ("teacher", teacher)):
+        if given is not None:
+            _check_network(role, given)
     if teacher is not None:
         check_teacher(teacher)
     if student is not None:

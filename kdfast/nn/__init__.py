@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from kdfast.nn.divergence import DivergenceLoss, JSDLoss
 from kdfast.nn.losses import (
     DistillationLoss,
     DISTLoss,
     DKDLoss,
     FusedLinearKDLoss,
-    JSDLoss,
     KDLoss,
     TopKKDLoss,
 )
@@ -18,6 +18,7 @@ __all__ = [
     "DISTLoss",
     "DKDLoss",
     "DistillationLoss",
+    "DivergenceLoss",
     "FusedLinearKDLoss",
     "JSDLoss",
     "KDLoss",

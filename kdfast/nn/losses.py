@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed
@@ -15,78 +13,25 @@ from kdfast.functional import (
     distillation_loss,
     dkd_loss,
     fused_linear_kd_loss,
-    jsd_loss,
     kd_kl_div,
     topk_kd_loss,
 )
 from kdfast.functional._reduction import Reduction, reduction_divisor
+from kdfast.functional.divergence import Kind
 from kdfast.functional.topk import Tail
+from kdfast.nn.fixed import Fixed, Rows
 
 __all__ = [
     "DISTLoss",
     "DKDLoss",
     "DistillationLoss",
     "FusedLinearKDLoss",
-    "JSDLoss",
     "KDLoss",
     "TopKKDLoss",
 ]
 
 
-#: One value a row, or None.
-Rows = Tensor | None
-
-
-class _Fixed(nn.Module):
-    """A function with its options fixed: each is an attribute, and is handed on by its own name.
-
-    The options are the parameters of ``__init__``, but for those ``apart``; ``hidden`` ones are not printed.
-    """
-
-    names: ClassVar[tuple[str, ...]]
-    apart: ClassVar[tuple[str, ...]] = ()
-    hidden: ClassVar[tuple[str, ...]] = ()
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if _Fixed in cls.__bases__:  # what is derived from one of these may take what it likes
-            cls.names = tuple(name for name in inspect.signature(cls).parameters if name not in cls.apart)
-
-    def __init__(self, given: dict[str, Any]) -> None:
-        """``given`` is the ``locals()`` of a module's own ``__init__``, whose parameters are the options."""
-        super().__init__()
-        for name in self.names:
-            setattr(self, name, given[name])
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """An option; ``nn.Module`` would have it be a tensor or a module."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """As they are now."""
-        return {name: getattr(self, name) for name in self.names}
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return ", ".join(
-            f"{name}={value!r}" for name, value in self.options.items() if name not in self.hidden
-        )
-
-
-class _OfLogits:
-    """A loss of two tensors of logits, with a weight a row and a mask."""
-
-    function: ClassVar[Callable[..., Tensor]]
-    options: dict[str, Any]
-
-    def forward(self, student: Tensor, teacher: Tensor, row_weight: Rows = None, mask: Rows = None) -> Tensor:
-        """The loss of these logits; see the function of the same name."""
-        return type(self).function(student, teacher, row_weight=row_weight, mask=mask, **self.options)
-
-
-class KDLoss(_Fixed):
+class KDLoss(Fixed):
     """:func:`kdfast.functional.kd_kl_div` with its options fixed.
 
     Args:
@@ -136,7 +81,7 @@ class KDLoss(_Fixed):
         return total.clamp_(min=1.0) / torch.distributed.get_world_size(self.process_group)
 
 
-class DistillationLoss(_Fixed):
+class DistillationLoss(Fixed):
     """:func:`kdfast.functional.distillation_loss` with its options fixed.
 
     Args:
@@ -192,33 +137,7 @@ class DistillationLoss(_Fixed):
         )
 
 
-class JSDLoss(_OfLogits, _Fixed):
-    """:func:`kdfast.functional.jsd_loss` with its options fixed.
-
-    Args:
-        beta: β in [0, 1]; 0 is KL(teacher ‖ student), 1 is KL(student ‖ teacher).
-        temperature: T > 0.
-        dim: The class dimension.
-        reduction: As in :func:`~kdfast.functional.kd_kl_div`.
-
-    Shape:
-        Two tensors of logits of one shape → a 0-d tensor (for ``reduction="none"``, one value a row).
-    """
-
-    def __init__(
-        self,
-        beta: float = 0.5,
-        temperature: float = 1.0,
-        *,
-        dim: int = -1,
-        reduction: Reduction = "batchmean",
-    ) -> None:
-        super().__init__(locals())
-
-    function = staticmethod(jsd_loss)
-
-
-class DKDLoss(_Fixed):
+class DKDLoss(Fixed):
     """:func:`kdfast.functional.dkd_loss` with its options fixed.
 
     Args:
@@ -253,7 +172,7 @@ class DKDLoss(_Fixed):
         return dkd_loss(student, teacher, target, row_weight=row_weight, mask=mask, **self.options)
 
 
-class TopKKDLoss(_Fixed):
+class TopKKDLoss(Fixed):
     """:func:`kdfast.functional.topk_kd_loss` with its options fixed.
 
     Args:
@@ -292,7 +211,7 @@ class TopKKDLoss(_Fixed):
         )
 
 
-class DISTLoss(_Fixed):
+class DISTLoss(Fixed):
     """:func:`kdfast.functional.dist_loss` with its options fixed.
 
     Args:
@@ -315,21 +234,45 @@ class DISTLoss(_Fixed):
         return dist_loss(student, teacher, **self.options)
 
 
-class FusedLinearKDLoss(_Fixed):
+class FusedLinearKDLoss(Fixed):
     """:func:`kdfast.functional.fused_linear_kd_loss` with its options fixed.
 
     Args:
         temperature: T > 0.
+        kind: Which divergence, as in :func:`~kdfast.functional.divergence_loss`.
+        teacher_temperature: Of the teacher; None: the same.
+        beta: β of ``"jsd"``.
+        alpha: α of the skew divergences and of ``"alpha"``.
+        kd_weight: Factor of the divergence.
+        ce_weight: Factor of the cross-entropy.
+        ignore_index: Rows with this target have no cross-entropy.
+        label_smoothing: Share of the target spread evenly over the classes.
+        softcap: c of c·tanh(x/c) of the student's logits, or None.
+        teacher_softcap: The same of the teacher's.
         chunk_rows: Rows whose logits are alive at a time; None chooses.
         reduction: ``"batchmean"``, ``"mean"``, ``"sum"`` or ``"rowmean"``.
 
     Shape:
-        Hidden states ``[..., H]`` and the head ``nn.Linear(H, V)`` of the student, then of the teacher → a 0-d
-        tensor.
+        Hidden states ``[..., H]`` and the head ``nn.Linear(H, V)`` of the student, then of the teacher (None: the
+        student's own), and int64 targets ``[...]`` → a 0-d tensor.
     """
 
     def __init__(
-        self, temperature: float = 1.0, *, chunk_rows: int | None = None, reduction: Reduction = "batchmean"
+        self,
+        temperature: float = 1.0,
+        *,
+        kind: Kind = "forward_kl",
+        teacher_temperature: float | None = None,
+        beta: float = 0.5,
+        alpha: float = 0.5,
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        chunk_rows: int | None = None,
+        reduction: Reduction = "batchmean",
     ) -> None:
         super().__init__(locals())
 
@@ -338,18 +281,21 @@ class FusedLinearKDLoss(_Fixed):
         student_hidden: Tensor,
         student_head: nn.Linear,
         teacher_hidden: Tensor,
-        teacher_head: nn.Linear,
+        teacher_head: nn.Linear | None = None,
         row_weight: Rows = None,
         mask: Rows = None,
+        target: Rows = None,
     ) -> Tensor:
         """The loss of these heads; see :func:`~kdfast.functional.fused_linear_kd_loss`. The teacher is detached."""
+        weight, bias = (None, None) if teacher_head is None else (teacher_head.weight, teacher_head.bias)
         return fused_linear_kd_loss(
             student_hidden,
             student_head.weight,
             teacher_hidden.detach(),
-            teacher_head.weight.detach(),
+            None if weight is None else weight.detach(),
+            target=target,
             student_bias=student_head.bias,
-            teacher_bias=None if teacher_head.bias is None else teacher_head.bias.detach(),
+            teacher_bias=None if bias is None else bias.detach(),
             row_weight=row_weight,
             mask=mask,
             **self.options,

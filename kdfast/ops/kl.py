@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from kdfast.ops.common.closed import ClosedRows
 from kdfast.ops.common.gradients import Value, join_value, split_value, takes_reference
-from kdfast.ops.common.row_loss import Row, register
+from kdfast.ops.common.row_loss import Row, register, row_launcher
 from kdfast.reference import kl as reference
 from kdfast.reference.common import compute_dtype
 
@@ -23,22 +24,20 @@ def _labels(row: Row) -> Labels | None:
     return Labels(row.label, row.factor, row.second, row.second_factor, row.options[0])
 
 
-def _launch(
-    student: torch.Tensor, teacher: torch.Tensor, row: Row, *, want_loss: bool = True, **launch: Any
-) -> torch.Tensor:
-    from kdfast.kernels import kl as kernels
+@functools.cache
+def _kernels() -> Any:
+    from kdfast.kernels import kl
 
-    out: torch.Tensor = kernels.kd_kl(
-        student,
-        teacher,
-        row.dim,
-        kernels.Scale(row.temperature, row.divisor, row.weight, row.mask),
-        reduce=row.reduce and want_loss,
-        want_rows=want_loss and not row.reduce,
-        labels=_labels(row),
-        **launch,
-    )
-    return out
+    return kl
+
+
+@row_launcher
+def _launch(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+    kernels = _kernels()
+    if row.label is None:
+        return kernels.PLAIN, (), ()
+    labels = kernels.Labels(row.label, row.factor, row.second, row.second_factor, row.options[0])
+    return kernels.LABELS, labels, (1 if row.second is None else 2,)
 
 
 def _reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
@@ -118,8 +117,7 @@ def _statistics(
     """Below autograd and the dispatcher: the reference, or one launch."""
     if takes_reference(student, teacher):
         return reference.kd_statistics(student, teacher, temperature, dim)
-    from kdfast.kernels import kl as kernels
-
+    kernels = _kernels()
     shape = student.shape[:dim] + student.shape[dim + 1 :]
     statistics = kernels.Statistics(
         student.new_empty(shape, dtype=torch.int64),

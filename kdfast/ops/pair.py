@@ -1,45 +1,34 @@
-"""JSD and decoupled KD as ops; common/row_loss.py says what they share with the other row losses."""
+"""JSD, decoupled KD and the other divergences as ops; common/row_loss.py says what row losses share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import torch
 
 from kdfast.ops.common.closed import ClosedRows
-from kdfast.ops.common.row_loss import Row, register, two_options
+from kdfast.ops.common.row_loss import Launcher, Row, register, row_launcher, two_options
 from kdfast.reference import pair as reference
 from kdfast.reference.common import finish, without_masked
 from kdfast.reference.pair import LEAST_BETA, dkd_closed, jsd_closed
 
-__all__ = ["dkd", "jsd"]
+__all__ = ["divergence", "dkd", "jsd"]
 
 
-def _launch_pair(kind: str) -> Callable[..., torch.Tensor]:
-    def launcher(
-        student: torch.Tensor, teacher: torch.Tensor, row: Row, *, want_loss: bool = True, **launch: Any
-    ) -> torch.Tensor:
-        from kdfast.kernels import pair as kernels
-        from kdfast.kernels.common.scale import Scale
+def _launch_pair(kind: str) -> Launcher:
+    def arguments(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+        kernels = _kernels()
+        return kernels.PAIR, *kernels.pair_arguments(getattr(kernels, kind), row.label, *row.options)
 
-        alpha, beta = two_options(row)
-        out: torch.Tensor = kernels.pair_loss(
-            getattr(kernels, kind),
-            student,
-            teacher,
-            row.label,
-            alpha,
-            beta,
-            row.dim,
-            Scale(row.temperature, row.divisor, row.weight, row.mask),
-            reduce=row.reduce and want_loss,
-            want_rows=want_loss and not row.reduce,
-            **launch,
-        )
-        return out
+    return row_launcher(arguments)
 
-    return launcher
+
+@functools.cache
+def _kernels() -> Any:
+    from kdfast.kernels import pair
+
+    return pair
 
 
 def _jsd_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
@@ -70,3 +59,28 @@ def _dkd_closed(row: Row) -> ClosedRows:
 
 jsd = register("jsd", _jsd_reference, _launch_pair("JSD"), _jsd_closed)
 dkd = register("dkd", _dkd_reference, _launch_pair("DKD"), _dkd_closed)
+
+
+def _divergence(row: Row) -> tuple[int, float, torch.Tensor | float]:
+    """(what the kernels and :data:`~kdfast.reference.pair.KINDS` count it as, its number, T over the teacher's)."""
+    kind, number, ratio = row.options
+    return int(kind), number, ratio if row.factor is None else row.factor
+
+
+@row_launcher
+def _launch_divergence(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+    kernels = _kernels()
+    kind, number, ratio = _divergence(row)
+    return kernels.PAIR, *kernels.pair_arguments(kind, None, 0.0, number, ratio)
+
+
+def _divergence_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
+    student, teacher = without_masked(row.mask, row.dim, student, teacher)
+    kind, number, ratio = _divergence(row)
+    name = reference.KINDS[kind]
+    rows = reference.divergence_rows(student, teacher, name, number, row.temperature, ratio, row.dim)
+    return finish(rows, row.temperature, row.weight, row.mask, row.divisor, row.reduce)
+
+
+#: Every kind of :func:`kdfast.functional.divergence_loss` but what :data:`jsd` and the KL op run.
+divergence = register("divergence", _divergence_reference, _launch_divergence)

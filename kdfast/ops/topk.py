@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from kdfast.ops.common.row_loss import Row, register
+from kdfast.ops.common.closed import ClosedRows
+from kdfast.ops.common.row_loss import Grads, Row, register
 from kdfast.reference import topk as reference
 from kdfast.reference.common import finish, without_masked
 
@@ -17,11 +16,10 @@ def _launch_topk(
     student: torch.Tensor,
     teacher: torch.Tensor,
     row: Row,
-    *,
+    grads: Grads = (None, None),
+    upstream: torch.Tensor | None = None,
+    exit_if_one: bool = False,
     want_loss: bool = True,
-    grad_student: torch.Tensor | None = None,
-    grad_teacher: None = None,
-    **launch: Any,
 ) -> torch.Tensor:
     from kdfast.kernels import topk as kernels
     from kdfast.kernels.common.scale import Scale
@@ -35,8 +33,9 @@ def _launch_topk(
         bucket=bool(row.options[0]),
         reduce=row.reduce and want_loss,
         want_rows=want_loss and not row.reduce,
-        grad_student=grad_student,
-        **launch,
+        grad_student=grads[0],
+        upstream=upstream,
+        exit_if_one=exit_if_one,
     )
     return out
 
@@ -48,4 +47,10 @@ def _topk_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> t
     return finish(rows, row.temperature, row.weight, row.mask, row.divisor, row.reduce)
 
 
-topk = register("topk_kd", _topk_reference, _launch_topk)
+def _closed(row: Row) -> ClosedRows:
+    label, factor, bucket = row.label, row.factor, bool(row.options[0])
+    assert label is not None
+    return lambda s, t, need, _: reference.topk_closed(s, label, t, factor, bucket, row.temperature, need)
+
+
+topk = register("topk_kd", _topk_reference, _launch_topk, _closed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -31,8 +31,12 @@ def closed_form(
     careful: Compute,
     *,
     below: float = CAREFUL_BELOW,
+    chunk: int = 1,
 ) -> Closed:
     """Each row's loss by ``compute``; where it is under ``below``, or NaN, by ``careful`` in float64 instead.
+
+    ``teacher`` may have a class dimension of its own. ``chunk`` times :data:`CHUNK` elements are taken at a time: more
+    where much of the work is a fixed cost.
 
     Returns:
         The loss, of the logits' shape without ``dim``; gradients of the logits' shape, None where not needed; all
@@ -43,9 +47,9 @@ def closed_form(
     flat = s.dim() == 2 and dim == 1  # nothing to move: a microsecond each, which a small loss is made of
     if not flat:
         shape = s.movedim(dim, -1).shape
-        s, t = (x.movedim(dim, -1).reshape(math.prod(shape[:-1]), shape[-1]) for x in (s, t))
+        s, t = (x.movedim(dim, -1).reshape(math.prod(shape[:-1]), x.shape[dim]) for x in (s, t))
     grads = [torch.empty(s.shape, dtype=dtype, device=s.device) if wanted else None for wanted in need]
-    count, step = len(s), max(1, CHUNK // max(1, s.shape[1]))
+    count, step = len(s), max(1, chunk * CHUNK // max(1, s.shape[1]))
     if count <= step:
         loss = compute(s.to(dtype), t.to(dtype), slice(None), *grads)
     else:
@@ -54,19 +58,35 @@ def closed_form(
             rows = slice(start, start + step)
             into = (None if grad is None else grad[rows] for grad in grads)
             loss[rows] = compute(s[rows].to(dtype), t[rows].to(dtype), rows, *into)
-    # One number is looked at, not a mask made: nearly always no row is small.
-    if count and not float(loss.min()) >= below:  # NaN, too: 0·inf, where a class is absent
-        chosen = (~(loss >= below)).nonzero().squeeze(-1)
-        wide_s, wide_t = s[chosen].double(), t[chosen].double()
-        again_s, again_t = (None if grad is None else torch.empty_like(wide_s) for grad in grads)
-        loss[chosen] = careful(wide_s, wide_t, chosen, again_s, again_t).to(dtype)
-        for grad, again in zip(grads, (again_s, again_t), strict=True):
-            if grad is not None and again is not None:
-                grad[chosen] = again.to(dtype)
+    again_with_care(loss, s, t, grads, careful, below)
     if flat:
         return loss, grads[0], grads[1]
     grad_s, grad_t = (None if grad is None else grad.view(shape).movedim(-1, dim) for grad in grads)
     return loss.view(shape[:-1]), grad_s, grad_t
+
+
+def again_with_care(
+    loss: torch.Tensor,
+    s: torch.Tensor,
+    t: torch.Tensor,
+    grads: Sequence[torch.Tensor | None],
+    careful: Compute,
+    below: float,
+    smallest: float | None = None,
+) -> None:
+    """Compute, in place, in float64, the rows of ``[n, V]`` logits whose loss is under ``below``, or NaN.
+
+    One number, the smallest loss or NaN, is looked at and not a mask made: nearly always no row is small.
+    """
+    if not len(loss) or (float(loss.min()) if smallest is None else smallest) >= below:
+        return
+    chosen = (~(loss >= below)).nonzero().squeeze(-1)  # NaN, too: 0·inf, where a class is absent
+    wide_s, wide_t = s[chosen].double(), t[chosen].double()
+    again_s, again_t = (None if grad is None else torch.empty_like(wide_s) for grad in grads)
+    loss[chosen] = careful(wide_s, wide_t, chosen, again_s, again_t).to(loss.dtype)
+    for grad, again in zip(grads, (again_s, again_t), strict=True):
+        if grad is not None and again is not None:
+            grad[chosen] = again.to(loss.dtype)
 
 
 def log_softmax_at(

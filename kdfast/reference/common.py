@@ -29,8 +29,7 @@ def finish(
         rows = rows * row_weight.to(rows.dtype)
     if mask is not None:
         rows = rows.masked_fill(~mask, 0.0)
-    rows = rows / divisor
-    return rows.sum() if reduce else rows
+    return (rows.sum() if reduce else rows) / divisor  # the sum of no rows over 0 is NaN, as in torch
 
 
 def without_masked(mask: torch.Tensor | None, dim: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -78,21 +78,24 @@ def coefficients(table: Tensor, step: int | Tensor) -> list[Scalar]:
     return row.tolist() if table.device.type == "cpu" else list(row.unbind(0))
 
 
+_WIDE = (torch.float32, torch.float64)
+
+
 def guide(model_output: Tensor, rows: int, channels: int | None, guidance: Guidance) -> Tensor:
     """Classifier-free guidance: the output that a step of ``rows`` samples with ``channels`` uses.
 
     Differentiable. Computed in float32 (float64 for float64).
     """
-    wide = model_output.to(_compute_dtype(model_output.dtype))
-    if channels is not None and wide.dim() > 1:
+    wide = model_output if model_output.dtype in _WIDE else model_output.float()
+    if channels is not None and wide.dim() > 1 and wide.shape[1] != channels:
         wide = wide.narrow(1, 0, channels)
     if guidance.scale is None:
         return wide
     batch = wide.shape[0] // 2
-    halves = (wide[:batch], wide[batch:])
+    halves = wide[:batch], wide[batch:]
     cond, uncond = halves if guidance.cond_first else halves[::-1]
     doubled = rows == 2 * batch
-    guided = uncond + guidance.scale * (cond - uncond)
+    guided = torch.lerp(uncond, cond, guidance.scale)
     if guidance.channels is not None and guidance.channels < guided.shape[1]:
         kept = guidance.channels
         rests = halves if doubled else (cond,)
@@ -104,17 +107,16 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _scaled(tensor: Tensor, factor: Scalar) -> Tensor | None:
-    return None if isinstance(factor, float) and factor == 0.0 else tensor * factor
-
-
 def _sum(terms: Sequence[tuple[Tensor, Scalar]]) -> Tensor:
-    """Σ factor·tensor, without the terms whose factor is known to be 0."""
+    """Σ factor·tensor, without the terms whose factor is known to be 0; each but the first is one operator."""
     total: Tensor | None = None
     for tensor, factor in terms:
-        term = _scaled(tensor, factor)
-        if term is not None:
-            total = term if total is None else total.add_(term)
+        if isinstance(factor, float):
+            if factor == 0.0:
+                continue
+            total = tensor * factor if total is None else total.add_(tensor, alpha=factor)
+        else:
+            total = tensor * factor if total is None else total.addcmul_(tensor, factor)
     return torch.zeros_like(terms[0][0]) if total is None else total
 
 
@@ -148,12 +150,11 @@ def denoise_step(
     """y, m, clip mask and next input of one step; arguments as those of the kernel's ``denoise_step``."""
     compute = _compute_dtype(table.dtype)
     px, po, a, b, d, *rest, c, s = coefficients(table, step)
-    x = sample.to(compute)
-    o = guide(model_output, sample.shape[0], sample.shape[1] if sample.dim() > 1 else None, guidance).to(
-        compute
-    )
+    x = sample if sample.dtype == compute else sample.to(compute)
+    o = guide(model_output, sample.shape[0], sample.shape[1] if sample.dim() > 1 else None, guidance)
+    o = o if o.dtype == compute else o.to(compute)
     if order is None:
-        strides = torch.empty_like(sample, dtype=dtype).stride()
+        strides = (sample if sample.is_contiguous() else torch.empty_like(sample, dtype=dtype)).stride()
     else:
         strides = ordered_empty(sample.shape, order, dtype, sample.device).stride()
 
@@ -162,17 +163,22 @@ def denoise_step(
             return value
         return torch.empty_strided(value.shape, strides, dtype=dtype, device=value.device).copy_(value)
 
-    m = _sum([(x, px), (o, po)])
+    drawn = noise is not None or seed is not None
     bits = None
-    if clip is not None:
+    if clip is None and mask is None and not want_x0 and isinstance(b, float):
+        # Nobody sees m: its terms go into those of x and o, whose factors are numbers.
+        m, terms = None, [(x, a + b * px), (o, d + b * po)]
+    else:
+        m = _sum([(x, px), (o, po)])
+        terms = [(x, a), (m, b), (o, d)]
+    if m is not None and clip is not None:
         if want_mask:
             bits = pack_bits((m >= -clip) & (m <= clip), iteration_order(m.shape, strides))
         m = m.clamp_(-clip, clip)
-    if mask is not None:
-        m = m * unpack_bits(mask, m.shape, iteration_order(m.shape, strides))
-    terms = [(x, a), (m, b), (o, d)]
+    if m is not None and mask is not None:
+        m.mul_(unpack_bits(mask, m.shape, iteration_order(m.shape, strides)))
     terms += [(h.to(compute), factor) for h, factor in zip(history, rest, strict=False)]
-    if noise is not None or seed is not None:
+    if drawn:
         z = noise.to(compute) if noise is not None else _noise(seed if seed is not None else 0, step, x)
         if learned_variance:
             v = variance(model_output, sample, guidance).to(compute)
@@ -185,7 +191,7 @@ def denoise_step(
         shape = (next_copies * y.shape[0], *y.shape[1:])
         following = ordered_empty(shape, iteration_order(y.shape, strides), next_dtype, y.device)
         following.copy_(torch.cat([y.to(compute) * s] * next_copies))
-    return y, output(m, x0_dtype or dtype) if want_x0 else None, bits, following
+    return y, output(m, x0_dtype or dtype) if m is not None and want_x0 else None, bits, following
 
 
 def variance(model_output: Tensor, sample: Tensor, guidance: Guidance) -> Tensor:

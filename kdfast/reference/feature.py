@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdfast.reference.common import compute_dtype
 from kdfast.reference.philox import noise
@@ -56,7 +57,11 @@ def noise_error(prediction: Tensor, seed: int | Tensor) -> Tensor:
 
 def noise_mse(prediction: Tensor, seed: int | Tensor) -> Tensor:
     """``mean((ε̂ − ε)²)`` in float32 (float64)."""
-    return noise_error(prediction, seed).square().mean()
+    dtype = compute_dtype(prediction)
+    drawn = noise(seed, 0, tuple(prediction.shape), prediction.device, dtype)
+    return F.mse_loss(
+        prediction.to(dtype), drawn
+    )  # one pass each way, where a difference and a square are two
 
 
 def add_noise_embed(
@@ -66,7 +71,7 @@ def add_noise_embed(
     dtype = compute_dtype(x)
     drawn = noise(seed, 0, tuple(x.shape), x.device, dtype)
     bar = alphas_cumprod.to(dtype)[timesteps].view(-1, *[1] * (x.dim() - 1))
-    out = torch.addcmul(bar.sqrt() * x.to(dtype), (1 - bar).sqrt(), drawn)
+    out = (bar.sqrt() * x.to(dtype)).addcmul_((1 - bar).sqrt(), drawn)
     if embedding is not None:
-        out = out + embedding[timesteps].to(dtype).view(*x.shape[:2], *[1] * (x.dim() - 2))
+        out = out + F.embedding(timesteps, embedding).to(dtype).view(*x.shape[:2], *[1] * (x.dim() - 2))
     return out.to(x.dtype)

@@ -1,4 +1,4 @@
-"""KL between two linear heads: the definition, all logits at once, and what the op takes of it for one chunk."""
+"""KL between two linear heads by its definition, all logits at once."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import torch
 from kdfast.reference import kl
 from kdfast.reference.common import compute_dtype
 
-__all__ = ["Head", "head_logits", "linear_kd", "logits_kd"]
+__all__ = ["Head", "head_logits", "linear_kd"]
 
 #: Hidden states ``[rows, H]``, weight ``[V, H]``, bias ``[V]`` or None.
 Head = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
-def head_logits(head: Head, dtype: torch.dtype) -> torch.Tensor:
-    """Logits ``[rows, V]``, multiplied and returned in ``dtype``."""
+def head_logits(head: Head, dtype: torch.dtype, softcap: float = 0.0) -> torch.Tensor:
+    """Logits ``[rows, V]``, multiplied and returned in ``dtype``; c·tanh(x/c) of them for a ``softcap`` c."""
     hidden, weight, bias = head
     logits = hidden.to(dtype) @ weight.to(dtype).t()
-    return logits if bias is None else logits + bias.to(dtype)
+    logits = logits if bias is None else logits + bias.to(dtype)
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def linear_kd(
@@ -32,19 +33,3 @@ def linear_kd(
     dtype = compute_dtype(student[0], teacher[0])
     logits = head_logits(student, dtype), head_logits(teacher, dtype)
     return kl.kd_kl(*logits, temperature, 1, row_weight, mask, divisor, True)
-
-
-def logits_kd(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    temperature: torch.Tensor | float,
-    row_weight: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    want_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same of a chunk's logits ``[rows, V]``, not yet divided, and its gradient in closed form."""
-    loss = kl.kd_kl(student, teacher, temperature, 1, row_weight, mask, 1.0, True)
-    if not want_gradient:
-        return loss, None
-    one = torch.ones((), dtype=student.dtype, device=student.device)
-    return loss, kl.kd_kl_gradients(one, student, teacher, temperature, 1, row_weight, mask, 1.0)[0]

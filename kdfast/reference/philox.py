@@ -6,14 +6,13 @@ forty times as fast, and within 3e-7 of the others.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from kdfast.reference.native import extension
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -71,22 +70,13 @@ def noise(
         device: Where the result lies.
         dtype: Of the result; float64 has float64 normals, all others are rounded from float32 ones.
     """
-    extension = _extension()
+    native = extension()
     # A mode that watches operators (tracing, fake tensors) has to see some.
     plain = dtype != torch.float64 and device.type == "cpu" and _get_current_dispatch_mode() is None
-    if extension is None or not plain:
+    if native is None or not plain:
         return normal(int(seed), step, shape, device).to(dtype)
-    drawn = extension.normals(int(seed) & 0xFFFFFFFFFFFFFFFF, step & _LOW, math.prod(shape))
+    drawn = native.normals(int(seed) & 0xFFFFFFFFFFFFFFFF, step & _LOW, math.prod(shape))
     return torch.from_numpy(drawn).view(shape).to(dtype)
-
-
-@functools.cache
-def _extension() -> Any:
-    """``kdfast._C``, or None where it was not built."""
-    try:
-        return importlib.import_module("kdfast._C")
-    except ImportError:
-        return None
 
 
 def _normal(key: int | Tensor, step: int, count: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""KL to a cached top-k teacher: the oracle of the tests, and the path for CPU and float64."""
+"""KL to a cached top-k teacher: by its definition, the oracle of the tests, and in closed form for CPU tensors."""
 
 from __future__ import annotations
 
@@ -6,10 +6,25 @@ import math
 
 import torch
 
+from kdfast.reference.closed import Closed, closed_form
 from kdfast.reference.common import NEAR, compute_dtype
 from kdfast.reference.kl import kd_kl_rows
 
-__all__ = ["topk_rows"]
+__all__ = ["first_of_equals", "topk_closed", "topk_rows"]
+
+#: Below this a probability is computed again in float64: what is divided by it, or taken the logarithm of, overflows.
+LEAST = 1e-20
+Into = torch.Tensor | None
+Where = slice | torch.Tensor
+
+
+def first_of_equals(index: torch.Tensor) -> torch.Tensor:
+    """False where a row ``[..., k]`` has named the same class before."""
+    order = index.argsort(dim=-1, stable=True)
+    in_order = index.gather(-1, order)
+    again = torch.zeros_like(index, dtype=torch.bool)
+    again[..., 1:] = in_order[..., 1:] == in_order[..., :-1]
+    return torch.ones_like(again).scatter(-1, order, ~again)
 
 
 def topk_rows(
@@ -20,10 +35,32 @@ def topk_rows(
     bucket: bool,
     temperature: torch.Tensor | float,
 ) -> torch.Tensor:
-    """KL over the k kept classes and, for ``bucket``, all others as one outcome; without the factor T²."""
+    """KL over the k kept classes and, for ``bucket``, all others as one outcome; without the factor T².
+
+    An index outside 0 … V - 1 and a logit of -inf are padding, a class counts the first time that it is named, and a
+    row that names none is 0.
+    """
     dtype = compute_dtype(student)
-    present = (index >= 0) & (logits != -math.inf)  # NaN is no padding
-    safe = index.clamp(min=0)
+    present = (index >= 0) & (index < student.shape[-1]) & (logits != -math.inf)
+    present = present & first_of_equals(index.masked_fill(~present, -1))
+    named = present.any(-1)
+    safe = index.masked_fill(~present, 0)
+    drop = ~named.unsqueeze(-1)  # before anything is computed: 0 times NaN would come back as a gradient
+    student, logits = student.masked_fill(drop, 0.0), logits.masked_fill(drop, 0.0)
+    rows = _rows(student, safe, present | drop, logits, normalizer, bucket, temperature, dtype)
+    return rows.masked_fill(~named, 0.0)
+
+
+def _rows(
+    student: torch.Tensor,
+    safe: torch.Tensor,
+    present: torch.Tensor,
+    logits: torch.Tensor,
+    normalizer: torch.Tensor | None,
+    bucket: bool,
+    temperature: torch.Tensor | float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     scaled = student.to(dtype) / temperature
     kept = (logits.to(dtype) / temperature).masked_fill(~present, -math.inf)
     if not bucket:
@@ -55,3 +92,118 @@ def _kl_terms(p: torch.Tensor, q: torch.Tensor, delta: torch.Tensor, present: to
     near = (delta.detach().abs() < NEAR) & present
     small = torch.where(near, delta, torch.zeros_like(delta))
     return torch.where(near, p * (small + torch.special.expm1(-small)), p * delta + (q - p))
+
+
+def topk_closed(
+    student: torch.Tensor,
+    index: torch.Tensor,
+    logits: torch.Tensor,
+    normalizer: torch.Tensor | None,
+    bucket: bool,
+    temperature: torch.Tensor | float,
+    need_student: bool,
+) -> Closed:
+    """:func:`topk_rows`, and T times its gradient to the student where it is needed, in few passes over V.
+
+    With M = Σ p_c + p_o, classes outside K have T·∂/∂s_c = q_c·(M - p_o/q_o), those in K q_c·M - p_c. Rows that nearly
+    agree, that name a class twice or none, or whose probabilities underflow take the definition, in float64.
+    """
+    index = index.reshape(-1, index.shape[-1])
+    log_z = None if normalizer is None else normalizer.reshape(-1).to(torch.float32)
+
+    def plain(s: torch.Tensor, t: torch.Tensor, rows: Where, grad: Into, _: Into) -> torch.Tensor:
+        form = _bucket if bucket else _renormalized
+        present, safe, odd = _places(index[rows], t, s.shape[1])
+        loss = form(s, t, None if log_z is None else log_z[rows], (present, safe), temperature, grad)
+        return loss.masked_fill_(odd | (loss == math.inf), math.nan)
+
+    def careful(s: torch.Tensor, t: torch.Tensor, rows: Where, grad: Into, _: Into) -> torch.Tensor:
+        wide = None if log_z is None else log_z[rows].double()
+        with torch.enable_grad():
+            leaf = s.requires_grad_(grad is not None)
+            loss = topk_rows(leaf, index[rows], t, wide, bucket, temperature)
+            total = loss.sum()
+        if grad is not None:
+            grad.copy_(torch.autograd.grad(total, leaf)[0] * temperature)
+        return loss.detach()
+
+    last = student.dim() - 1
+    return closed_form(student, logits, last, (need_student, False), plain, careful, chunk=4)
+
+
+def _places(
+    index: torch.Tensor, logits: torch.Tensor, classes: int
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """(where a class is, None if everywhere; where to look; rows that name a class twice)."""
+    out = (index < 0) | (index >= classes) | (logits == -math.inf)
+    present = None if not bool(out.any()) else ~out
+    # Padding goes to a column of its own; whoever finds another's number where it left its own was there first.
+    place = index if present is None else torch.where(present, index, classes)
+    number = torch.arange(index.shape[1], dtype=torch.int32, device=index.device).expand(index.shape)
+    board = torch.empty(len(index), classes + 1, dtype=torch.int32, device=index.device)
+    again = board.scatter_(1, place, number).gather(1, place) != number
+    if present is None:
+        return None, index, again.any(-1)
+    return present, index.masked_fill(out, 0), (again & present).any(-1)
+
+
+def _bucket(
+    s: torch.Tensor,
+    t: torch.Tensor,
+    log_z: torch.Tensor | None,
+    places: tuple[torch.Tensor | None, torch.Tensor],
+    temperature: torch.Tensor | float,
+    grad: Into,
+) -> torch.Tensor:
+    present, at = places
+    scaled = s * (1.0 / temperature)
+    q = torch.softmax(scaled, -1, out=torch.empty_like(scaled) if grad is None else grad)
+    kept, log_p = scaled.gather(-1, at), t * (1.0 / temperature)
+    if present is not None:
+        kept.masked_fill_(~present, -math.inf)
+        log_p.masked_fill_(~present, -math.inf)
+    log_p = torch.log_softmax(log_p, -1) if log_z is None else log_p.sub_(log_z.unsqueeze(-1))
+    # The student's log-sum-exp, of its most probable class in K: no pass over V of its own.
+    best, first = kept.max(-1, keepdim=True)
+    at_best = at.gather(-1, first)
+    if present is not None:  # padding looks where a class is that is looked at anyway
+        at = torch.where(present, at, at_best)
+    q_kept, q_best = q.gather(-1, at), q.gather(-1, at_best)
+    p = log_p.exp()
+    delta = log_p.sub_(kept).add_(best - q_best.log())
+    if present is not None:
+        delta.masked_fill_(~present, 0.0)
+    # Without the others' own sum 1 - Σ q_c would cancel.
+    others = q.scatter_(-1, at, 0.0).sum(-1, keepdim=True)
+    sum_p = p.sum(-1, keepdim=True)
+    p_other = torch.zeros_like(others) if log_z is None else (1 - sum_p).clamp_(min=0.0)
+    mass = sum_p + p_other
+    loss = (p * delta).sum(-1, keepdim=True) + torch.xlogy(p_other, p_other / others) + (1 - mass)
+    loss.masked_fill_((others < torch.finfo(s.dtype).eps) | (q_best < LEAST), math.nan)
+    if grad is not None:
+        own = q_kept * mass - p
+        if present is not None:
+            own = torch.where(present, own, own.gather(-1, first))
+        q.mul_(mass - p_other / others).scatter_(-1, at, own)
+    return loss.squeeze(-1)
+
+
+def _renormalized(
+    s: torch.Tensor,
+    t: torch.Tensor,
+    log_z: torch.Tensor | None,
+    places: tuple[torch.Tensor | None, torch.Tensor],
+    temperature: torch.Tensor | float,
+    grad: Into,
+) -> torch.Tensor:
+    present, at = places
+    kept = s.gather(-1, at)
+    if present is not None:
+        t, kept = (x.masked_fill(~present, -math.inf) for x in (t, kept))
+    log_q, log_p = (torch.log_softmax(x * (1.0 / temperature), -1) for x in (kept, t))
+    p, q, delta = log_p.exp(), log_q.exp(), log_p.sub_(log_q)
+    if present is not None:
+        delta.masked_fill_(~present, 0.0)
+    if grad is not None:
+        grad.zero_().scatter_add_(-1, at, q.sub_(p))
+    return (p * delta).sum(-1)

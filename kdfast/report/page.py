@@ -12,7 +12,7 @@ from typing import Any
 
 from kdfast.documents import shown
 from kdfast.errors import DataError, KDFastError, require
-from kdfast.report import denoising, inversion, plots, reverse
+from kdfast.report import compare, denoising, inversion, plots, reverse
 from kdfast.report.runs import METRICS, Run, read_run
 from kdfast.report.studies import studies
 from kdfast.version import __version__
@@ -251,27 +251,21 @@ def _figures(drawings: Sequence[inversion.Drawing]) -> list[Figure]:
 
 
 def _comparison(runs: Sequence[Run]) -> Page:
-    keys = [
-        key
-        for key in dict.fromkeys(k for run in runs for k in run.metrics)
-        if any(isinstance(run.metrics.get(key), float) for run in runs)
-    ]
     names = _unique_names(runs)
-    rows = tuple((name, *(_number(k, run.metrics.get(k)) for k in keys)) for name, run in zip(names, runs))
     drawn, grids = studies(runs)
     sections = [Section("Across runs", tuple(Figure(p.title, svg=p.svg) for p in drawn))] if drawn else []
     # More lines than colours tell nobody anything.
     figures = tuple(_curve_figures(dict(zip(names, runs)))) if len(runs) <= len(plots.PALETTE) else ()
     sections += [Section("Curves", figures)] if figures else []
     sections += _inversion_sections(dict(zip(names, runs)))
-    return Page(
-        "Comparison",
-        sections=tuple(sections),
-        tables=(
-            Table("Results", rows, ("run", *map(_words, keys)), numbers=True),
-            *(Table(grid.title, grid.rows, grid.head, numbers=True) for grid in grids),
-        ),
-    )
+    head, rows = compare.results(runs, names)
+    tables = [Table("Results", rows, head, numbers=True)]
+    tables += [
+        Table(grid.title, grid.rows, grid.head, numbers=True) for grid in (*grids, *compare.pivots(runs))
+    ]
+    head, rows = compare.facts(runs, names)
+    tables += [Table("Recipes", rows, head)] if rows else []
+    return Page("Comparison", sections=tuple(sections), tables=tuple(tables))
 
 
 def _curve_figures(runs: Mapping[str, Run]) -> list[Figure]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from kdfast.errors import DataError
 
 METRICS = "metrics.json"
 LOG = "metrics.jsonl"
+RECIPE = "recipe.yaml"
 
 
 def _number(value: Any) -> float:
@@ -30,6 +32,7 @@ class Run:
         metrics: ``metrics.json``, empty if the run is not finished.
         log: The lines of ``metrics.jsonl``, in order.
         children: Runs in its subdirectories (a demo has five).
+        told: ``recipe.yaml``, key by key; empty if there is none, or nothing to read it with.
     """
 
     path: Path
@@ -37,6 +40,12 @@ class Run:
     metrics: dict[str, Any]
     log: tuple[dict[str, Any], ...]
     children: tuple[Run, ...] = ()
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """What it was told, or its seeds' runs were."""
+        return self.told or next((child.told for child in self.children if child.told), {})
 
     def series(self, kind: str, key: str, *, against: str = "step") -> tuple[list[float], list[float]]:
         """One curve of the log.
@@ -79,7 +88,8 @@ def read_run(path: str | Path) -> Run:
 
 def _read(folder: Path) -> Run:
     children = [_read(child) for child in sorted(folder.iterdir()) if child.is_dir() and _has_metrics(child)]
-    return Run(folder, _name(folder), _metrics(folder / METRICS), _log(folder / LOG), tuple(children))
+    metrics, told = _metrics(folder / METRICS), _recipe(folder / RECIPE)
+    return Run(folder, _name(folder), metrics, _log(folder / LOG), tuple(children), told)
 
 
 def _name(folder: Path) -> str:
@@ -106,3 +116,15 @@ def _log(path: Path) -> tuple[dict[str, Any], ...]:
         return tuple(read_json_lines(path, error=DataError))
     except FileNotFoundError:
         return ()
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    try:
+        import yaml
+    except ImportError:  # a report of numbers needs no YAML
+        return {}
+    try:
+        document = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read as YAML: {error}") from error
+    return document if isinstance(document, dict) else {}

@@ -15,7 +15,6 @@ class Window:
     """Mean loss, its parts, and speed since the last line of the log; they stay on the device until then."""
 
     def __init__(self, device: torch.device) -> None:
-        self.note = ""
         self._device = device
         self._restart()
 

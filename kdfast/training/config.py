@@ -90,7 +90,7 @@ class TrainResult:
 
     Attributes:
         model: The trained network (the moving average if one was kept), unwrapped, in evaluation mode.
-        metrics: The last evaluation, plus ``best_accuracy`` and ``best_epoch`` where accuracy is measured.
+        metrics: The last evaluation, plus ``best_accuracy`` (or ``best_miou``) and ``best_epoch`` where it is measured.
         steps: Optimiser steps taken over all resumed parts.
         images: Images that went through the network.
         seconds: Wall-clock time over all resumed parts.

@@ -25,6 +25,17 @@ class Learning:
     _moved: dict[str, int] | None = None
     _told: frozenset[str] = frozenset()
 
+    def __repr__(self) -> str:
+        """Who learns from whom, and the settings; a method that is a module shows its layers, as modules do."""
+        if isinstance(self, nn.Module):
+            return nn.Module.__repr__(self)
+        networks = [
+            f"{role}={type(network).__name__} of {sum(p.numel() for p in network.parameters()):,} parameters"
+            for role in ("student", "teacher")
+            if isinstance(network := getattr(self, role, None), nn.Module)
+        ]
+        return f"{type(self).__name__}({', '.join([*networks, repr(getattr(self, 'config', None))])})"
+
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         owner: Any = self
         if not isinstance(owner, nn.Module):

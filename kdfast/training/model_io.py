@@ -13,11 +13,14 @@ from torch import nn
 from kdfast.documents import Fields, shown
 from kdfast.errors import CheckpointError, require
 from kdfast.models import create_model
+from kdfast.models.foreign import is_own
 from kdfast.training import files
 from kdfast.training.checkpoint import read_json, read_tensors
 from kdfast.version import __version__
 
 WEIGHTS = "model.safetensors"
+#: The weights of the epoch that measured best, beside :data:`WEIGHTS`, the last ones.
+BEST = "best.safetensors"
 CONFIG = "config.json"
 #: Of classes, channels and sides of images in a config: beyond it no network fits into any memory.
 _MOST = 1 << 20
@@ -37,6 +40,8 @@ class ModelConfig:
         in_channels: Channels of the images.
         options: Further arguments of ``create_model``, e.g. ``{"stem": "imagenet"}``.
         classes: Class names by label; empty if unknown.
+        crop_pct: When measured, images are resized to ``image_size / crop_pct`` and cropped at the centre.
+        interpolation: Of that resizing: ``bilinear`` or ``bicubic``.
     """
 
     model: str
@@ -47,6 +52,8 @@ class ModelConfig:
     in_channels: int = 3
     options: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    crop_pct: float = 1.0
+    interpolation: str = "bilinear"
 
     def build(self) -> nn.Module:
         """The network with fresh weights."""
@@ -62,15 +69,29 @@ def save_model(directory: str | Path, model: nn.Module, config: ModelConfig) -> 
     Raises:
         CheckpointError: The disk is full or failing.
     """
-    serialize = require("safetensors.torch", extra="train", feature="saving a model").save
     folder = Path(directory)
     with files.reporting_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    # Cloned: safetensors refuses tied weights, and a reader without kdfast wants each under its own name.
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    files.write_file(folder / WEIGHTS, serialize(state))
+    save_weights(folder / WEIGHTS, model)
     files.write_json(folder / CONFIG, {"kdfast": __version__, **asdict(config)})
     return folder
+
+
+def save_weights(file: Path, model: nn.Module, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a network's state dict as safetensors, atomically.
+
+    Args:
+        file: Where to.
+        model: The network.
+        metadata: Texts to keep in the file's header.
+
+    Raises:
+        CheckpointError: The disk is full or failing.
+    """
+    serialize = require("safetensors.torch", extra="train", feature="saving a model").save
+    # Cloned: safetensors refuses tied weights, and a reader without kdfast wants each under its own name.
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    files.write_file(file, serialize(state, None if metadata is None else dict(metadata)))
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
@@ -107,6 +128,14 @@ def _read_config(folder: Path) -> ModelConfig:
     )
     if len(classes) > count:
         entry.refuse("classes", f"{count} names, one a class, or none")
+    if "crop_pct" in entry:
+        given["crop_pct"] = entry.number("crop_pct")
+        if not 0 < given["crop_pct"] <= 1:
+            entry.refuse("crop_pct", "a number above 0, at most 1")
+    if "interpolation" in entry:
+        given["interpolation"] = entry.text("interpolation")
+        if given["interpolation"] not in ("bilinear", "bicubic"):
+            entry.refuse("interpolation", "bilinear or bicubic")
     options = entry.mapping("options") if "options" in entry else {}
     if "pretrained" in options and options["pretrained"] is not False:
         # It would be fetched, only to be replaced by the weights beside this file.
@@ -135,7 +164,13 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Mo
     """
     folder, file = _locate(path)
     config = _read_config(folder)
-    weights = _plain_names(read_tensors(file))
+    if is_own(config.model):
+        # A folder may come from anyone; a file's code is run only for whoever names the file.
+        raise CheckpointError(
+            f"{folder / CONFIG}: names code, {config.model}, which a folder is not trusted with; name it yourself: "
+            f"{config.model} with weights={file}"
+        )
+    weights = plain_names(read_tensors(file))
     try:
         model = config.build()
     except (
@@ -162,7 +197,7 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Mo
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
-def _plain_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def plain_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights without the prefixes of wrappers, where all of them have one."""
     while prefix := next(
         (p for p in _WRAPPERS if weights and all(name.startswith(p) for name in weights)), None

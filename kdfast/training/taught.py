@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from kdfast.models.outputs import logits_of
 from kdfast.models.roles import check_networks, still_evaluated
 from kdfast.training.learning import Learning
 from kdfast.training.mixing import mix_batch, task_loss
+from kdfast.training.supervised import check_sizes, foreground_of, is_supervised, own_loss, run, transformed
 
 __all__ = ["Taught", "TaughtConfig"]
 
@@ -66,24 +68,44 @@ class Taught(Learning, nn.Module):
         """The frozen teacher."""
         return self._teacher.value
 
-    def distil(self, student_out: Tensor, teacher_out: Any, *, target: Tensor | None) -> Tensor:
-        """The method's weighted terms of a batch that both networks just ran on; sets :attr:`parts`."""
+    def distil(
+        self,
+        student_out: Any,
+        teacher_out: Any,
+        *,
+        target: Tensor | None,
+        foreground: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """The method's weighted terms of a batch that both networks just ran on; sets :attr:`parts`.
+
+        Args:
+            student_out: Its logits, or what a network returned that computes its task's loss itself.
+            teacher_out: What it returned.
+            target: Labels, where the task's loss is a cross-entropy with them.
+            foreground: Says where the objects of a detector's batch are.
+        """
         raise NotImplementedError
 
-    def forward(self, images: Tensor, target: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Any, target: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Both passes, the task loss and the method's terms.
 
         Args:
-            images: On the networks' device, ``[B, C, H, W]``.
+            images: On the networks' device, ``[B, C, H, W]``; a list of images for torchvision's detectors; keywords
+                for 🤗 models (``pixel_values``, ``labels`` …).
             target: int64 labels ``[B]``, or masks ``[B, H, W]`` of a dense student; None leaves the task loss out.
+                A list of dicts, as torchvision's detectors take, goes to the student, whose own losses are summed; so
+                do the keywords' ``labels``.
 
         Returns:
             The loss and :attr:`parts`.
 
         Raises:
-            ValueError: The teacher has been put into training mode.
-            TypeError: A network's output has no logits.
+            ValueError: The teacher has been put into training mode; two detectors resize images differently; mixing
+                was asked for where the student computes its loss.
+            TypeError: A network's output has no logits, or no loss where it has to compute it.
         """
+        if is_supervised(images, target):
+            return self._supervised(images, target)
         config = self.config
         mixed = mix_batch(images, target, mixup=config.mixup_alpha, cutmix=config.cutmix_alpha)
         with torch.no_grad():
@@ -102,8 +124,30 @@ class Taught(Learning, nn.Module):
             loss = loss + config.task_weight * task
         return loss, dict(self.parts)
 
+    def _supervised(self, images: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`forward` where the student computes its task's loss itself."""
+        config = self.config
+        if config.mixup_alpha is not None or config.cutmix_alpha is not None:
+            raise ValueError(
+                "mixup_alpha, cutmix_alpha: the student computes its loss itself, of targets that are not mixed; "
+                "accepted: null"
+            )
+        check_sizes(self.student, self.teacher)
+        with torch.no_grad():
+            guide = run(still_evaluated(self.teacher), images)
+        with transformed(self.student) as seen:
+            output = run(
+                self.student, images, images.get("labels") if isinstance(images, Mapping) else target
+            )
+        loss = self.distil(output, guide, target=None, foreground=lambda: foreground_of(images, seen))
+        if target is not None or "labels" in images:
+            task = own_loss(output)
+            self.parts["task"] = task.detach()
+            loss = loss + config.task_weight * task
+        return loss, dict(self.parts)
+
     def step(self, batch: Any) -> Tensor:
-        """:meth:`forward` of images, or of a pair of images and labels; the loss alone."""
+        """:meth:`forward` of images, of a pair of images and targets, or of a 🤗 batch; the loss alone."""
         images, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
         loss: Tensor = self(images, target)[0]
         return loss

@@ -25,16 +25,16 @@ from kdfast.training.interrupt import Interrupt, TrainingInterrupted, deferred_i
 from kdfast.training.metrics import MetricsLog
 from kdfast.training.optim import build_optimizer, build_schedule
 from kdfast.training.place import Place, check_same_run, place_of
-from kdfast.training.progress import Progress, Task
+from kdfast.training.progress import Progress
 from kdfast.training.rng import rng_state, seed_everything, set_rng_state
 from kdfast.training.state import first_not_finite
+from kdfast.training.telling import Teller, score_of
 
 __all__ = ["Stateful", "TrainResult", "Trainer", "TrainerConfig", "TrainingInterrupted"]
 
 StepFunction = Callable[[nn.Module, Any], Loss]
-_AGREE_EVERY = (
-    8  # steps between asking all ranks whether one was interrupted: each asking waits for the device
-)
+#: Steps between asking all ranks whether one was interrupted: each asking waits for the device.
+_AGREE_EVERY = 8
 
 
 class Trainer:
@@ -51,6 +51,7 @@ class Trainer:
         state: Further objects with ``state_dict`` and ``load_state_dict`` to keep in checkpoints.
         fingerprint: JSON facts that a resumed run must agree on, such as its recipe.
         name: What the progress bar says.
+        keep_best: Called with the network, by the main process, whenever accuracy or mIoU is the highest so far.
 
     Example:
         >>> trainer = Trainer(student, method.step, TrainerConfig(epochs=240), out="runs/cifar")
@@ -68,11 +69,13 @@ class Trainer:
         state: Mapping[str, Stateful] | None = None,
         fingerprint: Mapping[str, Any] | None = None,
         name: str = "train",
+        keep_best: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self.config = config or TrainerConfig()
         self.accelerator = make_accelerator(self.config.device, self.config.precision)
         self.out = None if out is None else Path(out)
         self._step_function, self._evaluate, self._name = step, evaluate, name
+        self._keep_best = keep_best
         self._state, self._fingerprint = dict(state or {}), dict(fingerprint or {})
         optimizer = build_optimizer(model.parameters(), self.config.optimizer)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -111,10 +114,7 @@ class Trainer:
             CheckpointError: The checkpoint is damaged or another run's, or the disk is full.
             KDFastError: The loss is no longer finite.
         """
-        per_epoch, total = self._lengths(batches)
-        self._schedule = build_schedule(
-            self.optimizer.optimizer, self.config.schedule, steps_per_epoch=per_epoch, total_steps=total
-        )
+        total = self._plan(batches)
         found = latest_checkpoint(self.out / "checkpoints") if resume and self.out is not None else None
         # Every rank must have looked before rank 0 writes a new checkpoint.
         self.accelerator.wait_for_everyone()
@@ -127,7 +127,8 @@ class Trainer:
         try:
             with deferred_interrupt() as interrupt, self._progress() as progress:
                 task = progress.task(self._name, total=total, unit="step", completed=self._place.step)
-                self._run(batches, total, restored, interrupt, task)
+                epochs = 0 if self.config.max_steps else self.config.epochs
+                self._run(batches, total, restored, interrupt, Teller(progress, task, epochs))
         finally:
             if self._log is not None:
                 self._log.close()
@@ -136,10 +137,7 @@ class Trainer:
 
     def dry_run(self, batches: Iterable[Any]) -> float:
         """Take one real optimiser step on the first batch and return its loss; nothing is written."""
-        per_epoch, total = self._lengths(batches)
-        self._schedule = build_schedule(
-            self.optimizer.optimizer, self.config.schedule, steps_per_epoch=per_epoch, total_steps=total
-        )
+        self._plan(batches)
         self.model.train()
         loss = float(self._optimize([next(iter(batches))])[0])
         self._check_finite(loss)
@@ -151,7 +149,7 @@ class Trainer:
         total: int,
         restored: Checkpoint | None,
         interrupt: Interrupt,
-        task: Task,
+        teller: Teller,
     ) -> None:
         place, config = self._place, self.config
         clock = time.monotonic() - place.seconds
@@ -172,9 +170,8 @@ class Trainer:
                 )
                 place.seconds = time.monotonic() - clock
                 window.add(loss, images, parts)
-                if place.step % config.log_every == 0 or place.step == total:
-                    window.note = self._log_window(window)
-                task.advance(note=window.note)
+                logged = place.step % config.log_every == 0 or place.step == total
+                teller.step(place, loss, self._log_window(window) if logged else None)
                 if place.batch >= len(batches):  # the loader already stands at the next epoch: so must we
                     break
                 if place.step % _AGREE_EVERY == 0 or self.accelerator.num_processes == 1:
@@ -183,10 +180,12 @@ class Trainer:
                     self._save(batches)
             place.epoch, place.batch = place.epoch + 1, 0
             ended = place.epoch == last_epoch or place.step >= total
+            metrics: dict[str, float] = {}
             if self._evaluate is not None and (ended or place.epoch % config.eval_every == 0):
                 with phase("trainer.evaluate"):
                     metrics = self._evaluate(self.network)
                 self._log_evaluation(metrics)
+            teller.epoch(place, metrics, last=ended)
             place.seconds = time.monotonic() - clock
             if ended or place.epoch % config.checkpoint_every == 0:
                 self._save(batches)
@@ -242,7 +241,7 @@ class Trainer:
         if max(gather_objects(number)):
             raise TrainingInterrupted(self._save(batches), number or signal.SIGINT)
 
-    def _log_window(self, window: Window) -> str:
+    def _log_window(self, window: Window) -> float:
         loss, speed, parts = window.close()
         self._check_finite(loss)
         rate = self.optimizer.param_groups[0]["lr"]
@@ -258,17 +257,18 @@ class Trainer:
                 seconds=round(place.seconds, 3),
                 **parts,
             )
-        return f"{speed:.0f} img/s · loss {loss:.4g}"
+        return loss
 
     def _log_evaluation(self, metrics: dict[str, float]) -> None:
         place = self._place
-        accuracy = metrics.get("accuracy", -math.inf)
-        best = place.metrics.get("best_accuracy", -math.inf)
         if self._log is not None:
             self._log.write("eval", place.step, epoch=place.epoch, seconds=round(place.seconds, 3), **metrics)
         kept = {key: value for key, value in place.metrics.items() if key.startswith("best_")}
-        if accuracy > best:
-            kept = {"best_accuracy": accuracy, "best_epoch": place.epoch}
+        name = score_of(metrics)
+        if name is not None and metrics[name] > kept.get(f"best_{name}", -math.inf):
+            kept = {f"best_{name}": metrics[name], "best_epoch": place.epoch}
+            if self._keep_best is not None and self.accelerator.is_main_process:
+                self._keep_best(self.network)
         place.metrics = {**metrics, **kept}
 
     def _check_finite(self, loss: float) -> None:
@@ -365,8 +365,21 @@ class Trainer:
     def _progress(self) -> Progress:
         return Progress(enabled=self.config.progress and self.accelerator.is_main_process)
 
-    def _lengths(self, batches: Any) -> tuple[int, int]:
-        """Optimiser steps in an epoch, and in the whole run."""
+    def _plan(self, batches: Any) -> int:
+        """Make the learning rate's schedule; returns the steps of the whole run."""
+        per_epoch, total = self.steps_of(batches)
+        self._schedule = build_schedule(
+            self.optimizer.optimizer, self.config.schedule, steps_per_epoch=per_epoch, total_steps=total
+        )
+        return total
+
+    def steps_of(self, batches: Any) -> tuple[int, int]:
+        """Optimiser steps in an epoch of these batches, and in the whole run.
+
+        Raises:
+            TypeError: They have no length.
+            KDFastError: There are none, or ranks have different numbers of them.
+        """
         try:
             count = len(batches)
         except TypeError:

@@ -1,20 +1,23 @@
-"""One way from logits to a launch over their rows: every family of row losses goes through :func:`launch_rows`.
+"""One way from logits to a launch over their rows: every family of row losses goes through :class:`RowLaunches`.
 
 Its kernels take the same arguments in the same order: tensors and gradients, outputs, row factors, sizes, strides. What
-is a family's own follows by name.
+is a family's own follows by name. All that geometry decides is decided once (:class:`_RowCall`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from ..launch import RowLayout, arrival_counter, as_rows, device_guard, launch
+from ..launch import Kept, Launch, RowLayout, as_rows, reduction, traits
+from .plan import TilePlan
 from .scale import Scale, value_and_pointer
 
+#: Rows of a launch that 32 bits number, with what the last program may reach beyond them.
+MAX_ROWS = 2**31 - 2**16
 #: What a kernel's flags for its gradients are called.
 _GRADIENTS = ("GRAD_S", "GRAD_T")
 
@@ -30,6 +33,7 @@ class Rows(NamedTuple):
             units, a divisor that the compiler can see.
         unit: That unit.
         num_classes: V.
+        copied: Whether ``tensors`` are copies.
     """
 
     tensors: tuple[torch.Tensor | None, ...]
@@ -38,6 +42,7 @@ class Rows(NamedTuple):
     strides: tuple[int, ...]
     unit: int
     num_classes: int
+    copied: bool
 
     @property
     def num_rows(self) -> int:
@@ -48,6 +53,17 @@ class Rows(NamedTuple):
     def gradients(self) -> tuple[torch.Tensor | None, ...]:
         """Where the kernel writes."""
         return self.tensors[-len(self.given) :]
+
+    @property
+    def wide(self) -> bool:
+        """Whether rows lie class by class, and each begins and ends where 16 bytes do."""
+        reads = self.tensors[: len(self.tensors) - len(self.given)]
+        return (
+            self.layout.inner == 1
+            and all(steps[2] == 1 for steps in self.layout.strides)
+            and all(self.unit * x.itemsize % 16 == 0 for x in reads if x is not None)
+            and all(self.num_classes * x.itemsize % 16 == 0 for x in reads if x is not None)
+        )
 
     def copy_back(self) -> None:
         """Fill the caller's gradients, where the kernel has written to copies."""
@@ -60,90 +76,251 @@ def rows_of(reads: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | No
     """View ``reads`` and ``gradients`` as rows over dimension ``dim``.
 
     Tensors whose strides fall into more than two groups are the one case that is copied.
+
+    Raises:
+        ValueError: There are :data:`MAX_ROWS` rows or more.
     """
     tensors = (*reads, *gradients)
     layout = as_rows([x for x in tensors if x is not None], dim)
+    copied = layout is None
     if layout is None:
         # Cloned, not just allocated: a launch may leave what is there already.
         copies = [g if g is None else g.clone(memory_format=torch.contiguous_format) for g in gradients]
         tensors = (*(x.contiguous() for x in reads), *copies)
         layout = as_rows([x for x in tensors if x is not None], dim)
+    if layout.outer * layout.inner >= MAX_ROWS:
+        raise ValueError(
+            f"rows: got {layout.outer * layout.inner}; accepted: fewer than {MAX_ROWS}, since a launch counts them in "
+            "32 bits (split the batch)"
+        )
     own = iter(layout.strides)
     strides = [(0, 0, 0) if x is None else next(own) for x in tensors]
     unit = math.gcd(16, *(outer for outer, _, _ in strides))
     flat = tuple(step for outer, inner, lane in strides for step in (outer // unit, inner, lane))
-    return Rows(tensors, tuple(gradients), layout, flat, unit, reads[0].shape[dim])
+    return Rows(tensors, tuple(gradients), layout, flat, unit, reads[0].shape[dim], copied)
 
 
-def outputs(
-    student: torch.Tensor, dim: int, *, reduce: bool, want_rows: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(one float32 value a row, their sum), each None where it is not wanted."""
-    shape = student.shape[:dim] + student.shape[dim + 1 :]
-    rows = student.new_empty(shape, dtype=torch.float32) if want_rows or not reduce else None
-    return rows, student.new_empty((), dtype=torch.float32) if reduce else None
+def loop_sizes(plan: TilePlan, at: Rows) -> dict[str, Any]:
+    """What kernels take that read rows in blocks of vectors (vectors.py)."""
+    return {"THREADS": plan.chunks, "VECTOR": plan.width, "ALONG": int(at.wide)}
 
 
-def launch_rows(
-    kernel: Any,
-    grid: tuple[int, ...],
-    at: Rows,
-    rows: torch.Tensor | None,
-    loss: torch.Tensor | None,
-    scale: Scale,
-    upstream: torch.Tensor | None,
-    exit_if_one: bool,
-    *,
-    in_launch: bool = True,
-    **own: Any,
-) -> None:
-    """Launch ``kernel`` and fill ``rows``, ``loss`` (summed in this launch, in a fixed order) and the gradients.
+class Before(NamedTuple):
+    """A launch that reads the same logits first, and leaves ``width`` numbers a program for the next's ``sums_ptr``."""
 
-    Args:
+    kernel: Any
+    constants: dict[str, Any]
+    width: int
+
+
+class RowPlan(NamedTuple):
+    """How one geometry is launched.
+
+    Attributes:
         kernel: Of a row loss.
         grid: Its programs.
-        at: What it reads and writes.
-        rows: One value a row, or None.
-        loss: 0-d, or None.
-        scale: The row factors.
-        upstream: Multiplies loss and gradients: one value, or contiguous, one a row.
-        exit_if_one: Do nothing if the single upstream value is 1: the gradients are there already.
-        in_launch: False: ``loss`` is passed and not written. (Without it a cluster's kernel spills on sm_100.)
-        **own: What only this kernel takes, and the launch's warps.
+        constants: What only this kernel takes, and the launch's warps.
+        apart: Sum the rows in a launch of their own: a cluster's programs would each count themselves.
+        before: What is launched first.
     """
-    student = at.tensors[0]
-    scale = scale.on(student.device)
-    reduce = in_launch and loss is not None
-    single = upstream is not None and upstream.dim() == 0
-    with device_guard(student):
-        launch(
-            kernel,
-            grid,
-            *at.tensors,
-            rows,
-            loss,
-            student.new_empty(grid, dtype=torch.float32) if reduce else None,
-            arrival_counter(student.device) if reduce else None,
-            scale.weight,
-            scale.mask,
-            upstream,
-            *value_and_pointer(scale.temperature),
-            *value_and_pointer(scale.divisor),
-            at.num_rows,
-            at.layout.inner,
-            *at.strides,
-            V=at.num_classes,
-            UNIT=at.unit,
-            T_PTR=isinstance(scale.temperature, torch.Tensor),
-            DIVISOR_PTR=isinstance(scale.divisor, torch.Tensor),
-            WEIGHT=scale.weight is not None,
-            MASK=scale.mask is not None,
-            UPSTREAM=0 if upstream is None else 1 if single else 2,
-            EARLY_EXIT=exit_if_one and single,
-            STORE_ROWS=rows is not None,
-            REDUCE=reduce,
-            enable_fp_fusion=True,
-            **{name: gradient is not None for name, gradient in zip(_GRADIENTS, at.gradients)},
-            **own,
+
+    kernel: Any
+    grid: tuple[int]
+    constants: dict[str, Any]
+    apart: bool = False
+    before: Before | None = None
+
+
+class Wanted(NamedTuple):
+    """What a call writes beside the gradients.
+
+    Attributes:
+        rows: One value a row.
+        total: Their sum, in a fixed order.
+        exit_if_one: Nothing if the single upstream value is 1: the gradients are there already.
+    """
+
+    rows: bool
+    total: bool
+    exit_if_one: bool = False
+
+
+#: Types of arguments that decide about nothing but themselves.
+_NUMBERS = frozenset((type(None), float))
+
+
+class RowLaunches:
+    """The launches of a family of row losses, each planned once for its geometry.
+
+    Args:
+        plan: ``(rows, *options)`` to a :class:`RowPlan`.
+        further: Parameters that only this family's kernels have, and that vary from call to call.
+    """
+
+    def __init__(self, plan: Callable[..., RowPlan], further: tuple[str, ...] = ()) -> None:
+        self.plan, self.further = plan, further
+        self.kept = Kept()
+
+    def __call__(
+        self,
+        reads: tuple[torch.Tensor, ...],
+        gradients: tuple[torch.Tensor | None, ...],
+        dim: int,
+        scale: Scale,
+        want: Wanted,
+        upstream: torch.Tensor | None = None,
+        further: tuple[Any, ...] = (),
+        options: tuple[Any, ...] = (),
+        *,
+        fresh: bool = False,
+    ) -> torch.Tensor:
+        """Launch once.
+
+        Args:
+            reads: Logits of one shape.
+            gradients: Written, where not None.
+            dim: Class dimension, non-negative.
+            scale: The row factors.
+            want: What is written beside them.
+            upstream: Multiplies loss and gradients: one value, or contiguous, one a row.
+            further: Values of this family's own parameters: tensors, contiguous, floats, or None.
+            options: What else the plan depends on.
+            fresh: Whether the gradients are ``torch.empty_like`` of what they belong to.
+
+        Returns:
+            The sum, 0-d, when it is wanted, else one float32 value a row, or nothing of meaning.
+        """
+        student = reads[0]
+        scale = scale.on(student.device)
+        others = (scale.weight, scale.mask, upstream, scale.temperature, scale.divisor, *further)
+        kinds: tuple[Any, ...] = tuple(map(type, others))
+        if not _NUMBERS.issuperset(kinds):
+            kinds = tuple(map(traits, others))
+        lies: Any = tuple([(x.dtype, x.stride(), x.data_ptr() & 15) for x in reads])
+        absent: Any = tuple([x is None for x in gradients])
+        if not fresh:
+            written = [None if x is None else (x.dtype, x.stride(), x.data_ptr() & 15) for x in gradients]
+            absent = (*written, in_place(reads, gradients))
+        key = (student.shape, student.get_device(), dim, want, options, kinds, lies, absent)
+        call = self.kept.get(key)
+        if call is None:
+            if student.numel() == 0:
+                return _nothing(student, dim, want, scale)
+            at = rows_of(reads, gradients, dim)
+            call = _RowCall(self, at, dim, want, others, options)
+            if at.copied:
+                out = call(at.tensors, scale, upstream, further)
+                at.copy_back()
+                return out
+            call = self.kept.keep(key, call, student.device)
+        return call((*reads, *gradients), scale, upstream, further)
+
+
+def _nothing(student: torch.Tensor, dim: int, want: Wanted, scale: Scale) -> torch.Tensor:
+    """The result where there are no logits: 0 a row; their sum is 0 over the divisor: 0/0 is NaN, as in torch."""
+    if want.total:
+        return student.new_zeros((), dtype=torch.float32).div_(scale.divisor)
+    return student.new_zeros(student.shape[:dim] + student.shape[dim + 1 :], dtype=torch.float32)
+
+
+def in_place(reads: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]) -> bool:
+    """Whether a gradient lies in the memory of the logits."""
+    held = {x.untyped_storage().data_ptr() for x in reads if x is not None} - {0}  # 0: no memory, as on meta
+    return any(x is not None and x.untyped_storage().data_ptr() in held for x in gradients)
+
+
+class _RowCall:
+    """One geometry of a family: what is launched, and the memory that it needs. It holds no tensor."""
+
+    __slots__ = ("apart", "before", "device", "launch", "programs", "rows", "total", "width")
+
+    def __init__(
+        self,
+        family: RowLaunches,
+        at: Rows,
+        dim: int,
+        want: Wanted,
+        others: tuple[Any, ...],
+        options: tuple[Any, ...],
+    ) -> None:
+        student = at.tensors[0]
+        assert student is not None
+        weight, mask, upstream, temperature, divisor, *_ = others
+        plan: RowPlan = family.plan(at, *options)
+        single = upstream is not None and upstream.dim() == 0
+        common = {
+            "V": at.num_classes,
+            "UNIT": at.unit,
+            "T_PTR": isinstance(temperature, torch.Tensor),
+            "EARLY_EXIT": want.exit_if_one and single,
+            "enable_fp_fusion": True,
+        }
+        self.device, self.programs, self.total = student.device, plan.grid, want.total
+        self.apart = plan.apart and want.total
+        shape = student.shape[:dim] + student.shape[dim + 1 :]
+        self.rows = shape if want.rows or self.apart else None
+        constants = common | {
+            "DIVISOR_PTR": isinstance(divisor, torch.Tensor),
+            "WEIGHT": weight is not None,
+            "MASK": mask is not None,
+            "UPSTREAM": 0 if upstream is None else 1 if single else 2,
+            "STORE_ROWS": self.rows is not None,
+            "REDUCE": self.total and not self.apart,
+        }
+        constants |= {name: gradient is not None for name, gradient in zip(_GRADIENTS, at.gradients)}
+        further = family.further if plan.before is None else (*family.further, "sums_ptr")
+        self.launch = Launch(
+            plan.kernel,
+            plan.grid,
+            (at.num_rows, at.layout.inner, *at.strides),
+            constants | plan.constants,
+            student.device,
+            further,
         )
-    at.copy_back()
+        self.before, self.width = None, 0
+        if plan.before is not None:
+            reads = len(at.tensors) - len(at.given)
+            self.width = plan.before.width
+            self.before = Launch(
+                plan.before.kernel,
+                plan.grid,
+                (at.layout.inner, *at.strides[: 3 * reads]),
+                common | plan.before.constants,
+                student.device,
+            )
+
+    def __call__(
+        self,
+        tensors: tuple[torch.Tensor | None, ...],
+        scale: Scale,
+        upstream: torch.Tensor | None,
+        further: tuple[Any, ...],
+    ) -> torch.Tensor:
+        device = self.device
+        rows = loss = partial = counter = temperature_ptr = divisor_ptr = None
+        if self.rows is not None:
+            rows = torch.empty(self.rows, dtype=torch.float32, device=device)
+        if self.total:
+            # An address even where nothing is written to it: without it a cluster's kernel spills on sm_100.
+            loss = torch.empty_strided((), (), dtype=torch.float32, device=device)
+            if not self.apart:
+                partial, counter = reduction(device, self.programs[0])
+        weight, mask, temperature, divisor = scale.weight, scale.mask, scale.temperature, scale.divisor
+        if type(temperature) is not float:
+            temperature, temperature_ptr = value_and_pointer(temperature)
+        if type(divisor) is not float:
+            divisor, divisor_ptr = value_and_pointer(divisor)
+        if self.before is not None:
+            sums = torch.empty((*self.programs, self.width), dtype=torch.float32, device=device)
+            self.before((*tensors[:2], sums, upstream, temperature, temperature_ptr))
+            further = (*further, sums)
+        self.launch(
+            (
+                *tensors, rows, loss, partial, counter, weight, mask, upstream,
+                temperature, temperature_ptr, divisor, divisor_ptr,
+            ),
+            further,
+        )  # fmt: skip
+        if loss is None:
+            return rows if rows is not None else tensors[0]
+        return rows.sum() if self.apart and rows is not None else loss

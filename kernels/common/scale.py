@@ -24,6 +24,8 @@ class Scale(NamedTuple):
 
         torch.compile hands a temperature in host memory on as it is, since it does not look at values.
         """
+        if type(self.temperature) is float and type(self.divisor) is float:
+            return self
         temperature, divisor = (
             float(x) if isinstance(x, torch.Tensor) and x.device.type == "cpu" != device.type else x
             for x in (self.temperature, self.divisor)

@@ -98,8 +98,12 @@ def tile_rows(num_rows, inner, LAYOUT: tl.constexpr, CHUNKS: tl.constexpr, ROWS:
 
 @triton.jit
 def tile_at(outer, within, classes, outer_stride, inner_stride, class_stride, LAYOUT: tl.constexpr):
-    """Where a tile's elements lie, in elements from the tensor's first."""
-    return per_row(outer * outer_stride + within * inner_stride, LAYOUT) + classes * class_stride
+    """Where a tile's elements lie, in elements from the tensor's first.
+
+    In 64 bits: classes that lie across are as far apart as an image is large.
+    """
+    at = per_row(outer * outer_stride + within * inner_stride, LAYOUT)
+    return at + classes.to(tl.int64) * class_stride
 
 
 @triton.jit

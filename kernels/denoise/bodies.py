@@ -147,8 +147,8 @@ def denoise_step_kernel(
             z = tl.load(z_ptr + offset_of(c0, c1, c2, c3, c4, c5, Z, NDIM), mask=live, other=0).to(tl.float32)
         if LEARNED:
             # log σ = c + d3·v: the interpolation of log variances (Nichol & Dhariwal 2021, Eq. 15), halved.
-            at_v = offset_of(c0, c1, c2, c3, c4, c5, OWN if OWN_ROWS else OUT, NDIM) + variance_offset
-            v = tl.load(o_ptr + at_v, mask=live, other=0).to(tl.float32)
+            at_v = offset_of(c0, c1, c2, c3, c4, c5, OWN if OWN_ROWS else OUT, NDIM)
+            v = tl.load(o_ptr + variance_offset + at_v, mask=live, other=0).to(tl.float32)
             y += tl.exp(sigma + tl.load(row + 7, mask=known, other=nan) * v) * z
         else:
             y += sigma * z

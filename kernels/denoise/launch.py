@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ..common.strided import Strides, Walk, contiguous, iteration_order, walk, walk_blocks
-from ..launch import device_guard, launch
+from ..launch import Launches, Planned
 from .bodies import denoise_step_backward_kernel, denoise_step_kernel
 from .plan import step_plan
 
@@ -63,44 +62,35 @@ def _frame(shape: tuple[int, ...], rows: int, strides: Strides, guidance: Guidan
     return _Frame(frame, (0, *strides), (second, *strides), cond, uncond, 2 if partial else -1, True)
 
 
-class _Geometry(NamedTuple):
-    """Everything of a launch that follows from shapes and strides."""
-
-    grid: tuple[int]
-    frame: _Frame
-    numel: int
-    inner: int
-    constants: dict[str, Any]  # compile-time constants of the kernel
-
-
 def _launch_constants(plan: Walk) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and the compile-time constants that both kernels share."""
     programs, constants = walk_blocks(plan, step_plan(plan.numel))
     return (programs,), constants | {"PINNED": plan.pinned}
 
 
-@functools.lru_cache(maxsize=1024)
-def _geometry(
+def _planned(
     shape: tuple[int, ...],
-    output_rows: int,
-    output_strides: Strides,
+    output: tuple[int, Strides],
     strides: tuple[Strides | None, ...],
-    guidance: Guidance,
-    seeded: bool,
+    guidance: tuple[float | None, bool, int | None],
     seed_rows: int,
-) -> _Geometry:
+    steps: int,
+    flags: tuple[tuple[str, Any], ...],
+) -> Planned:
     """Plan the step of a sample of ``shape``; ``strides`` in the order of :data:`_OPERANDS`, Y first.
 
-    Only what is read takes part: each further tensor may keep dimensions from merging.
+    Only what is read takes part: each further tensor may keep dimensions from merging. ``seed_rows``: 0 without a seed.
     """
-    frame = _frame(shape, output_rows, output_strides, guidance)
+    rows, output_strides = output
+    guide, told = Guidance(*guidance), dict(flags)
+    frame = _frame(shape, rows, output_strides, guide)
     walked = {
         name: frame.spread(own) for name, own in zip(_OPERANDS, strides, strict=True) if own is not None
     }
     walked["OUT"] = frame.output
     if frame.doubled:
         walked["OWN"] = frame.own
-    if seeded:
+    if seed_rows:
         walked["E"] = contiguous(frame.shape)
     order = iteration_order(frame.shape, walked["Y"])
     plan = walk(frame.shape, order, tuple(walked.values()), pinned=frame.pinned, aligned=8)
@@ -109,11 +99,11 @@ def _geometry(
     element = found.get("E")
     # One seed for the batch, or one for each of its rows, in elements a row.
     seed_row = plan.numel // seed_rows if seed_rows > 1 else 0
-    constants.update({name: found.get(name) for name in (*_OPERANDS, "OUT", "OWN", "E")})
+    constants |= {name: found.get(name) for name in (*_OPERANDS, "OUT", "OWN", "E")} | told
     constants.update(
-        GUIDED=guidance.scale is not None,
+        GUIDED=guide.scale is not None,
         OWN_ROWS=frame.doubled,
-        HAS_SEED=seeded,
+        HAS_SEED=seed_rows > 0,
         SEED_ROW=seed_row,
         # Four neighbours share a Philox counter where a block holds whole groups of them.
         SEED_RUN=plan.rows
@@ -121,7 +111,14 @@ def _geometry(
         and element[0] == 1
         and not any(s % 4 for s in (*element[1:], seed_row)),
     )
-    return _Geometry(grid, frame, plan.numel, plan.inner, constants)
+    variance = 0
+    if told["LEARNED"]:
+        # v is never guided: it comes from the conditional half, or from each half's own rows.
+        variance = (0 if frame.doubled else frame.cond) + shape[1] * output_strides[1]
+    following = strides[_OPERANDS.index("NEXT")]
+    copy = 0 if following is None else shape[0] * following[0]
+    fixed = (steps, plan.numel, plan.inner, frame.cond, frame.uncond, variance, copy)
+    return grid, fixed, constants | {"guided_channels": guide.channels or 0}
 
 
 _OPERANDS = ("Y", "X", "H1", "H2", "H3", "Z", "M", "NEXT")
@@ -203,58 +200,40 @@ def denoise_step(
     if y.numel() == 0:
         return y, m, bits, following
 
-    guide = Guidance(*guidance)
     hidden = (*history, None, None, None)[:3]
     operands = (y, sample, *hidden, noise, m, following)
-    geometry = _geometry(
-        tuple(sample.shape),
-        model_output.shape[0] if model_output.dim() else 1,
-        model_output.stride(),
-        tuple(None if tensor is None else tensor.stride() for tensor in operands),
-        # Another scale is the same geometry.
-        guide if guide.scale is None else guide._replace(scale=1.0),
-        seed is not None,
-        seed.numel() if isinstance(seed, torch.Tensor) else 1,
+    seeds = 0 if seed is None else seed.numel() if isinstance(seed, torch.Tensor) else 1
+    scale, cond_first, channels = guidance
+    flags = (
+        ("STEP_ON_DEVICE", isinstance(step, torch.Tensor)),
+        ("SEED_ON_DEVICE", isinstance(seed, torch.Tensor)),
+        ("CLIP", clip is not None),
+        ("LEARNED", learned_variance),
+        ("NEXT_COPIES", next_copies),
     )
-    frame = geometry.frame
-    variance_offset = 0
-    if learned_variance:
-        # v is never guided: it comes from the conditional half, or from each half's own rows.
-        variance_offset = (0 if frame.doubled else frame.cond) + sample.shape[1] * model_output.stride(1)
-    with device_guard(sample):
-        launch(
-            denoise_step_kernel,
-            geometry.grid,
-            sample,
-            model_output,
-            *hidden,
-            noise,
-            mask,
-            y,
-            m,
-            following,
-            bits,
-            table,
-            step,
-            0 if seed is None else seed,
-            table.shape[0],
-            geometry.numel,
-            geometry.inner,
-            frame.cond,
-            frame.uncond,
-            variance_offset,
-            0 if following is None else y.shape[0] * following.stride(0),
-            1.0 if guide.scale is None else guide.scale,
-            0.0 if clip is None else clip,
-            guide.channels or 0,
-            STEP_ON_DEVICE=isinstance(step, torch.Tensor),
-            SEED_ON_DEVICE=isinstance(seed, torch.Tensor),
-            CLIP=clip is not None,
-            LEARNED=learned_variance,
-            NEXT_COPIES=next_copies,
-            **geometry.constants,
-        )
+    geometry = (
+        sample.shape,
+        (model_output.shape[0] if model_output.dim() else 1, model_output.stride()),
+        tuple([None if x is None else x.stride() for x in operands]),
+        # Another scale is the same geometry.
+        (None if scale is None else 1.0, cond_first, channels),
+        seeds,
+        table.shape[0],
+        flags,
+    )
+    _STEP(
+        sample.device,
+        geometry,
+        (
+            sample, model_output, *hidden, noise, mask, y, m, following, bits, table,
+            step, 0 if seed is None else seed,
+        ),
+        (1.0 if scale is None else float(scale), 0.0 if clip is None else float(clip)),
+    )  # fmt: skip
     return y, m, bits, following
+
+
+_STEP = Launches(denoise_step_kernel, _planned, ("guidance", "clip"))
 
 
 def denoise_step_backward(
@@ -284,46 +263,47 @@ def denoise_step_backward(
     """
     if grad_y.numel() == 0:
         return
-    shape = tuple(grad_y.shape)
-    guide = Guidance(*guidance)
-    frame = None if grad_output is None else _frame(shape, grad_output.shape[0], grad_output.stride(), guide)
-    tensors = [tensor for tensor in (grad_y, grad_m, grad_sample) if tensor is not None]
-    strides = [tensor.stride() for tensor in tensors] + ([] if frame is None else [frame.output])
-    plan = walk(
-        shape,
+    scale, cond_first, channels = guidance
+    tensors = (grad_y, grad_m, grad_sample)
+    geometry = (
+        grad_y.shape,
+        None if grad_output is None else (grad_output.shape[0], grad_output.stride()),
+        tuple(None if x is None else x.stride() for x in tensors),
         tuple(order),
-        tuple(strides),
-        pinned=-1 if frame is None else frame.pinned,
-        aligned=8,
+        (None if scale is None else 1.0, cond_first, channels),
+        isinstance(step, torch.Tensor),
+        table.shape[0],
     )
-    found = iter(plan.strides)
-    gys, gms, gxs, gos = (
-        next(found) if tensor is not None else None for tensor in (grad_y, grad_m, grad_sample, grad_output)
-    )
+    varying = (grad_y, grad_m, mask, grad_sample, grad_output, table, step)
+    _BACKWARD(grad_y.device, geometry, varying, (1.0 if scale is None else float(scale),))
+
+
+def _planned_backward(
+    shape: tuple[int, ...],
+    output: tuple[int, Strides] | None,
+    strides: tuple[Strides | None, ...],
+    order: tuple[int, ...],
+    guidance: tuple[float | None, bool, int | None],
+    step_on_device: bool,
+    steps: int,
+) -> Planned:
+    """Plan the gradient; ``strides`` of those of y and m, and of the sample's."""
+    guide = Guidance(*guidance)
+    frame = None if output is None else _frame(shape, *output, guide)
+    walked = [own for own in strides if own is not None] + ([] if frame is None else [frame.output])
+    pinned = -1 if frame is None else frame.pinned
+    plan = walk(shape, order, tuple(walked), pinned=pinned, aligned=8)
     grid, constants = _launch_constants(plan)
-    with device_guard(grad_y):
-        launch(
-            denoise_step_backward_kernel,
-            grid,
-            grad_y,
-            grad_m,
-            mask,
-            grad_sample,
-            grad_output,
-            table,
-            step,
-            table.shape[0],
-            plan.numel,
-            plan.inner,
-            0 if frame is None else frame.cond,
-            0 if frame is None else frame.uncond,
-            1.0 if guide.scale is None else guide.scale,
-            guide.channels or 0,
-            GY=gys,
-            GM=gms,
-            GX=gxs,
-            GO=gos,
-            STEP_ON_DEVICE=isinstance(step, torch.Tensor),
-            GUIDED=guide.scale is not None,
-            **constants,
-        )
+    found = iter(plan.strides)
+    for name, own in zip(("GY", "GM", "GX", "GO"), (*strides, output), strict=True):
+        constants[name] = None if own is None else next(found)
+    offsets = (0, 0) if frame is None else (frame.cond, frame.uncond)
+    constants |= {"STEP_ON_DEVICE": step_on_device, "GUIDED": guide.scale is not None}
+    return (
+        grid,
+        (steps, plan.numel, plan.inner, *offsets),
+        constants | {"guided_channels": guide.channels or 0},
+    )
+
+
+_BACKWARD = Launches(denoise_step_backward_kernel, _planned_backward, ("guidance",))

@@ -43,6 +43,7 @@ def _row_starts(rows, inner, outer_stride, inner_stride, UNIT: tl.constexpr):
 @triton.jit
 def _store_five(ptr, step, a, b, c, d, e, live):
     """Five values of each row or column, ``step`` apart."""
+    step = tl.cast(step, tl.int64)
     tl.store(ptr, a, mask=live)
     tl.store(ptr + step, b, mask=live)
     tl.store(ptr + 2 * step, c, mask=live)
@@ -90,7 +91,7 @@ def dist_rows_kernel(
         bb += b * b
     rho, inv, v_s, v_t = _correlation(tl.sum(ab, axis=1), tl.sum(aa, axis=1), tl.sum(bb, axis=1))
     _store_five(row_ptr + rows, num_rows, s_log, t_log, inv, v_s, v_t, valid)
-    tl.store(row_ptr + 5 * num_rows + rows, rho, mask=valid)
+    tl.store(row_ptr + 5 * tl.cast(num_rows, tl.int64) + rows, rho, mask=valid)
 
 
 @triton.jit
@@ -186,7 +187,8 @@ def dist_merge_kernel(
                 intra += tl.load(partial_ptr + at, mask=at < programs, other=0.0, volatile=True)
             for start in range(0, num_rows, 1024):
                 at = start + tl.arange(0, 1024)
-                inter += 1.0 - tl.load(row_ptr + 5 * num_rows + at, mask=at < num_rows, other=1.0)
+                row = row_ptr + 5 * tl.cast(num_rows, tl.int64) + at
+                inter += 1.0 - tl.load(row, mask=at < num_rows, other=1.0)
             T = scalar(temperature, temperature_ptr, T_PTR)
             factor = T * T / scalar(divisor, divisor_ptr, DIVISOR_PTR)
             loss = beta * (tl.sum(inter, axis=0) / num_rows) + gamma * (tl.sum(intra, axis=0) / V)
@@ -226,9 +228,10 @@ def dist_gradient_kernel(
     t_at = _row_starts(rows, inner, t_outer, t_inner, UNIT)
     s_log = tl.load(row_ptr + rows, mask=valid, other=0.0)
     t_log = tl.load(row_ptr + num_rows + rows, mask=valid, other=0.0)
-    inv = tl.load(row_ptr + 2 * num_rows + rows, mask=valid, other=0.0)
-    v_s = tl.load(row_ptr + 3 * num_rows + rows, mask=valid, other=0.0)
-    v_t = tl.load(row_ptr + 4 * num_rows + rows, mask=valid, other=0.0)
+    step = tl.cast(num_rows, tl.int64)
+    inv = tl.load(row_ptr + 2 * step + rows, mask=valid, other=0.0)
+    v_s = tl.load(row_ptr + 3 * step + rows, mask=valid, other=0.0)
+    v_t = tl.load(row_ptr + 4 * step + rows, mask=valid, other=0.0)
     s_total = tl.zeros([ROWS], tl.float32)
     t_total = tl.zeros([ROWS], tl.float32)
     for store in tl.static_range(2):

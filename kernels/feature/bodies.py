@@ -31,6 +31,23 @@ def normals(
         return normal_at(key, step, base + offset_of(c0, c1, c2, c3, c4, c5, E, NDIM))
 
 
+@triton.jit
+def _is_permutation(pi_ptr, M: tl.constexpr):
+    """Whether each branch is there once: else the result is NaN, since refusing would mean waiting for the device."""
+    seen = tl.full([], 0, tl.int64)
+    one = tl.full([], 1, tl.int64)
+    for k in tl.static_range(M):
+        j = tl.load(pi_ptr + k)
+        seen = seen | tl.where((j >= 0) & (j < M), one << (j & 63), 0)
+    return seen == (-1 if M == 64 else (1 << M) - 1)
+
+
+@triton.jit
+def _branch(pi_ptr, k, valid):
+    """Which branch step ``k`` takes; any order, of all of them, where the permutation is none."""
+    return tl.where(valid, tl.load(pi_ptr + k), k)
+
+
 @triton.jit(do_not_specialize=["seed", "inverse_n"])
 def reparam_middle_kernel(
     s_ptr, x0_ptr, mean_ptr, grad_ptr, grad_mean_ptr, upstream_ptr,
@@ -53,16 +70,15 @@ def reparam_middle_kernel(
     _start, live, column, c0, c1, c2, c3, c4, c5 = locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
     x0 = tl.load(x0_ptr + offset_of(c0, c1, c2, c3, c4, c5, X0, NDIM), mask=live, other=0).to(tl.float32)
     at_s = offset_of(c0, c1, c2, c3, c4, c5, S, NDIM)
+    valid = _is_permutation(pi_ptr, M)
     total = x0 * 0.0
     mean = x0 * 0.0
     behind = x0 * 0.0  # P_{k-1} - X_{k-1}
     residuals = ()
     for k in tl.static_range(M):
-        j = tl.load(pi_ptr + k)
-        # An index that is none of the branches cannot be refused without waiting for the device: NaN.
-        known = (j >= 0) & (j < M)
-        s = tl.load(s_ptr + j * s_branch + at_s, mask=live & known, other=0).to(tl.float32)
-        s = tl.where(known, s, float("nan"))
+        j = _branch(pi_ptr, k, valid)
+        s = tl.load(s_ptr + j * s_branch + at_s, mask=live, other=0).to(tl.float32)
+        s = tl.where(valid, s, float("nan"))
         mean += s
         r = tl.load(u_ptr + k) * behind + tl.load(v_ptr + k) * tl.where(live, s - x0, 0.0)
         total += r * r
@@ -93,10 +109,9 @@ def reparam_middle_kernel(
                 a += factor * residuals[M - 1 - back]
             else:
                 a = factor * residuals[M - 1 - back]
-            j = tl.load(pi_ptr + M - 1 - back)
-            known = (j >= 0) & (j < M)
+            j = _branch(pi_ptr, M - 1 - back, valid)
             g = tl.load(v_ptr + M - 1 - back) * a + from_mean
-            tl.store(grad_ptr + j * grad_branch + at_grad, g.to(grad_ptr.dtype.element_ty), mask=live & known)
+            tl.store(grad_ptr + j * grad_branch + at_grad, g.to(grad_ptr.dtype.element_ty), mask=live)
     if loss_ptr is not None:
         reduce_last(tl.sum(total, axis=0) * inverse_n, loss_ptr, partial_ptr, counter_ptr, 1024)
 

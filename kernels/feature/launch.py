@@ -6,7 +6,7 @@ import torch
 
 from ..common.plan import BlockPlan
 from ..common.strided import Strides, walk_blocks
-from ..launch import MAX_GRID_Y, arrival_counter, device_guard, launch
+from ..launch import MAX_GRID_Y, Launches, Planned, reduction
 from .bodies import noise_mix_backward_kernel, noise_mix_kernel, reparam_middle_kernel
 from .plan import mix_plan, walked
 
@@ -65,63 +65,56 @@ def reparam_middle(
     count, shape = branches.shape[0], tuple(target.shape)
     if target.numel() == 0:
         return
-    plan, found, element, run = walked(
-        shape,
-        (
-            branches.stride()[1:],
-            target.stride(),
-            None if mean is None else mean.stride(),
-            None if grad is None else grad.stride()[1:],
-            None if grad_mean is None else grad_mean.stride(),
-        ),
-        noise_scale is not None,
+    operands = [
+        branches.stride()[1:],
+        target.stride(),
+        None if mean is None else mean.stride(),
+        None if grad is None else grad.stride()[1:],
+        None if grad_mean is None else grad_mean.stride(),
+    ]
+    heads = (branches.stride(0), 0 if grad is None else grad.stride(0))
+    told = (noise_scale is not None, isinstance(seed, torch.Tensor), carry, exit_if_one)
+    inputs, others = (
+        (branches, target, mean, grad, grad_mean, upstream, loss),
+        (u, v, noise_scale, permutation, seed),
     )
-    programs, constants = walk_blocks(plan, recursion_plan(plan.numel, count, branches.itemsize))
-    with device_guard(branches):
-        launch(
-            reparam_middle_kernel,
-            (programs,),
-            branches,
-            target,
-            mean,
-            grad,
-            grad_mean,
-            upstream,
-            loss,
-            None if loss is None else branches.new_empty(programs, dtype=torch.float32),
-            None if loss is None else arrival_counter(branches.device),
-            u,
-            v,
-            noise_scale,
-            permutation,
-            seed,
-            plan.numel,
-            plan.inner,
-            branches.stride(0),
-            0 if grad is None else grad.stride(0),
-            1.0 / plan.numel,
-            M=count,
-            S=found[0],
-            X0=found[1],
-            MEAN=found[2],
-            GRAD=found[3],
-            GMEAN=found[4],
-            E=element,
-            HAS_NOISE=noise_scale is not None,
-            NOISE_RUN=run,
-            SEED_ON_DEVICE=isinstance(seed, torch.Tensor),
-            CARRY=carry,
-            EARLY_EXIT=exit_if_one,
-            **constants,
-        )
+    geometry = (count, shape, tuple(operands), heads, branches.itemsize, *told)
+    found = _RECURSION.find(branches.device, geometry, (*inputs, *others))
+    memory = (None, None) if loss is None else reduction(branches.device, found.grid[0])
+    found((*inputs, *memory, *others))
+
+
+def _planned_recursion(
+    count: int,
+    shape: tuple[int, ...],
+    operands: tuple[Strides | None, ...],
+    heads: tuple[int, int],
+    itemsize: int,
+    noisy: bool,
+    seed_on_device: bool,
+    carry: bool,
+    exit_if_one: bool,
+) -> Planned:
+    plan, found, element, run = walked(shape, operands, noisy)
+    programs, constants = walk_blocks(plan, recursion_plan(plan.numel, count, itemsize))
+    constants |= dict(zip(("S", "X0", "MEAN", "GRAD", "GMEAN"), found, strict=True))
+    constants |= {
+        "M": count,
+        "E": element,
+        "HAS_NOISE": noisy,
+        "NOISE_RUN": run,
+        "SEED_ON_DEVICE": seed_on_device,
+        "CARRY": carry,
+        "EARLY_EXIT": exit_if_one,
+    }
+    return (programs,), (plan.numel, plan.inner, *heads, 1.0 / plan.numel), constants
+
+
+_RECURSION = Launches(reparam_middle_kernel, _planned_recursion)
 
 
 def _sample_shape(x: torch.Tensor) -> tuple[int, ...]:
     return tuple(x.shape[1:]) or (1,)
-
-
-def _sample_strides(x: torch.Tensor) -> Strides:
-    return x.stride()[1:] or (1,)
 
 
 def noise_mix(x: torch.Tensor, gamma: torch.Tensor, z: torch.Tensor, seed: int | torch.Tensor) -> None:
@@ -135,28 +128,28 @@ def noise_mix(x: torch.Tensor, gamma: torch.Tensor, z: torch.Tensor, seed: int |
     """
     if x.numel() == 0:
         return
-    plan, (xs, zs), element, run = walked(_sample_shape(x), (_sample_strides(x), _sample_strides(z)), True)
+    geometry = (_sample_shape(x), (x.stride(), z.stride()), x.shape[0], isinstance(seed, torch.Tensor))
+    _MIX(x.device, geometry, (x, gamma, z, seed))
+
+
+def _planned_mix(
+    shape: tuple[int, ...], strides: tuple[Strides | None, ...], batch: int, seed_on_device: bool, *names: str
+) -> Planned:
+    """Both kernels of the mix: ``strides`` of what they read and write, with the batch, by the names of these."""
+    own = tuple(None if x is None else x[1:] or (1,) for x in strides)
+    plan, found, element, run = walked(shape, own, True)
     programs, constants = walk_blocks(plan, mix_plan(plan.numel))
-    with device_guard(x):
-        launch(
-            noise_mix_kernel,
-            (programs, min(x.shape[0], MAX_GRID_Y)),
-            x,
-            gamma,
-            z,
-            seed,
-            x.shape[0],
-            plan.numel,
-            plan.inner,
-            x.stride(0),
-            z.stride(0),
-            X=xs,
-            Z=zs,
-            E=element,
-            NOISE_RUN=run and plan.numel % 4 == 0,
-            SEED_ON_DEVICE=isinstance(seed, torch.Tensor),
-            **constants,
-        )
+    constants |= dict(zip(names or ("X", "Z"), found, strict=True))
+    constants |= {
+        "E": element,
+        "NOISE_RUN": run and plan.numel % 4 == 0,
+        "SEED_ON_DEVICE": seed_on_device,
+    }
+    steps = (0 if x is None else x[0] for x in strides)
+    return (programs, min(batch, MAX_GRID_Y)), (batch, plan.numel, plan.inner, *steps), constants
+
+
+_MIX = Launches(noise_mix_kernel, _planned_mix)
 
 
 def noise_mix_backward(
@@ -172,37 +165,20 @@ def noise_mix_backward(
     if x.numel() == 0:
         return gamma.new_zeros(x.shape[0], dtype=torch.float32) if want_gamma else None
     strides = (
-        _sample_strides(grad_z),
-        _sample_strides(x) if want_gamma else None,
-        None if grad_x is None else _sample_strides(grad_x),
+        grad_z.stride(),
+        x.stride() if want_gamma else None,
+        None if grad_x is None else grad_x.stride(),
     )
-    plan, (gzs, xs, gxs), element, run = walked(_sample_shape(x), strides, True)
-    programs, constants = walk_blocks(plan, mix_plan(plan.numel))
-    partial = x.new_empty((x.shape[0], programs), dtype=torch.float32) if want_gamma else None
-    with device_guard(x):
-        launch(
-            noise_mix_backward_kernel,
-            (programs, min(x.shape[0], MAX_GRID_Y)),
-            grad_z,
-            x if want_gamma else None,
-            gamma,
-            grad_x,
-            partial,
-            seed,
-            x.shape[0],
-            plan.numel,
-            plan.inner,
-            grad_z.stride(0),
-            x.stride(0),
-            0 if grad_x is None else grad_x.stride(0),
-            GZ=gzs,
-            X=xs,
-            GX=gxs,
-            E=element,
-            NOISE_RUN=run and plan.numel % 4 == 0,
-            SEED_ON_DEVICE=isinstance(seed, torch.Tensor),
-            **constants,
-        )
+    geometry = (_sample_shape(x), strides, x.shape[0], isinstance(seed, torch.Tensor), "GZ", "X", "GX")
+    read = x if want_gamma else None
+    found = _MIX_BACKWARD.find(x.device, geometry, (grad_z, read, gamma, grad_x, seed))
+    programs, partial = found.grid[0], None
+    if want_gamma:
+        partial = torch.empty((x.shape[0], programs), dtype=torch.float32, device=x.device)
+    found((grad_z, read, gamma, grad_x, partial, seed))
     if partial is None:
         return None
     return partial.view(-1) if programs == 1 else partial.sum(1)
+
+
+_MIX_BACKWARD = Launches(noise_mix_backward_kernel, _planned_mix)

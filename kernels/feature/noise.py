@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..common.strided import walk_blocks
-from ..launch import MAX_GRID_Y, arrival_counter, device_guard, launch
+from ..common.strided import Strides, walk_blocks
+from ..launch import MAX_GRID_Y, Launches, Planned, reduction
 from .noise_bodies import add_noise_embed_kernel, embedding_gradient_kernel, noise_mse_kernel
 from .plan import mix_plan, walked
 
@@ -50,30 +50,23 @@ def noise_mse(
         exit_if_one: Do nothing if ``upstream`` is 1: the gradient is there already.
     """
     strides = (prediction.stride(), None if grad is None else grad.stride())
-    plan, (ps, gs), element, run = walked(tuple(prediction.shape), strides, True)
+    geometry = (prediction.shape, strides, isinstance(seed, torch.Tensor), exit_if_one)
+    found = _MSE.find(prediction.device, geometry, (prediction, grad, upstream, loss, seed))
+    memory = (None, None) if loss is None else reduction(prediction.device, found.grid[0])
+    found((prediction, grad, upstream, loss, *memory, seed))
+
+
+def _planned_mse(
+    shape: tuple[int, ...], strides: tuple[Strides | None, ...], seed_on_device: bool, exit_if_one: bool
+) -> Planned:
+    plan, found, element, run = walked(tuple(shape), strides, True)
     programs, constants = walk_blocks(plan, mix_plan(plan.numel))
-    with device_guard(prediction):
-        launch(
-            noise_mse_kernel,
-            (programs,),
-            prediction,
-            grad,
-            upstream,
-            loss,
-            None if loss is None else prediction.new_empty(programs, dtype=torch.float32),
-            None if loss is None else arrival_counter(prediction.device),
-            seed,
-            plan.numel,
-            plan.inner,
-            1.0 / plan.numel,
-            P=ps,
-            GRAD=gs,
-            E=element,
-            NOISE_RUN=run,
-            SEED_ON_DEVICE=isinstance(seed, torch.Tensor),
-            EARLY_EXIT=exit_if_one,
-            **constants,
-        )
+    constants |= dict(zip(("P", "GRAD"), found, strict=True))
+    constants |= {"E": element, "NOISE_RUN": run, "SEED_ON_DEVICE": seed_on_device, "EARLY_EXIT": exit_if_one}
+    return (programs,), (plan.numel, plan.inner, 1.0 / plan.numel), constants
+
+
+_MSE = Launches(noise_mse_kernel, _planned_mse)
 
 
 @dataclass(frozen=True)
@@ -113,33 +106,31 @@ def add_noise_embed(
         out: Laid out as x.
         seed: Of the noise; an int, or an int64 tensor of one element on the device.
     """
-    width = found.channels * found.span
     if x.numel() == 0:
         return
+    sizes = (x.shape[0], table.shape[0], 0 if embedding is None else embedding.shape[0])
+    geometry = (found, sizes, isinstance(seed, torch.Tensor))
+    _ADD_NOISE(x.device, geometry, (x, timesteps, table, embedding, out, seed))
+
+
+def _planned_add(found: Layout, sizes: tuple[int, int, int], seed_on_device: bool) -> Planned:
+    width = found.channels * found.span
     plan = mix_plan(width)
-    with device_guard(x):
-        launch(
-            add_noise_embed_kernel,
-            (-(-width // plan.block), min(x.shape[0], MAX_GRID_Y)),
-            x,
-            timesteps,
-            table,
-            embedding,
-            out,
-            seed,
-            x.shape[0],
-            table.shape[0],
-            0 if embedding is None else embedding.shape[0],
-            C=found.channels,
-            SPAN=found.span,
-            LAST=found.last,
-            # Four neighbours share a Philox counter where a block begins a whole group of them.
-            NOISE_RUN=not found.last and width % 4 == 0,
-            SEED_ON_DEVICE=isinstance(seed, torch.Tensor),
-            BLOCK=plan.block,
-            num_warps=plan.num_warps,
-            enable_fp_fusion=True,
-        )
+    constants = {
+        "C": found.channels,
+        "SPAN": found.span,
+        "LAST": found.last,
+        # Four neighbours share a Philox counter where a block begins a whole group of them.
+        "NOISE_RUN": not found.last and width % 4 == 0,
+        "SEED_ON_DEVICE": seed_on_device,
+        "BLOCK": plan.block,
+        "num_warps": plan.num_warps,
+        "enable_fp_fusion": True,
+    }
+    return (-(-width // plan.block), min(sizes[0], MAX_GRID_Y)), sizes, constants
+
+
+_ADD_NOISE = Launches(add_noise_embed_kernel, _planned_add)
 
 
 def embedding_gradient(
@@ -155,24 +146,25 @@ def embedding_gradient(
     """
     if upstream.numel() == 0:
         return
+    sizes = (upstream.shape[0], grad.shape[0])
+    _EMBEDDING(upstream.device, (found, sizes), (upstream, timesteps, grad))
+
+
+def _planned_embedding(found: Layout, sizes: tuple[int, int]) -> Planned:
     positions = min(256, 1 << max(0, found.span - 1).bit_length())
     channels = max(1, min(64, 1024 // positions, 1 << max(0, found.channels - 1).bit_length()))
-    with device_guard(upstream):
-        launch(
-            embedding_gradient_kernel,
-            (-(-found.channels // channels), upstream.shape[0]),
-            upstream,
-            timesteps,
-            grad,
-            upstream.shape[0],
-            grad.shape[0],
-            C=found.channels,
-            SPAN=found.span,
-            LAST=found.last,
-            BC=channels,
-            BM=positions,
-            BB=1024,
-            WIDE=upstream.numel() >= 2**31 - 2**16,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+    constants = {
+        "C": found.channels,
+        "SPAN": found.span,
+        "LAST": found.last,
+        "BC": channels,
+        "BM": positions,
+        "BB": 1024,
+        "WIDE": sizes[0] * found.channels * found.span >= 2**31 - 2**16,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
+    return (-(-found.channels // channels) * sizes[0],), sizes, constants
+
+
+_EMBEDDING = Launches(embedding_gradient_kernel, _planned_embedding)

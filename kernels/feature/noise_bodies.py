@@ -47,7 +47,11 @@ def add_noise_embed_kernel(
 ):  # fmt: skip
     """√ᾱ_t·x + √(1-ᾱ_t)·ε + E[t] of one block of a sample, for every sample that this program has."""
     W: tl.constexpr = C * SPAN
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0)
+    if W >= 2147418112:  # of one sample: 2³¹, less what a last block may reach beyond it
+        first = first.to(tl.int64)
+    first *= BLOCK
+    at = first + tl.arange(0, BLOCK)
     live = at < W
     channel = at % C if LAST else at // SPAN
     element = channel * SPAN + at // C if LAST else at  # in row-major order, whatever the layout
@@ -60,7 +64,7 @@ def add_noise_embed_kernel(
         known = (t >= 0) & (t < steps)
         bar = tl.load(table_ptr + t, mask=known, other=float("nan"))
         if NOISE_RUN:
-            e = normal_run(key, step, sample * W + tl.program_id(0) * BLOCK, BLOCK)
+            e = normal_run(key, step, sample * W + first, BLOCK)
         else:
             e = normal_at(key, step, sample * W + element)
         x = tl.load(x_ptr + sample * W + at, mask=live, other=0).to(tl.float32)
@@ -78,7 +82,8 @@ def embedding_gradient_kernel(
     BC: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Σ of g over all samples of one timestep and all their positions, by the first sample that has it."""
-    first = tl.program_id(1)
+    BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    first = tl.program_id(0) // BLOCKS
     t = tl.load(t_ptr + first)
     if (t < 0) | (t >= rows):
         return
@@ -89,20 +94,21 @@ def embedding_gradient_kernel(
         earlier += (others == t).to(tl.int32)
     if tl.sum(earlier, axis=0) > 0:
         return
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    c = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
     lanes = tl.arange(0, BM)
+    row_at = c
+    if WIDE:
+        row_at, lanes = row_at.to(tl.int64), lanes.to(tl.int64)
     total = tl.zeros([BC, BM], tl.float32)
     for b in range(first, batch):
         if tl.load(t_ptr + b) == t:
-            base = b * (C * SPAN)
-            if WIDE:
-                base = b.to(tl.int64) * (C * SPAN)
-            for start in range(0, SPAN, BM):
-                s = start + lanes
+            base = (b.to(tl.int64) if WIDE else b) * (C * SPAN)
+            for begin in range(0, SPAN, BM):
+                s = begin + lanes
                 if LAST:
-                    at = s[None, :] * C + c[:, None]
+                    at = s[None, :] * C + row_at[:, None]
                 else:
-                    at = c[:, None] * SPAN + s[None, :]
+                    at = row_at[:, None] * SPAN + s[None, :]
                 live = (c < C)[:, None] & (s < SPAN)[None, :]
                 total += tl.load(g_ptr + base + at, mask=live, other=0).to(tl.float32)
     row = tl.sum(total, axis=1).to(grad_ptr.dtype.element_ty)

@@ -14,7 +14,10 @@ def crop_flip_kernel(
     CHANNELS_LAST: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of y ``[batch, CHANNELS, HEIGHT, WIDTH]`` of one sample: of the crop, or of the image's gradient."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(0)
+    if WIDE:
+        block = block.to(tl.int64)
+    at = block * BLOCK + tl.arange(0, BLOCK)
     live = at < numel
     if CHANNELS_LAST:
         channel = at % CHANNELS
@@ -24,8 +27,6 @@ def crop_flip_kernel(
         column = at % WIDTH
         row = at // WIDTH % HEIGHT
         channel = at // (WIDTH * HEIGHT)
-    if WIDE:
-        channel, row, column = channel.to(tl.int64), row.to(tl.int64), column.to(tl.int64)
     gain = tl.load(gain_ptr + channel, mask=live, other=0)
     for b in range(tl.program_id(1), batch, tl.num_programs(1)):
         sample = tl.full([], 0, tl.int64) + b

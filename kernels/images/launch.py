@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from ..launch import MAX_GRID_Y, device_guard, launch
+from ..launch import MAX_GRID_Y, Launches, Planned
 from .bodies import crop_flip_kernel
 from .plan import images_plan
 
@@ -35,33 +35,35 @@ def crop_flip(
     """
     if y.numel() == 0:
         return
-    batch, channels, height, width = y.shape
+    geometry = (x.shape, x.stride(), y.shape, not y.is_contiguous(), padding, transposed)
+    _CROP_FLIP(x.device, geometry, (x, y, offsets, flips, gain, bias))
+
+
+def _planned(
+    read: tuple[int, ...],
+    strides: tuple[int, ...],
+    written: tuple[int, ...],
+    channels_last: bool,
+    padding: int,
+    transposed: bool,
+) -> Planned:
+    batch, channels, height, width = written
     numel = channels * height * width
     plan = images_plan(numel)
-    reach = sum(stride * (size - 1) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True))
-    with device_guard(x):
-        launch(
-            crop_flip_kernel,
-            (triton.cdiv(numel, plan.block), min(batch, MAX_GRID_Y)),
-            x,
-            y,
-            offsets,
-            flips,
-            gain,
-            bias,
-            batch,
-            padding,
-            *x.stride(),
-            x.shape[2],
-            x.shape[3],
-            numel,
-            CHANNELS=channels,
-            HEIGHT=height,
-            WIDTH=width,
-            CHANNELS_LAST=not y.is_contiguous(),
-            TRANSPOSED=transposed,
-            WIDE=max(reach, numel) >= 2**31 - 2**16,
-            BLOCK=plan.block,
-            num_warps=plan.num_warps,
-            enable_fp_fusion=True,
-        )
+    reach = sum(stride * (size - 1) for stride, size in zip(strides[1:], read[1:], strict=True))
+    constants = {
+        "CHANNELS": channels,
+        "HEIGHT": height,
+        "WIDTH": width,
+        "CHANNELS_LAST": channels_last,
+        "TRANSPOSED": transposed,
+        "WIDE": max(reach, numel) >= 2**31 - 2**16,
+        "BLOCK": plan.block,
+        "num_warps": plan.num_warps,
+        "enable_fp_fusion": True,
+    }
+    grid = (triton.cdiv(numel, plan.block), min(batch, MAX_GRID_Y))
+    return grid, (batch, padding, *strides, read[2], read[3], numel), constants
+
+
+_CROP_FLIP = Launches(crop_flip_kernel, _planned)

@@ -2,7 +2,8 @@
 
 Where V·itemsize is no multiple of 16 bytes (WINDOW > 0), a row is read from the 16 bytes before its first class,
 by whole 16-byte groups. A group at either end also holds a neighbour's classes: those are blotted out, and the two
-groups' gradients are written one by one. Equations, bytes and launch plans stand in the package.
+groups' gradients are written one by one. The last row's last group would reach past the tensor, and is read class by
+class. Equations, bytes and launch plans stand in the package.
 """
 
 import triton
@@ -14,15 +15,22 @@ from ..common.tile import store_losses
 
 @triton.jit
 def _chunk(
-    s_at, t_at, c: tl.constexpr, lane, shift, V: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr
+    s_at, t_at, c: tl.constexpr, lane, shift, ends, V: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """One chunk of student and teacher, -inf where it holds no class of this row."""
+    """One chunk of student and teacher, -inf where it holds no class of this row; ``ends``: nothing lies behind it."""
     first: tl.constexpr = c * WIDTH
     group = first + (lane // WINDOW * WINDOW if WINDOW > 0 else lane)
     if first + WIDTH > V:  # decided while compiling: only the last chunks can pass the end
         live = group < V + shift
+        if WINDOW > 0:
+            live = live & ((group + WINDOW <= V + shift) | (ends == 0))
         s = tl.load(s_at + first, mask=live, other=float("-inf")).to(tl.float32)
         t = tl.load(t_at + first, mask=live, other=float("-inf")).to(tl.float32)
+        if WINDOW > 0:
+            if tl.program_id(0) == tl.num_programs(0) - 1:  # the tensor's last classes, which fill no group
+                rest = (live == 0) & (ends != 0) & (first + lane < V + shift)
+                s = tl.where(rest, tl.load(s_at + first, mask=rest, other=0.0).to(tl.float32), s)
+                t = tl.where(rest, tl.load(t_at + first, mask=rest, other=0.0).to(tl.float32), t)
     else:
         s = tl.load(s_at + first).to(tl.float32)
         t = tl.load(t_at + first).to(tl.float32)
@@ -76,6 +84,7 @@ def kd_kl_chunks_kernel(
     outer = tl.cast(tl.minimum(rows, num_rows - 1), tl.int64)[:, None] * UNIT
     lane = tl.arange(0, WIDTH)[None, :]
     shift = tl.zeros([ROWS, 1], tl.int32)
+    ends = (rows >= num_rows - 1).to(tl.int32)[:, None]
     s_from, t_from, gs_from, gt_from = outer * s_outer, outer * t_outer, outer * gs_outer, outer * gt_outer
     if WINDOW > 0:  # every tensor's rows lie alike: one shift does for all
         shift = (s_from % WINDOW).to(tl.int32)
@@ -91,7 +100,7 @@ def kd_kl_chunks_kernel(
     s = ()
     t = ()
     for c in tl.static_range(CHUNKS):
-        s_c, t_c = _chunk(s_at, t_at, c, lane, shift, V, WIDTH, WINDOW)
+        s_c, t_c = _chunk(s_at, t_at, c, lane, shift, ends, V, WIDTH, WINDOW)
         s += (s_c,)
         t += (t_c,)
     s_peak = s[0]
@@ -139,7 +148,7 @@ def kd_kl_chunks_kernel(
         kl_acc = tl.zeros([ROWS, WIDTH], tl.float32)
         centre_acc = tl.zeros([ROWS, WIDTH], tl.float32)
         for c in tl.static_range(CHUNKS):
-            s_c, t_c = _chunk(s_at, t_at, c, lane, shift, V, WIDTH, WINDOW)
+            s_c, t_c = _chunk(s_at, t_at, c, lane, shift, ends, V, WIDTH, WINDOW)
             gap = gap_of(s_c, t_c, k, log_ratio)
             term, difference, _ = near_terms(
                 gap, tl.exp2(t_c * k - t_top) * t_inv, tl.exp2(s_c * k - s_top) * s_inv, t_c > float("-inf")
@@ -150,7 +159,7 @@ def kd_kl_chunks_kernel(
         centre = tl.sum(centre_acc, axis=1)[:, None]
         if GRAD_S or GRAD_T:
             for c in tl.static_range(CHUNKS):
-                s_c, t_c = _chunk(s_at, t_at, c, lane, shift, V, WIDTH, WINDOW)
+                s_c, t_c = _chunk(s_at, t_at, c, lane, shift, ends, V, WIDTH, WINDOW)
                 q_c, p_c = tl.exp2(s_c * k - s_top) * s_inv, tl.exp2(t_c * k - t_top) * t_inv
                 gap = gap_of(s_c, t_c, k, log_ratio)
                 _, difference, delta = near_terms(gap, p_c, q_c, t_c > float("-inf"))

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ..common.launch_rows import Rows, launch_rows, outputs, rows_of
-from ..common.scale import Scale, value_and_pointer
+from ..common.launch_rows import Before, RowLaunches, RowPlan, Rows, Wanted, in_place, loop_sizes
+from ..common.scale import Scale
 from ..common.tile import tile_grid, tile_sizes
-from ..launch import device_guard, launch
 from ..machine import machine_of
 from . import chunks as _kl_chunks
 from . import classes as _kl_classes
@@ -77,81 +76,18 @@ def kd_kl(
         The 0-d loss when ``reduce``, else one float32 value a row.
     """
     scale = scale.on(student.device)
-    rows, loss = outputs(student, dim, reduce=reduce, want_rows=want_rows)
-    if student.numel() == 0:
-        return loss.zero_() if loss is not None else rows.zero_()
-    at = rows_of((student, teacher), (grad_student, grad_teacher), dim)
-    plan = _plan(at, plain=labels is None and statistics is None)
-    # A cluster's programs would each count themselves, so its rows are summed by a launch of their own.
-    apart = reduce and plan.regime == "cluster"
-    if apart:
-        rows, _ = outputs(student, dim, reduce=False, want_rows=True)
-    (programs,) = tile_grid(plan, at.layout)
-    grid = (programs * plan.splits,)
-    kernel, own = _kernel(plan, at)
+    family, further, options = PLAIN, (), ()
     if labels is not None:
-        own |= _label_arguments(labels)
-    if statistics is not None:
-        own |= _statistics_arguments(statistics)
-    if plan.regime == "split":
-        own["sums_ptr"] = _split_sums(grid, at, scale, upstream, exit_if_one, plan, own["PART"])
-    launch_rows(
-        kernel,
-        grid,
-        at,
-        rows,
-        loss,
-        scale,
-        upstream,
-        exit_if_one,
-        in_launch=not apart,
-        num_warps=plan.num_warps,
-        num_ctas=plan.num_ctas,
-        **own,
-    )
-    if apart:
-        return rows.sum()
-    return loss if reduce else rows
-
-
-def _split_sums(
-    grid: tuple[int],
-    at: Rows,
-    scale: Scale,
-    upstream: torch.Tensor | None,
-    exit_if_one: bool,
-    plan: KLPlan,
-    part: int,
-) -> torch.Tensor:
-    """The first of a split row's launches: five numbers a part."""
-    student, teacher = at.tensors[:2]
-    sums = student.new_empty((grid[0], 5), dtype=torch.float32)
-    with device_guard(student):
-        launch(
-            _kl_split.kd_kl_split_sums_kernel,
-            grid,
-            student,
-            teacher,
-            sums,
-            upstream,
-            *value_and_pointer(scale.temperature),
-            at.layout.inner,
-            *at.strides[:6],
-            V=at.num_classes,
-            UNIT=at.unit,
-            BLOCK=plan.chunks,
-            SPLITS=plan.splits,
-            PART=part,
-            T_PTR=isinstance(scale.temperature, torch.Tensor),
-            EARLY_EXIT=exit_if_one,
-            num_warps=plan.num_warps,
-            enable_fp_fusion=True,
-        )
-    return sums
+        family, further, options = LABELS, labels, (1 if labels.second is None else 2,)
+    elif statistics is not None:
+        family, further = STATISTICS, statistics
+    want = Wanted(want_rows or not reduce, reduce, exit_if_one)
+    gradients = (grad_student, grad_teacher)
+    return family((student, teacher), gradients, dim, scale, want, upstream, further, options)
 
 
 def _plan(at: Rows, *, plain: bool) -> KLPlan:
-    student, teacher, _, grad_teacher = at.tensors
+    student, teacher, grad_student, grad_teacher = at.tensors
     layout, tensors = at.layout, [x for x in at.tensors if x is not None]
     itemsize = max(student.itemsize, teacher.itemsize)
     outer, _, class_stride = layout.strides[0]
@@ -172,15 +108,23 @@ def _plan(at: Rows, *, plain: bool) -> KLPlan:
         unaligned=unaligned,
         both=grad_teacher is not None,
         plain=plain,
-        in_place=_in_place(at),
+        in_place=in_place((student, teacher), (grad_student, grad_teacher)),
     )
 
 
-def _in_place(at: Rows) -> bool:
-    """Whether a gradient lies in the memory of the logits."""
-    reads, gradients = at.tensors[:2], at.tensors[2:]
-    held = {x.untyped_storage().data_ptr() for x in reads if x is not None} - {0}  # 0: no memory, as on meta
-    return any(x is not None and x.untyped_storage().data_ptr() in held for x in gradients)
+def _planned(at: Rows, *, stored: dict[str, Any] | None = None) -> RowPlan:
+    """The launch, with what a kernel is told that knows labels or statistics."""
+    plan = _plan(at, plain=stored is None)
+    (programs,) = tile_grid(plan, at.layout)
+    kernel, own = _kernel(plan, at)
+    warps = {"num_warps": plan.num_warps, "num_ctas": plan.num_ctas}
+    before = None
+    if plan.regime == "split":
+        # Five numbers a part.
+        before = Before(_kl_split.kd_kl_split_sums_kernel, own | {"num_warps": plan.num_warps}, 5)
+    return RowPlan(
+        kernel, (programs * plan.splits,), own | (stored or {}) | warps, plan.regime == "cluster", before
+    )
 
 
 def _kernel(plan: KLPlan, at: Rows) -> tuple[Any, dict[str, Any]]:
@@ -188,10 +132,10 @@ def _kernel(plan: KLPlan, at: Rows) -> tuple[Any, dict[str, Any]]:
     if plan.regime == "class_tuple":
         return _kl_classes.kd_kl_classes_kernel, {"PIXELS": plan.rows}
     if plan.regime == "two_pass":
-        return _kl_two_pass.kd_kl_two_pass_kernel, {"BLOCK": plan.chunks}
+        return _kl_two_pass.kd_kl_two_pass_kernel, loop_sizes(plan, at)
     if plan.regime == "split":
-        part = triton.cdiv(at.num_classes, plan.chunks * plan.splits) * plan.chunks
-        return _kl_split.kd_kl_split_kernel, {"BLOCK": plan.chunks, "SPLITS": plan.splits, "PART": part}
+        part = triton.cdiv(at.num_classes, plan.block * plan.splits) * plan.block
+        return _kl_split.kd_kl_split_kernel, loop_sizes(plan, at) | {"SPLITS": plan.splits, "PART": part}
     sizes = tile_sizes(plan, at.layout)
     if plan.regime == "chunks":
         own = {name: sizes[name] for name in ("CHUNKS", "ROWS", "WIDTH")}
@@ -199,21 +143,11 @@ def _kernel(plan: KLPlan, at: Rows) -> tuple[Any, dict[str, Any]]:
     return _kl_rows.kd_kl_tile_kernel, sizes
 
 
-def _label_arguments(labels: Labels) -> dict[str, Any]:
-    return {
-        "label_ptr": labels.label,
-        "factor_ptr": labels.factor,
-        "second_label_ptr": labels.second,
-        "second_factor_ptr": labels.second_factor,
-        "smoothing": float(labels.smoothing),
-        "LABELS": 1 if labels.second is None else 2,
-    }
-
-
-def _statistics_arguments(statistics: Statistics) -> dict[str, Any]:
-    return {
-        "class_ptr": statistics.teacher_class,
-        "probability_ptr": statistics.teacher_prob,
-        "agreement_ptr": statistics.agreement,
-        "STATS": True,
-    }
+PLAIN = RowLaunches(_planned)
+LABELS = RowLaunches(
+    lambda at, kinds: _planned(at, stored={"LABELS": kinds}),
+    ("label_ptr", "factor_ptr", "second_label_ptr", "second_factor_ptr", "smoothing"),
+)
+STATISTICS = RowLaunches(
+    lambda at: _planned(at, stored={"STATS": True}), ("class_ptr", "probability_ptr", "agreement_ptr")
+)

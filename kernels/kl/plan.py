@@ -16,8 +16,9 @@ MAX_ROW = 16384
 #: The same for a cluster of programs, and what one of them holds.
 MAX_CLUSTER_ROW = 131072
 CLUSTER_PART = 16384
-#: Classes that the two-pass kernel reads at once.
+#: Classes that a program which reads long rows in a loop takes at once: of a row, and of a part of one.
 LONG_BLOCK = 4096
+SPLIT_BLOCK = 4096
 #: The same for the class dimension of [B, C, H, W], as a tile and as tuples.
 MAX_CLASSES = 512
 MAX_TUPLE = 40
@@ -33,12 +34,17 @@ class KLPlan(TilePlan):
     Attributes:
         num_ctas: Programs a cluster.
         window: Elements of 16 bytes, when rows begin anywhere and are read from the 16 bytes before; else 0.
-        splits: Programs a row (split).
+        splits: Programs a row (split). There and for ``"two_pass"``, ``chunks`` threads take ``width`` classes each.
     """
 
     num_ctas: int = 1
     window: int = 0
     splits: int = 1
+
+    @property
+    def block(self) -> int:
+        """Classes that a program takes at once in a loop (two_pass, split)."""
+        return self.chunks * self.width
 
 
 @lru_cache(maxsize=1024)
@@ -78,7 +84,15 @@ def kl_plan(
     window = 16 // itemsize if unaligned and plain and not in_place and num_classes >= MIN_WINDOW else 0
     padded = max(2, triton.next_power_of_2(num_classes))
     if padded > (MAX_ROW if plain else MAX_ROW // 2):
-        return _long_plan(padded, num_rows, machine, both, plain, in_place)
+        return _long_plan(
+            padded,
+            itemsize,
+            num_rows,
+            machine,
+            both,
+            plain,
+            in_place,
+        )
     if window:
         return _chunked_plan(num_classes, itemsize, window)
     if padded > 1024:
@@ -104,9 +118,6 @@ def _chunked_plan(num_classes: int, itemsize: int, window: int) -> KLPlan:
     return KLPlan("chunks", ONE_ROW, triton.cdiv(length, width), rows, width, max(4, warps), window=window)
 
 
-#: Classes that a program of a split row reads at once.
-SPLIT_BLOCK = 4096
-
 #: Below this many classes the two boundary groups of a window cost more than its wide loads save.
 MIN_WINDOW = 512
 
@@ -126,27 +137,33 @@ def _across_plan(num_classes: int, itemsize: int, both: bool, plain: bool) -> KL
 
 
 def _long_plan(
-    padded: int, num_rows: int, machine: Machine, both: bool, plain: bool, in_place: bool
+    padded: int,
+    itemsize: int,
+    num_rows: int,
+    machine: Machine,
+    both: bool,
+    plain: bool,
+    in_place: bool,
 ) -> KLPlan:
     """Rows that outgrow one program's registers: programs a row, or one that reads it twice."""
+    vector = 16 // itemsize
     # A split row's programs may each read all of it once more, whatever the others have stored by then.
     if plain and not in_place and num_rows < machine.multiprocessors:
         # Too few rows to fill the machine: two programs a multiprocessor, of two blocks at least.
         splits = min(
             32, padded // (2 * SPLIT_BLOCK), triton.next_power_of_2(2 * machine.multiprocessors // num_rows)
         )
-        return KLPlan("split", ONE_ROW, SPLIT_BLOCK, 1, 1, 8, splits=splits)
+        threads = max(1, SPLIT_BLOCK // 16)
+        warps = max(1, threads // 32)
+        return KLPlan("split", ONE_ROW, threads, 1, vector, warps, splits=splits)
     # 8 programs is the largest portable cluster; the teacher's gradient needs half as many elements in each.
     limit = MAX_CLUSTER_ROW // 2 if both else MAX_CLUSTER_ROW
     clusters = machine.capability >= 90 and machine.triton >= (3, 8) and padded <= limit
     if plain and clusters:
-        return KLPlan(
-            "cluster",
-            ONE_ROW,
-            padded,
-            1,
-            1,
-            16,
-            num_ctas=padded // (CLUSTER_PART // 2 if both else CLUSTER_PART),
-        )
-    return KLPlan("two_pass", ONE_ROW, LONG_BLOCK, 1, 1, 8)
+        part = CLUSTER_PART // 2 if both else CLUSTER_PART
+        return KLPlan("cluster", ONE_ROW, padded, 1, 1, 16, num_ctas=padded // part)
+    # 16 warps of at most 64 registers: two programs a multiprocessor, whose rows stay in the second-level cache between
+    # the two reads (264 rows of 2 x 32000 bfloat16 are 34 MB of an H100's 50). Labels take 100 registers.
+    threads = LONG_BLOCK // (8 if plain else 16)
+    warps = max(1, threads // 32)
+    return KLPlan("two_pass", ONE_ROW, threads, 1, vector, warps)

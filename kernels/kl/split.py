@@ -7,25 +7,17 @@ writes the gradients: 5N like the two-pass kernel, by as many programs as the ma
 import triton
 import triton.language as tl
 
-from ..common.rows import (
-    finished,
-    gradient_row,
-    in_strides,
-    load_logits,
-    more_logits,
-    no_logits,
-    row_scale,
-    scalar,
-)
+from ..common.rows import finished, gradient_row, in_strides, row_scale, scalar
 from ..common.tile import store_losses
-from .two_pass import more_cross, second_pass
+from .stream import first_read, gradients, sums_of
 
 
 @triton.jit
 def kd_kl_split_sums_kernel(
     s_ptr, t_ptr, sums_ptr, upstream_ptr, temperature, temperature_ptr, inner,
     s_outer, s_inner, s_class, t_outer, t_inner, t_class,
-    V: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PART: tl.constexpr,
+    V: tl.constexpr, UNIT: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, ALONG: tl.constexpr,
+    SPLITS: tl.constexpr, PART: tl.constexpr,
     T_PTR: tl.constexpr, EARLY_EXIT: tl.constexpr,
 ):  # fmt: skip
     """Peak and sum of student and teacher, and the cross sum, of one part of one row."""
@@ -37,15 +29,9 @@ def kd_kl_split_sums_kernel(
     outer, within = in_strides(row // inner, row % inner, UNIT)
     s_row = s_ptr + outer * s_outer + within * s_inner
     t_row = t_ptr + outer * t_outer + within * t_inner
-    s_peak, s_acc = no_logits([BLOCK])
-    t_peak, t_acc = no_logits([BLOCK])
-    cross = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, PART, BLOCK):
-        classes = (part * PART + start + tl.arange(0, BLOCK)).to(tl.int64)
-        live = classes < V
-        s, t = load_logits(s_row, classes, s_class, live), load_logits(t_row, classes, t_class, live)
-        s_peak, s_acc = more_logits(s_peak, s_acc, s, k)
-        t_peak, t_acc, cross = more_cross(t_peak, t_acc, cross, s, t, k)
+    s_peak, s_acc, t_peak, t_acc, cross, _, _, _, _ = first_read(
+        s_row, t_row, s_class, t_class, k, part * PART, V, PART, THREADS, VECTOR, ALONG, 0, False
+    )
     s_max, t_max = tl.max(s_peak, axis=0), tl.max(t_peak, axis=0)
     t_lane = tl.exp2((t_peak - t_max) * k)
     out = sums_ptr + tl.program_id(0) * 5
@@ -62,10 +48,11 @@ def kd_kl_split_kernel(
     weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr, num_rows, inner,
     s_outer, s_inner, s_class, t_outer, t_inner, t_class, gs_outer, gs_inner, gs_class, gt_outer, gt_inner, gt_class,
     sums_ptr,
-    V: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PART: tl.constexpr,
+    V: tl.constexpr, UNIT: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, ALONG: tl.constexpr,
+    SPLITS: tl.constexpr, PART: tl.constexpr,
     T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr, WEIGHT: tl.constexpr, MASK: tl.constexpr,
     UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
-    STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
+    STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr, RARE: tl.constexpr = True,
 ):  # fmt: skip
     """Gradients of one part of one row; its first part also has the row's loss."""
     if finished(upstream_ptr, EARLY_EXIT):
@@ -78,43 +65,21 @@ def kd_kl_split_kernel(
     )  # fmt: skip
     s_row = s_ptr + outer * s_outer + within * s_inner
     t_row = t_ptr + outer * t_outer + within * t_inner
-    gs_row = gradient_row(gs_ptr, outer, within, gs_outer, gs_inner, GRAD_S)
-    gt_row = gradient_row(gt_ptr, outer, within, gt_outer, gt_inner, GRAD_T)
+    gs_row, gt_row = s_row, t_row  # where none is wanted: a tuple takes no None
+    if GRAD_S:
+        gs_row = gradient_row(gs_ptr, outer, within, gs_outer, gs_inner, GRAD_S)
+    if GRAD_T:
+        gt_row = gradient_row(gt_ptr, outer, within, gt_outer, gt_inner, GRAD_T)
 
     sums = sums_ptr + (row * SPLITS + tl.arange(0, SPLITS)) * 5
-    s_peak, t_peak = tl.load(sums), tl.load(sums + 2)
-    s_max, t_max = tl.max(s_peak, axis=0), tl.max(t_peak, axis=0)
-    t_lane = tl.exp2((t_peak - t_max) * k)
-    s_inv = 1.0 / tl.sum(tl.load(sums + 1) * tl.exp2((s_peak - s_max) * k), axis=0)
-    t_sum = tl.sum(tl.load(sums + 3) * t_lane, axis=0)
-    t_inv = 1.0 / t_sum
-    s_top, t_top = s_max * k, t_max * k
-    log_ratio = (t_top - s_top) + tl.log2(t_sum * s_inv)
-    kl = (tl.sum(tl.load(sums + 4) * t_lane, axis=0) * t_inv * k - log_ratio) * 0.6931471805599453
+    s_top, t_top, s_inv, t_inv, log_ratio, kl = sums_of(
+        tl.load(sums), tl.load(sums + 1), tl.load(sums + 2), tl.load(sums + 3), tl.load(sums + 4), k
+    )
     g = tl.where(counts, scale * inv_t, 0.0)
-    begin = part * PART
-    if kl < 1e-3:
-        # Nearly equal, and rare: each program sums the whole row again, from the cache, and needs no third launch.
-        kl, centre = second_pass(
-            s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, g, counts,
-            k, s_top, t_top, s_inv, t_inv, log_ratio, 0.0, 0.0,
-            0.0, 0.0, 0, 0, 0.0, 0.0, 0.0, 0,
-            V, V, BLOCK, True, False, False, MASK, 0,
-        )  # fmt: skip
-        if GRAD_S or GRAD_T:
-            second_pass(
-                s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, g, counts,
-                k, s_top, t_top, s_inv, t_inv, log_ratio, centre, kl,
-                0.0, 0.0, 0, 0, 0.0, 0.0, 0.0, begin,
-                V, PART, BLOCK, True, GRAD_S, GRAD_T, MASK, 0,
-            )  # fmt: skip
-    else:
-        if GRAD_S or GRAD_T:
-            second_pass(
-                s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, g, counts,
-                k, s_top, t_top, s_inv, t_inv, log_ratio, 0.0, kl,
-                0.0, 0.0, 0, 0, 0.0, 0.0, 0.0, begin,
-                V, PART, BLOCK, False, GRAD_S, GRAD_T, MASK, 0,
-            )  # fmt: skip
+    kl = gradients(
+        (s_row, t_row, gs_row, gt_row), (s_class, t_class, gs_class, gt_class), g, counts,
+        (s_top, t_top, s_inv, t_inv, log_ratio, k), kl, (0.0, 0.0, 0, 0, 0.0, 0.0, 0.0), part * PART,
+        V, PART, THREADS, VECTOR, ALONG, GRAD_S, GRAD_T, MASK, 0, RARE,
+    )  # fmt: skip
     loss = tl.where(counts & (part == 0), scale * kl, 0.0)
     store_losses(loss, row, part == 0, rows_ptr, loss_ptr, partial_ptr, counter_ptr, STORE_ROWS, REDUCE, True)

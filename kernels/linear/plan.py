@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
-__all__ = ["CHUNK_ELEMENTS", "default_chunk_rows"]
+__all__ = ["CHUNK_BYTES", "chunks_alive", "default_chunk_rows"]
 
-#: Elements of one network's logits that are alive at a time: 256 MiB in float32.
-CHUNK_ELEMENTS = 2**26
+#: What all chunks that are alive at a time may take: 512 MiB.
+CHUNK_BYTES = 2**29
+#: Rows of a matrix product's tile.
+TILE = 128
 
 
-def default_chunk_rows(num_classes: int) -> int:
-    """As many rows as :data:`CHUNK_ELEMENTS` allows, in whole tiles of a matrix product, at least one tile."""
-    return max(128, CHUNK_ELEMENTS // max(1, num_classes) // 128 * 128)
+def chunks_alive(
+    num_classes: int,
+    *,
+    forward_kl: bool = True,
+    divergence: bool = True,
+    labels: bool = False,
+    head: bool = True,
+    softcap: bool = False,
+) -> int:
+    """Tensors ``[chunk rows, V]`` that are alive at a time on the kernels, gradients included.
+
+    Args:
+        num_classes: V.
+        forward_kl: Whether it is the forward KL divergence at one temperature, to logits of all classes: its kernel
+            writes the gradient over the student's logits.
+        divergence: Whether there is a divergence, and not the cross-entropy alone.
+        labels: Whether there is a cross-entropy.
+        head: Whether the teacher's logits are computed here.
+        softcap: Whether the student's logits are capped, so that they are needed after the gradient.
+    """
+    in_place = divergence and forward_kl and num_classes % 8 == 0 and not softcap
+    # A cross-entropy of its own lies over the teacher's logits, or beside those that were given.
+    own = labels and divergence and not forward_kl and not head
+    return 1 + head + (not in_place) + own
+
+
+def default_chunk_rows(num_classes: int, *, itemsize: int = 4, chunks: int = 2) -> int:
+    """As many rows as :data:`CHUNK_BYTES` allows, in whole tiles of a matrix product, at least one tile.
+
+    Args:
+        num_classes: V.
+        itemsize: Bytes of a logit: 4, or 8 in float64.
+        chunks: Of :func:`chunks_alive`.
+    """
+    row = max(1, num_classes) * itemsize * chunks
+    return max(TILE, CHUNK_BYTES // row // TILE * TILE)

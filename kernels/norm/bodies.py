@@ -17,8 +17,9 @@ def _offset(start, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _positions(step, rows, SPAN: tl.constexpr, BM: tl.constexpr, WINDOW: tl.constexpr):
+def _positions(step, rows, SPAN: tl.constexpr, BM: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr):
     """Values of one channel in the tiles before ``step``."""
+    step = _offset(step, WIDE)
     if SPAN == 1:
         return tl.minimum(step * BM, rows)
     elif WINDOW:
@@ -35,7 +36,7 @@ def _tile(
 ):  # fmt: skip
     """Tile ``step`` of channels ``c``: offsets ``[BC, BM]``, lanes to load, lanes that count."""
     lanes = tl.arange(0, BM)
-    step = _offset(step, WIDE)
+    step, c = _offset(step, WIDE), _offset(c, WIDE)
     known = (c < C)[:, None]
     if SPAN == 1:  # channels last: one row of C values a position
         m = step * BM + lanes
@@ -109,7 +110,9 @@ def bn_statistics_kernel(
     part = tl.program_id(1)
     begin = part * per
     end = tl.minimum(begin + per, steps)
-    k = (_positions(end, rows, SPAN, BM, WINDOW) - _positions(begin, rows, SPAN, BM, WINDOW)).to(tl.float32)
+    k = (_positions(end, rows, SPAN, BM, WINDOW, WIDE) - _positions(begin, rows, SPAN, BM, WINDOW, WIDE)).to(
+        tl.float32
+    )
 
     # Sums are taken about the first tile's mean: a large mean must not swallow a small variance.
     offset, reads, live = _tile(begin, c, rows, C, SPAN, BM, WINDOW, WIDE)
@@ -143,7 +146,8 @@ def bn_statistics_kernel(
         known = c < C
         p = tl.arange(0, BP)
         ends = tl.minimum((p + 1) * per, steps)
-        sizes = _positions(ends, rows, SPAN, BM, WINDOW) - _positions(p * per, rows, SPAN, BM, WINDOW)
+        sizes = _positions(ends, rows, SPAN, BM, WINDOW, WIDE)
+        sizes -= _positions(p * per, rows, SPAN, BM, WINDOW, WIDE)
         sizes = tl.where(p < P, sizes, 0).to(tl.float32)[:, None]
         means = _partials(partial_ptr, 0, c, P, C, BP)
         mean = tl.sum(means * sizes, axis=0) / count
@@ -239,10 +243,10 @@ def _centre_and_rstd(mean_ptr, second_ptr, at, live, eps, TRAINING: tl.constexpr
 
 
 @triton.jit
-def _columns(W: tl.constexpr, SPAN: tl.constexpr, BW: tl.constexpr):
+def _columns(W: tl.constexpr, SPAN: tl.constexpr, BW: tl.constexpr, WIDE: tl.constexpr):
     """This program's columns of the matrix ``[rows, W]``, whether they exist, and their channels."""
     BLOCKS: tl.constexpr = (W + BW - 1) // BW
-    column = (tl.program_id(0) % BLOCKS) * BW + tl.arange(0, BW)
+    column = _offset(tl.program_id(0) % BLOCKS, WIDE) * BW + tl.arange(0, BW)
     return column, column < W, column // SPAN, tl.program_id(0) // BLOCKS
 
 
@@ -254,7 +258,7 @@ def bn_act_kernel(
     WIDE: tl.constexpr, TRAINING: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """y = act(scale·BN(x) + carry·r) of some columns and rows; what is known of a channel is loaded once."""
-    column, live, channel, group = _columns(W, SPAN, BW)
+    column, live, channel, group = _columns(W, SPAN, BW, WIDE)
     mean, rstd = _centre_and_rstd(mean_ptr, second_ptr, channel, live, eps, TRAINING)
     gain = scale * _channel(weight_ptr, channel, live, 1.0) * rstd
     bias = scale * _channel(bias_ptr, channel, live, 0.0)
@@ -284,7 +288,7 @@ def bn_act_backward_kernel(
     WIDE: tl.constexpr, TRAINING: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """gx = γ·rstd·(g - Σg/n - (x - μ)·rstd²·Σg·(x - μ)/n), and gr = carry·g, g behind the activation."""
-    column, live, channel, group = _columns(W, SPAN, BW)
+    column, live, channel, group = _columns(W, SPAN, BW, WIDE)
     if gx_ptr is not None or RELU:
         mean, rstd = _centre_and_rstd(mean_ptr, second_ptr, channel, live, eps, TRAINING)
         weight = _channel(weight_ptr, channel, live, 1.0)
@@ -331,7 +335,7 @@ def bn_mse_kernel(
         if EARLY_EXIT:
             if upstream == 1.0:  # the forward launch wrote exactly these gradients
                 return
-    column, live, channel, group = _columns(W, SPAN, BW)
+    column, live, channel, group = _columns(W, SPAN, BW, WIDE)
     mean, rstd = _centre_and_rstd(mean_ptr, second_ptr, channel, live, eps, TRAINING)
     gain = _channel(weight_ptr, channel, live, 1.0) * rstd
     bias = _channel(bias_ptr, channel, live, 0.0)

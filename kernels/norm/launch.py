@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..launch import arrival_counter, device_guard, launch
+from ..launch import Launches, Planned, arrival_counter, reduction
 from .bodies import (
     bn_act_backward_kernel,
     bn_act_kernel,
@@ -71,36 +71,30 @@ def statistics(
         target: t, laid out as x, of the mean squared error whose ``sums`` are wanted.
         sums: Σg and Σg·(x - μ), float32 ``[2, C]``.
     """
+    momentum = None if norm.momentum is None else float(norm.momentum)
+    tracked = norm.num_batches_tracked
+    cumulative = momentum is None and tracked is not None
+    geometry = (m, momentum or 0.0, norm.eps, norm.training, cumulative)
+    written = (x, target, mean, rstd, var, sums)
+    held = (norm.weight, norm.bias, norm.running_mean, norm.running_var, tracked)
+    found = _STATISTICS.find(x.device, geometry, (*written, *held))
+    found((*written, *held, *_parts(x, m, found.grid, 2 if target is None else 4)))
+
+
+def _parts(x: torch.Tensor, m: Matrix, grid: tuple[int, ...], each: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for partial sums of a launch over channels, and its counters."""
+    partial = torch.empty(each * grid[1] * m.channels, dtype=torch.float32, device=x.device)
+    return partial, arrival_counter(x.device, grid[0])
+
+
+def _planned_statistics(m: Matrix, momentum: float, eps: float, training: bool, cumulative: bool) -> Planned:
     plan = reduce_plan(m)
-    blocks = -(-m.channels // plan.channels)
-    partial = x.new_empty((2 if target is None else 4) * plan.parts * m.channels, dtype=torch.float32)
-    with device_guard(x):
-        launch(
-            bn_statistics_kernel,
-            (blocks, plan.parts),
-            x,
-            target,
-            mean,
-            rstd,
-            var,
-            sums,
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.num_batches_tracked,
-            partial,
-            arrival_counter(x.device, blocks),
-            m.rows,
-            plan.steps,
-            plan.per,
-            float(m.count),
-            0.0 if norm.momentum is None else float(norm.momentum),
-            norm.eps,
-            2.0 / m.numel,
-            CUMULATIVE=norm.momentum is None and norm.num_batches_tracked is not None,
-            **_reduce_constants(m, plan, norm.training),
-        )
+    fixed = (m.rows, plan.steps, plan.per, float(m.count), momentum, eps, 2.0 / m.numel)
+    constants = _reduce_constants(m, plan, training) | {"CUMULATIVE": cumulative}
+    return (-(-m.channels // plan.channels), plan.parts), fixed, constants
+
+
+_STATISTICS = Launches(bn_statistics_kernel, _planned_statistics)
 
 
 def act(
@@ -128,26 +122,18 @@ def act(
         scale: Of the norm.
         carry: Of the residual.
     """
+    tracked = norm.num_batches_tracked if norm.training else None
+    geometry = (m, norm.eps, norm.training, relu, scale, carry)
+    _ACT(x.device, geometry, (x, residual, y, *centre, norm.weight, norm.bias, tracked))
+
+
+def _planned_act(m: Matrix, eps: float, training: bool, relu: bool, scale: float, carry: float) -> Planned:
     plan = apply_plan(m)
-    with device_guard(x):
-        launch(
-            bn_act_kernel,
-            (plan.programs,),
-            x,
-            residual,
-            y,
-            *centre,
-            norm.weight,
-            norm.bias,
-            norm.num_batches_tracked if norm.training else None,
-            m.rows,
-            plan.per,
-            scale,
-            carry,
-            norm.eps,
-            RELU=relu,
-            **_apply_constants(m, plan, norm.training),
-        )
+    constants = _apply_constants(m, plan, training) | {"RELU": relu}
+    return (plan.programs,), (m.rows, plan.per, float(scale), float(carry), eps), constants
+
+
+_ACT = Launches(bn_act_kernel, _planned_act)
 
 
 def act_backward(
@@ -183,60 +169,36 @@ def act_backward(
         scale: Of the norm.
         carry: Of the residual.
     """
-    sums = None
+    sums, parameters = None, (norm.weight, norm.bias)
     wants_sums = grad_weight is not None or grad_bias is not None
-    with device_guard(x):
-        if wants_sums or (grad_x is not None and norm.training):
-            reduce = reduce_plan(m)
-            blocks = -(-m.channels // reduce.channels)
-            sums = x.new_empty(2 * m.channels, dtype=torch.float32)
-            launch(
-                bn_backward_sums_kernel,
-                (blocks, reduce.parts),
-                x,
-                grad,
-                y,
-                *centre,
-                norm.weight,
-                norm.bias,
-                sums,
-                grad_weight,
-                grad_bias,
-                x.new_empty(2 * reduce.parts * m.channels, dtype=torch.float32),
-                arrival_counter(x.device, blocks),
-                m.rows,
-                reduce.steps,
-                reduce.per,
-                scale,
-                norm.eps,
-                RELU=relu,
-                **_reduce_constants(m, reduce, norm.training),
-            )
-        if grad_x is None and grad_residual is None:
-            return
-        plan = apply_plan(m)
-        launch(
-            bn_act_backward_kernel,
-            (plan.programs,),
-            x,
-            grad,
-            y,
-            grad_x,
-            grad_residual,
-            *centre,
-            norm.weight,
-            norm.bias,
-            sums,
-            m.rows,
-            plan.per,
-            scale,
-            carry,
-            1.0 / m.count,
-            norm.eps,
-            C=m.channels,
-            RELU=relu,
-            **_apply_constants(m, plan, norm.training),
-        )
+    geometry = (m, norm.eps, norm.training, relu, scale, carry)
+    if wants_sums or (grad_x is not None and norm.training):
+        sums = torch.empty(2 * m.channels, dtype=torch.float32, device=x.device)
+        varying = (x, grad, y, *centre, *parameters, sums, grad_weight, grad_bias)
+        found = _SUMS.find(x.device, geometry, varying)
+        found((*varying, *_parts(x, m, found.grid, 2)))
+    if grad_x is None and grad_residual is None:
+        return
+    _ACT_BACKWARD(x.device, geometry, (x, grad, y, grad_x, grad_residual, *centre, *parameters, sums))
+
+
+def _planned_sums(m: Matrix, eps: float, training: bool, relu: bool, scale: float, carry: float) -> Planned:
+    plan = reduce_plan(m)
+    fixed = (m.rows, plan.steps, plan.per, float(scale), eps)
+    grid = (-(-m.channels // plan.channels), plan.parts)
+    return grid, fixed, _reduce_constants(m, plan, training) | {"RELU": relu}
+
+
+def _planned_backward(
+    m: Matrix, eps: float, training: bool, relu: bool, scale: float, carry: float
+) -> Planned:
+    plan = apply_plan(m)
+    fixed = (m.rows, plan.per, float(scale), float(carry), 1.0 / m.count, eps)
+    return (plan.programs,), fixed, _apply_constants(m, plan, training) | {"C": m.channels, "RELU": relu}
+
+
+_SUMS = Launches(bn_backward_sums_kernel, _planned_sums)
+_ACT_BACKWARD = Launches(bn_act_backward_kernel, _planned_backward)
 
 
 def mse(
@@ -272,32 +234,19 @@ def mse(
         exit_if_one: Do nothing if ``upstream`` is 1: the gradients are there already.
         count: Count the batch in training.
     """
+    tracked = norm.num_batches_tracked if norm.training and count else None
+    varying = (
+        x, target, grad_x, grad_weight, grad_bias, upstream, *centre, norm.weight, norm.bias, sums, tracked, loss,
+    )  # fmt: skip
+    found = _MSE.find(x.device, (m, norm.eps, norm.training, exit_if_one), varying)
+    found((*varying, *((None, None) if loss is None else reduction(x.device, found.grid[0]))))
+
+
+def _planned_mse(m: Matrix, eps: float, training: bool, exit_if_one: bool) -> Planned:
     plan = apply_plan(m)
-    with device_guard(x):
-        launch(
-            bn_mse_kernel,
-            (plan.programs,),
-            x,
-            target,
-            grad_x,
-            grad_weight,
-            grad_bias,
-            upstream,
-            *centre,
-            norm.weight,
-            norm.bias,
-            sums,
-            norm.num_batches_tracked if norm.training and count else None,
-            loss,
-            None if loss is None else x.new_empty(plan.programs, dtype=torch.float32),
-            None if loss is None else arrival_counter(x.device),
-            m.rows,
-            plan.per,
-            1.0 / m.count,
-            2.0 / m.numel,
-            norm.eps,
-            C=m.channels,
-            BP=1024,
-            EARLY_EXIT=exit_if_one,
-            **_apply_constants(m, plan, norm.training),
-        )
+    fixed = (m.rows, plan.per, 1.0 / m.count, 2.0 / m.numel, eps)
+    own = {"C": m.channels, "BP": 1024, "EARLY_EXIT": exit_if_one}
+    return (plan.programs,), fixed, _apply_constants(m, plan, training) | own
+
+
+_MSE = Launches(bn_mse_kernel, _planned_mse)

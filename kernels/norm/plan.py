@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +17,7 @@ SMALL = 1 << 17
 MAX_PARTS = 64
 
 
-@dataclass(frozen=True)
-class Matrix:
+class Matrix(NamedTuple):
     """How x lies in memory: ``rows`` × ``channels·span`` values, a channel's ``span`` neighbours each."""
 
     rows: int

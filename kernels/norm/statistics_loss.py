@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import arrival_counter, device_guard, launch
+from ..launch import MAX_GRID_Y, Launches, Planned, arrival_counter
 
 #: Programs that a forward launch aims at: a few for each multiprocessor.
 PLANE_PROGRAMS, ROW_PROGRAMS = 512, 256
@@ -273,41 +273,39 @@ def bn_statistics(
     Returns:
         The loss, 0-d, and ``[4, C]``: mean, var, a, b; all float32.
     """
-    samples, channels, plane, nhwc = _geometry(x)
-    plan = statistics_plan(samples, channels, plane, x.itemsize, nhwc)
-    loss = x.new_empty((), dtype=torch.float32)
-    stats = x.new_empty((4, channels), dtype=torch.float32)
-    with device_guard(x):
-        launch(
-            bn_statistics_kernel,
-            (triton.cdiv(channels, plan.width) if nhwc else channels, plan.splits),
-            x,
-            running_mean,
-            running_var,
-            average_mean,
-            average_var,
-            share,
-            stats,
-            loss,
-            x.new_empty((2, plan.splits, channels), dtype=torch.float32),
-            arrival_counter(x.device),
-            samples,
-            channels,
-            1.0 / (samples * plane),
-            PLANE=plane,
-            NHWC=nhwc,
-            WIDE=x.numel() >= 2**31 - 2**16,
-            SQUARED=squared,
-            ROWS=plan.rows,
-            WIDTH=plan.width,
-            WINDOW=plan.window,
-            SPLITS=plan.splits,
-            FINISH_ROWS=plan.finish_rows,
-            FINISH_WIDTH=plan.finish_width,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+    sizes = _geometry(x)
+    channels = sizes[1]
+    loss = torch.empty((), dtype=torch.float32, device=x.device)
+    stats = torch.empty((4, channels), dtype=torch.float32, device=x.device)
+    varying = (x, running_mean, running_var, average_mean, average_var, share)
+    found = _FORWARD.find(x.device, (sizes, x.itemsize, squared), varying)
+    partial = torch.empty((2, found.grid[1], channels), dtype=torch.float32, device=x.device)
+    found((*varying, stats, loss, partial, arrival_counter(x.device)))
     return loss, stats
+
+
+def _planned(sizes: tuple[int, int, int, bool], itemsize: int, squared: bool) -> Planned:
+    samples, channels, plane, nhwc = sizes
+    plan = statistics_plan(samples, channels, plane, itemsize, nhwc)
+    constants = {
+        "PLANE": plane,
+        "NHWC": nhwc,
+        "WIDE": samples * channels * plane >= 2**31 - 2**16,
+        "SQUARED": squared,
+        "ROWS": plan.rows,
+        "WIDTH": plan.width,
+        "WINDOW": plan.window,
+        "SPLITS": plan.splits,
+        "FINISH_ROWS": plan.finish_rows,
+        "FINISH_WIDTH": plan.finish_width,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
+    grid = (triton.cdiv(channels, plan.width) if nhwc else channels, plan.splits)
+    return grid, (samples, channels, 1.0 / (samples * plane)), constants
+
+
+_FORWARD = Launches(bn_statistics_kernel, _planned)
 
 
 def bn_statistics_backward(
@@ -326,33 +324,31 @@ def bn_statistics_backward(
         through: Gradient that is added, dense as x, or None.
         grad: Written, dense as x.
     """
-    samples, channels, plane, nhwc = _geometry(x)
+    _BACKWARD(x.device, (_geometry(x), x.itemsize), (x, through, upstream, stats, grad))
+
+
+def _planned_backward(sizes: tuple[int, int, int, bool], itemsize: int) -> Planned:
+    samples, channels, plane, nhwc = sizes
     planes = samples * channels
-    by_planes = not nhwc and plane % (16 // x.itemsize) == 0
-    block = min(triton.next_power_of_2(plane), 1024) if by_planes else 1024
+    block = min(triton.next_power_of_2(plane), 1024)
+    by_planes = not nhwc and plane % (16 // itemsize) == 0 and triton.cdiv(plane, block) <= MAX_GRID_Y
+    block = block if by_planes else 1024
     rows = 1024 // block if by_planes else 0
+    constants = {
+        "CHANNELS": channels,
+        "PLANE": plane,
+        "NHWC": nhwc,
+        "WIDE": planes * plane >= 2**31 - 2**16,
+        "ROWS": rows,
+        "BLOCK": block,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
+    numel = planes * plane
     grid = (
-        (triton.cdiv(planes, rows), triton.cdiv(plane, block))
-        if by_planes
-        else (triton.cdiv(x.numel(), block),)
+        (triton.cdiv(planes, rows), triton.cdiv(plane, block)) if by_planes else (triton.cdiv(numel, block),)
     )
-    with device_guard(x):
-        launch(
-            bn_statistics_backward_kernel,
-            grid,
-            x,
-            through,
-            upstream,
-            stats,
-            grad,
-            planes,
-            x.numel(),
-            CHANNELS=channels,
-            PLANE=plane,
-            NHWC=nhwc,
-            WIDE=x.numel() >= 2**31 - 2**16,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+    return grid, (planes, numel), constants
+
+
+_BACKWARD = Launches(bn_statistics_backward_kernel, _planned_backward)

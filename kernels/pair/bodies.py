@@ -1,4 +1,6 @@
-"""Bodies of the row losses of two logit tensors: JSD and DKD. Equations and launch plans stand in the package.
+"""Bodies of the row losses of two logit tensors: JSD, DKD, the divergences of divergences.py.
+
+Equations and launch plans stand in the package.
 
 Each loss gives, class by class, its term and w = (probability × derivative with respect to it); softmax's
 derivative then needs one sum a row: ∂/∂s = (w_s - q·Σw_s)/T and ∂/∂t = (w_t - p·Σw_t)/T. A constant error of
@@ -12,13 +14,26 @@ from ..common.rows import (
     finished,
     gradient_row,
     in_strides,
-    more_logits_of_two,
     no_logits,
     row_scale,
     store_gradient,
 )
 from ..common.tile import over_classes, per_row, store_losses, tile_at, tile_rows
-from .terms import binary_terms, clamped_gap, odds, others, pair_terms, row_gradient
+from ..common.vectors import block_classes, more_of_vector
+from .terms import (
+    binary_terms,
+    clamped_gap,
+    exponential,
+    jsd_factors,
+    jsd_terms,
+    log_ratio_of,
+    near_bound,
+    odds,
+    others,
+    pair_terms,
+    row_gradient,
+    teachers,
+)
 
 
 @triton.jit
@@ -34,10 +49,11 @@ def _gradient(
 
 
 @triton.jit
-def _store_tile(ptr, at, w, prob, g, beta, slope, is_target, keep, live,
+def _store_tile(ptr, at, w, prob, inv, g, beta, slope, is_target, keep, live,
                 LAYOUT: tl.constexpr, KIND: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
-    """A tile's gradient, which needs the sum of its w."""
-    grad = _gradient(w, over_classes(w, LAYOUT, False), prob, g, beta, slope, is_target, LAYOUT, KIND)
+    """A tile's gradient, which needs the sum of its w; ``inv · prob`` is the probability."""
+    total = over_classes(w, LAYOUT, False) * inv
+    grad = _gradient(w, total, prob, g, beta, slope, is_target, LAYOUT, KIND)
     store_gradient(ptr + at, grad, keep, live, MASK)
 
 
@@ -46,11 +62,13 @@ def pair_tile_kernel(
     s_ptr, t_ptr, gs_ptr, gt_ptr, rows_ptr, loss_ptr, partial_ptr, counter_ptr,
     weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr, num_rows, inner,
     s_outer, s_inner, s_class, t_outer, t_inner, t_class, gs_outer, gs_inner, gs_class, gt_outer, gt_inner, gt_class,
-    target_ptr, alpha, beta,
-    V: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr, LAYOUT: tl.constexpr, CHUNKS: tl.constexpr,
+    target_ptr, alpha, beta, ratio, ratio_ptr,
+    V: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr, RATIO: tl.constexpr, RATIO_PTR: tl.constexpr,
+    LAYOUT: tl.constexpr, CHUNKS: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, INNER_ONE: tl.constexpr, T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr,
     WEIGHT: tl.constexpr, MASK: tl.constexpr, UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr,
     GRAD_S: tl.constexpr, GRAD_T: tl.constexpr, STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
+    RARE: tl.constexpr = True,
 ):  # fmt: skip
     """Rows whose class dimension fits in registers: one read of each logit, one write of each gradient."""
     if finished(upstream_ptr, EARLY_EXIT):
@@ -61,10 +79,12 @@ def pair_tile_kernel(
         rows, valid, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
         T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
     )  # fmt: skip
+    if RATIO_PTR:
+        ratio = tl.load(ratio_ptr).to(tl.float32)
     outer, within = in_strides(outer, within, UNIT)
     s_row, t_row = outer * s_outer + within * s_inner, outer * t_outer + within * t_inner
-    s_at = per_row(s_row, LAYOUT) + classes * s_class
-    t_at = per_row(t_row, LAYOUT) + classes * t_class
+    s_at = tile_at(outer, within, classes, s_outer, s_inner, s_class, LAYOUT)
+    t_at = tile_at(outer, within, classes, t_outer, t_inner, t_class, LAYOUT)
     live = per_row(valid, LAYOUT)
     if V < CHUNKS * WIDTH:
         live = live & (classes < V)
@@ -74,19 +94,28 @@ def pair_tile_kernel(
         is_target = classes == per_row(target, LAYOUT)
 
     s = others(s_ptr + s_at, live, is_target, KIND)
-    t = others(t_ptr + t_at, live, is_target, KIND)
-    s_top = over_classes(s, LAYOUT, True) * k
-    t_top = over_classes(t, LAYOUT, True) * k
-    q = tl.exp2(s * k - per_row(s_top, LAYOUT))
-    p = tl.exp2(t * k - per_row(t_top, LAYOUT))
+    t = teachers(t_ptr + t_at, live, is_target, ratio, KIND, RATIO)
+    s_max, t_max = over_classes(s, LAYOUT, True), over_classes(t, LAYOUT, True)
+    s_top, t_top, shift = s_max * k, t_max * k, t_max - s_max
+    q = exponential(s, per_row(s_max, LAYOUT), per_row(s_top, LAYOUT), k, KIND)
+    p = exponential(t, per_row(t_max, LAYOUT), per_row(t_top, LAYOUT), k, KIND)
     s_sum, t_sum = over_classes(q, LAYOUT, False), over_classes(p, LAYOUT, False)
     s_inv, t_inv = 1.0 / s_sum, 1.0 / t_sum
-    log_ratio = (t_top - s_top) + tl.log2(t_sum * s_inv)
-    q *= per_row(s_inv, LAYOUT)
-    p *= per_row(t_inv, LAYOUT)
-    gap = clamped_gap(s, t, k, per_row(log_ratio, LAYOUT), KIND)
-    term, w_s, w_t = pair_terms(gap, p, q, live, beta, KIND, False)
-    divergence = over_classes(term, LAYOUT, False)
+    log_ratio = log_ratio_of(s_top, t_top, s_inv, t_sum, KIND)
+    gap = clamped_gap(s, t, k, per_row(shift, LAYOUT), per_row(log_ratio, LAYOUT), KIND)
+    if KIND == 0:
+        # The probabilities' factors follow once a row.
+        q_factor, p_factor = jsd_factors(beta)
+        q_factor, p_factor = q_factor * s_inv, p_factor * t_inv
+        w_s, w_t = jsd_terms(gap, p, q, beta)
+        divergence = q_factor * over_classes(w_s, LAYOUT, False) + p_factor * over_classes(w_t, LAYOUT, False)
+        s_one, t_one = s_inv, t_inv
+    else:
+        q_factor, p_factor, s_one, t_one = 1.0, 1.0, 1.0, 1.0
+        q *= per_row(s_inv, LAYOUT)
+        p *= per_row(t_inv, LAYOUT)
+        term, w_s, w_t = pair_terms(gap, p, q, live, beta, KIND, False)
+        divergence = over_classes(term, LAYOUT, False)
 
     binary = divergence * 0.0
     s_slope, t_slope = binary, binary
@@ -99,32 +128,45 @@ def pair_tile_kernel(
         binary, s_slope, t_slope = alpha * binary, alpha * s_slope, alpha * t_slope
 
     g = row_gradient(counts, scale, inv_t, log_ratio)
+    g_t = g * ratio if RATIO else g
+    g_q, g_p = g * q_factor, g_t * p_factor
     keep = per_row(counts, LAYOUT)  # a row that does not count gets 0, even where its logits are NaN
     gs_at = tile_at(outer, within, classes, gs_outer, gs_inner, gs_class, LAYOUT)
     gt_at = tile_at(outer, within, classes, gt_outer, gt_inner, gt_class, LAYOUT)
-    closest = tl.where(counts, divergence, 1.0)
-    if LAYOUT != 3:
-        closest = tl.min(closest, axis=0)
-    if closest < 1e-3:
+    nearly = False
+    if RARE:  # False: a variant to count instructions of, which is never launched
+        closest = tl.where(counts, divergence, 1.0)
+        if LAYOUT != 3:
+            closest = tl.min(closest, axis=0)
+        nearly = closest < near_bound(KIND)
+    if nearly:
         # Some row's student and teacher nearly agree, and its digits have cancelled: read the tile again, so
         # that the common branch keeps no registers for this one.
         s = others(s_ptr + s_at, live, is_target, KIND)
-        t = others(t_ptr + t_at, live, is_target, KIND)
-        q = tl.exp2(s * k - per_row(s_top, LAYOUT)) * per_row(s_inv, LAYOUT)
-        p = tl.exp2(t * k - per_row(t_top, LAYOUT)) * per_row(t_inv, LAYOUT)
-        gap = clamped_gap(s, t, k, per_row(log_ratio, LAYOUT), KIND)
+        t = teachers(t_ptr + t_at, live, is_target, ratio, KIND, RATIO)
+        q = exponential(s, per_row(s_max, LAYOUT), per_row(s_top, LAYOUT), k, KIND) * per_row(s_inv, LAYOUT)
+        p = exponential(t, per_row(t_max, LAYOUT), per_row(t_top, LAYOUT), k, KIND) * per_row(t_inv, LAYOUT)
+        gap = clamped_gap(s, t, k, per_row(shift, LAYOUT), per_row(log_ratio, LAYOUT), KIND)
         present = (t > float("-inf")) & (s > float("-inf"))
         term, w_s, w_t = pair_terms(gap, p, q, present, beta, KIND, True)
         divergence = over_classes(term, LAYOUT, False)
         if GRAD_S:
-            _store_tile(gs_ptr, gs_at, w_s, q, g, beta, s_slope, is_target, keep, live, LAYOUT, KIND, MASK)
+            _store_tile(
+                gs_ptr, gs_at, w_s, q, 1.0, g, beta, s_slope, is_target, keep, live, LAYOUT, KIND, MASK
+            )
         if GRAD_T:
-            _store_tile(gt_ptr, gt_at, w_t, p, g, beta, t_slope, is_target, keep, live, LAYOUT, KIND, MASK)
+            _store_tile(
+                gt_ptr, gt_at, w_t, p, 1.0, g_t, beta, t_slope, is_target, keep, live, LAYOUT, KIND, MASK
+            )
     else:
         if GRAD_S:
-            _store_tile(gs_ptr, gs_at, w_s, q, g, beta, s_slope, is_target, keep, live, LAYOUT, KIND, MASK)
+            _store_tile(
+                gs_ptr, gs_at, w_s, q, s_one, g_q, beta, s_slope, is_target, keep, live, LAYOUT, KIND, MASK
+            )
         if GRAD_T:
-            _store_tile(gt_ptr, gt_at, w_t, p, g, beta, t_slope, is_target, keep, live, LAYOUT, KIND, MASK)
+            _store_tile(
+                gt_ptr, gt_at, w_t, p, t_one, g_p, beta, t_slope, is_target, keep, live, LAYOUT, KIND, MASK
+            )
     if KIND == 1:
         divergence = binary + beta * divergence
     loss = tl.where(counts, scale * divergence, 0.0)
@@ -134,39 +176,87 @@ def pair_tile_kernel(
 
 
 @triton.jit
-def _walk(
-    s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, target, g, counts,
-    k, s_top, t_top, s_inv, t_inv, log_ratio, beta, s_total, t_total, s_slope, t_slope,
-    V: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, NEAR: tl.constexpr,
-    STORE_S: tl.constexpr, STORE_T: tl.constexpr, MASK: tl.constexpr,
+def _logits_of(ptrs, classes, target, ratio, V: tl.constexpr, KIND: tl.constexpr, OF_RATIO: tl.constexpr,
+               WHOLE: tl.constexpr):  # fmt: skip
+    """A block's logits in float32, -inf behind the last class and for DKD at the target; WHOLE: all of it is there."""
+    if WHOLE:
+        x = tl.load(ptrs).to(tl.float32)
+    else:
+        x = tl.load(ptrs, mask=classes < V, other=float("-inf")).to(tl.float32)
+    if KIND == 1:
+        x = tl.where(classes == target, float("-inf"), x)
+    if OF_RATIO:
+        x *= ratio
+    return x
+
+
+@triton.jit
+def _walk_block(
+    sums, rows, strides, classes, target, g, g_t, ratio, counts, of_row, beta, totals, slopes,
+    V: tl.constexpr, ALONG: tl.constexpr, KIND: tl.constexpr, RATIO: tl.constexpr, NEAR: tl.constexpr,
+    STORE_S: tl.constexpr, STORE_T: tl.constexpr, MASK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Read a row once more: store its gradients, or return its sums (divergence, Σw_s, Σw_t)."""
-    sums = tl.zeros([BLOCK], tl.float32)
-    s_sums = tl.zeros([BLOCK], tl.float32)
-    t_sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        live = classes < V
-        s = others(s_row + classes * s_class, live, classes == target, KIND)
-        t = others(t_row + classes * t_class, live, classes == target, KIND)
-        q = tl.exp2(s * k - s_top) * s_inv
-        p = tl.exp2(t * k - t_top) * t_inv
-        gap = clamped_gap(s, t, k, log_ratio, KIND)
+    """One block of :func:`_walk`: its gradients stored, or ``sums`` with it."""
+    k, s_max, t_max, s_top, t_top, s_inv, t_inv, log_ratio = of_row
+    s = _logits_of(rows[0] + classes * strides[0], classes, target, ratio, V, KIND, False, WHOLE)
+    t = _logits_of(rows[1] + classes * strides[1], classes, target, ratio, V, KIND, RATIO, WHOLE)
+    q, p = exponential(s, s_max, s_top, k, KIND), exponential(t, t_max, t_top, k, KIND)
+    gap = clamped_gap(s, t, k, t_max - s_max, log_ratio, KIND)
+    if KIND == 0 and not NEAR:
+        w_s, w_t = jsd_terms(gap, p, q, beta)
+        term = w_s
+    else:
+        q *= s_inv
+        p *= t_inv
         present = (t > float("-inf")) & (s > float("-inf"))
         term, w_s, w_t = pair_terms(gap, p, q, present, beta, KIND, NEAR)
-        if STORE_S or STORE_T:
-            is_target = classes == target
-            if STORE_S:
-                grad = _gradient(w_s, s_total, q, g, beta, s_slope, is_target, 3, KIND)
-                store_gradient(gs_row + classes * gs_class, grad, counts, live, MASK)
-            if STORE_T:
-                grad = _gradient(w_t, t_total, p, g, beta, t_slope, is_target, 3, KIND)
-                store_gradient(gt_row + classes * gt_class, grad, counts, live, MASK)
-        else:
-            sums += term
-            s_sums += w_s
-            t_sums += w_t
-    return tl.sum(sums, axis=0), tl.sum(s_sums, axis=0), tl.sum(t_sums, axis=0)
+    if STORE_S or STORE_T:
+        is_target = classes == target
+        live = None if WHOLE else classes < V
+        if STORE_S:
+            grad = _gradient(w_s, totals[0], q, g, beta, slopes[0], is_target, 3, KIND)
+            store_gradient(rows[2] + classes * strides[2], grad, counts, live, MASK)
+        if STORE_T:
+            grad = _gradient(w_t, totals[1], p, g_t, beta, slopes[1], is_target, 3, KIND)
+            store_gradient(rows[3] + classes * strides[3], grad, counts, live, MASK)
+    return (
+        sums[0] + tl.sum(term, axis=ALONG),
+        sums[1] + tl.sum(w_s, axis=ALONG),
+        sums[2] + tl.sum(w_t, axis=ALONG),
+    )
+
+
+@triton.jit
+def _walk(
+    rows, strides, target, g, g_t, ratio, counts, of_row, beta, totals, slopes,
+    V: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, ALONG: tl.constexpr, KIND: tl.constexpr,
+    RATIO: tl.constexpr, NEAR: tl.constexpr, STORE_S: tl.constexpr, STORE_T: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Read a row once more: store its gradients, or return its sums (divergence, Σw_s, Σw_t).
+
+    Args:
+        rows: Where the row begins: student, teacher, and their gradients.
+        strides: From class to class, of each.
+        of_row: k, the largest logits, the same scaled, 1/Σ, log2 of the ratio of the sums.
+        totals: Σw_s, Σw_t.
+        slopes: Of DKD's binary part.
+    """
+    zero = tl.zeros([THREADS], tl.float32)
+    sums = (zero, zero, zero)
+    BLOCK: tl.constexpr = THREADS * VECTOR
+    lanes = block_classes(THREADS, VECTOR, ALONG)
+    whole: tl.constexpr = V // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        sums = _walk_block(
+            sums, rows, strides, (start + lanes).to(tl.int64), target, g, g_t, ratio, counts, of_row, beta, totals,
+            slopes, V, ALONG, KIND, RATIO, NEAR, STORE_S, STORE_T, MASK, True,
+        )  # fmt: skip
+    if whole < V:
+        sums = _walk_block(
+            sums, rows, strides, (whole + lanes).to(tl.int64), target, g, g_t, ratio, counts, of_row, beta, totals,
+            slopes, V, ALONG, KIND, RATIO, NEAR, STORE_S, STORE_T, MASK, False,
+        )  # fmt: skip
+    return tl.sum(sums[0], axis=0), tl.sum(sums[1], axis=0), tl.sum(sums[2], axis=0)
 
 
 @triton.jit
@@ -174,11 +264,12 @@ def pair_loop_kernel(
     s_ptr, t_ptr, gs_ptr, gt_ptr, rows_ptr, loss_ptr, partial_ptr, counter_ptr,
     weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr, num_rows, inner,
     s_outer, s_inner, s_class, t_outer, t_inner, t_class, gs_outer, gs_inner, gs_class, gt_outer, gt_inner, gt_class,
-    target_ptr, alpha, beta,
-    V: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    target_ptr, alpha, beta, ratio, ratio_ptr,
+    V: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr, RATIO: tl.constexpr, RATIO_PTR: tl.constexpr,
+    THREADS: tl.constexpr, VECTOR: tl.constexpr, ALONG: tl.constexpr,
     T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr, WEIGHT: tl.constexpr, MASK: tl.constexpr,
     UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
-    STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
+    STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr, RARE: tl.constexpr = True,
 ):  # fmt: skip
     """Rows that do not fit on the chip: log-sum-exps, then the row's sums, then its gradients."""
     if finished(upstream_ptr, EARLY_EXIT):
@@ -189,26 +280,37 @@ def pair_loop_kernel(
         row, row < num_rows, temperature, temperature_ptr, divisor, divisor_ptr, weight_ptr, mask_ptr, upstream_ptr,
         T_PTR, DIVISOR_PTR, WEIGHT, MASK, UPSTREAM,
     )  # fmt: skip
+    if RATIO_PTR:
+        ratio = tl.load(ratio_ptr).to(tl.float32)
     s_row = s_ptr + outer * s_outer + within * s_inner
     t_row = t_ptr + outer * t_outer + within * t_inner
     target = row * 0
     if KIND == 1:
         target = tl.load(target_ptr + row)
 
-    s_peak, s_acc = no_logits([BLOCK])
-    t_peak, t_acc = no_logits([BLOCK])
-    for start in range(0, V, BLOCK):
-        classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        live = classes < V
-        s = others(s_row + classes * s_class, live, classes == target, KIND)
-        t = others(t_row + classes * t_class, live, classes == target, KIND)
-        s_peak, t_peak, s_acc, t_acc = more_logits_of_two(s_peak, t_peak, s_acc, t_acc, s, t, k)
+    s_peak, s_acc = no_logits([THREADS])
+    t_peak, t_acc = no_logits([THREADS])
+    BLOCK: tl.constexpr = THREADS * VECTOR
+    lanes = block_classes(THREADS, VECTOR, ALONG)
+    whole: tl.constexpr = V // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        classes = (start + lanes).to(tl.int64)
+        s = _logits_of(s_row + classes * s_class, classes, target, ratio, V, KIND, False, True)
+        t = _logits_of(t_row + classes * t_class, classes, target, ratio, V, KIND, RATIO, True)
+        s_peak, s_acc = more_of_vector(s_peak, s_acc, s, k, ALONG)
+        t_peak, t_acc = more_of_vector(t_peak, t_acc, t, k, ALONG)
+    if whole < V:
+        classes = (whole + lanes).to(tl.int64)
+        s = _logits_of(s_row + classes * s_class, classes, target, ratio, V, KIND, False, False)
+        t = _logits_of(t_row + classes * t_class, classes, target, ratio, V, KIND, RATIO, False)
+        s_peak, s_acc = more_of_vector(s_peak, s_acc, s, k, ALONG)
+        t_peak, t_acc = more_of_vector(t_peak, t_acc, t, k, ALONG)
     s_max, t_max = tl.max(s_peak, axis=0), tl.max(t_peak, axis=0)
     s_top, t_top = s_max * k, t_max * k
     s_sum = tl.sum(s_acc * tl.exp2((s_peak - s_max) * k), axis=0)
     t_sum = tl.sum(t_acc * tl.exp2((t_peak - t_max) * k), axis=0)
     s_inv, t_inv = 1.0 / s_sum, 1.0 / t_sum
-    log_ratio = (t_top - s_top) + tl.log2(t_sum * s_inv)
+    log_ratio = log_ratio_of(s_top, t_top, s_inv, t_sum, KIND)
 
     binary = s_top * 0.0
     s_slope, t_slope = binary, binary
@@ -220,30 +322,44 @@ def pair_loop_kernel(
         )
         binary, s_slope, t_slope = alpha * binary, alpha * s_slope, alpha * t_slope
     g = row_gradient(counts, scale, inv_t, log_ratio)
-    gs_row = gradient_row(gs_ptr, outer, within, gs_outer, gs_inner, GRAD_S)
-    gt_row = gradient_row(gt_ptr, outer, within, gt_outer, gt_inner, GRAD_T)
+    g_t = g * ratio if RATIO else g
+    gs_row, gt_row = s_row, t_row  # where none is wanted: a tuple takes no None
+    if GRAD_S:
+        gs_row = gradient_row(gs_ptr, outer, within, gs_outer, gs_inner, GRAD_S)
+    if GRAD_T:
+        gt_row = gradient_row(gt_ptr, outer, within, gt_outer, gt_inner, GRAD_T)
+    walked = (s_row, t_row, gs_row, gt_row)
+    strides = (s_class, t_class, gs_class, gt_class)
+    of_row = (k, s_max, t_max, s_top, t_top, s_inv, t_inv, log_ratio)
+    none = (0.0, 0.0)
     divergence, s_total, t_total = _walk(
-        s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, target, g, counts,
-        k, s_top, t_top, s_inv, t_inv, log_ratio, beta, 0.0, 0.0, 0.0, 0.0,
-        V, BLOCK, KIND, False, False, False, MASK,
+        walked, strides, target, g, g_t, ratio, counts, of_row, beta, none, none,
+        V, THREADS, VECTOR, ALONG, KIND, RATIO, False, False, False, MASK,
     )  # fmt: skip
-    if divergence < 1e-3:
+    g_s = g
+    g_both = g_t
+    if KIND == 0:  # the probabilities' factors follow once a row
+        q_factor, p_factor = jsd_factors(beta)
+        q_factor, p_factor = q_factor * s_inv, p_factor * t_inv
+        divergence = q_factor * s_total + p_factor * t_total
+        s_total, t_total, g_s, g_both = s_total * s_inv, t_total * t_inv, g * q_factor, g_t * p_factor
+    nearly = False
+    if RARE:  # False: a variant to count instructions of, which is never launched
+        nearly = divergence < near_bound(KIND)
+    if nearly:
         divergence, s_total, t_total = _walk(
-            s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, target, g, counts,
-            k, s_top, t_top, s_inv, t_inv, log_ratio, beta, 0.0, 0.0, 0.0, 0.0,
-            V, BLOCK, KIND, True, False, False, MASK,
+            walked, strides, target, g, g_t, ratio, counts, of_row, beta, none, none,
+            V, THREADS, VECTOR, ALONG, KIND, RATIO, True, False, False, MASK,
         )  # fmt: skip
         if GRAD_S or GRAD_T:
             _walk(
-                s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, target, g, counts,
-                k, s_top, t_top, s_inv, t_inv, log_ratio, beta, s_total, t_total, s_slope, t_slope,
-                V, BLOCK, KIND, True, GRAD_S, GRAD_T, MASK,
+                walked, strides, target, g, g_t, ratio, counts, of_row, beta, (s_total, t_total), (s_slope, t_slope),
+                V, THREADS, VECTOR, ALONG, KIND, RATIO, True, GRAD_S, GRAD_T, MASK,
             )  # fmt: skip
     elif GRAD_S or GRAD_T:
         _walk(
-            s_row, t_row, gs_row, gt_row, s_class, t_class, gs_class, gt_class, target, g, counts,
-            k, s_top, t_top, s_inv, t_inv, log_ratio, beta, s_total, t_total, s_slope, t_slope,
-            V, BLOCK, KIND, False, GRAD_S, GRAD_T, MASK,
+            walked, strides, target, g_s, g_both, ratio, counts, of_row, beta, (s_total, t_total), (s_slope, t_slope),
+            V, THREADS, VECTOR, ALONG, KIND, RATIO, False, GRAD_S, GRAD_T, MASK,
         )  # fmt: skip
     if KIND == 1:
         divergence = binary + beta * divergence

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ..common.launch_rows import launch_rows, outputs, rows_of
-from ..common.scale import Scale
+from ..common.launch_rows import RowLaunches, RowPlan, Rows, Wanted, loop_sizes
+from ..common.scale import Scale, value_and_pointer
 from ..common.tile import tile_grid, tile_sizes
 from . import bodies
 from .plan import pair_plan
 
 JSD, DKD = 0, 1
+#: What else the bodies know, as divergences.py counts them.
+FORWARD_KL, REVERSE_KL, JEFFREYS, SKEW_FORWARD_KL, SKEW_REVERSE_KL, TOTAL_VARIATION, ALPHA = range(2, 9)
 
 
 def pair_loss(
@@ -29,26 +33,42 @@ def pair_loss(
     grad_teacher: torch.Tensor | None = None,
     upstream: torch.Tensor | None = None,
     exit_if_one: bool = False,
+    ratio: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """Launch the JSD or DKD kernel once.
+    """Launch the kernel once.
 
     Args:
-        kind: ``JSD`` or ``DKD``.
+        kind: ``JSD``, ``DKD``, or a divergence.
         student: Logits, any strides; bfloat16, float16 or float32.
         teacher: Logits of the same shape, its own strides and dtype.
         target: The rows' target classes, contiguous, for DKD.
         alpha: DKD's α.
-        beta: β of either loss.
+        beta: β of JSD and DKD; of a divergence its number, if it has one.
         dim: Class dimension, non-negative.
-        scale: The row factors; the rest as of :func:`kdfast.kernels.kl.kd_kl`.
+        scale: The row factors; ``ratio``, at the end, the student's temperature over the teacher's, a float or a
+            0-d tensor on the device, 1 for one temperature (never for DKD); the rest as of
+            :func:`kdfast.kernels.kl.kd_kl`.
 
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.
     """
-    rows, loss = outputs(student, dim, reduce=reduce, want_rows=want_rows)
-    if student.numel() == 0:
-        return loss.zero_() if loss is not None else rows.zero_()
-    at = rows_of((student, teacher), (grad_student, grad_teacher), dim)
+    want = Wanted(want_rows or not reduce, reduce, exit_if_one)
+    gradients = (grad_student, grad_teacher)
+    further, options = pair_arguments(kind, target, alpha, beta, ratio)
+    return PAIR((student, teacher), gradients, dim, scale, want, upstream, further, options)
+
+
+def pair_arguments(
+    kind: int, target: torch.Tensor | None, alpha: float, beta: float, ratio: torch.Tensor | float = 1.0
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(what varies of a launch beside its rows, what its plan depends on)."""
+    value, pointer = value_and_pointer(ratio)
+    further = (target, float(alpha), float(beta), value, pointer)
+    return further, (kind, pointer is not None or value != 1.0, pointer is not None)
+
+
+def _planned(at: Rows, kind: int, ratio: bool, ratio_ptr: bool) -> RowPlan:
+    student, teacher, *_ = at.tensors
     plan = pair_plan(
         at.num_classes,
         at.layout.inner,
@@ -57,20 +77,10 @@ def pair_loss(
         both=None not in at.given,
     )
     loop = plan.regime == "loop"
-    launch_rows(
-        bodies.pair_loop_kernel if loop else bodies.pair_tile_kernel,
-        tile_grid(plan, at.layout),
-        at,
-        rows,
-        loss,
-        scale,
-        upstream,
-        exit_if_one,
-        target_ptr=target,
-        alpha=float(alpha),
-        beta=float(beta),
-        KIND=kind,
-        num_warps=plan.num_warps,
-        **({"BLOCK": plan.chunks} if loop else tile_sizes(plan, at.layout)),
-    )
-    return loss if reduce else rows
+    told = {"KIND": kind, "RATIO": ratio, "RATIO_PTR": ratio_ptr, "num_warps": plan.num_warps}
+    own = loop_sizes(plan, at) if loop else tile_sizes(plan, at.layout)
+    kernel = bodies.pair_loop_kernel if loop else bodies.pair_tile_kernel
+    return RowPlan(kernel, tile_grid(plan, at.layout), own | told)
+
+
+PAIR = RowLaunches(_planned, ("target_ptr", "alpha", "beta", "ratio", "ratio_ptr"))

@@ -13,10 +13,14 @@ from ..machine import triton_version
 MAX_ROW = 8192
 #: The same for the class dimension of [B, C, H, W].
 MAX_CLASSES = 256
+#: Threads of a program that reads a row in a loop, 16 bytes each.
+LOOP_THREADS = 256
 
 
 class PairPlan(TilePlan):
-    """Regimes: ``"rows"`` (rows in registers), ``"classes"`` (class dimension not last) or ``"loop"``."""
+    """Regimes: ``"rows"`` (rows in registers), ``"classes"`` (class dimension not last) or ``"loop"``, in whose blocks
+    ``chunks`` threads take ``width`` classes each.
+    """
 
 
 def pair_plan(
@@ -40,14 +44,18 @@ def pair_plan(
             "classes", CLASS_PIXEL, padded, max(16, min(256, 2048 // padded)), 1, 8 if padded > 128 else 4
         )
     if padded > (MAX_ROW // 2 if both else MAX_ROW):
-        # 16 bytes a thread. Twice that spills on sm_80, and so do twice the warps on sm_100.
-        return PairPlan("loop", ONE_ROW, 2048 // itemsize, 1, 1, 4)
-    if padded > 512:
+        return PairPlan("loop", ONE_ROW, LOOP_THREADS, 1, 16 // itemsize, max(1, LOOP_THREADS // 32))
+    if padded > 1024:
         return PairPlan("rows", ONE_ROW, padded, 1, 1, max(4, padded // 512))
     vector = 16 // itemsize
     while vector > 2 and num_classes % vector:  # a pair at least: single lanes compile badly
         vector //= 2
-    lanes = min(32, max(1, padded // 16))
+    if padded > 512:
+        lanes = (
+            64 if both else 32
+        )  # two warps a row: both gradients of 32 classes a thread would take 250 registers
+    else:
+        lanes = min(32, max(1, padded // 16))
     width = min(padded, lanes * vector)
     order = ROW_CHUNK_LANE if triton_version() < (3, 7) else CHUNK_ROW_LANE
     return PairPlan("rows", order, padded // width, 128 // lanes, width, 4)

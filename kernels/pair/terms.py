@@ -3,16 +3,46 @@
 import triton
 import triton.language as tl
 
+from ..common.logarithm import approximate_log2
 from ..common.rows import near_terms
+from .divergences import divergence_terms, log1p_series, series
 
 
 @triton.jit
-def clamped_gap(s, t, k, log_ratio, KIND: tl.constexpr):
-    """log2 p - log2 q, finite where a class is absent and p = 0 multiplies it; for JSD, where q = 0 does, too."""
-    gap = tl.maximum((t - s) * k - log_ratio, -1e15)
-    if KIND == 0:
-        gap = tl.minimum(gap, 1e15)
+def clamped_gap(s, t, k, shift, log_ratio, KIND: tl.constexpr):
+    """log2 p - log2 q, finite where a class is absent and p = 0 multiplies it; for JSD, where q = 0 does, too.
+
+    Divergences look at what is absent themselves: ±inf, and 0 where it is absent on both sides.
+    """
+    if KIND >= 2:
+        # The two largest logits go first: nothing is lost where logits are large or the temperature is small.
+        gap = ((t - s) - shift) * k - log_ratio
+        gap = tl.where(gap == gap, gap, 0.0)
+    else:
+        gap = tl.maximum((t - s) * k - log_ratio, -1e15)
+        if KIND == 0:
+            gap = tl.minimum(gap, 1e15)
     return gap
+
+
+@triton.jit
+def exponential(x, largest, top, k, KIND: tl.constexpr):
+    """2^(x·k - largest·k); ``top`` is that product, rounded: for a divergence the difference comes first."""
+    if KIND >= 2:
+        out = tl.exp2((x - largest) * k)
+    else:
+        out = tl.exp2(x * k - top)
+    return out
+
+
+@triton.jit
+def log_ratio_of(s_top, t_top, s_inv, t_sum, KIND: tl.constexpr):
+    """What :func:`clamped_gap` takes: the log2-sum-exps' difference, without that of the largest for divergences."""
+    if KIND >= 2:
+        out = tl.log2(t_sum * s_inv)
+    else:
+        out = (t_top - s_top) + tl.log2(t_sum * s_inv)
+    return out
 
 
 @triton.jit
@@ -25,47 +55,63 @@ def others(ptrs, live, is_target, KIND: tl.constexpr):
 
 
 @triton.jit
-def _series(x):
-    """(expm1(x) - x)/x² for |x| < 1/2."""
-    return 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040)))))
+def teachers(ptrs, live, is_target, ratio, KIND: tl.constexpr, RATIO: tl.constexpr):
+    """:func:`others` of the teacher, in units of the student's temperature where it has one of its own."""
+    out = others(ptrs, live, is_target, KIND)
+    if RATIO:
+        out *= ratio
+    return out
 
 
 @triton.jit
-def _jsd_terms(gap, p, q, present, beta, NEAR: tl.constexpr):
-    """(term, w_s, w_t) of the generalised Jensen-Shannon divergence, M = β·p + (1-β)·q."""
-    teacher_leads = gap > 0.0
-    e = tl.exp2(-tl.abs(gap))
-    top = tl.log2(tl.where(teacher_leads, beta + (1.0 - beta) * e, 1.0 - beta + beta * e))
-    q_over_m = -(top + tl.maximum(gap, 0.0)) * 0.6931471805599453
-    p_over_m = (tl.minimum(gap, 0.0) - top) * 0.6931471805599453
-    if NEAR:
-        delta = tl.where(present, gap * 0.6931471805599453, 0.0)
-        near = (tl.abs(delta) < 0.5) & present
-        delta = tl.where(near, delta, 0.0)
-        y = beta * (delta + delta * delta * _series(delta))
-        z = y / (2.0 + y)
-        v = z * z
-        log1p = (
-            2.0 * z * (1.0 + v * (1.0 / 3 + v * (1.0 / 5 + v * (1.0 / 7 + v * (1.0 / 9 + v * (1.0 / 11))))))
-        )
-        q_over_m = tl.where(near, -log1p, q_over_m)
-        p_over_m = tl.where(near, delta - log1p, p_over_m)
-    w_s = (1.0 - beta) * q * q_over_m
-    w_t = beta * p * p_over_m
-    term = w_s + w_t
-    if NEAR:
-        # Its parts cancel; the sum of β·p·(u + expm1(-u)) and the student's does not, and is the same.
-        exact = beta * p * p_over_m * p_over_m * _series(-p_over_m)
-        exact += (1.0 - beta) * q * q_over_m * q_over_m * _series(-q_over_m)
-        term = tl.where(near, exact, term)
-    return term, w_s, w_t
+def _mixture_logs(gap, beta):
+    """(log2(q/M), log2(p/M)) of the mixture M = β·p + (1-β)·q, from log2(p/q)."""
+    share = tl.where(gap > 0.0, beta, 1.0 - beta)  # of what leads
+    top = approximate_log2(share + (1.0 - share) * tl.exp2(-tl.abs(gap)))
+    return -(top + tl.maximum(gap, 0.0)), tl.minimum(gap, 0.0) - top
+
+
+@triton.jit
+def jsd_factors(beta):
+    """What :func:`jsd_terms` leaves to be multiplied by, once a row: the weights of q and of p, and ln 2."""
+    return (1.0 - beta) * 0.6931471805599453, beta * 0.6931471805599453
+
+
+@triton.jit
+def jsd_terms(gap, p, q, beta):
+    """(w_s, w_t) of the generalised Jensen-Shannon divergence, which is their sum, without :func:`jsd_factors`."""
+    q_over_m, p_over_m = _mixture_logs(gap, beta)
+    return q * q_over_m, p * p_over_m
+
+
+@triton.jit
+def _jsd_near_terms(gap, p, q, present, beta):
+    """(term, w_s, w_t) of the generalised Jensen-Shannon divergence, M = β·p + (1-β)·q, where p and q nearly agree."""
+    q_over_m, p_over_m = _mixture_logs(gap, beta)
+    q_over_m, p_over_m = q_over_m * 0.6931471805599453, p_over_m * 0.6931471805599453
+    delta = tl.where(present, gap * 0.6931471805599453, 0.0)
+    near = (tl.abs(delta) < 0.5) & present
+    delta = tl.where(near, delta, 0.0)
+    log1p = log1p_series(beta * (delta + delta * delta * series(delta)))
+    q_over_m = tl.where(near, -log1p, q_over_m)
+    p_over_m = tl.where(near, delta - log1p, p_over_m)
+    w_s, w_t = (1.0 - beta) * q * q_over_m, beta * p * p_over_m
+    # Their sum cancels; that of β·p·(u + expm1(-u)) and the student's does not, and is the same.
+    exact = beta * p * p_over_m * p_over_m * series(-p_over_m)
+    exact += (1.0 - beta) * q * q_over_m * q_over_m * series(-q_over_m)
+    return tl.where(near, exact, w_s + w_t), w_s, w_t
 
 
 @triton.jit
 def pair_terms(gap, p, q, present, beta, KIND: tl.constexpr, NEAR: tl.constexpr):
-    """(term, w_s, w_t) of the divergence between the softmaxes: JSD (KIND 0), or KL (KIND 1, for DKD)."""
+    """(term, w_s, w_t) of JSD (KIND 0), of KL (KIND 1, for DKD), of the others; ``beta`` is the loss's number.
+
+    JSD's are those of rows that nearly agree: :func:`jsd_terms` has the others.
+    """
     if KIND == 0:
-        term, w_s, w_t = _jsd_terms(gap, p, q, present, beta, NEAR)
+        term, w_s, w_t = _jsd_near_terms(gap, p, q, present, beta)
+    elif KIND >= 2:
+        term, w_s, w_t = divergence_terms(gap, p, q, beta, KIND, NEAR)
     elif NEAR:
         term, w_s, delta = near_terms(gap, p, q, present)
         w_t = p * delta
@@ -83,9 +129,12 @@ def _log_sigmoid(x):
 @triton.jit
 def binary_terms(s_odds, t_odds):
     """KL of target class against all others, and its derivatives with respect to the two log-odds."""
-    # A target that is absent, or not a number: no divergence is finite, and NaN says so in loss and gradients.
-    s_odds = tl.where(tl.abs(s_odds) < float("inf"), s_odds, float("nan"))
-    t_odds = tl.where(tl.abs(t_odds) < float("inf"), t_odds, float("nan"))
+    # +inf, too, is no number: the others of a class without others have no distribution.
+    s_odds = tl.where(s_odds < float("inf"), s_odds, float("nan"))
+    t_odds = tl.where(t_odds < float("inf"), t_odds, float("nan"))
+    hopeless = (s_odds == float("-inf")) & (t_odds > float("-inf"))  # only the student rules the target out
+    s_odds = tl.where(s_odds < -1e30, -1e30, s_odds)  # not a maximum: that would lose a NaN
+    t_odds = tl.where(t_odds < -1e30, -1e30, t_odds)
     s_in, t_in = _log_sigmoid(s_odds), _log_sigmoid(t_odds)
     s_out, t_out = _log_sigmoid(-s_odds), _log_sigmoid(-t_odds)
     b_s, b_t = tl.exp2(s_in * 1.4426950408889634), tl.exp2(t_in * 1.4426950408889634)
@@ -94,7 +143,10 @@ def binary_terms(s_odds, t_odds):
     term_in, _, _ = near_terms((t_in - s_in) * 1.4426950408889634, b_t, b_s, always)
     term_out, _, _ = near_terms((t_out - s_out) * 1.4426950408889634, c_t, c_s, always)
     by_student = tl.where(b_s > 0.5, c_t - c_s, b_s - b_t)  # the smaller pair keeps its digits
-    return term_in + term_out, by_student, b_t * c_t * (t_odds - s_odds)
+    by_teacher = b_t * c_t * (t_odds - s_odds)
+    hopeless = hopeless & (b_t > 0.0)
+    term_in = tl.where(hopeless, float("inf"), term_in)
+    return term_in + term_out, by_student, tl.where(hopeless, float("inf"), by_teacher)
 
 
 @triton.jit
@@ -105,6 +157,21 @@ def odds(logits, at, known, k, top, total):
     """
     logit = tl.load(logits + at, mask=known, other=float("nan")).to(tl.float32)
     return (logit * k - top - tl.log2(total)) * 0.6931471805599453
+
+
+@triton.jit
+def near_bound(KIND: tl.constexpr):
+    """Below this divergence its digits have cancelled, and the forms that do not cancel are taken.
+
+    An absolute difference (7) cancels earlier than a squared one; JSD's logarithms are right to 2e-7.
+    """
+    if KIND == 7:
+        bound = 0.03
+    elif KIND == 0:
+        bound = 4e-3
+    else:
+        bound = 1e-3
+    return bound
 
 
 @triton.jit

@@ -200,7 +200,7 @@ def leaves_colour_kernel(table, stop, out, height, width, limit, HEIGHT: tl.cons
             colour = tl.where(hit & (open_ > 0), tl.load(leaf + 15).to(tl.int32), colour)
             open_ = tl.where(hit, 0, open_)
             more = tl.max(open_, 0)
-    pixels = height * width
+    pixels = tl.cast(height, tl.int64) * width
     to = out + image.to(tl.int64) * 3 * pixels + row * width + column
     for channel in tl.static_range(3):
         tl.store(to + channel * pixels, ((colour >> (16 - 8 * channel)) & 255).to(tl.uint8), exists)

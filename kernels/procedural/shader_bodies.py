@@ -304,12 +304,12 @@ def _shade(x0, y0, v, at, rate, t):
 
 
 @triton.jit
-def run_program(codes, values, rates, t, x0, y0, LENGTH: tl.constexpr):
+def run_program(codes, values, rates, t, x0, y0, length):
     """Colour of each pixel at (x0, y0), before clamping."""
     x, y = x0, y0
     v, h = tl.zeros_like(x0), tl.zeros_like(x0)
     r, g, b = tl.zeros_like(x0), tl.zeros_like(x0), tl.zeros_like(x0)
-    for k in range(LENGTH):
+    for k in range(length):
         code, at, rate = tl.load(codes + k), values + k * SLOTS, rates + k * SLOTS
         if code < 11:
             if code == 1:

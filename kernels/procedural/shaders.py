@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import device_guard, launch
+from ..launch import Launches, Planned
 from .arithmetic import between
 from .shader_bodies import SLOTS, run_program
 
@@ -48,7 +48,7 @@ def shader_plan(pixels: int) -> ShaderPlan:
     return ShaderPlan(512, 4) if pixels >= 4096 else ShaderPlan(128, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def shaders_kernel(
     codes,
     values,
@@ -62,7 +62,7 @@ def shaders_kernel(
     half_width,
     scale,
     share,
-    LENGTH: tl.constexpr,
+    length,
     ANTIALIAS: tl.constexpr,
     FLOAT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -74,9 +74,9 @@ def shaders_kernel(
     mask = offset < pixels
     row, column = offset // width, offset % width
     which, t = tl.load(program + image), tl.load(time + image)
-    codes += which * LENGTH
-    values += which * LENGTH * SLOTS
-    rates += which * LENGTH * SLOTS
+    codes += which * length
+    values += which * length * SLOTS
+    rates += which * length * SLOTS
     red = tl.zeros([BLOCK], tl.float32)
     green, blue = red, red
     for sample in range(ANTIALIAS * ANTIALIAS):
@@ -84,17 +84,18 @@ def shaders_kernel(
         across = (column * ANTIALIAS + sample % ANTIALIAS).to(tl.float32) + 0.5
         y = (half_height - down) * scale
         x = (across - half_width) * scale
-        r, g, b = run_program(codes, values, rates, t, x, y, LENGTH)
+        r, g, b = run_program(codes, values, rates, t, x, y, length)
         red += between(r, 0.0, 1.0)
         green += between(g, 0.0, 1.0)
         blue += between(b, 0.0, 1.0)
-    to = out + image.to(tl.int64) * (3 * pixels) + offset
+    plane = tl.cast(pixels, tl.int64)
+    to = out + image.to(tl.int64) * (3 * plane) + offset
     for channel in tl.static_range(3):
         colour = (red if channel == 0 else green if channel == 1 else blue) * share
         if FLOAT:
-            tl.store(to + channel * pixels, colour, mask)
+            tl.store(to + channel * plane, colour, mask)
         else:
-            tl.store(to + channel * pixels, tl.floor(colour * 255.0 + 0.5).to(tl.int32).to(tl.uint8), mask)
+            tl.store(to + channel * plane, tl.floor(colour * 255.0 + 0.5).to(tl.int32).to(tl.uint8), mask)
 
 
 def render(
@@ -122,28 +123,33 @@ def render(
         dtype: torch.uint8 or torch.float32.
     """
     out = values.new_empty((program.shape[0], 3, height, width), dtype=dtype)
-    plan = shader_plan(height * width)
-    with device_guard(codes):
-        launch(
-            shaders_kernel,
-            (program.shape[0] * -(-height * width // plan.block),),
-            codes,
-            values,
-            rates,
-            program,
-            time,
-            out,
-            height * width,
-            width,
-            0.5 * (height * antialias),
-            0.5 * (width * antialias),
-            2.0 / (min(height, width) * antialias),
-            1.0 / antialias**2,
-            LENGTH=codes.shape[1],
-            ANTIALIAS=antialias,
-            FLOAT=dtype == torch.float32,
-            BLOCK=plan.block,
-            num_warps=plan.num_warps,
-            enable_fp_fusion=False,
-        )
+    geometry = (program.shape[0], codes.shape[1], height, width, antialias, dtype)
+    _SHADERS(codes.device, geometry, (codes, values, rates, program, time, out))
     return out
+
+
+def _planned(
+    images: int, length: int, height: int, width: int, antialias: int, dtype: torch.dtype
+) -> Planned:
+    plan = shader_plan(height * width)
+    grid = (images * -(-height * width // plan.block),)
+    fixed = (
+        height * width,
+        width,
+        0.5 * (height * antialias),
+        0.5 * (width * antialias),
+        2.0 / (min(height, width) * antialias),
+        1.0 / antialias**2,
+        length,  # at run time: a table's longest program is another one each time
+    )
+    constants = {
+        "ANTIALIAS": antialias,
+        "FLOAT": dtype == torch.float32,
+        "BLOCK": plan.block,
+        "num_warps": plan.num_warps,
+        "enable_fp_fusion": False,
+    }
+    return grid, fixed, constants
+
+
+_SHADERS = Launches(shaders_kernel, _planned)

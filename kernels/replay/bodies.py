@@ -179,9 +179,10 @@ def replay_gather(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
     """A block of one long row."""
-    draw = tl.program_id(0) + tl.arange(0, 1).to(tl.int64)
+    blocks = tl.cdiv(words, BLOCK)
+    draw = tl.program_id(0) // blocks + tl.arange(0, 1).to(tl.int64)
     slot = tl.load(index + draw)
-    first = tl.program_id(1) * BLOCK
+    first = tl.program_id(0) % blocks * BLOCK
     last = tl.minimum(first + BLOCK, words)
     _copy_rows(
         rows, out_rows, slot, draw, slot < capacity, gain, bias, first, last, words, plane, BLOCK, AFFINE
@@ -205,13 +206,16 @@ def _admitted(
 
 @triton.jit(do_not_specialize=["batch", "capacity", "alpha_bits", "eps_bits", "scale_bits"])
 def replay_update(  # type: ignore[no-untyped-def]
-    meta, leaves, sums, delta, generation, index, priority, row_generation,
+    meta, leaves, sums, delta, generation, index, priority, row_generation, beaten_ptr,
     batch, capacity, alpha_bits, eps_bits, scale_bits,
     offset1, offset2, offset3, count1, count2, count3,
     LEVELS: tl.constexpr, CHECKED: tl.constexpr, LARGEST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program, each compared with the whole batch: one row writes a slot, the last or the largest."""
+    """ROWS rows a program, each compared with the whole batch: one row writes a slot, the last or the largest.
+
+    Of large batches the comparison has been made before (``beaten_ptr``), by sorting.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < batch
     slot = tl.load(index + row, mask=inside, other=-1)
@@ -222,22 +226,33 @@ def replay_update(  # type: ignore[no-untyped-def]
     )
 
     # Another admitted row of the same slot beats this one if it comes later, or if it is larger.
-    beaten = tl.zeros([ROWS], tl.int32)
-    for start in range(0, batch, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        other_inside = other < batch
-        other_slot = tl.load(index + other, mask=other_inside, other=-1)
-        other_value = tl.abs(tl.load(priority + other, mask=other_inside, other=0.0))
-        other_number = tl.load(row_generation + other, mask=other_inside, other=0)
-        _, _, _, other_admitted = _admitted(
-            meta, leaves, generation, other_slot, other_value, other_number, other_inside, capacity, CHECKED
-        )
-        same = (slot[:, None] == other_slot[None, :]) & other_admitted[None, :]
-        wins = other[None, :] > row[:, None]
-        if LARGEST:
-            equal = other_value[None, :] == value[:, None]
-            wins = (other_value[None, :] > value[:, None]) | (equal & wins)
-        beaten |= tl.max((same & wins).to(tl.int32), 1)
+    if beaten_ptr is not None:
+        beaten = tl.load(beaten_ptr + row, mask=inside, other=0).to(tl.int32)
+    else:
+        beaten = tl.zeros([ROWS], tl.int32)
+        for start in range(0, batch, BLOCK):
+            other = start + tl.arange(0, BLOCK)
+            other_inside = other < batch
+            other_slot = tl.load(index + other, mask=other_inside, other=-1)
+            other_value = tl.abs(tl.load(priority + other, mask=other_inside, other=0.0))
+            other_number = tl.load(row_generation + other, mask=other_inside, other=0)
+            _, _, _, other_admitted = _admitted(
+                meta,
+                leaves,
+                generation,
+                other_slot,
+                other_value,
+                other_number,
+                other_inside,
+                capacity,
+                CHECKED,
+            )
+            same = (slot[:, None] == other_slot[None, :]) & other_admitted[None, :]
+            wins = other[None, :] > row[:, None]
+            if LARGEST:
+                equal = other_value[None, :] == value[:, None]
+                wins = (other_value[None, :] > value[:, None]) | (equal & wins)
+            beaten |= tl.max((same & wins).to(tl.int32), 1)
     writes = admitted & (beaten == 0)
 
     mass = mass_of(value, alpha_bits, eps_bits, scale_bits)

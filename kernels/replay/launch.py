@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from ..launch import device_guard, launch
+from ..launch import Launches, Planned, device_guard, launch
 from . import bodies
-from .plan import FUSED_ROW_BYTES, GATHER_BYTES, add_plan, interpreting, sample_plan, update_plan
+from .plan import COMPARED, FUSED_ROW_BYTES, GATHER_BYTES, add_plan, interpreting, sample_plan, update_plan
 
 
 def double_bits(value: float) -> int:
@@ -58,29 +58,79 @@ def sample(
     factors = [torch.empty(batch_size, dtype=torch.float32, device=device) for _ in range(2)]
     gather = _Gather.of(rows, out_rows, affine)
     fused = gather.words * gather.source.element_size() <= FUSED_ROW_BYTES
-    plan = sample_plan(gather.words)
-    with device_guard(leaves):
-        launch(
-            bodies.replay_sample,
-            (triton.cdiv(batch_size, plan.rows),),
+    capacity = leaves.numel()
+    geometry = (
+        batch_size,
+        capacity,
+        gather.words,
+        gather.plane,
+        layout,
+        stratified,
+        fused,
+        affine is not None,
+    )
+    _SAMPLE(
+        device,
+        geometry,
+        (
             meta, leaves, sums, generation, labels, *gather.tensors,
-            *described, *factors,
-            batch_size, double_bits(beta), leaves.numel(), gather.words, gather.plane,
-            **_levels(*layout),
-            STRATIFIED=stratified, DRAWS=plan.rows, BLOCK=plan.block,
-            GATHER=fused and gather.words > 0, AFFINE=affine is not None,
-            num_warps=plan.num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
-        if not fused:
-            block = GATHER_BYTES // gather.source.element_size()
+            *described, *factors, batch_size, double_bits(beta),
+        ),
+    )  # fmt: skip
+    if not fused:
+        block = GATHER_BYTES // gather.source.element_size()
+        with device_guard(leaves):
             launch(
                 bodies.replay_gather,
-                (batch_size, triton.cdiv(gather.words, block)),
-                described[1], *gather.tensors, leaves.numel(), gather.words, gather.plane,
+                (batch_size * triton.cdiv(gather.words, block),),
+                described[1], *gather.tensors, capacity, gather.words, gather.plane,
                 BLOCK=block, AFFINE=affine is not None,
                 num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     return (out_rows, *described, *factors)
+
+
+_Layout = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _planned_sample(
+    batch_size: int,
+    capacity: int,
+    row: int,
+    plane: int,
+    layout: _Layout,
+    stratified: bool,
+    fused: bool,
+    affine: bool,
+) -> Planned:
+    plan = sample_plan(row)
+    constants = _levels(*layout) | {
+        "STRATIFIED": stratified,
+        "DRAWS": plan.rows,
+        "BLOCK": plan.block,
+        "GATHER": fused and row > 0,
+        "AFFINE": affine,
+        "num_warps": plan.num_warps,
+        "enable_fp_fusion": False,
+    }
+    return (triton.cdiv(batch_size, plan.rows),), (capacity, row, plane), constants
+
+
+def _planned_update(batch: int, capacity: int, layout: _Layout, checked: bool, largest: bool) -> Planned:
+    plan = update_plan()
+    constants = _levels(*layout) | {
+        "CHECKED": checked,
+        "LARGEST": largest,
+        "ROWS": plan.rows,
+        "BLOCK": plan.block,
+        "num_warps": plan.num_warps,
+        "enable_fp_fusion": False,
+    }
+    return (triton.cdiv(batch, plan.rows),), (), constants
+
+
+_SAMPLE = Launches(bodies.replay_sample, _planned_sample)
+_UPDATE = Launches(bodies.replay_update, _planned_update)
 
 
 @dataclass(frozen=True)
@@ -124,19 +174,46 @@ def update(
     largest: bool,
 ) -> None:
     """Re-score; see ``kdfast.reference.replay.update``. Indices out of range and empty slots are counted."""
-    plan = update_plan()
-    batch = index.numel()
-    with device_guard(leaves):
-        launch(
-            bodies.replay_update,
-            (triton.cdiv(batch, plan.rows),),
-            meta, leaves, sums, delta, generation,
-            index, priority, index if row_generation is None else row_generation,
-            batch, leaves.numel(), *map(double_bits, rule),
-            **_levels(*layout),
-            CHECKED=row_generation is not None, LARGEST=largest, ROWS=plan.rows, BLOCK=plan.block,
-            num_warps=plan.num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    batch, capacity = index.numel(), leaves.numel()
+    beaten = None
+    if batch > COMPARED:
+        beaten = _beaten(leaves, generation, index, priority, row_generation, largest)
+    _UPDATE(
+        leaves.device,
+        (batch, capacity, layout, row_generation is not None, largest),
+        (
+            meta, leaves, sums, delta, generation, index, priority,
+            index if row_generation is None else row_generation, beaten,
+            batch, capacity, *map(double_bits, rule),
+        ),
+    )  # fmt: skip
+
+
+def _beaten(
+    leaves: torch.Tensor,
+    generation: torch.Tensor,
+    index: torch.Tensor,
+    priority: torch.Tensor,
+    row_generation: torch.Tensor | None,
+    largest: bool,
+) -> torch.Tensor:
+    """Which rows another row of their slot beats, by two stable sorts: what each would find in the whole batch."""
+    capacity = leaves.numel()
+    slot = index.clamp(0, capacity - 1)
+    value = priority.abs()
+    admitted = (index == slot) & (leaves[slot] != 0) & value.isfinite()
+    if row_generation is not None:
+        admitted &= (generation[slot].to(torch.int64) & 0xFFFFFFFF) == row_generation
+    order = torch.arange(index.numel(), device=index.device)
+    if largest:
+        order = value.argsort(stable=True)
+    # Rows that are not admitted beat nobody: they come last, each in a slot of its own.
+    key = torch.where(admitted, slot, capacity + torch.arange(index.numel(), device=index.device))
+    order = order[key[order].argsort(stable=True)]
+    sorted_key = key[order]
+    beaten = torch.zeros_like(admitted)
+    beaten[order[:-1]] = sorted_key[1:] == sorted_key[:-1]
+    return beaten
 
 
 def add(

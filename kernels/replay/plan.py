@@ -8,6 +8,8 @@ import triton
 
 from ..machine import chosen_machine
 
+#: Rows of an update that are compared each with each; above, sorting takes less.
+COMPARED = 1 << 14
 #: Rows above this are gathered by a launch of their own.
 FUSED_ROW_BYTES = 16 * 1024
 #: What one program of that launch moves.

@@ -13,7 +13,7 @@ def topk_kernel(
     weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr,
     num_rows, inner, s_outer, s_inner, s_class, gs_outer, gs_inner, gs_class, index_ptr, logit_ptr, normalizer_ptr,
     V: tl.constexpr, UNIT: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    BUCKET: tl.constexpr, NORMALIZER: tl.constexpr, T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr,
+    BUCKET: tl.constexpr, ONCE: tl.constexpr, NORMALIZER: tl.constexpr, T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr,
     WEIGHT: tl.constexpr, MASK: tl.constexpr, UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr,
     GRAD_S: tl.constexpr, STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +34,15 @@ def topk_kernel(
     index = tl.load(index_ptr + at, mask=lane < K, other=-1)
     inside = (index >= 0) & (index < V)
     t = tl.load(logit_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
-    present = inside & (t != float("-inf"))  # NaN is no padding
+    present = inside & (t != float("-inf"))
+    if ONCE:
+        # A class counts where it is named first: the padding gets names that nothing else has.
+        name = tl.where(present, index, -1 - lane)
+        before = (name[:, None] == name[None, :]) & (lane[None, :] < lane[:, None])
+        present = present & (tl.max(before.to(tl.int32), axis=1) == 0)
+    named = tl.max(present.to(tl.int32), axis=0) > 0  # a row that names no class adds nothing
+    counts = counts & named
+    t = tl.where(present | (named == 0), t, float("-inf"))
     x = load_logits(s_row, index, s_class, present)
     t_top = tl.max(t, axis=0) * k
     if NORMALIZER:

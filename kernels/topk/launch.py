@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..common.launch_rows import launch_rows, outputs, rows_of
+from ..common.launch_rows import RowLaunches, RowPlan, Rows, Wanted
 from ..common.scale import Scale
 from . import bodies
 from .plan import topk_plan
@@ -37,29 +37,30 @@ def topk(
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.
     """
-    dim, k = student.dim() - 1, index.shape[-1]
-    rows, loss = outputs(student, dim, reduce=reduce, want_rows=want_rows)
-    if student.numel() == 0:
-        return loss.zero_() if loss is not None else rows.zero_()
-    at = rows_of((student,), (grad_student,), dim)
+    k = index.shape[-1]
+    if k > 1 and student.numel() and not topk_plan(student.shape[-1], k).once:
+        index = _once(index, logits)
+    want = Wanted(want_rows or not reduce, reduce, exit_if_one)
+    options = (k, bucket, normalizer is not None)
+    further = (index, logits, normalizer)
+    return TOPK((student,), (grad_student,), student.dim() - 1, scale, want, upstream, further, options)
+
+
+def _planned(at: Rows, k: int, bucket: bool, normalizer: bool) -> RowPlan:
     plan = topk_plan(at.num_classes, k)
-    launch_rows(
-        bodies.topk_kernel,
-        (at.num_rows,),
-        at,
-        rows,
-        loss,
-        scale,
-        upstream,
-        exit_if_one,
-        index_ptr=index,
-        logit_ptr=logits,
-        normalizer_ptr=normalizer,
-        K=k,
-        WIDE=plan.wide,
-        BLOCK=plan.block,
-        BUCKET=bucket,
-        NORMALIZER=normalizer is not None,
-        num_warps=plan.num_warps,
-    )
-    return loss if reduce else rows
+    constants = {"K": k, "WIDE": plan.wide, "BLOCK": plan.block, "BUCKET": bucket, "NORMALIZER": normalizer}
+    constants |= {"ONCE": plan.once, "num_warps": plan.num_warps}
+    return RowPlan(bodies.topk_kernel, (at.num_rows,), constants)
+
+
+TOPK = RowLaunches(_planned, ("index_ptr", "logit_ptr", "normalizer_ptr"))
+
+
+def _once(index: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Padding where a class has been named before in its row, for lists too long to compare on the chip."""
+    name = index.masked_fill(logits == float("-inf"), -1)
+    order = name.argsort(dim=-1, stable=True)
+    in_order = name.gather(-1, order)
+    again = torch.zeros_like(name, dtype=torch.bool)
+    again[..., 1:] = in_order[..., 1:] == in_order[..., :-1]
+    return name.masked_fill(torch.zeros_like(again).scatter(-1, order, again), -1)

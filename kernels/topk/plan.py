@@ -15,14 +15,17 @@ class TopKPlan:
         block: Classes read at a time.
         wide: Lanes for the k outcomes, a power of two.
         num_warps: Warps a program.
+        once: Whether the kernel looks for classes that are named twice, all pairs of lanes at once.
     """
 
     block: int
     wide: int
     num_warps: int
+    once: bool
 
 
 def topk_plan(num_classes: int, k: int) -> TopKPlan:
     """One row a program: at most 4096 classes at a time, 16 a thread."""
     block = min(4096, max(32, triton.next_power_of_2(num_classes)))
-    return TopKPlan(block, max(2, triton.next_power_of_2(k)), min(8, max(1, block // 512)))
+    wide = max(2, triton.next_power_of_2(k))
+    return TopKPlan(block, wide, min(8, max(1, block // 512)), once=k > 1 and wide <= 128)

@@ -37,11 +37,26 @@ def test_kl_div_loss_is_torchs(reduction: Any, log_target: bool) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(x, s)[0] for x in losses), rtol=1e-5, atol=1e-7)
 
 
-def test_kl_div_loss_takes_zero_probabilities() -> None:
-    s, _ = draw(2, 3)
-    target = torch.tensor([[0.0, 0.25, 0.75], [1.0, 0.0, 0.0]])
-    got, want = (kind(reduction="sum")(F.log_softmax(s, -1), target) for kind in (KLDivLoss, nn.KLDivLoss))
-    torch.testing.assert_close(got, want)
+EDGES = {
+    "zero probabilities": torch.tensor([[0.0, 0.25, 0.75], [1.0, 0.0, 0.0]]),
+    "a row multiplied away": torch.tensor([[0.0, 0.0, 0.0], [0.2, 0.3, 0.5]]),
+    "rows that do not sum to 1": torch.tensor([[3.0, 0.25, 0.75], [0.1, 0.1, 0.1]]),
+    "one row for all": torch.tensor([0.2, 0.3, 0.5]),
+    "probabilities over dim 0": torch.tensor([[0.2, 0.3, 0.5], [0.8, 0.7, 0.5]]),
+    "not a number": torch.tensor([[math.nan, 0.25, 0.75], [1.0, 0.0, 0.0]]),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
+@pytest.mark.parametrize("target", EDGES.values(), ids=EDGES)
+@pytest.mark.filterwarnings("ignore:reduction")
+def test_kl_div_loss_is_torchs_on_what_is_no_softmax(reduction: Any, target: torch.Tensor) -> None:
+    results = []
+    for kind in (KLDivLoss, nn.KLDivLoss):
+        given = draw(2, 3)[0].requires_grad_()
+        loss = kind(reduction=reduction)(given, target)
+        results.append((loss, torch.autograd.grad(loss.sum(), given)[0]))
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
 def trl_form(
@@ -159,7 +174,7 @@ def test_distiller_hands_the_target_on() -> None:
 
 
 def test_refusals_name_the_argument() -> None:
-    with pytest.raises(ValueError, match="reduction: got 'none'"):
-        KLDivLoss("none")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reduction: got 'median'"):
+        KLDivLoss("median")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reduction: got 'none'"):
         generalized_jsd_loss(*draw(2, 3), reduction="none")  # type: ignore[arg-type]

@@ -32,6 +32,52 @@ def test_compare_fails_on_what_became_slower(tmp_path: Path, after: float, code:
     assert text in outcome.stdout
 
 
+def provider(name: str, seconds: float | None = None, **reason: str) -> dict[str, object]:
+    timed = {} if seconds is None else {"seconds": {"wall": [seconds, 1.001 * seconds, 0.999 * seconds]}}
+    return {"name": name, **timed, **reason}
+
+
+KDFAST, EAGER = provider("kdfast", 1.0), provider("eager", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("after", "errors", "why"),
+    [
+        ([KDFAST, provider("eager", 2.0)], [], None),
+        ([KDFAST, provider("eager", absent="not here")], [], None),
+        ([KDFAST], [], None),
+        ([KDFAST, provider("eager", failed="it raised")], [], None),
+        ([provider("kdfast", 1.5), provider("eager", 1.5)], [], "kdfast takes +50.0 %"),
+        ([EAGER], [], "kdfast was timed before and is not now (no such row)"),
+        (
+            [EAGER, provider("kdfast", wrong="by 3")],
+            [],
+            "kdfast was timed before and is not now (wrong: by 3)",
+        ),
+        ([EAGER, provider("kdfast", failed="it raised")], [], "is not now (failed: it raised)"),
+        ([EAGER, provider("kdfast", absent="no GPU")], [], "is not now (absent: no GPU)"),
+        ([KDFAST, EAGER, provider("kdfast new", failed="it raised")], [], "kdfast new failed: it raised"),
+        ([KDFAST, provider("eager", wrong="by 3")], [], "eager wrong: by 3"),
+        ([KDFAST, EAGER], ["losses: stopped"], "stopped: losses: stopped"),
+        ([], [], "kdfast was timed before"),
+    ],
+)
+def test_compare_is_a_gate_for_kdfast_alone(
+    tmp_path: Path, after: list[dict[str, object]], errors: list[str], why: str | None
+) -> None:
+    files = []
+    for name, providers, stopped in (("a.json", [KDFAST, EAGER], []), ("b.json", after, errors)):
+        rows = [{"key": "losses/kl", "providers": providers}] if providers else []
+        (tmp_path / name).write_text(
+            json.dumps({"format": 1, "name": "here", "cases": rows, "errors": stopped})
+        )
+        files.append(str(tmp_path / name))
+    outcome = CliRunner().invoke(app, ["bench", "--compare", *files])
+    assert outcome.exit_code == (0 if why is None else 1), outcome.output
+    assert why is None or why in outcome.stderr
+    assert len([line for line in outcome.stderr.splitlines() if line]) == (0 if why is None else 1)
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -75,6 +75,7 @@ def test_a_taught_network_is_left_whole(teacher: Path) -> None:
         "metrics.json",
         "metrics.jsonl",
         "model.safetensors",
+        "best.safetensors",
         "recipe.yaml",
     }
     config = load_model_config(teacher)
@@ -263,8 +264,35 @@ def test_doctor_examines_this_installation(monkeypatch: pytest.MonkeyPatch) -> N
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "accelerate" else real(name))
     text = call("doctor").stdout
-    assert 'accelerate missing: pip install "kdfast[train]"' in text
+    assert "train: accelerate missing" in text
+    assert re.search(r'pip install "kdfast\[[\w,-]*train[\w,-]*\]"', text)
+    assert text.count("pip install") == 1
     assert "The core works." in text
+
+
+@pytest.mark.parametrize(
+    ("installed", "cuda", "wanted"),
+    [
+        ((), "13.0", "dali"),
+        ((), "12.8", "dali-cu12"),
+        ((), None, "dali"),
+        (("nvidia-dali-cuda120",), "13.0", "dali-cu12"),
+        (("nvidia-dali-cuda130", "pillow"), "12.8", "dali"),
+        (("nvidia-dali-cuda130", "simplejpeg", "pillow"), "12.8", ""),
+        (("nvidia-dali-cuda120", "simplejpeg", "pillow"), "13.0", ""),
+    ],
+)
+def test_doctor_never_names_two_builds_of_dali(
+    monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], cuda: str | None, wanted: str
+) -> None:
+    from kdfast.experiments import doctor
+
+    packages = {"nvidia-dali-cuda130", "nvidia-dali-cuda120", "simplejpeg", "pillow"}
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in packages - set(installed) else "1.0")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    command = doctor.run().command
+    named = [name for name in re.findall(r"[\w-]+", command) if name.startswith("dali")]
+    assert named == ([wanted] if wanted else [])
 
 
 def test_doctor_fails_where_the_core_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,8 +325,11 @@ def test_the_process_exits_with_the_code_and_takes_debug_anywhere(tmp_path: Path
 
 
 def test_without_typer_it_says_which_extra_brings_it() -> None:
-    hide = "import sys; sys.modules['typer'] = None; from kdfast.cli import main; main(['doctor'])"
-    done = run("-c", hide)
+    hide = "import sys; sys.modules['typer'] = None; from kdfast.cli import main; main(sys.argv[1:])"
+    looked = run("-c", hide, "doctor", "--json")
+    assert looked.returncode == 0, looked.stderr
+    assert json.loads(looked.stdout)["healthy"]
+    done = run("-c", hide, "teach")
     assert done.returncode == 1
     assert done.stderr == (
         "kdfast: the command line needs typer, which is not installed. "

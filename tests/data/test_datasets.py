@@ -336,7 +336,7 @@ def test_hugging_face_missing_says_what_installs_it(monkeypatch: pytest.MonkeyPa
 
 
 def test_arguments_out_of_range(folder: Path) -> None:
-    with pytest.raises(ValueError, match="split is one of train, test, all, got 'dev'"):
+    with pytest.raises(ValueError, match="split is one of train, val, test, all, got 'dev'"):
         load_dataset("digits", "dev")
     with pytest.raises(ValueError, match="image_size is at least 1, got 0"):
         load_dataset("digits", image_size=0)

@@ -78,7 +78,7 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     assert not is_segmentation_folder(tmp_path)
     with pytest.raises(DataError, match="holds no images/ and masks/ folders"):
         open_segmentation(tmp_path)
-    with pytest.raises(ValueError, match="split: got 'dev', accepted: train, test, all"):
+    with pytest.raises(ValueError, match="split is one of train, val, test, all, got 'dev'"):
         open_segmentation(folder, "dev")
     with pytest.raises(DataError, match=r"masks.000\.png: holds class 1, accepted: 0…0, and 255"):
         open_segmentation(folder, "all", num_classes=1)[0]
@@ -154,7 +154,10 @@ def test_teach_and_eval_measure_miou(tmp_path: Path, folder: Path) -> None:
     config = build_config(TeachConfig, {**values, **short, "workers": 0}, source="test")
     metrics = teach.run(config, tmp_path / "teacher", progress=False)
     assert 0 <= metrics["miou"] <= 1
-    said = CliRunner().invoke(app, ["eval", str(tmp_path / "teacher"), "--data", str(folder), "-q", "--json"])
+    words = ["eval", str(tmp_path / "teacher"), "--data", str(folder), "-q", "--json"]
+    everything = json.loads(CliRunner().invoke(app, words).output)
+    assert everything["images"] == len(open_segmentation(folder, "all"))
+    said = CliRunner().invoke(app, [*words, "--split", "test"])
     assert said.exit_code == 0, said.output
     measured = json.loads(said.output)
     assert measured["miou"] == pytest.approx(metrics["miou"])

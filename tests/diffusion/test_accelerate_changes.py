@@ -169,3 +169,12 @@ def test_a_first_call_in_inference_mode_forbids_no_later_one(tmp_path: Path) -> 
     with torch.inference_mode():
         images(fast)
     torch.testing.assert_close(images(fast), images(plain), rtol=0, atol=2e-4)
+
+
+def test_a_sampler_made_from_the_config_has_the_defaults_that_it_would_have(tmp_path: Path) -> None:
+    """diffusers keeps a list of values that nobody set, which a class made of this config sets anew."""
+    plain, fast = _two(tmp_path)
+    for pipe in (plain, fast):
+        pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    assert dict(plain.scheduler.config) == dict(fast.scheduler.config)
+    torch.testing.assert_close(images(fast), images(plain), rtol=0, atol=2e-4)

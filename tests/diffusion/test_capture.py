@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,3 +101,24 @@ def test_both_recorders_go_this_way() -> None:
         if "CUDAGraph(" in path.read_text() and "benchmarks" not in path.parts
     ]
     assert users == ["capture.py"]
+
+
+def test_a_table_that_a_graph_reads_outlives_its_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More schedules than a cache holds, or a schedule that is replaced: a captured step reads where it always read."""
+    pytest.importorskip("diffusers")
+    from kdfast.diffusion.schedulers import common
+
+    cache = common.TableCache(limit=2)
+    source, cpu = torch.zeros(1), torch.device("cpu")
+
+    def table(key: int) -> weakref.ref[torch.Tensor]:
+        return weakref.ref(cache.get(key, cpu, torch.float32, [source], lambda: torch.zeros(3)))
+
+    plain = table(0)
+    monkeypatch.setattr(common, "capturing", lambda device: True)
+    captured = table(1)
+    monkeypatch.setattr(common, "capturing", lambda device: False)
+    for key in range(2, 6):
+        table(key)
+    assert plain() is None
+    assert captured() is not None

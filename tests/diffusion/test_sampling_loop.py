@@ -242,3 +242,15 @@ def test_a_compiled_denoiser_gives_the_same_latents() -> None:
         for mode in ("eager", "compile")
     )
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loop_that_was_made_in_inference_mode_runs_outside() -> None:
+    model, scheduler = tiny_dit(), DDIMScheduler()
+    scheduler.set_timesteps(3)
+    with torch.inference_mode():
+        step = static_step(scheduler, model)
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        inside = SamplingLoop(step, "eager").run(noise, labels(2.0))
+        outside = SamplingLoop(static_step(scheduler, model), "eager").run(noise, labels(2.0))
+    torch.testing.assert_close(inside, outside, rtol=0, atol=0)

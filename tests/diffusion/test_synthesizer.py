@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kdfast.data import ShardError, ShardLoader, ShardWriter, read_manifest
-from kdfast.diffusion import DDIMScheduler, Synthesizer
+from kdfast.diffusion import DDIMScheduler, Synthesizer, sources
 from kdfast.diffusion.parts import shard_range
 from kdfast.diffusion.sampling import sample_latents, sample_noise, step_generators
 from kdfast.errors import ConfigError, DataError
@@ -340,6 +340,25 @@ def test_a_resumed_run_makes_the_same_batches(tmp_path: Path, monkeypatch: pytes
     write(made, tmp_path / "grown", 6)
     write(made, tmp_path / "grown", 23, resume=True)
     assert calls == whole
+
+
+def test_captured_loops_of_a_set_have_one_size_wherever_a_run_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short batch is filled up also where nothing longer came before: resumed at it, or another rank's only one."""
+    sizes: dict[str, set[int]] = {}
+    for name, ranks in (("undisturbed", 1), ("ranks", 4)):
+        for rank in range(ranks):
+            made = synthesizer()
+            monkeypatch.setattr(made.source, "_mode", "graph")
+            plain = sources.SamplingLoop
+            monkeypatch.setattr(sources, "SamplingLoop", lambda step, mode, plain=plain: plain(step, "eager"))
+            write(made, tmp_path / name, 19, rank=rank, world_size=ranks)
+            monkeypatch.setattr(sources, "SamplingLoop", plain)
+            sizes[f"{name} {rank}"] = set(made.source._loops)
+            assert made.source.fill_to == 0  # a batch that is sampled by itself is as long as it is
+    assert sizes == {name: {4} for name in sizes}
+    assert contents(tmp_path / "undisturbed") == contents(tmp_path / "ranks")
 
 
 def test_a_crash_after_joining_leaves_neither_parts_nor_lock_behind(

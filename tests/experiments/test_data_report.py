@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from kdfast.cli.app import app
 from kdfast.data import ShardWriter, relative_entropy
 from kdfast.data.quality import class_spread, duplicate_groups, effective_directions, picture_hashes
-from kdfast.experiments.common import teacher_view
+from kdfast.experiments.common import networks
 from kdfast.experiments.data_report import run as data_report
 from kdfast.experiments.data_report import verdict as data_verdict
 from kdfast.experiments.data_report.config import DataReportConfig
@@ -47,7 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(root: Path) -> tuple[Path, dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher_view, "load_model", lambda path: ByColour())
+        patch.setattr(networks, "load_model", lambda path: ByColour())
         data_report.run(config(root, root / "out"))
     return root / "out", json.loads((root / "out" / "metrics.json").read_text())
 
@@ -110,7 +110,7 @@ def test_options_change_what_is_looked_at(
 ) -> None:
     from kdfast.experiments.data_report import page as data_page
 
-    monkeypatch.setattr(teacher_view, "load_model", lambda path: ByColour())
+    monkeypatch.setattr(networks, "load_model", lambda path: ByColour())
     monkeypatch.setattr(data_page, "build", lambda *a: data_page.Page("nothing"))
 
     def numbers(**values: Any) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def test_options_change_what_is_looked_at(
 def test_one_class_for_everything_is_reported_not_refused(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher_view, "load_model", lambda path: ByColour())
+    monkeypatch.setattr(networks, "load_model", lambda path: ByColour())
     with ShardWriter(tmp_path / "same", image_format="png") as writer:
         writer.write(flat([3] * 20), [0] * 20)
     words = ["data-report", tmp_path / "same", root / "teacher", "--out", tmp_path / "out", "-q", "--json"]
@@ -235,18 +235,39 @@ GOOD: dict[str, Any] = {
         ({"classes_predicted": 1, "relative_entropy_raw": 0.0}, "poor", "Not usable for this teacher"),
         ({"effective_directions": 1.5}, "poor", "Too narrow for this teacher"),
         ({"duplicate_share": 0.5}, "fair", "Even, but repetitive"),
+        (
+            {"classes": 6, "classes_predicted": 6, "largest_share": 0.48, "relative_entropy_raw": 0.86},
+            "fair",
+            "Good once it is selected from",
+        ),
+        ({"classes": 2, "classes_predicted": 2, "largest_share": 0.7}, "good", "A good set for this teacher"),
+        (
+            {"classes": 2, "classes_predicted": 2, "largest_share": 0.8, "relative_entropy_supported": 0.7},
+            "fair",
+            "Usable, with gaps",
+        ),
+        ({"smallest_share": 0.01, "smallest_class": "owl"}, "fair", "Good once it is selected from"),
+        ({"smallest_share": 0.0, "classes_predicted": 9}, "fair", "Good once it is selected from"),
+        ({"smallest_share": 0.03}, "good", "A good set for this teacher"),
     ],
 )
 def test_the_verdict(change: dict[str, Any], grade: str, headline: str) -> None:
     found = data_verdict.verdict({**GOOD, **change})
     assert found[:2] == (grade, headline)
     assert found[2]
+    assert ("evenly" in found[2]) <= (not data_verdict.worst_class({**GOOD, **change}))
 
 
 @pytest.mark.parametrize(
     ("change", "title", "grade", "words"),
     [
         ({}, "Coverage of the classes", "good", "all 10 classes"),
+        (
+            {"largest_share": 0.3, "largest_class": "owl"},
+            "Coverage of the classes",
+            "fair",
+            "class (owl) takes 30 %",
+        ),
         ({"relative_entropy_raw": 0.7}, "Coverage of the classes", "fair", "0.700"),
         ({"relative_entropy_raw": 0.5}, "Coverage of the classes", "poor", "0.500"),
         ({}, "What selection can do", "good", "nothing to add"),

@@ -124,6 +124,15 @@ def test_without_dali_it_says_which_command_installs_it(
     assert not out.exists()
 
 
+def test_everything_that_is_missing_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("diffusers", "matplotlib", "nvidia.dali"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError) as raised:
+        demo.run(replace(SMALL, out=str(tmp_path / "out")))
+    assert all(name in str(raised.value) for name in ("diffusers", "matplotlib", "nvidia"))
+    assert 'pip install "kdfast[dali,diffusion,report]"' in str(raised.value)
+
+
 def test_it_runs_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process"):

@@ -20,10 +20,10 @@ from kdfast.methods.diffkd import DiffKDConfig
 from kdfast.models import create_model
 from kdfast.report import write_report
 from kdfast.training.model_io import ModelConfig, load_model, save_model
+from tests.support.recipes import Cell, cells, parameters
 from tests.support.shards import pictures
 
-ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes" / "diffkd").glob("*.yaml"))
+RECIPES = cells("diffkd")
 # One of each kind of method, networks, strategy and task; the others differ from these in numbers.
 QUICK = {
     *("digits", "digits-kd", "shapes-segmentation", "cifar100-wrn_40_2-wrn_40_1"),
@@ -49,9 +49,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shrunk(path: Path, tiny: Path) -> dict[str, Any]:
+def shrunk(values: dict[str, Any], tiny: Path) -> dict[str, Any]:
     """A recipe with a tiny teacher, set and autoencoder in place of its own."""
-    values = load_recipe(path)
+    values = dict(values)
     if values["student"].startswith("timm:"):
         values["student"] = "vgg8"  # timm does not import beside the CPU build of torch
     if values["method"] == "diffkd" and values.get("latent_channels", 1024):
@@ -73,45 +73,41 @@ def shrunk(path: Path, tiny: Path) -> dict[str, Any]:
 
 
 def test_there_is_a_recipe_for_each_cell() -> None:
-    names = {path.stem for path in RECIPES}
+    names = {cell.stem for cell in RECIPES}
     assert names >= QUICK
     assert len([name for name in names if name.startswith("cifar100-")]) == 12
     assert len([name for name in names if name.startswith("ablation-")]) == 13
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, id=p.stem, marks=[] if p.stem in QUICK else [pytest.mark.slow]) for p in RECIPES],
-)
-def test_a_recipe_takes_a_step(path: Path, tiny: Path) -> None:
-    config, method = distill.parse(shrunk(path, tiny), source=path.name)
+@pytest.mark.parametrize("cell", parameters(RECIPES, QUICK))
+def test_a_recipe_takes_a_step(cell: Cell, tiny: Path) -> None:
+    config, method = distill.parse(shrunk(cell.values, tiny), source=cell.stem)
     result = distill.run(config, method, tiny / "unused", dry_run=True, progress=False)
     assert 0 < result["loss"] < float("inf")
     assert not (tiny / "unused").exists()
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_as_it_stands_is_valid(path: Path) -> None:
-    config, _ = distill.parse(load_recipe(path), source=path.name)
+@pytest.mark.parametrize("cell", parameters(RECIPES))
+def test_a_recipe_as_it_stands_is_valid(cell: Cell) -> None:
+    config, _ = distill.parse(cell.values, source=cell.stem)
     schedule = config.trainer_config().schedule
     assert schedule.milestones == () or schedule.milestones[-1] < config.epochs
 
 
 def test_the_papers_numbers() -> None:
-    folder = ROOT / "recipes" / "diffkd"
-    config, method = distill.parse(load_recipe(folder / "imagenet-strong-swin_l-resnet50.yaml"))
+    config, method = distill.parse(load_recipe("diffkd/table-3", "swin_l-resnet50"))
     assert (config.optimizer, config.lr, config.weight_decay) == ("rmsprop", 0.048, 1e-5)
     assert (config.schedule, config.decay_epochs, config.lr_decay) == ("step", 2.4, 0.97)
     assert (config.epochs, config.batch_size, config.ema_decay) == (450, 768, 0.9999)
     assert (method.latent_channels, method.label_smoothing) == (768, 0.1)
-    config, method = distill.parse(load_recipe(folder / "imagenet-strong-swin_l-swin_t.yaml"))
+    config, method = distill.parse(load_recipe("diffkd/table-3", "swin_l-swin_t"))
     assert (config.optimizer, config.lr, config.weight_decay, config.epochs) == ("adamw", 5e-4, 0.05, 300)
     assert (method.mixup_alpha, method.cutmix_alpha) == (0.8, 1.0)
-    config, method = distill.parse(load_recipe(folder / "imagenet-resnet34-resnet18.yaml"))
+    config, method = distill.parse(load_recipe("diffkd/table-2", "resnet34-resnet18"))
     assert (config.milestones, config.lr, config.batch_size) == ((30, 60, 90), 0.1, 256)
     assert method == DiffKDConfig()
     assert (method.latent_channels, method.steps, method.temperature) == (1024, 5, 1.0)
-    _, method = distill.parse(load_recipe(folder / "ablation-adapter-off.yaml"))
+    _, method = distill.parse(load_recipe("diffkd/table-7", "adapter-off"))
     assert method.adapter is False
 
 
@@ -120,7 +116,7 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One epoch of the digits recipe on a dozen images, with a moving average."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("runs") / "student"
-    values = shrunk(ROOT / "recipes" / "diffkd" / "digits.yaml", tiny)
+    values = shrunk(load_recipe("diffkd/digits"), tiny)
     values |= {"epochs": 2, "log_every": 1, "ema_decay": 0.5, "test_data": "digits", "warmup_epochs": 0}
     torch.manual_seed(0)
     teacher = create_model("resnet8", 10)
@@ -167,7 +163,7 @@ def test_the_report_draws_accuracy_over_evaluations(tmp_path: Path) -> None:
 
 
 def test_wrong_layers_of_a_recipe_are_named(tiny: Path) -> None:
-    values = shrunk(ROOT / "recipes" / "diffkd" / "digits.yaml", tiny)
+    values = shrunk(load_recipe("diffkd/digits"), tiny)
     for layer in ("student_layer", "teacher_layer"):
         config, method = distill.parse({**values, layer: "layer9"})
         with pytest.raises(ConfigError, match="did you mean layer"):

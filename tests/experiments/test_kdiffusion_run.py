@@ -22,10 +22,11 @@ from kdfast.report.reverse import parameter_figure, part_figures
 from kdfast.report.runs import read_run
 from kdfast.training.model_io import ModelConfig, load_model
 from tests.conftest import INTERPRETING
+from tests.support.recipes import Cell, cells, parameters
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="trains networks; the kernels have their own tests")
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "kdiffusion").glob("*.yaml"))
+RECIPES = cells("kdiffusion")
 #: One of each kind, for `make test`; the others are slow.
 QUICK = {
     "cifar100-resnet32x4-shufflenet_v1-guided",
@@ -106,49 +107,42 @@ class MobileNetV3(nn.Module):
 
 
 @pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[Any, Any]]:
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cell], tuple[Any, Any]]:
     """A recipe's configs with networks of ten classes, on digits; teachers and timm's networks untrained."""
 
     def build(described: ModelConfig) -> nn.Module:
         return MobileNetV3(10) if described.model.startswith("timm:") else described.build()
 
-    def load(source: str, data: str | None = None) -> tuple[nn.Module, ModelConfig]:
+    def load(source: str, keys: Any = None, **more: Any) -> tuple[nn.Module, ModelConfig]:
         name = source.removeprefix("timm:").partition(".")[0].rpartition("/")[2]
         name = name.partition("-")[2] or name
         name = "resnet14" if name == "teacher" else name
         network = Swin(10) if name.startswith("swin") else create_model(name, 10)
         return network.eval(), ModelConfig(name, 10, 32, (0.5,) * 3, (0.5,) * 3)
 
-    def configs(path: Path) -> tuple[Any, Any]:
+    def configs(cell: Cell) -> tuple[Any, Any]:
         monkeypatch.setattr("kdfast.experiments.distill.run.load_teacher", load)
         monkeypatch.setattr("kdfast.experiments.distill.run.build_network", build)
         small = {"data": "digits", "test_data": None, "image_size": 32, "load_size": 32, "batch_size": 2}
         small |= {"precision": "fp32", "device": "cpu", "label_column": None}
-        values = {**load_recipe(path), **small}
+        values = {**cell.values, **small}
         if values.get("stem") == "imagenet":
             values |= {"image_size": 64, "load_size": 64}
-        return distill.parse(values, source=path.name)
+        return distill.parse(values, source=cell.stem)
 
     return configs
 
 
-def recipes() -> list[Any]:
-    return [
-        pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
-        for path in RECIPES
-    ]
-
-
-@pytest.mark.parametrize("path", recipes())
-def test_every_recipe_takes_a_real_step(path: Path, no_weights: Any, tmp_path: Path) -> None:
-    config, method = no_weights(path)
+@pytest.mark.parametrize("cell", parameters(RECIPES, QUICK))
+def test_every_recipe_takes_a_real_step(cell: Cell, no_weights: Any, tmp_path: Path) -> None:
+    config, method = no_weights(cell)
     assert distill.run(config, method, tmp_path / "out", dry_run=True, progress=False)["loss"] > 0
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_valid_and_names_layers_that_exist(path: Path) -> None:
-    config, method = distill.parse(load_recipe(path), source=path.name)
+@pytest.mark.parametrize("cell", parameters(RECIPES))
+def test_every_recipe_is_valid_and_names_layers_that_exist(cell: Cell) -> None:
+    config, method = distill.parse(cell.values, source=cell.stem)
     assert config.trainer_config().epochs == config.epochs
     if not config.student.startswith("timm:"):
         student = create_model(config.student, 10, **config.model_options())
@@ -158,7 +152,7 @@ def test_every_recipe_is_valid_and_names_layers_that_exist(path: Path) -> None:
 
 
 def test_every_cell_of_the_tables_has_a_recipe() -> None:
-    stems = [path.stem for path in RECIPES]
+    stems = [cell.stem for cell in RECIPES]
     pairs = ("resnet32x4-shufflenet_v1", "wrn_40_2-shufflenet_v1", "vgg13-mobilenet_v2")
     pairs += ("resnet50-mobilenet_v2", "resnet32x4-shufflenet_v2")
     want = [f"cifar100-{pair}-{row}" for pair in pairs for row in ("average", "single", "multi", "guided")]
@@ -169,15 +163,15 @@ def test_every_cell_of_the_tables_has_a_recipe() -> None:
     ]
     want += [f"cifar100-mobilenet_v2-stages-{stages}" for stages in ("none", "4", "3-4", "2-4", "1-4")]
     students = ("mobilenet_v2", "mobilenet_v3", "resnet18", "shufflenet_v1", "shufflenet_v2")
-    cells = [f"imagenet100-swin_t-{student}" for student in students]
-    cells += ["imagenet-resnet50-mobilenet_v1", "imagenet-resnet34-resnet18"]
-    want += [f"{cell}-{row}" for cell in cells for row in ("single", "multi")]
+    pairs = tuple(f"imagenet100-swin_t-{student}" for student in students)
+    pairs += ("imagenet-resnet50-mobilenet_v1", "imagenet-resnet34-resnet18")
+    want += [f"{pair}-{row}" for pair in pairs for row in ("single", "multi")]
     assert sorted(stems) == sorted([*want, "digits"])
 
 
 def test_tables_differ_where_they_say() -> None:
     def config(stem: str) -> Any:
-        return distill.parse(load_recipe(RECIPES[0].parent / f"{stem}.yaml"))[1]
+        return distill.parse(load_recipe(f"kdiffusion/{stem}"))[1]
 
     pair = "cifar100-resnet32x4-shufflenet_v1"
     average, single, multi, guided = (config(f"{pair}-{r}") for r in ("average", "single", "multi", "guided"))
@@ -281,7 +275,6 @@ def test_a_layer_that_does_not_exist_is_named(teacher: Path, tmp_path: Path) -> 
 @pytest.mark.timeout(3600)
 def test_the_miniature_is_no_worse_than_plain_distillation(tmp_path: Path) -> None:
     """Three seeds each of the shipped recipe and of plain KD, on the same teacher; printed, and bounded loosely."""
-    root = Path(__file__).parents[2]
     settings = {"epochs": 8, "lr": 0.1, "schedule": "cosine", "warmup_epochs": 1, "batch_size": 64}
     base = {
         **settings,
@@ -294,7 +287,7 @@ def test_the_miniature_is_no_worse_than_plain_distillation(tmp_path: Path) -> No
     teach.run(teach_config(base), tmp_path / "teacher", progress=False)
     accuracy: dict[str, list[float]] = {}
     for name in ("kdiffusion/digits", "diffkd/digits-kd"):
-        recipe = load_recipe(root / "recipes" / f"{name}.yaml")
+        recipe = load_recipe(name)
         recipe |= {"teacher": str(tmp_path / "teacher"), "device": "cpu", "workers": 0, "epochs": 8}
         config, method = distill.parse(recipe)
         out = distill.run_seeds(config, method, tmp_path / name.replace("/", "-"), seeds=3, progress=False)

@@ -9,24 +9,22 @@ import pytest
 from kdfast.errors import ConfigError
 from kdfast.experiments.common.recipe import build_config, check_keys, load_recipe, parse_overrides, to_yaml
 from kdfast.experiments.common.results import fingerprint, summarise
+from kdfast.experiments.common.tables import table_names
 from kdfast.experiments.distill import run as distill
 from kdfast.experiments.distill.config import DistillConfig
 from kdfast.experiments.synth.config import SynthConfig
 from kdfast.experiments.teach.config import TeachConfig
 from kdfast.methods import DMKDConfig
 from kdfast.models import create_model
+from tests.support.recipes import Cell, cells, parameters
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+RECIPES = cells("dmkd")
 NEEDED = {"teacher": "t", "student": "resnet8", "data": "d"}
 
 
-def test_there_are_recipes() -> None:
-    assert len([path for path in RECIPES if path.parent.name == "dmkd"]) >= 20
-
-
-@pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name == "dmkd"], ids=lambda path: path.stem)
-def test_every_recipe_is_valid_and_its_networks_exist(path: Path) -> None:
-    config, method = distill.parse(load_recipe(path), source=path.name)
+@pytest.mark.parametrize("cell", parameters(RECIPES))
+def test_every_recipe_is_valid_and_its_networks_exist(cell: Cell) -> None:
+    config, method = distill.parse(cell.values, source=cell.stem)
     trainer = config.trainer_config()
     assert trainer.schedule.milestones == () or trainer.schedule.milestones[-1] < trainer.epochs
     assert isinstance(method, DMKDConfig)
@@ -35,7 +33,7 @@ def test_every_recipe_is_valid_and_its_networks_exist(path: Path) -> None:
 
 
 def test_every_cell_of_the_tables_has_a_recipe() -> None:
-    stems = {path.stem for path in RECIPES if path.parent.name == "dmkd"}
+    stems = {cell.stem for cell in RECIPES}
     counts = {
         "table1-": 3,
         "cifar100-": 5,
@@ -45,31 +43,30 @@ def test_every_cell_of_the_tables_has_a_recipe() -> None:
         "table8-": 8,
         "table9-": 4,
     }
-    counts |= {"table10-": 9, "figure5-": 7, "figure6": 1}
+    counts |= {"table10-": 9, "figure5-": 7, "figure": 15}
     for prefix, count in counts.items():
         assert len([stem for stem in stems if stem.startswith(prefix)]) == count, prefix
 
 
-@pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name == "synth"], ids=lambda path: path.stem)
-def test_every_recipe_for_images_is_valid(path: Path) -> None:
-    config = build_config(SynthConfig, {**load_recipe(path), "out": "o"}, source=path.name)
-    check_keys(load_recipe(path), SynthConfig, source=path.name)
+@pytest.mark.parametrize("name", table_names("synth"))
+def test_every_recipe_for_images_is_valid(name: str) -> None:
+    config = build_config(SynthConfig, {**load_recipe(name), "out": "o"}, source=name)
+    check_keys(load_recipe(name), SynthConfig, source=name)
     assert config.images >= 2000
 
 
-def test_the_images_that_recipes_ask_for_have_a_name_that_says_how(tmp_path: Path) -> None:
-    for path in (p for p in RECIPES if p.parent.name == "dmkd" and p.stem.startswith("table6")):
-        _, s, t = path.stem.split("-")
-        assert load_recipe(path)["data"] == f"data/dit-imagenet-{s}-{t}-200k"
+def test_the_images_that_recipes_ask_for_have_a_name_that_says_how() -> None:
+    for cell in (c for c in RECIPES if c.stem.startswith("table6")):
+        _, s, t = cell.stem.split("-")
+        assert cell.values["data"] == f"data/dit-imagenet-{s}-{t}-200k"
 
 
 def test_the_papers_numbers() -> None:
-    folder = Path(__file__).parents[2] / "recipes" / "dmkd"
-    config, method = distill.parse(load_recipe(folder / "cifar100-wrn_40_2-wrn_16_2.yaml"))
+    config, method = distill.parse(load_recipe("dmkd/table-2", "wrn_40_2-wrn_16_2"))
     assert (config.lr, config.momentum, config.weight_decay) == (0.05, 0.9, 5e-4)
     assert (config.batch_size, config.epochs, config.milestones) == (64, 240, (150, 180, 210))
     assert (method.temperature, method.labels, method.cutmix_alpha) == (10, "soft", 0.25)
-    config, method = distill.parse(load_recipe(folder / "table6-s2-t100.yaml"))
+    config, method = distill.parse(load_recipe("dmkd/table-6", "s2-t100"))
     assert (config.lr, config.weight_decay, config.batch_size) == (0.1, 1e-4, 256)
     assert (config.epochs, config.milestones, method.cutmix_alpha) == (100, (30, 60, 90), None)
 

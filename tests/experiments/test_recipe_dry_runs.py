@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from kdfast.data import ShardWriter
-from kdfast.experiments.common.recipe import load_recipe
 from kdfast.experiments.distill import run as distill
 from kdfast.models import create_model
 from kdfast.training.model_io import ModelConfig, save_model
+from tests.support.recipes import Cell, cells, parameters
 from tests.support.shards import pictures
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "dmkd").glob("*.yaml"))
+RECIPES = cells("dmkd")
 # One of each kind of networks, labels and augmentation; the others differ from these in numbers.
 QUICK = {"cifar100-wrn_40_2-wrn_16_1", "digits", "table10-resnet18-resnet18-both", "table3-resnet18-140k"}
 
@@ -31,12 +31,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, id=p.stem, marks=[] if p.stem in QUICK else [pytest.mark.slow]) for p in RECIPES],
-)
-def test_a_recipe_takes_a_step(path: Path, tiny: Path) -> None:
-    values = load_recipe(path)
+@pytest.mark.parametrize("cell", parameters(RECIPES, QUICK))
+def test_a_recipe_takes_a_step(cell: Cell, tiny: Path) -> None:
+    values = cell.values
     if values["student"].startswith("timm:"):
         values["student"] = "vgg8"  # timm does not import beside the CPU build of torch
     values |= {
@@ -51,7 +48,7 @@ def test_a_recipe_takes_a_step(path: Path, tiny: Path) -> None:
         "loader": "torch",
         "workers": 0,
     }
-    config, method = distill.parse(values, source=path.name)
+    config, method = distill.parse(values, source=cell.stem)
     result = distill.run(config, method, tiny / "unused", dry_run=True, progress=False)
     assert 0 < result["loss"] < float("inf")
     assert not (tiny / "unused").exists()

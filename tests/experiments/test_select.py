@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from kdfast.cli.app import app
 from kdfast.data import ShardLoader, ShardWriter, read_manifest, relative_entropy, select_long_tail
 from kdfast.data.records import ShardRecords
-from kdfast.experiments.common import teacher_view
+from kdfast.experiments.common import networks
 from kdfast.training.model_io import ModelConfig, save_model
 from tests.support.shards import good, label, tar
 
@@ -41,7 +41,7 @@ def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     torch.manual_seed(0)
     save_model(tmp_path / "teacher", create_model("resnet8", CLASSES), ModelConfig("resnet8", CLASSES, 8))
-    monkeypatch.setattr(teacher_view, "load_model", lambda path: ByColour())
+    monkeypatch.setattr(networks, "load_model", lambda path: ByColour())
     return tmp_path / "teacher"
 
 

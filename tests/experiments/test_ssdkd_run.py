@@ -21,8 +21,9 @@ from kdfast.methods import DMKDConfig, SSDKDConfig
 from kdfast.models import create_model
 from kdfast.report import write_report
 from kdfast.training import ModelConfig, TrainingInterrupted, read_metrics, save_model
+from tests.support.recipes import Cell, cells, parameters
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "ssdkd").glob("*.yaml"))
+RECIPES = cells("ssdkd")
 
 #: What makes any recipe a matter of milliseconds; only what it sets at all is replaced.
 SMALL: dict[str, Any] = {
@@ -79,8 +80,8 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def shrunk(path: Path) -> dict[str, Any]:
-    values = load_recipe(path)
+def shrunk(cell: Cell) -> dict[str, Any]:
+    values = cell.values
     small = values | {key: value for key, value in SMALL.items() if key in values}
     if values["method"] == "ssdkd":
         small |= ALWAYS
@@ -90,19 +91,19 @@ def shrunk(path: Path) -> dict[str, Any]:
 
 def distinct() -> list[Any]:
     """One recipe of each kind: pairs of networks, data sets and sizes are all alike once shrunk."""
-    kinds: dict[str, Path] = {}
-    for path in RECIPES:
+    kinds: dict[str, Cell] = {}
+    for cell in RECIPES:
         values = {
             key: value
-            for key, value in shrunk(path).items()
+            for key, value in shrunk(cell).items()
             if key not in ("teacher", "data", "adv", "oh", "lr_z", "lr_g")
         }
-        kinds.setdefault(json.dumps(values, sort_keys=True), path)
-    return [pytest.param(path, id=path.stem) for path in kinds.values()]
+        kinds.setdefault(json.dumps(values, sort_keys=True), cell)
+    return parameters(list(kinds.values()))
 
 
 def test_there_is_a_recipe_for_each_cell() -> None:
-    names = {path.stem for path in RECIPES}
+    names = {cell.stem for cell in RECIPES}
     pairs = (
         "resnet34-resnet18",
         "vgg11-resnet18",
@@ -126,9 +127,9 @@ def test_there_is_a_recipe_for_each_cell() -> None:
     assert names == wanted
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_valid_and_its_networks_exist(path: Path) -> None:
-    config, method = distill.parse(load_recipe(path), source=path.name)
+@pytest.mark.parametrize("cell", parameters(RECIPES))
+def test_every_recipe_is_valid_and_its_networks_exist(cell: Cell) -> None:
+    config, method = distill.parse(cell.values, source=cell.stem)
     assert isinstance(method, SSDKDConfig if config.method == "ssdkd" else DMKDConfig)
     with torch.device("meta"):  # no weights
         create_model(config.student, 10, **config.model_options())
@@ -136,24 +137,23 @@ def test_every_recipe_is_valid_and_its_networks_exist(path: Path) -> None:
 
 
 def test_the_papers_and_the_predecessors_numbers() -> None:
-    folder = RECIPES[0].parent
-    config, method = distill.parse(load_recipe(folder / "cifar100-resnet34-resnet18.yaml"))
+    config, method = distill.parse(load_recipe("ssdkd/cifar100-resnet34-resnet18"))
     assert (config.epochs, config.batch_size, config.lr, config.min_lr) == (200, 256, 0.2, 2e-4)
     assert (config.momentum, config.weight_decay, config.schedule) == (0.9, 1e-4, "cosine")
     assert (method.capacity, method.fill_epochs, method.temperature) == (5000, 20, 20)
     assert (method.bn, method.adv, method.oh) == (10, 1.33, 0.5)
     assert (method.inversion_steps, method.lr_z, method.lr_g) == (5, 0.01, 3e-3)
     assert method.steps_per_epoch(256) == 20
-    _, fast = distill.parse(load_recipe(folder / "cifar10-wrn_40_2-wrn_16_1-fast2.yaml"))
+    _, fast = distill.parse(load_recipe("ssdkd/table-1", "cifar10-wrn_40_2-wrn_16_1-fast2"))
     assert (fast.inversion_steps, fast.lr_z, fast.lr_g, fast.kd_steps) == (2, 0.015, 5e-3, 400)
     assert (fast.sampling, fast.modulates) == ("uniform", False)
 
 
-@pytest.mark.parametrize("path", distinct())
+@pytest.mark.parametrize("cell", distinct())
 def test_every_kind_of_recipe_takes_a_real_step(
-    path: Path, teacher: str, segmenter: str, masked: str
+    cell: Cell, teacher: str, segmenter: str, masked: str
 ) -> None:
-    values = shrunk(path)
+    values = shrunk(cell)
     values["teacher"] = teacher
     if values["method"] == "dmkd":
         values["data"] = "digits"

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kdfast.experiments.common.recipe import build_config, check_keys, load_recipe, parse_overrides
 from kdfast.experiments.distill import run as distill
-from kdfast.experiments.select import run as select
-from kdfast.experiments.synth import run as synth
 from kdfast.experiments.teach import run as teach
 from kdfast.methods import SurrogateKDConfig
 from kdfast.models import create_model
 from kdfast.training.model_io import ModelConfig
 from tests.experiments.test_recipe_dry_runs import tiny  # noqa: F401
+from tests.support.recipes import Cell, cells, parameters
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "surrogate").glob("*.yaml"))
+RECIPES = cells("surrogate")
 # One of each kind of target, attack and stem; the others differ from these in numbers.
 QUICK = {
     "digits",
@@ -31,7 +27,7 @@ QUICK = {
 
 
 def test_every_row_of_the_tables_is_there() -> None:
-    names = [path.stem for path in RECIPES]
+    names = [cell.stem for cell in RECIPES]
     counts = {f"table{n}": sum(name.startswith(f"table{n}-") for name in names) for n in (1, 2, 4, 5, 6, 7)}
     # 12 pairs on shaders, leaves, noise and their own images, 3 in and 6 out of domain; 4 sets of 2 teachers,
     # twice, and the patient run; 2 targets and 4 subsets of 2 sets; 8 augmentations of 2; 4 teachers of 4 sets; 2 of 2.
@@ -39,68 +35,37 @@ def test_every_row_of_the_tables_is_there() -> None:
     assert len(names) == sum(counts.values()) + 1
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_valid_and_its_network_exists(path: Path) -> None:
-    config, method = distill.parse(load_recipe(path), source=path.name)
+@pytest.mark.parametrize("cell", parameters(RECIPES))
+def test_a_recipe_is_valid_and_its_network_exists(cell: Cell) -> None:
+    config, method = distill.parse(cell.values, source=cell.stem)
     assert isinstance(method, SurrogateKDConfig)
     create_model(config.student, 10, **config.model_options())
-    if path.stem != "digits":
+    if cell.stem != "digits":
         assert (config.lr, config.momentum, config.weight_decay) == (0.1, 0.9, 1e-4)
         assert (config.batch_size, config.schedule) == (256, "cosine")
-        assert config.epochs == (1200 if "1200" in path.stem else 400)
-        synthetic = any(word in str(config.data) for word in ("shaders", "leaves", "noise"))
-        fine = any(word in path.stem for word in ("aircraft", "pets", "eurosat"))
-        assert method.temperature == (20 if synthetic or fine else 2)
-        assert method.attack == path.stem.startswith("table6")
+        assert config.epochs == (1200 if "1200" in cell.stem else 400)
+        # By the images that are distilled with: 2 for general-purpose sets, 20 for fine-grained and synthetic ones.
+        general = ("cifar10", "cifar100", "tiny-imagenet", "domain")
+        original = str(config.data) == str(config.test_data) or "original" in str(config.data)
+        plain = "domain" in str(config.data) or (original and any(word in cell.stem for word in general))
+        assert method.temperature == (2 if plain or (original and "tiny" in cell.stem) else 20)
+        assert method.attack == cell.stem.startswith("table6")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_commands_that_a_recipe_names_are_valid(path: Path) -> None:
-    """``teach`` and ``select`` lines parse, and what they write is what the recipe reads."""
-    schemas: dict[str, Any] = {
-        "teach": teach.TeachConfig,
-        "select": select.SelectConfig,
-        "synth": synth.SynthConfig,
-    }
-    made, values = set(), load_recipe(path)
-    for line in re.findall(r"^#   kdfast (.*)$", path.read_text(), re.M):
-        command, *words = line.split()
-        options = dict(itertools.pairwise(words))
-        made.add(options["--out"])
-        if command in ("teach", "select"):
-            given = parse_overrides([word for word in words if "=" in word])
-            given |= {
-                key[2:].replace("-", "_"): value for key, value in options.items() if key.startswith("--")
-            }
-            if command == "select":
-                given |= {"data": words[0], "teacher": words[1]}
-            else:
-                del given["out"]
-            check_keys(given, schemas[command], source=line)
-            build_config(schemas[command], given, source=line)
-    if "#   kdfast teach" in path.read_text():
-        assert values["teacher"] in made
-    if "#   kdfast select" in path.read_text():
-        assert any(str(values["data"]).startswith(folder) for folder in made)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, id=p.stem, marks=[] if p.stem in QUICK else [pytest.mark.slow]) for p in RECIPES],
-)
-def test_a_recipe_takes_a_step(path: Path, tiny: Path) -> None:  # noqa: F811
-    values = load_recipe(path) | {
+@pytest.mark.parametrize("cell", parameters(RECIPES, QUICK))
+def test_a_recipe_takes_a_step(cell: Cell, tiny: Path) -> None:  # noqa: F811
+    values = cell.values | {
         "teacher": str(tiny / "teacher"),
         "data": str(tiny / "shards"),
         "test_data": None,
         "batch_size": 4,
-        "image_size": 32 if load_recipe(path).get("stem") == "imagenet" else 16,
+        "image_size": 32 if cell.values.get("stem") == "imagenet" else 16,
         "precision": "fp32",
         "device": "cpu",
         "loader": "torch",
         "workers": 0,
     }
-    config, method = distill.parse(values, source=path.name)
+    config, method = distill.parse(values, source=cell.stem)
     result = distill.run(config, method, tiny / "unused", dry_run=True, progress=False)
     assert 0 < result["loss"] < float("inf")
     assert not (tiny / "unused").exists()

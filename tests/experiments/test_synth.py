@@ -97,6 +97,29 @@ def test_the_sampler_of_the_paper_is_there_too(trained: Path, tmp_path: Path) ->
     assert made["ddpm"].shards[0].sha256 != made["ddim"].shards[0].sha256
 
 
+def test_samplers_by_name(trained: Path, tmp_path: Path) -> None:
+    weights = lively(trained, tmp_path / "weights")
+    classes = {"dpm_solver": "DPMSolverMultistepScheduler", "lcm": "LCMScheduler"}
+    sums = set()
+    for name, kind in classes.items():
+        synth.run(config(weights, tmp_path / name, sampler=name, image_format="png", steps=3))
+        manifest = read_manifest(tmp_path / name)
+        assert (manifest.metadata["scheduler"], manifest.complete) == (kind, True)
+        sums.add(manifest.shards[0].sha256)
+    assert len(sums) == 2
+
+
+def test_noise_with_a_teacher_s_statistics(tmp_path: Path) -> None:
+    told: dict[str, Any] = {"source": "noise", "noise": "gaussian", "images": 8, "image_size": 32}
+    told |= {"noise_mean": (0.2, 0.5, 0.8), "noise_std": (0.05,) * 3, "image_format": "png"}
+    synth.run(config(None, tmp_path / "set", **told))
+    with ShardLoader(tmp_path / "set", 8, shuffle=False, loader="torch") as loader:
+        images, _ = next(iter(loader))
+    assert images.mean((0, 2, 3)).tolist() == pytest.approx([0.2, 0.5, 0.8], abs=0.01)
+    assert images.std((0, 2, 3)).tolist() == pytest.approx([0.05] * 3, abs=0.01)
+    assert read_manifest(tmp_path / "set").metadata["noise_mean"] == [0.2, 0.5, 0.8]
+
+
 def test_ddpm_images_do_not_depend_on_their_batch(trained: Path, tmp_path: Path) -> None:
     sets, weights = [], lively(trained, tmp_path / "weights")
     for size in (1, 5):

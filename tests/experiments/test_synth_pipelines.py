@@ -92,14 +92,22 @@ def test_without_guidance_prompts_make_one_pass(tmp_path: Path) -> None:
     assert seen == [2, 2]
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "own"])
+SAMPLERS = {
+    "ddpm": "DDPMScheduler",
+    "dpm_solver": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
+}
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "own", *SAMPLERS])
 def test_samplers_are_made_of_the_pipelines_own_schedule(
     text_folder: Path, tmp_path: Path, sampler: Any
 ) -> None:
     synth.run(config(text_folder, tmp_path / "set", class_names=NAMES, sampler=sampler))
     manifest = read_manifest(tmp_path / "set")
-    kind = "DDPMScheduler" if sampler == "ddpm" else "DDIMScheduler"
-    assert manifest.metadata["scheduler"] == kind
+    assert manifest.metadata["scheduler"] == SAMPLERS.get(sampler, "DDIMScheduler")
     assert manifest.metadata["scheduler_config"]["steps_offset"] == 1
 
 

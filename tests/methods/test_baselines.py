@@ -187,6 +187,21 @@ def test_dense_students_learn_too() -> None:
         assert bool(loss.isfinite())
 
 
+def test_a_regressor_may_be_a_convolution_alone() -> None:
+    """DiffKD's MSE baseline: a 1×1 convolution and the error, with nothing of the logits."""
+    method = make("FitNet", regressor="conv", weight=2.0, task_weight=0.0)
+    (regressor,) = method.regressors
+    assert [type(layer).__name__ for layer in regressor] == ["Conv2d"]
+    loss = method.step(batch())
+    with torch.no_grad():
+        own, other = (network.last(network.stem(batch()[0])) for network in (method.student, method.teacher))
+    assert float(loss.detach()) == pytest.approx(
+        2 * float(F.mse_loss(regressor(own), other).detach()), rel=1e-3
+    )
+    with pytest.raises(ConfigError, match="regressor: got 'linear', accepted: true, false, conv"):
+        baselines.FitNetConfig(regressor="linear")  # type: ignore[arg-type]
+
+
 def test_a_regressor_is_trained_and_not_exported() -> None:
     method = make("FitNet")
     assert len(list(method.own_parameters())) == 4

@@ -179,8 +179,20 @@ def test_in_training_the_students_path_does_not_depend_on_t() -> None:
             pred = pred if module.denoiser.norm is None else module.denoiser.norm(pred)
             expected = c1 * z + c2 * pred
             torch.testing.assert_close(module._step(z, t, c1, c2), expected, rtol=1e-6, atol=1e-6)
-        module.eval()
-        assert not torch.allclose(module._step(z, 0, c1, c2), module._step(z, 400, c1, c2))
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_in_evaluation_a_student_is_cleaned_as_in_training(dense: bool) -> None:
+    """By running statistics of passes without E[t]; with it they were of something else."""
+    torch.manual_seed(0)
+    module, (student, _) = one(dense=dense), maps(5 if dense else 1)
+    with torch.no_grad():
+        module.denoiser.embedding.weight.mul_(3)
+        z = module.trans(student)
+        for _ in range(200):
+            trained = module._step(z, 400, 1.0, -0.5)
+        # Running variances are unbiased, those of a batch of six are not.
+        assert float((module.eval()._step(z, 400, 1.0, -0.5) - trained).abs().mean()) < 0.05
 
 
 def test_the_diffusion_loss_is_the_papers() -> None:

@@ -135,3 +135,50 @@ def test_what_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert capture.capturable(cuda)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
     assert not capture.capturable(cuda)
+
+
+def assigned(student: nn.Module) -> None:
+    student.load_state_dict({name: 0.5 * value for name, value in student.state_dict().items()}, assign=True)
+
+
+def doubled(student: nn.Module) -> None:
+    linear = [part for part in student.modules() if isinstance(part, nn.Linear)][-1]
+    linear.register_forward_hook(lambda module, given, out: 2 * out)
+
+
+def replaced(student: nn.Module) -> None:
+    name = [name for name, part in student.named_modules() if isinstance(part, nn.Linear)][-1]
+    before = student.get_submodule(name)
+    student.set_submodule(name, nn.Linear(before.in_features, before.out_features))
+
+
+def frozen(student: nn.Module) -> None:
+    next(student.parameters()).requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [assigned, doubled, replaced, frozen])
+@pytest.mark.parametrize("which", ["student", "teacher"])
+@pytest.mark.parametrize("updating", [False, True])
+def test_a_network_that_has_changed_is_recorded_anew(
+    change: Callable[[nn.Module], None], which: str, updating: bool, calling: type[CallingGraph]
+) -> None:
+    """Weights at other addresses, another layer, a hook, a layer that is frozen: a replay would know of none."""
+    if (change, which) == (frozen, "teacher"):
+        pytest.skip("it is")
+    made = method()
+    made.synthesize()
+    optimizer = torch.optim.SGD(made.student.parameters(), lr=torch.tensor(0.01), fused=True)
+
+    def recorded() -> int:
+        before = CallingGraph.made
+        for _ in range(capture.WARM_UP + 2):
+            made.update(optimizer) if updating else made.step().backward()
+        return CallingGraph.made - before
+
+    assert recorded() == 1
+    assert recorded() == 0
+    change(getattr(made, which))
+    if which == "teacher":
+        made.teacher.requires_grad_(False)
+    assert recorded() == 1
+    assert len(made._losses) + len(made._updates) == 1

@@ -118,6 +118,15 @@ def test_bad_configs_are_refused(values: dict[str, Any], message: str) -> None:
         SSDKDConfig(**values)
 
 
+def test_priorities_may_be_modulated_too() -> None:
+    """sampling: modulated is another run than either; with φ = 1 it says so."""
+    runs = {value: trajectory(sampling=value) for value in ("priority", "modulated", "uniform")}
+    assert not torch.equal(runs["modulated"], runs["priority"])
+    assert not torch.equal(runs["modulated"], runs["uniform"])
+    with pytest.raises(ConfigError, match="sampling: got modulated, accepted: priority or uniform"):
+        SSDKDConfig(**{**TINY, "sampling": "modulated", "diversity": False, "difficulty": False})
+
+
 def test_a_run_repeats_itself() -> None:
     """Otherwise nothing above means anything."""
     assert torch.equal(trajectory(), trajectory())

@@ -27,6 +27,7 @@ LOWERED = (
     ("kl.plan", "MIN_WINDOW", 9),
     ("pair.plan", "MAX_ROW", 8),
     ("pair.plan", "MAX_CLASSES", 4),
+    ("pair.plan", "LOOP_THREADS", 2),
     ("norm.plan", "SMALL", 0),
     ("denoise.plan", "SMALL", 0),
 )

@@ -26,7 +26,7 @@ def bench(
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
-            help="Measure nothing: say what moved between two results.json.",
+            help="Measure nothing: say what moved between two results.json, and fail where kdfast got worse.",
             metavar="BEFORE AFTER",
             show_default=False,
         ),
@@ -56,7 +56,9 @@ def bench(
 def _compare(before: Path, after: Path) -> None:
     from kdfast.benchmarks import compare
 
-    found = compare.moves(compare.load(before), compare.load(after))
-    typer.echo(compare.markdown(found), nl=False)
-    if any(move.beyond_noise and move.change > 0 for move in found):
+    first, second = compare.load(before), compare.load(after)
+    typer.echo(compare.markdown(compare.moves(first, second)), nl=False)
+    if failures := compare.failures(first, second):
+        for line in failures:
+            say(line)
         raise typer.Exit(FAILED)

@@ -8,14 +8,19 @@ from typing import Annotated
 import typer
 
 from kdfast.cli.guard import guarded
-from kdfast.cli.options import AsJson, Device, Quiet
+from kdfast.cli.options import AsJson, Device, Overrides, Quiet
 from kdfast.cli.values import config_of, show
 
 
 @guarded
 def evaluate(
     checkpoint: Annotated[
-        str, typer.Argument(help="Directory of a finished run.", metavar="CKPT", show_default=False)
+        str,
+        typer.Argument(
+            help="A finished run's folder, timm:NAME, torchvision:NAME, hf:NAME, or FILE.py:FACTORY with weights=FILE.",
+            metavar="CKPT",
+            show_default=False,
+        ),
     ],
     data: Annotated[
         str,
@@ -25,7 +30,13 @@ def evaluate(
             show_default=False,
         ),
     ],
-    split: Annotated[str, typer.Option(help="train, test or all.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="train, val, test or all; by default the test split, or all of a folder without splits.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 256,
     device: Device = "auto",
     loader: Annotated[str, typer.Option(help="For shards: dali or torch.")] = "dali",
@@ -34,6 +45,7 @@ def evaluate(
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
+    overrides: Overrides = None,
 ) -> None:
     """Measure a trained network: top-1 and top-5 accuracy, or mIoU on images with masks."""
     from kdfast.experiments.evaluate.config import EvalConfig
@@ -42,11 +54,11 @@ def evaluate(
     config = config_of(
         EvalConfig,
         None,
-        None,
+        overrides,
         command="eval",
         checkpoint=checkpoint,
         data=data,
-        split=split,
+        split=None if split is None else split.lower(),
         batch_size=batch_size,
         device=device,
         loader=loader,

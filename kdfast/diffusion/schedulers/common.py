@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast.capture import capturing
 from kdfast.errors import require
 from kdfast.ops.denoise import COLUMNS
 
@@ -36,6 +37,8 @@ class TableCache:
     def __init__(self, limit: int = 32) -> None:
         self._limit = limit
         self._entries: dict[Hashable, _Entry] = {}
+        #: Tables that graphs read, whatever becomes of their entries.
+        self._captured: dict[int, Tensor] = {}
 
     def get(
         self,
@@ -46,7 +49,12 @@ class TableCache:
         build: Callable[[], Tensor],
     ) -> Tensor:
         """The table that ``build`` makes (float64, on the CPU), in ``dtype`` on ``device``."""
-        full_key = (key, device, dtype)
+        table = self._get((key, device, dtype), sources, lambda: build().to(dtype).to(device))
+        if capturing(device):
+            self._captured[id(table)] = table
+        return table
+
+    def _get(self, full_key: Hashable, sources: Sequence[Tensor], build: Callable[[], Tensor]) -> Tensor:
         entry = self._entries.get(full_key)
         if entry is not None and all(
             new is old and _version(new) == version
@@ -56,7 +64,7 @@ class TableCache:
         if len(self._entries) >= self._limit:
             self._entries.pop(next(iter(self._entries)))
         with torch.inference_mode(False):  # the table may serve a training step later
-            table = build().to(dtype).to(device)
+            table = build()
         self._entries[full_key] = _Entry(tuple(sources), tuple(map(_version, sources)), table)
         return table
 
@@ -136,6 +144,8 @@ def noisy(schedule: Tensor, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Te
     The roots are taken in float32 at least: in bfloat16, ᾱ near 1 would round to 1.
     """
     dtype = like.dtype if like.dtype == torch.float64 else torch.float32
-    alpha = schedule.to(device=like.device, dtype=dtype)[timesteps.to(like.device)].flatten()
+    ahead = like.is_cuda  # onto a GPU: nothing waits for it
+    schedule = schedule.to(like.device, dtype, non_blocking=ahead)
+    alpha = schedule[timesteps.to(like.device, non_blocking=ahead)].flatten()
     alpha = alpha.view(-1, *([1] * (like.dim() - 1)))
     return (alpha**0.5).to(like.dtype), ((1 - alpha) ** 0.5).to(like.dtype)

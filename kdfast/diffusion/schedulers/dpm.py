@@ -84,7 +84,9 @@ class DPMSolverMultistepScheduler(GuidedStep, diffusers.DPMSolverMultistepSchedu
         if config.algorithm_type.startswith("sde"):
             request = request.draw(torch.float32, like=sample)
             if request.noise is not None:
-                request = request._replace(noise=request.noise.to(device=sample.device))
+                request = request._replace(
+                    noise=request.noise.to(device=sample.device, non_blocking=sample.is_cuda)
+                )
         else:
             request = request.silent()
         history = [self.model_outputs[-at] for at in range(1, order)]

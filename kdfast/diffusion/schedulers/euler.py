@@ -119,7 +119,7 @@ class EulerDiscreteScheduler(SigmaStep, diffusers.EulerDiscreteScheduler):  # ty
             )
             # Before the model's own time σ̂; rare enough to stay a pass of its own.
             wide = torch.promote_types(sample.dtype, torch.float32)
-            sample = sample.to(wide) + noise * s_noise * spread.to(sample.device)
+            sample = sample.to(wide) + noise * s_noise * spread.to(sample.device, non_blocking=sample.is_cuda)
         return self._euler(Request(model_output, timestep, sample, return_dict=return_dict), row, gamma)
 
     def _fused(self, request: Request) -> Any:

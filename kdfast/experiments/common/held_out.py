@@ -21,7 +21,13 @@ class Evaluator:
     """Accuracy, or mIoU where labels are masks, on held-out images: what the trainer calls after an epoch."""
 
     def __init__(
-        self, dataset: Labelled, config: ModelConfig, *, batch_size: int, trainer_rank: tuple[int, int]
+        self,
+        dataset: Labelled,
+        config: ModelConfig,
+        *,
+        batch_size: int,
+        trainer_rank: tuple[int, int],
+        workers: int | None = None,
     ) -> None:
         rank, world = trainer_rank
         self._config = config
@@ -29,7 +35,14 @@ class Evaluator:
             evaluate_segmentation if isinstance(dataset, SegmentationFolder) else evaluate_classification
         )
         self._batches = ImageBatches(
-            dataset, batch_size, mean=config.mean, std=config.std, shuffle=False, rank=rank, world_size=world
+            dataset,
+            batch_size,
+            mean=config.mean,
+            std=config.std,
+            shuffle=False,
+            rank=rank,
+            world_size=world,
+            workers=workers,
         )
 
     def __call__(self, network: nn.Module) -> dict[str, float]:
@@ -59,17 +72,32 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
     return tuple(round(float(v), 6) for v in mean), tuple(round(float(v), 6) for v in std)
 
 
+def splits_itself(data: str | None, test_data: str | None) -> bool:
+    """Whether one source is to be trained and tested on, so that a part of it must be held out where it has no splits.
+
+    Two sources, or one, are used whole.
+    """
+    if data is None or test_data is None:
+        return False
+    return data == test_data or (Path(data).exists() and Path(data).resolve() == Path(test_data).resolve())
+
+
 def held_out(
-    source: str | None, model: ModelConfig, label_column: str | None = None, *, task: str = "classification"
+    source: str | None,
+    model: ModelConfig,
+    label_column: str | None = None,
+    *,
+    task: str = "classification",
+    whole: bool = False,
 ) -> Labelled | None:
-    """The test split of a source, its labels in the order of the network's classes.
+    """The test split of a source, its labels in the order of the network's classes; ``whole`` as in ``load_dataset``.
 
     Raises:
         DataError: An image is of a class that the network does not have.
     """
     if source is None:
         return None
-    return open_matched(source, "test", model, label_column, task=task)
+    return open_matched(source, "test", model, label_column, task=task, whole=whole)
 
 
 def open_matched(
@@ -80,8 +108,11 @@ def open_matched(
     *,
     task: str = "classification",
     image_size: int | None = None,
+    whole: bool = False,
 ) -> Labelled:
     """A split of a source, its labels in the order of the network's classes; ``image_size`` for another than its.
+
+    ``whole`` as in :func:`kdfast.data.load_dataset`: a source without splits is used whole.
 
     Raises:
         DataError: An image is of a class that the network does not have; both lists are shown.
@@ -91,8 +122,18 @@ def open_matched(
         # Masks without names have as many classes as the network.
         named = (Path(source) / "classes.txt").exists()
         masked = open_segmentation(
-            source, split, image_size=size, num_classes=None if named else model.num_classes
+            source, split, whole=whole, image_size=size, num_classes=None if named else model.num_classes
         )
         return match_classes(masked, model.classes, model.num_classes)
-    dataset = load_dataset(source, split, label_column=label_column, image_size=size)
+    # The crop is of what measures; at another side than the network's, nothing was said of it.
+    crop = model.crop_pct if size == model.image_size and split == "test" else 1.0
+    dataset = load_dataset(
+        source,
+        split,
+        whole=whole,
+        label_column=label_column if source.startswith("hf:") else None,
+        image_size=size,
+        crop_pct=crop,
+        interpolation=model.interpolation,
+    )
     return match_classes(dataset, model.classes, model.num_classes)

@@ -8,19 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
 
 from kdfast.data.datasets import InMemoryImages, LabelledImages
 from kdfast.data.segmentation import SegmentationFolder
 from kdfast.documents import Fields
 from kdfast.errors import CheckpointError
 from kdfast.experiments.common.augmentation import Augmentation
+from kdfast.experiments.common.decoding import decoded
 
 
 class ImageBatches:
     """Pairs of normalised images float32 ``[B, C, H, W]`` and labels int64 ``[B]``, or masks ``[B, H, W]``.
 
-    A set in memory is indexed as a tensor and augmented where it lies; any other is decoded image by image.
+    A set in memory is indexed as a tensor and augmented where it lies; any other is decoded in worker processes, and
+    kept in memory where it is small (see :mod:`~kdfast.experiments.common.decoding`).
 
     Args:
         dataset: The images.
@@ -33,7 +34,7 @@ class ImageBatches:
         seed: Of order and augmentation.
         rank: This process.
         world_size: Of so many.
-        workers: Decoding processes, for sets that are not in memory.
+        workers: Decoding processes, for sets that are not in memory: 0 decodes in this one, None chooses.
         device: Where a set in memory is put.
     """
 
@@ -49,7 +50,7 @@ class ImageBatches:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        workers: int = 0,
+        workers: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self._dataset, self._augment, self._shuffle = dataset, augment, shuffle
@@ -67,6 +68,11 @@ class ImageBatches:
         self._images = dataset.images.to(self._device) if isinstance(dataset, InMemoryImages) else None
         self._epoch, self._batch = 0, 0
         self._fingerprint: str | None = None
+
+    @property
+    def dataset(self) -> LabelledImages | SegmentationFolder:
+        """The images."""
+        return self._dataset
 
     def __len__(self) -> int:
         """Batches an epoch; while shuffling the same on every rank."""
@@ -135,6 +141,4 @@ class ImageBatches:
             for row in rows:
                 yield self._images[row.to(self._device)], self._dataset.labels[row].to(self._device)
             return
-        flat = [int(index) for row in rows for index in row]
-        loader = DataLoader(Subset[Any](self._dataset, flat), self._batch_size, num_workers=self._workers)
-        yield from loader
+        yield from decoded(self._dataset).batches(rows, self._workers)

@@ -1,4 +1,4 @@
-"""Recipes: flat YAML in, frozen dataclasses out, and an error that helps for anything in between."""
+"""Recipes: YAML in, flat or a cell of a table; frozen dataclasses out; an error that helps for anything in between."""
 
 from __future__ import annotations
 
@@ -8,35 +8,47 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from kdfast.documents import read_text, shown
+from kdfast.documents import shown
 from kdfast.errors import ConfigError, require
-from kdfast.experiments.common.yaml import MAX_RECIPE, parse_yaml
+from kdfast.experiments.common.tables import Table, check_table, is_table, open_recipe
+from kdfast.experiments.common.yaml import parse_yaml
 
 T = TypeVar("T")
 
 
-def load_recipe(path: str | Path) -> dict[str, Any]:
+def load_recipe(source: str | Path, cell: str | None = None) -> dict[str, Any]:
     """Read a recipe's keys and values, unchecked.
 
+    Args:
+        source: A YAML file, flat or a table of cells, or the name of a recipe that comes with kdfast, such as
+            ``dmkd/table-2``.
+        cell: Which one of a table; not needed for a table of one.
+
     Raises:
-        ConfigError: The file is missing, unreadable, not YAML, or not flat.
+        ConfigError: There is no such file or name, it is unreadable, not YAML, neither flat nor a table, or of several
+            cells none was named.
     """
-    require("yaml", extra="train", feature="reading a recipe")
-    try:
-        text = read_text(path, error=ConfigError, limit=MAX_RECIPE)
-    except FileNotFoundError as error:
-        raise ConfigError(f"recipe {path}: cannot be read: {error.strerror}") from error
-    except ConfigError as error:
-        raise ConfigError(f"recipe {error}") from error
-    document = parse_yaml(text, what=f"recipe {path}")
-    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        raise ConfigError(f"recipe {path}: got a {type(document).__name__}, accepted: lines of 'key: value'")
+    name, document, former = open_recipe(source)
+    if is_table(document):
+        check_table(name, document)
+        table, cell = Table(name, document), cell or former
+        if cell is None and len(table.cells) == 1:
+            cell = table.cells[0]
+        if cell is None:
+            some = ", ".join(table.cells[:4]) + (" …" if len(table.cells) > 4 else "")
+            raise ConfigError(
+                f"recipe {name}: has {len(table.cells)} cells, name one with --cell: {some} "
+                f"(kdfast recipes show {name} lists them)"
+            )
+        return table.resolve(cell)
+    if cell is not None:
+        raise ConfigError(f"--cell: got {cell!r}, but recipe {name} is no table of cells")
     for key, value in document.items():
         if isinstance(value, dict):
             raise ConfigError(
-                f"recipe {path}: {key}: got nested keys, accepted: one value (recipes are flat)"
+                f"recipe {name}: {key}: got nested keys, accepted: one value (a recipe is flat, or a table with cells)"
             )
-    return document
+    return dict(document)
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -126,6 +138,13 @@ def assert_dataclass(schema: type) -> None:
         raise TypeError(f"schema: got {schema!r}, accepted: a dataclass")
 
 
+#: What pydantic says of Python's types, in a recipe's words.
+_PLAIN = {
+    "tuple_type": "a list, as in [layer3]",
+    "list_type": "a list, as in [layer3]",
+}
+
+
 def _problems(errors: Sequence[Mapping[str, Any]]) -> list[str]:
     found: dict[str, str] = {}
     for error in errors:
@@ -136,6 +155,7 @@ def _problems(errors: Sequence[Mapping[str, Any]]) -> list[str]:
             found[location[0]] = f"{location[0]}: missing"
         else:
             accepted = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+            accepted = _PLAIN.get(error["type"], accepted)
             # A value may be invalid as each of several types; the first says enough.
             found.setdefault(location[0], f"{location[0]}: got {shown(error['input'])}, accepted: {accepted}")
     return list(found.values())

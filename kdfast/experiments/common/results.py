@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kdfast.disk import Lock, sweep
 from kdfast.errors import ConfigError
 from kdfast.experiments.common.recipe import to_yaml
 from kdfast.training import files
+from kdfast.training.checkpoint import latest_checkpoint
 from kdfast.training.config import TrainResult
-from kdfast.training.model_io import ModelConfig, save_model
+from kdfast.training.model_io import BEST, ModelConfig, save_model, save_weights
 from kdfast.training.trainer import Trainer
 
 RECIPE = "recipe.yaml"
@@ -60,6 +62,9 @@ def out_directory(out: str | Path) -> Path:
 def open_run(out: str | Path, *configs: Any, resume: bool, main: bool = True) -> Path:
     """Make the result directory and write the recipe into it.
 
+    A run that is gone on with keeps the recipe that it began with: only keys that do not change its result may differ,
+    and whether they do is for the trainer to say, which refuses without having touched anything.
+
     Raises:
         ConfigError: It holds a run already and ``resume`` is false, or it cannot be a directory.
     """
@@ -72,8 +77,21 @@ def open_run(out: str | Path, *configs: Any, resume: bool, main: bool = True) ->
         with files.reporting_disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
         lock_run(folder)
-        files.write_file(folder / RECIPE, to_yaml(*configs))
+        if latest_checkpoint(folder / "checkpoints") is None or not (folder / RECIPE).exists():
+            files.write_file(folder / RECIPE, to_yaml(*configs))
     return folder
+
+
+def best_keeper(
+    folder: Path | None, network: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> Callable[[nn.Module], None] | None:
+    """What the trainer calls with the best network so far: it becomes the run's ``best.safetensors``.
+
+    Args:
+        folder: The result directory; ``None`` keeps nothing.
+        network: From what is trained to what is saved.
+    """
+    return None if folder is None else lambda model: save_weights(folder / BEST, network(model))
 
 
 #: Of this process, by folder; the kernel drops them when it ends.
@@ -150,7 +168,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = [name for name in runs[0] if all(isinstance(run.get(name), (int, float)) for run in runs)]
     summary: dict[str, Any] = {"seeds": [run["seed"] for run in runs]}
     for name in names:
-        if name in ("seed", "steps", "images"):
+        if name in ("seed", "steps", "images", "parameters", "teacher_parameters"):
             continue
         values = torch.tensor([float(run[name]) for run in runs], dtype=torch.float64)
         summary[name] = [float(value) for value in values]

@@ -19,9 +19,11 @@ from kdfast.data.manifest import is_shard_folder, read_manifest
 from kdfast.data.records import ImageRecords, LabelledRecords, ShardRecords
 from kdfast.data.regimes import regime
 from kdfast.data.selection import relative_entropy
+from kdfast.data.splits import SplitName
 from kdfast.errors import DataError
 from kdfast.experiments.common.bounds import Count, Seed
-from kdfast.training.model_io import ModelConfig, load_model, load_model_config
+from kdfast.experiments.common.networks import TeacherKeys, load_teacher
+from kdfast.training.model_io import ModelConfig
 from kdfast.training.progress import Progress
 
 Advance = Callable[[int], None]
@@ -29,16 +31,18 @@ Each = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LookRecipe:
+class LookRecipe(TeacherKeys):
     """The part of a recipe that says what a teacher looks at, and how.
 
     Attributes:
         data: A directory of shards, or real labelled images: ``digits``, a folder, ``hf:NAME``.
-        teacher: Directory of a trained network.
+        teacher: Directory of a trained network, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``, or
+            ``FILE.py:FACTORY``.
         out: Directory of the results.
         regime: Augmentation whose effect on the teacher's predictions is measured.
-        split: Of labelled images: ``train``, ``test`` or ``all``.
-        label_column: For ``hf:`` data with several class columns, which one to use.
+        split: Of labelled images: ``train``, ``val``, ``test`` or ``all``; by default the train split, or all of a
+            folder without splits.
+        label_column: Which class column to use, where ``hf:`` data has several.
         seed: Of the draws.
         batch_size: Images the teacher sees at a time.
         device: ``auto`` takes the GPU if there is one.
@@ -51,7 +55,7 @@ class LookRecipe:
     teacher: str
     out: str
     regime: Literal["none", "standard", "high", "extreme"] = "high"
-    split: Literal["train", "test", "all"] = "train"
+    split: SplitName | None = None
     label_column: str | None = None
     seed: Seed = 0
     batch_size: Count = 256
@@ -80,13 +84,22 @@ class Teacher:
         )
 
     @classmethod
-    def load(cls, path: str, device: torch.device) -> Teacher:
-        """The network of a finished run.
+    def load(
+        cls,
+        path: str,
+        device: torch.device,
+        keys: TeacherKeys | None = None,
+        *,
+        image_size: int | None = None,
+    ) -> Teacher:
+        """The network that a command names, as :func:`load_teacher` reads it.
 
         Raises:
             CheckpointError: It cannot be read.
+            ConfigError: There is none of this name, or what it needs was not said.
         """
-        return cls(load_model(path), load_model_config(path), device, Path(path).resolve().name)
+        network, described = load_teacher(path, keys, image_size=image_size)
+        return cls(network, described, device, Path(path).resolve().name if Path(path).exists() else path)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Logits ``[B, C]`` of images ``[B, 3, H, W]`` in [0, 1]."""

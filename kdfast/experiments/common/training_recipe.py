@@ -34,18 +34,19 @@ class TrainingRecipe:
     Attributes:
         epochs: Passes over the images.
         iterations: Optimiser steps instead of epochs.
-        batch_size: Images a step and process (``accumulate`` times as many for one optimiser step).
+        batch_size: Images a step, of all processes together: each of 8 takes an eighth (``accumulate`` times as
+            many for one optimiser step).
         optimizer: ``sgd``, ``adamw`` or ``rmsprop``.
         lr: Highest learning rate.
-        weight_decay: Its weight decay.
-        momentum: Of SGD and RMSprop.
-        nesterov: Of SGD.
+        weight_decay: L2 penalty of SGD and RMSprop, decoupled decay of AdamW.
+        momentum: Momentum of SGD and RMSprop.
+        nesterov: Nesterov's momentum, for SGD.
         schedule: ``constant``, ``multistep``, ``step``, ``cosine`` or ``poly``.
         milestones: Epochs at which ``multistep`` multiplies the rate by ``lr_decay``.
-        lr_decay: See there; also what ``step`` multiplies by.
-        decay_epochs: How often ``step`` does; may be a fraction.
-        warmup_epochs: Linear warm-up.
-        min_lr: Where ``cosine`` ends.
+        lr_decay: What ``multistep`` and ``step`` multiply the rate by.
+        decay_epochs: Epochs between the falls of ``step``; may be a fraction.
+        warmup_epochs: Epochs of linear warm-up; may be a fraction.
+        min_lr: Rate at which ``cosine`` ends.
         augment: Any of ``crop`` (4 pixels of padding), ``resized_crop`` (8 to 100 % of the area), ``flip``,
             ``rand_augment`` (two operations at 9 of 30), ``color_jitter`` (0.4), ``erase`` (a quarter of them),
             or a regime of :mod:`kdfast.data.regimes`, ``standard``, ``high``, ``extreme``; for segmentation
@@ -54,14 +55,16 @@ class TrainingRecipe:
         precision: ``fp32``, ``bf16`` or ``fp16``.
         clip_grad_norm: Upper bound of the gradient's norm.
         ema_decay: Keep, evaluate and save a moving average of the weights.
-        seed: Of weights, order and augmentation.
+        seed: Seed of weights, order and augmentation.
         device: ``auto`` takes the GPU if there is one.
-        workers: Decoding threads or processes; ``None`` lets the loader choose.
+        workers: Decoding threads or processes; 0 decodes in the training process, ``None`` lets the loader choose.
         stem: ``imagenet`` for the 7×7 stem of resnet18, 34 and 50.
+        width: Of ``mobilenet_v1`` and ``mobilenet_v2``: a factor on all channels; ``mobilenet_v2`` is CRD's half-width
+            network without it, 1 is its paper's.
         eval_every: Epochs between evaluations.
         checkpoint_every: Epochs between checkpoints.
         checkpoint_steps: Optimiser steps between checkpoints within an epoch.
-        keep: Checkpoints that stay.
+        keep: Checkpoints that stay on disk.
         log_every: Optimiser steps between log lines.
         tensorboard: Write TensorBoard's files.
     """
@@ -89,6 +92,7 @@ class TrainingRecipe:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: Annotated[int, at.Ge(0)] | None = None
     stem: Literal["cifar", "imagenet"] | None = None
+    width: Positive | None = None
     eval_every: Count = 1
     checkpoint_every: Count = 1
     checkpoint_steps: Count | None = None
@@ -111,6 +115,19 @@ class TrainingRecipe:
             self.schedule, self.milestones, self.lr_decay, self.warmup_epochs, ratio, self.decay_epochs
         )
 
+    def share(self, processes: int) -> int:
+        """Images a step of one process of so many.
+
+        Raises:
+            ConfigError: The batch cannot be shared out evenly.
+        """
+        if self.batch_size % processes:
+            raise ConfigError(
+                f"batch_size: got {self.batch_size} for {processes} processes, accepted: a multiple of {processes} "
+                "(it counts the images of all of them)"
+            )
+        return self.batch_size // processes
+
     def trainer_config(self, *, progress: bool = True) -> TrainerConfig:
         """These fields, as the trainer wants them."""
         named: dict[str, Any] = {
@@ -132,4 +149,5 @@ class TrainingRecipe:
 
     def model_options(self) -> dict[str, Any]:
         """Further arguments of ``create_model``."""
-        return {} if self.stem is None else {"stem": self.stem}
+        given = {"stem": self.stem, "width": self.width}
+        return {name: value for name, value in given.items() if value is not None}

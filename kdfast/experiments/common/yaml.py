@@ -78,3 +78,12 @@ def _loader(yaml: Any) -> Any:
             return made
 
     return Loader
+
+
+def dump_yaml(values: Any) -> str:
+    """Values as YAML, in their order, short lists on a line."""
+    yaml = require("yaml", extra="train", feature="writing a recipe")
+    text: str = yaml.safe_dump(
+        values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=1000
+    )
+    return text

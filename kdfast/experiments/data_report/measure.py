@@ -85,6 +85,9 @@ def measure(
         "classes_predicted": predicted,
         "thin_classes": int(thin.sum()),
         "largest_share": float(counts.max() / counts.sum()),
+        "smallest_share": float(counts.min() / counts.sum()),
+        "largest_class": _name(teacher, int(counts.argmax())),
+        "smallest_class": _name(teacher, int(counts.argmin())),
         "relative_entropy_raw": relative_entropy(counts),
         "relative_entropy_balanced": verdict.reachable_entropy(predicted, classes),
         "relative_entropy_supported": verdict.reachable_entropy(predicted - int(thin.sum()), classes),
@@ -112,6 +115,11 @@ def measure(
         "advice": advice,
         **metrics,
     }
+
+
+def _name(teacher: Teacher, label: int) -> str:
+    names = teacher.described.classes
+    return str(names[label]) if label < len(names) else str(label)
 
 
 def _distinct(predicted: NDArray[np.int64], keys: list[bytes], classes: int) -> NDArray[np.int64]:

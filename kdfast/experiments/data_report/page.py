@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from kdfast.data.datasets import load_dataset
 from kdfast.data.records import ImageRecords, LabelledRecords
+from kdfast.experiments.common.held_out import splits_itself
 from kdfast.experiments.common.teacher_view import Teacher, View, view
 from kdfast.experiments.data_report import verdict as data_verdict
 from kdfast.experiments.data_report.config import DataReportConfig
@@ -183,6 +184,7 @@ def _planes(
         dataset = load_dataset(
             config.test_data,
             "test",
+            whole=not splits_itself(config.data, config.test_data),
             image_size=network.described.image_size,
             label_column=config.label_column,
         )

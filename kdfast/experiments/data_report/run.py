@@ -40,7 +40,7 @@ def run(config: DataReportConfig) -> dict[str, Any]:
 def _run(config: DataReportConfig, out: Path) -> dict[str, Any]:
     started = time.monotonic()
     device = make_accelerator(config.device).device
-    teacher = Teacher.load(config.teacher, device)
+    teacher = Teacher.load(config.teacher, device, config)
     students = [Teacher.load(path, device) for path in config.students]
     for network in (teacher, *students) if students else ():
         if getattr(network.network, "num_features", None) != 2:

@@ -39,6 +39,9 @@ PAPER_POINTS: Mapping[str, list[tuple[float, float]]] = {
 EVEN, UNEVEN = 0.85, 0.67  # relative entropy: at least EVEN is good, below UNEVEN poor
 COPIES_FAIR, COPIES_POOR = 0.01, 0.2  # share of images that are copies of others
 THIN = 20  # distinct images that a predicted class should have at least
+# Times an equal share, 1 in as many as there are classes: a class that takes MOST of them, or half of what all the
+# others would have, or less than LEAST, makes a set uneven whatever its entropy, which hardly notices one class of few.
+MOST, LEAST = 2.5, 0.2
 NARROW = 0.05  # of the directions beyond the first: a set that spreads over less is one clump to the teacher
 NEAR = 0.25  # share of images from which a boundary can be reached
 
@@ -50,6 +53,22 @@ def _narrow(m: Mapping[str, Any]) -> bool:
 def evenness(entropy: float) -> str:
     """Grade of a relative entropy."""
     return "good" if entropy >= EVEN else "fair" if entropy >= UNEVEN else "poor"
+
+
+def worst_class(m: Mapping[str, Any]) -> str:
+    """What is said of the class that is farthest from an equal share; empty where none is far from it."""
+    equal = 1 / m["classes"]
+    if m["largest_share"] > min(MOST * equal, 0.5 + equal / 2):
+        return f"one class{_named(m, 'largest_class')} takes {100 * m['largest_share']:.0f} % of the images"
+    least = m.get("smallest_share", equal)
+    if least < LEAST * equal:
+        share = "none" if least == 0 else f"{100 * least:.1f} %"
+        return f"one class{_named(m, 'smallest_class')} has {share} of the images"
+    return ""
+
+
+def _named(m: Mapping[str, Any], key: str) -> str:
+    return f" ({m[key]})" if m.get(key) else ""
 
 
 def reachable_entropy(classes_predicted: int, num_classes: int) -> float:
@@ -72,7 +91,7 @@ def verdict(m: Mapping[str, Any]) -> tuple[str, str, str]:
     """Grade, headline and advice."""
     seen, classes = m["classes_predicted"], m["classes"]
     now, after = evenness(m["relative_entropy_raw"]), evenness(m["relative_entropy_supported"])
-    narrow = _narrow(m)
+    narrow, worst = _narrow(m), worst_class(m)
     if seen == 1:
         return (
             "poor",
@@ -84,6 +103,10 @@ def verdict(m: Mapping[str, Any]) -> tuple[str, str, str]:
     if narrow:
         advice = "To the teacher all images are variations of one. Take more varied ones."
         return "poor", "Too narrow for this teacher", advice
+    if now == "good" and worst:
+        better = "kdfast select makes it even" if after == "good" else "add images of the others"
+        advice = f"{_cover(seen, classes)}, but {worst}; {better}. {_push(m)}"
+        return "fair", "Good once it is selected from" if after == "good" else "Usable, with gaps", advice
     if now == "good" and m["duplicate_share"] < COPIES_POOR:
         return "good", "A good set for this teacher", f"{_cover(seen, classes)} evenly. {_push(m)}"
     if now == "good":
@@ -152,7 +175,13 @@ def _coverage(m: Mapping[str, Any]) -> Finding:
         f"{100 * low[len(low) // 2]:.0f} % in the middle. The {len(middle)} between them kept "
         f"{100 * middle[0]:.0f} to {100 * middle[-1]:.0f} %."
     )
-    return Finding(evenness(entropy), "Coverage of the classes", text, why)
+    grade = evenness(entropy)
+    if worst := worst_class(m):
+        grade = "fair" if grade == "good" else grade
+        text += (
+            f" By its worst class it is uneven: {worst}, where {100 / classes:.1f} % would be an equal share."
+        )
+    return Finding(grade, "Coverage of the classes", text, why)
 
 
 def _selection(m: Mapping[str, Any]) -> Finding:

@@ -26,7 +26,7 @@ class DemoConfig:
         steps: Denoising steps an image.
         guidance_scale: s of classifier-free guidance.
         student_epochs: Passes of each student over its images.
-        temperature: τ.
+        temperature: τ of the distillation.
         batch_size: Images a training step.
         samples_per_shard: Images a shard; a stopped run makes at most so many again.
         loader: ``dali``, or ``torch`` for the plain loader.

@@ -34,6 +34,7 @@ def phases(config: DemoConfig, out: Path) -> dict[str, tuple[str, Callable[[], A
         "log_every": 10,
     }
     work: dict[str, Any] = {"resume": True, "progress": config.progress}
+    train = {**work, "talk": False}  # the demo's own lines say enough
 
     def teacher() -> Any:
         settings = TeachConfig(
@@ -43,7 +44,7 @@ def phases(config: DemoConfig, out: Path) -> dict[str, tuple[str, Callable[[], A
             epochs=config.teacher_epochs,
             **common,
         )
-        return teach(settings, out / TEACHER, **work)
+        return teach(settings, out / TEACHER, **train)
 
     def diffusion() -> Any:
         per_epoch = min(100, config.diffusion_steps)
@@ -86,7 +87,7 @@ def phases(config: DemoConfig, out: Path) -> dict[str, tuple[str, Callable[[], A
             **common,
         )
         method = DMKDConfig(temperature=config.temperature, labels=labels, cutmix_alpha=None)
-        return distill(settings, method, out / name, **work)
+        return distill(settings, method, out / name, **train)
 
     return {
         TEACHER: ("Teacher on real digits", teacher),

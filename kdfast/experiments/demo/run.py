@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kdfast.documents import read_json, shown
-from kdfast.errors import ConfigError, DataError, require
+from kdfast.errors import ConfigError, DataError, require_all
 from kdfast.experiments.common.results import LOCK, METRICS, out_directory, writing
 from kdfast.experiments.demo.config import DemoConfig
 from kdfast.experiments.demo.page import draw_grids, print_table
@@ -134,16 +134,19 @@ def _check_packages(config: DemoConfig) -> None:
     """Say what is missing now instead of minutes into the work."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("the demo runs in one process; start it without torchrun or accelerate launch")
+    modules = {
+        "simplejpeg": "dali",
+        "diffusers": "diffusion",
+        "accelerate": "train",
+        "safetensors": "train",
+        "sklearn": "train",
+        "matplotlib": "report",
+        "jinja2": "report",
+    }
+    feature = "The demo"
     if config.loader == "dali":
-        require("nvidia.dali", extra="dali", feature="The demo (its declared alternative: --loader torch)")
-    for module, extra in (
-        ("simplejpeg", "dali"),
-        ("diffusers", "diffusion"),
-        ("sklearn", "train"),
-        ("matplotlib", "report"),
-        ("jinja2", "report"),
-    ):
-        require(module, extra=extra, feature="The demo")
+        modules, feature = {"nvidia.dali": "dali", **modules}, "The demo (without DALI: --loader torch)"
+    require_all(modules, feature=feature)
 
 
 def _identity(config: DemoConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdfast.errors import require
-from kdfast.experiments.common.held_out import held_out
+from kdfast.experiments.common.held_out import held_out, splits_itself
 from kdfast.experiments.common.image_batches import ImageBatches
 from kdfast.experiments.distill.plan import Setting
 from kdfast.report import write_grid
@@ -34,7 +34,8 @@ def draw_maps(folder: Path, setting: Setting, maps_of: Callable[[Tensor], Sequen
             none, and nothing is drawn.
     """
     described, config = setting.described, setting.config
-    data = held_out(config.test_data, described, config.label_column, task=config.task)
+    whole = not splits_itself(config.data, config.test_data)
+    data = held_out(config.test_data, described, config.label_column, task=config.task, whole=whole)
     if data is None:
         return
     batches = ImageBatches(data, _ROWS, mean=described.mean, std=described.std, shuffle=False)

@@ -4,6 +4,7 @@ A method is one line of :data:`kdfast.experiments.distill.methods.METHODS` and o
 
 - ``CONFIG``: the frozen dataclass of its own recipe keys,
 - ``METHOD``: the class that a user's own loop would use,
+- ``uses_labels(config)``, where it can do without the labels of its images: whether it does;
 - ``NEEDS_DATA``: whether it trains on what ``data:`` names, or makes its own,
 - ``build(setting) -> Plan``: the networks, the step and, where it makes its own, the data.
 """
@@ -82,6 +83,15 @@ class Plan:
     facts: Callable[[], Mapping[str, Any]] = _nothing
     leave: Callable[[Path], None] = _leave_nothing
     normalised: bool = True
+
+
+def uses_labels(method: Any, config: Any) -> bool:
+    """Whether the labels of the images that a method trains on count: then their classes must be the teacher's.
+
+    A method's module says so in ``uses_labels(config)``; without it they do.
+    """
+    says = getattr(method, "uses_labels", None)
+    return True if says is None else bool(says(config))
 
 
 class Method(Protocol):

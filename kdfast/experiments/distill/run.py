@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.errors import ConfigError
-from kdfast.experiments.common.held_out import Evaluator, held_out
-from kdfast.experiments.common.networks import build_network, load_teacher
+from kdfast.experiments.common.held_out import Evaluator, held_out, splits_itself
+from kdfast.experiments.common.networks import at_side, build_network, load_teacher
+from kdfast.experiments.common.opening import Speaker, parameters_of, say_checked, say_closing, say_training
 from kdfast.experiments.common.recipe import build_config, check_keys
-from kdfast.experiments.common.results import METRICS, close_run, fingerprint, open_run, summarise
+from kdfast.experiments.common.results import (
+    METRICS,
+    best_keeper,
+    close_run,
+    fingerprint,
+    open_run,
+    summarise,
+)
 from kdfast.experiments.distill.config import DistillConfig
 from kdfast.experiments.distill.data import open_training_data
 from kdfast.experiments.distill.methods import METHODS, get_method
-from kdfast.experiments.distill.plan import Setting
+from kdfast.experiments.distill.plan import Setting, uses_labels
+from kdfast.experiments.distill.teacher import measure_teacher, say_distillation, share_kept
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
 from kdfast.training.rng import seed_everything
@@ -53,6 +62,7 @@ def run(
     resume: bool = False,
     dry_run: bool = False,
     progress: bool = True,
+    talk: bool = True,
 ) -> dict[str, Any]:
     """Distil one student.
 
@@ -63,6 +73,7 @@ def run(
         resume: Go on from its latest checkpoint.
         dry_run: Build everything, take one real optimiser step, write nothing.
         progress: Show a progress bar.
+        talk: With it, say first who learns from whom on what, and at the end how much of it.
 
     Returns:
         What ``metrics.json`` holds; of a dry run the ``loss``.
@@ -73,27 +84,31 @@ def run(
         CheckpointError: The teacher cannot be read.
         TrainingInterrupted: On Ctrl-C, after a checkpoint.
     """
-    teacher, taught = load_teacher(config.teacher, config.data)
-    described = replace(
-        taught,
-        model=config.student,
-        image_size=config.image_size or taught.image_size,
-        options=config.model_options(),
-    )
+    teacher, taught = load_teacher(config.teacher, config, image_size=config.image_size)
+    fed_at = at_side(taught, config.image_size, config.crop_pct)
+    described = replace(fed_at, model=config.student, options=config.model_options())
     accelerator = make_accelerator(config.device, config.precision)
     rank = (accelerator.process_index, accelerator.num_processes)
-    test = held_out(config.test_data, described, config.label_column, task=config.task)
+    whole = not splits_itself(config.data, config.test_data)
+    test = held_out(config.test_data, described, config.label_column, task=config.task, whole=whole)
+    # Before the seed is set: measuring draws random numbers.
+    known = measure_teacher(teacher.to(accelerator.device), taught, config, test, rank)
     seed_everything(config.seed)
     student = build_network(described).to(accelerator.device)
     teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+    # What the method and its data see of the batch; the record and the log keep the whole.
+    mine = replace(config, batch_size=config.share(rank[1]))
     setting = Setting(
-        config, method_config, teacher, student, described, accelerator, taught.num_classes, dry_run
+        mine, method_config, teacher, student, described, accelerator, taught.num_classes, dry_run
     )
     with ExitStack() as stack:
         plan = get_method(config.method).build(setting)
         fed = described if plan.normalised else replace(described, mean=(0.0,) * 3, std=(1.0,) * 3)
-        batches = plan.batches or open_training_data(config, fed, accelerator, stack)
-        evaluator = None if test is None else Evaluator(test, described, batch_size=256, trainer_rank=rank)
+        labelled = uses_labels(get_method(config.method), method_config)
+        batches = plan.batches or open_training_data(mine, fed, accelerator, stack, labelled=labelled)
+        evaluator = None
+        if test is not None:
+            evaluator = Evaluator(test, described, batch_size=256, trainer_rank=rank, workers=config.workers)
         folder = None
         if not dry_run:
             folder = open_run(out, config, method_config, resume=resume, main=accelerator.is_main_process)
@@ -105,19 +120,33 @@ def run(
             evaluate=None if evaluator is None else lambda model: evaluator(plan.student(model)),
             fingerprint=fingerprint(config, method_config),
             name="distill",
+            keep_best=best_keeper(folder, plan.student),
         )
+        speaker = Speaker(progress and talk and accelerator.is_main_process)
+        networks = {
+            "teacher": (config.teacher, parameters_of(teacher)),
+            "student": (config.student, parameters_of(student)),
+        }
+        say_distillation(speaker, config, batches, test, described.image_size, networks, known)
+        say_training(speaker, config, trainer.steps_of(batches), accelerator)
         if folder is None:
-            return {"loss": trainer.dry_run(batches)}
+            loss = trainer.dry_run(batches)
+            seen = "the test images, by the teacher" if known else "no test_data, so nothing will be measured"
+            say_checked(speaker, loss, "every key of the recipe", "teacher, student and data", seen)
+            return {"loss": loss}
         result = trainer.fit(batches, resume=resume)
         result = replace(result, model=plan.student(result.model))
-        facts = dict(plan.facts())
+        facts = {**known, **plan.facts(), "parameters": networks["student"][1]}
+        facts |= {"teacher_parameters": networks["teacher"][1], **share_kept(result.metrics, known)}
         if skipped := getattr(batches, "quarantined", ()):
             facts["quarantined"] = len(skipped)
         if evaluator is not None and (by_class := evaluator.by_class(result.model)):
             facts["class_accuracy"] = by_class
         if accelerator.is_main_process:
             plan.leave(folder)
-        return close_run(folder, trainer, result, described, seed=config.seed, **facts)
+        metrics = close_run(folder, trainer, result, described, seed=config.seed, **facts)
+    say_closing(speaker, folder, metrics, **networks)
+    return metrics
 
 
 def run_seeds(

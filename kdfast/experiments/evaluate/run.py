@@ -16,7 +16,7 @@ from kdfast.data.segmentation import is_segmentation_folder
 from kdfast.errors import DataError
 from kdfast.experiments.common.held_out import open_matched
 from kdfast.experiments.common.image_batches import ImageBatches
-from kdfast.experiments.common.networks import load_teacher
+from kdfast.experiments.common.networks import at_side, load_teacher
 from kdfast.experiments.common.results import METRICS, writing
 from kdfast.experiments.common.synthetic_set import ProbabilityVariance, describe
 from kdfast.experiments.evaluate.config import EvalConfig
@@ -50,7 +50,8 @@ def run(config: EvalConfig, *, progress: bool = True) -> dict[str, Any]:
 
 def _measure(config: EvalConfig, *, progress: bool) -> dict[str, Any]:
     device = make_accelerator(config.device).device
-    model, model_config = load_teacher(config.checkpoint, config.data)
+    model, taught = load_teacher(config.checkpoint, config, image_size=config.image_size)
+    model_config = at_side(taught, config.image_size, config.crop_pct)
     model.to(device)
     variance, settings = ProbabilityVariance(), describe(config.data)
     with ExitStack() as stack:
@@ -78,8 +79,9 @@ def _measure(config: EvalConfig, *, progress: bool) -> dict[str, Any]:
 
 def _open(config: EvalConfig, model: ModelConfig, device: torch.device, stack: ExitStack) -> tuple[Any, int]:
     common: dict[str, Any] = {"mean": model.mean, "std": model.std, "shuffle": False, "device": device}
+    split, whole = config.split or "test", config.split is None
     if is_segmentation_folder(config.data):
-        masked = open_matched(config.data, config.split, model, task="segmentation")
+        masked = open_matched(config.data, split, model, task="segmentation", whole=whole)
         return ImageBatches(masked, config.batch_size, **common), len(masked)
     if is_shard_folder(config.data):
         shards = stack.enter_context(
@@ -92,7 +94,7 @@ def _open(config: EvalConfig, model: ModelConfig, device: torch.device, stack: E
                 f"data {config.data}: has {shards.num_classes} classes, accepted: {model.num_classes}, the network's"
             )
         return _matched(shards, shard_class_names(config.data), model, config.data), shards.num_samples
-    dataset = open_matched(config.data, config.split, model)
+    dataset = open_matched(config.data, split, model, whole=whole)
     return ImageBatches(dataset, config.batch_size, **common), len(dataset)
 
 

@@ -75,7 +75,7 @@ def _run(config: SelectConfig, out: Path) -> dict[str, Any]:
             f"--out: {out} holds a selection already; go on with --resume, or choose another directory"
         )
     device = make_accelerator(config.device).device
-    teacher = Teacher.load(config.teacher, device)
+    teacher = Teacher.load(config.teacher, device, config, image_size=config.image_size)
     image_size = config.image_size or teacher.described.image_size
     images = open_images(config, image_size=image_size, device=device)
     with closing(images), Progress(enabled=config.progress) as progress:

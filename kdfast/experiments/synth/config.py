@@ -28,14 +28,18 @@ class SynthConfig:
         class_names: For pipelines that take prompts: the classes' names in the order of their labels, or a text file
             with one a line.
         prompt: The prompt, with ``CLASS`` where the name goes.
-        sampler: ``ddim``, the ancestral ``ddpm`` that the paper's images were made with, or the model's ``own``.
+        sampler: ``ddim``, the ancestral ``ddpm`` that the paper's images were made with, ``dpm_solver``
+            (DPM-Solver++, good from 10 steps on), ``euler``, ``euler_ancestral``, ``lcm``, or the model's ``own`` (flow
+            matching has no other).
         steps: T, denoising steps.
         guidance_scale: s; 1 is without guidance. DM-KD's best is 2.
         cfg_channels: Guide only the first so many channels; DiT's authors guide 3 of 4.
         eta: DDIM's η.
         paper_rng: All classes share their noise, as in DM-KD's published code.
         classes: Which classes to make; by default all.
-        noise: For ``noise``: ``uniform`` over all colours, or ``gaussian`` around mid-grey.
+        noise: For ``noise``: ``uniform`` over all colours, or ``gaussian``.
+        noise_mean: Of gaussian noise, per channel in [0, 1]; the paper takes the teacher's data's.
+        noise_std: Its standard deviation per channel.
         programs: For ``shaders``: how many random programs; more images are the same programs at other times.
         programs_file: For ``shaders``: programs saved earlier (``programs.json`` of a set), instead of random ones.
         antialias: For ``shaders``: samples a pixel and side.
@@ -66,7 +70,7 @@ class SynthConfig:
     random_weights: bool = False
     class_names: tuple[str, ...] | str | None = None
     prompt: str = "A realistic photo of CLASS"
-    sampler: Literal["ddim", "ddpm", "own"] = "ddim"
+    sampler: Literal["ddim", "ddpm", "dpm_solver", "euler", "euler_ancestral", "lcm", "own"] = "ddim"
     steps: Count = 50
     guidance_scale: Annotated[float, at.Ge(1), at.Lt(math.inf)] = 2.0
     cfg_channels: Count | None = None
@@ -74,6 +78,8 @@ class SynthConfig:
     paper_rng: bool = False
     classes: tuple[int, ...] | None = None
     noise: Literal["uniform", "gaussian"] = "uniform"
+    noise_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    noise_std: tuple[Positive, Positive, Positive] = (0.25, 0.25, 0.25)
     programs: Count = 4096
     programs_file: str | None = None
     antialias: Annotated[int, at.Ge(1), at.Le(8)] = 2

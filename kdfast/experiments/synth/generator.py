@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from kdfast.diffusion import DDIMScheduler, DDPMScheduler, Synthesizer
+from kdfast.diffusion import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    Synthesizer,
+)
 from kdfast.diffusion.plans import fused_scheduler
 from kdfast.documents import Fields, read_json
 from kdfast.errors import CheckpointError, ConfigError, require
@@ -18,6 +26,15 @@ from kdfast.experiments.synth.config import SynthConfig
 
 VAE, INDEX = "vae", "model_index.json"
 _FEATURE = "kdfast synth --source diffusion"
+#: By the recipe's word; ``own`` begins as DDIM does where a model brings no scheduler.
+_SAMPLERS: dict[str, Any] = {
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "dpm_solver": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_ancestral": EulerAncestralDiscreteScheduler,
+    "lcm": LCMScheduler,
+}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # diffusers and safetensors raise these, and a few of their own, for files that are not what they should be.
 _BROKEN = (OSError, ValueError, RuntimeError, KeyError, NotImplementedError, TypeError, AttributeError)
@@ -138,7 +155,7 @@ def _pipeline_scheduler(config: SynthConfig, pipe: Any, diffusers: Any) -> Any:
         raise ConfigError(
             f"sampler: got {config.sampler!r}, accepted: own, as {type(pipe).__name__} is trained for flow matching"
         )
-    kind = DDPMScheduler if config.sampler == "ddpm" else DDIMScheduler
+    kind = _SAMPLERS.get(config.sampler, DDIMScheduler)
     return kind.from_config({k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")})
 
 
@@ -158,7 +175,7 @@ def _parts(root: Path, config: SynthConfig) -> tuple[Any, Any, Any]:
 def _scheduler(config: SynthConfig, folder: Path, model: Any) -> Any:
     """The sampler over the noise schedule that the model was trained with; DiT's where no config says."""
     diffusers = require("diffusers", extra="diffusion", feature=_FEATURE)
-    kind = DDPMScheduler if config.sampler == "ddpm" else DDIMScheduler
+    kind = _SAMPLERS.get(config.sampler, DDIMScheduler)
     try:
         settings = dict(kind.load_config(str(folder))) if folder.is_dir() else {}
     except OSError as error:

@@ -62,7 +62,7 @@ def open_source(config: SynthConfig, device: torch.device) -> Iterator[Source]:
         "image_size": config.image_size,
     }
     if config.source == "noise":
-        yield Source(lambda n, start: _noise(config, n, start), facts | {"noise": config.noise})
+        yield Source(lambda n, start: _noise(config, n, start), facts | _noise_facts(config))
     elif config.source == "leaves":
         yield Source(
             lambda n, start: leaves(
@@ -84,11 +84,19 @@ def open_source(config: SynthConfig, device: torch.device) -> Iterator[Source]:
             )
 
 
+def _noise_facts(config: SynthConfig) -> dict[str, Any]:
+    facts: dict[str, Any] = {"noise": config.noise}
+    if config.noise == "gaussian" and (config.noise_mean, config.noise_std) != ((0.5,) * 3, (0.25,) * 3):
+        # Sets of the default's go on being told by what they always said.
+        facts |= {"noise_mean": list(config.noise_mean), "noise_std": list(config.noise_std)}
+    return facts
+
+
 def _noise(config: SynthConfig, count: int, start: int) -> torch.Tensor:
     shape = (config.image_size, config.image_size)
     if config.noise == "uniform":
         return uniform_noise(count, shape, seed=config.seed, start=start)
-    return noise(count, shape, mean=(0.5,) * 3, std=(0.25,) * 3, seed=config.seed, start=start)
+    return noise(count, shape, mean=config.noise_mean, std=config.noise_std, seed=config.seed, start=start)
 
 
 def _shaders(config: SynthConfig, device: torch.device, facts: dict[str, Any]) -> Source:

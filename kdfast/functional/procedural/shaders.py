@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.documents import shown
-from kdfast.functional._checks import check_int, check_sizes, check_tensor
+from kdfast.functional._checks import check_int, check_sizes, check_tensor, on_host
 from kdfast.ops.procedural import shaders as ops
 from kdfast.profiling import annotate
 from kdfast.reference.procedural.shaders import SLOTS, Op
@@ -80,7 +80,7 @@ def render_shaders(
     check_int("antialias", antialias, 1, MAX_ANTIALIAS)
     if not isinstance(dtype, torch.dtype) or dtype not in (torch.uint8, torch.float32):
         raise TypeError(f"dtype: got {shown(dtype)}; torch.uint8 or torch.float32 is needed")
-    if program.device.type == "cpu" and program.numel() and not torch.compiler.is_compiling():
+    if program.numel() and on_host(program):
         low, high = int(program.min()), int(program.max())
         if low < 0 or high >= codes.shape[0]:
             raise ValueError(f"program: got {low} to {high}; accepted: 0 to {codes.shape[0] - 1}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from kdfast.errors import ConfigError
 from kdfast.models import FeatureTaps
-from kdfast.models.layouts import layout_of
-from kdfast.models.maps import Layout, Shared, as_map, last_feature, probe_images
+from kdfast.models.layouts import Reading, reading_of
+from kdfast.models.maps import Layout, Shared, last_feature, probe_images
 from kdfast.models.modes import evaluated
 from kdfast.models.outputs import logits_of
 from kdfast.training.learning import OWN
+from kdfast.training.supervised import run
 from kdfast.training.taught import Taught
 
 __all__ = ["Baseline", "BaselineConfig", "FeatureBaseline", "FeatureConfig"]
@@ -104,11 +105,27 @@ class Baseline(Taught, Generic[C]):
         """The method's term, weighted, of the logits (and of features that both networks just computed)."""
         raise NotImplementedError
 
-    def distil(self, student_out: Tensor, teacher_out: Any, *, target: Tensor | None) -> Tensor:
-        """:meth:`term` of both networks' logits."""
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the term is of logits; features alone need none, and detectors have none."""
+        return True
+
+    def distil(
+        self,
+        student_out: Any,
+        teacher_out: Any,
+        *,
+        target: Tensor | None,
+        foreground: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """:meth:`term` of both networks' logits; where objects are counts for nothing here."""
         if self.training:
             self._watch(self.student.parameters(), {OWN: self.own_parameters()})
-        loss = self.term(student_out, logits_of(teacher_out), target=target)
+        if self.reads_logits:
+            own, other = logits_of(student_out), logits_of(teacher_out)
+        else:
+            own = other = next(self.student.parameters()).new_zeros(())
+        loss = self.term(own, other, target=target)
         self.parts = {"kd": loss.detach()}
         return loss
 
@@ -149,6 +166,11 @@ class FeatureConfig(BaselineConfig):
 class FeatureBaseline(Baseline[F]):
     """A baseline with taps on both networks."""
 
+    @property
+    def reads_logits(self) -> bool:
+        """No."""
+        return False
+
     def prepare(self, images: Tensor | None) -> None:
         """Set the taps."""
         own = self.config.student_layers or (last_feature(self.student, "student_layers"),)
@@ -157,9 +179,9 @@ class FeatureBaseline(Baseline[F]):
             raise ValueError(
                 f"teacher_layers: got {len(other)}; as many as student_layers, {len(own)}, are needed"
             )
-        self._layouts: dict[tuple[bool, str], Layout] = {}
-        self._taps = FeatureTaps(self.student, own)
-        self._teacher_taps = Shared(FeatureTaps(self.teacher, other, detach=True))
+        self._readings: dict[tuple[bool, str], Reading] = {}
+        self._taps = FeatureTaps(self.student, own, every_call=True)
+        self._teacher_taps = Shared(FeatureTaps(self.teacher, other, detach=True, every_call=True))
 
     def features(self) -> list[tuple[Tensor, Tensor]]:
         """Pairs of maps ``[B, C, H, W]`` that both networks just computed; they are forgotten here."""
@@ -168,24 +190,30 @@ class FeatureBaseline(Baseline[F]):
         teacher = self._maps(self.teacher, self._teacher_taps.value, config.teacher_layout)
         self._taps.clear()
         self._teacher_taps.value.clear()
+        if len(student) != len(teacher):
+            raise ValueError(
+                f"student_layers: have {len(student)} levels, teacher_layers {len(teacher)}; as many are needed (say "
+                "which with ':ITEM' or '#CALL')"
+            )
         return list(zip(student, teacher))
 
     def _maps(self, network: nn.Module, taps: FeatureTaps, layout: Layout) -> list[Tensor]:
         found = []
-        for name, x in taps.items():
-            # By the first batch; what it says does not change.
-            key = (network is self.student, name)
-            if key not in self._layouts:
-                self._layouts[key] = layout_of(network, name, x, layout)
-            found.append(as_map(x, self._layouts[key], name))
+        for name in taps:
+            for x in taps.levels(name):
+                # By the first batch; what it says does not change.
+                key = (network is self.student, name)
+                if key not in self._readings:
+                    self._readings[key] = reading_of(network, name, x, layout)
+                found.append(self._readings[key](x))
         return found
 
     @torch.no_grad()
-    def probe(self, images: Tensor | None) -> Sequence[tuple[Tensor, Tensor]]:
+    def probe(self, images: Any) -> Sequence[tuple[Tensor, Tensor]]:
         """The features of some images, in evaluation mode, for their shapes."""
         with evaluated(self.student):
-            self.student(probe_images(self.student) if images is None else images)
-        self.teacher(probe_images(self.teacher) if images is None else images)
+            run(self.student, probe_images(self.student) if images is None else images)
+        run(self.teacher, probe_images(self.teacher) if images is None else images)
         return self.features()
 
     def close(self) -> None:

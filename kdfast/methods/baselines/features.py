@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdfast.errors import ConfigError
 from kdfast.functional import kd_kl_div
 from kdfast.methods.baselines.base import FeatureBaseline, FeatureConfig
 from kdfast.models.maps import fit
@@ -37,20 +39,31 @@ class FitNetConfig(FeatureConfig):
         weight: Of the hint loss.
         kd_weight: Of τ²·KL beside it; 0 leaves it out.
         temperature: τ, above 0.
-        regressor: A 1×1 convolution, batch norm and ReLU from the student's channels to the teacher's, which the
-            exported student has not. Without, both must have the same channels.
+        regressor: ``True``: a 1×1 convolution, batch norm and ReLU from the student's channels to the teacher's, which
+            the exported student has not. ``"conv"``: the convolution alone (with ``kd_weight=0`` the MSE of DiffKD's
+            Tables 2 and 7). ``False``: none, and both must have the same channels.
     """
 
     weight: float = 100.0
     kd_weight: float = 0.0
     temperature: float = 4.0
-    regressor: bool = True
+    regressor: bool | Literal["conv"] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.regressor not in (True, False, "conv"):
+            raise ConfigError(f"regressor: got {self.regressor!r}, accepted: true, false, conv")
 
 
 class FitNet(FeatureBaseline[FitNetConfig]):
     """mean((r(f_s) − f_t)²) (Romero et al. 2015, "FitNets: hints for thin deep nets", Eq. 3, as a mean)."""
 
     CONFIG = FitNetConfig
+
+    @property
+    def reads_logits(self) -> bool:
+        """For the KL beside the hint."""
+        return self.config.kd_weight > 0
 
     def prepare(self, images: Tensor | None) -> None:
         """Make the regressors.
@@ -69,7 +82,9 @@ class FitNet(FeatureBaseline[FitNetConfig]):
                         "must match"
                     )
                 continue
-            layers = (nn.Conv2d(*channels, 1), nn.BatchNorm2d(channels[1]), nn.ReLU())
+            layers: list[nn.Module] = [nn.Conv2d(*channels, 1)]
+            if self.config.regressor != "conv":
+                layers += [nn.BatchNorm2d(channels[1]), nn.ReLU()]
             self.regressors.append(nn.Sequential(*layers).to(student.device))
 
     def term(self, student: Tensor, teacher: Tensor, *, target: Tensor | None) -> Tensor:

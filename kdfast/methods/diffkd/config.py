@@ -12,9 +12,10 @@ from kdfast.models.maps import Layout, Resize
 __all__ = ["DiffKDConfig", "Distance", "Kind", "Pair"]
 
 Kind = Literal["feature", "logits"]
-Distance = Literal["mse", "attention_mse", "kl", "dist"]
-FeatureDistance = Literal["mse", "attention_mse"]
-LogitDistance = Literal["kl", "dist", "mse"]
+Distance = Literal["mse", "attention_mse", "l1", "kl", "dist", "sigmoid"]
+FeatureDistance = Literal["mse", "attention_mse", "l1"]
+LogitDistance = Literal["kl", "dist", "sigmoid", "mse"]
+Tokens = tuple[int, int | None]
 Distill = Literal["both", "feature", "logits"]
 
 
@@ -24,8 +25,11 @@ class Pair:
 
     Attributes:
         student: Layer of the student by name, as in ``named_modules()``; ``"NAME:input"`` is what goes into it and
-            ``":output"`` what the network returns.
-        teacher: Layer of the teacher; by default of the same name.
+            ``":output"`` what the network returns. ``"backbone.fpn:0"`` is one item of what a layer returns and
+            ``"backbone.fpn:*"`` every one: a level each. A layer that runs on several levels in a pass (a detector's
+            head) stands for all of them, ``"NAME#2"`` for its third call; see
+            :class:`kdfast.models.FeatureTaps`.
+        teacher: Layer of the teacher; by default of the same name. It has as many levels.
         kind: ``"feature"``: with the autoencoder, compared by ``feature_distance``. ``"logits"``: class scores
             ``[B, C]`` or dense ``[B, C, H, W]``, without, compared by ``logits_distance`` over the classes.
         distance: Instead of the config's.
@@ -34,7 +38,14 @@ class Pair:
             image's proportions, and refuses what is ambiguous (:mod:`kdfast.models.layouts`). 3-d outputs are tokens
             ``[B, N, C]`` that form a square, after a class token or without.
         teacher_layout: The same for the teacher.
-        name: In logs; by default the kind.
+        name: In logs; by default the kind. Several levels are numbered, ``NAME_0``, ``NAME_1`` …
+        denoiser: Levels and pairs that say the same name share one denoiser (with its autoencoder, adapter and
+            projections), trained on all of them; by default each level has its own. They need the same channels.
+        background_weight: How much places outside of the objects count in d, 0 to 1; None: as much as any, and no mask
+            is needed. ``step`` makes the mask of a detector's boxes, ``loss(foreground=…)`` takes one.
+        student_tokens: Which tokens of a 3-d output are the map's, as a slice: ``(5, None)`` leaves out a class token
+            and four registers, ``(1, -100)`` YOLOS's detection tokens.
+        teacher_tokens: The same for the teacher.
     """
 
     student: str
@@ -45,19 +56,27 @@ class Pair:
     student_layout: Layout = "auto"
     teacher_layout: Layout = "auto"
     name: str | None = None
+    denoiser: str | None = None
+    background_weight: float | None = None
+    student_tokens: Tokens | None = None
+    teacher_tokens: Tokens | None = None
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, Kind)
         if self.distance is not None:
             _one_of("distance", self.distance, Distance)
-            if self.kind == "feature" and self.distance in ("kl", "dist"):
+            if self.kind == "feature" and self.distance not in get_args(FeatureDistance):
                 raise ConfigError(
-                    f"distance: got {self.distance!r}, accepted for a feature: mse, attention_mse (classes are "
-                    "compared with kind='logits')"
+                    f"distance: got {self.distance!r}, accepted for a feature: {', '.join(get_args(FeatureDistance))} "
+                    "(classes are compared with kind='logits')"
                 )
         _one_of("student_layout", self.student_layout, Layout)
         _one_of("teacher_layout", self.teacher_layout, Layout)
         _at_least("weight", self.weight, 0)
+        if self.background_weight is not None and not 0 <= self.background_weight <= 1:
+            raise ConfigError(
+                f"background_weight: got {self.background_weight}, accepted: from 0 to 1, or None for no mask"
+            )
 
 
 @dataclass(frozen=True)
@@ -76,13 +95,15 @@ class DiffKDConfig:
         steps: Network evaluations that clean the student's feature (Fig. 4).
         adapter: Mix with noise by a learned γ; off, the steps start at ``trans(s)`` itself.
         proj: A 1×1 convolution and batch norm after the last step, as in the code; the paper's text has none.
-        feature_distance: d of features: ``"mse"``, or ``"attention_mse"``, weighted by the teacher's attention.
-        logits_distance: d of logits: ``"kl"``, ``"dist"`` (†) or ``"mse"``.
-        temperature: τ of KL and DIST, above 0.
+        feature_distance: d of features: ``"mse"``, ``"attention_mse"``, weighted by the teacher's attention, or
+            ``"l1"``.
+        logits_distance: d of logits: ``"kl"``, ``"dist"`` (†), ``"sigmoid"`` (the divergence of classes that are each
+            yes or no, as most detectors' are) or ``"mse"``. A pair of boxes says ``distance="l1"`` itself.
+        temperature: τ of KL, DIST and the sigmoid's divergence, above 0.
         dist_beta: β of DIST, between classes.
         dist_gamma: γ of DIST, within classes.
         attention_temperature: Of the attention's softmax, above 0.
-        task_weight: Of the cross-entropy with the labels.
+        task_weight: Of the cross-entropy with the labels, or of the losses that a detector computes itself.
         diffusion_weight: λ1.
         autoencoder_weight: λ2.
         feature_weight: λ3 of features.

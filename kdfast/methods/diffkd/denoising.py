@@ -79,12 +79,13 @@ class Denoising(nn.Module):
             )
         )
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Terms:
+    def forward(self, student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Terms:
         """The terms of a batch.
 
         Args:
             student: ``[B, Cs, H, W]``; gets gradients from ``kd`` alone.
             teacher: ``[B, Ct, H, W]``, without gradient.
+            weight: ``[B, 1, H, W]``, how much each place counts in ``kd``; None for all alike.
 
         Raises:
             ValueError: One value a channel, which batch norm cannot normalise in training.
@@ -96,7 +97,7 @@ class Denoising(nn.Module):
             )
         target, reconstruction = self.encode(teacher)
         start, gamma = self.start(student)
-        kd = self._compare(self.clean(start), target)
+        kd = self._compare(self.clean(start), target, weight)
         return Terms(self.diffusion(target), reconstruction, kd, gamma.detach().mean())
 
     def encode(self, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,11 +133,9 @@ class Denoising(nn.Module):
         return z
 
     def _step(self, z: Tensor, t: int, c1: float, c2: float) -> Tensor:
-        seen = z
-        if not self.training:
-            # All samples stand at one t: in training the next batch norms cancel what is added for it.
-            seen = z + self.denoiser.embedding.weight[t, :, None, None].to(z.dtype)
-        return fused.bn_step(self.denoiser(seen), self.denoiser.norm, z, c1, c2)
+        # All samples stand at one t, and what would be added for it the next batch norms of training cancel. Nor is it
+        # added in evaluation: their running statistics are of passes without it, but for one in `steps` + 1.
+        return fused.bn_step(self.denoiser(z), self.denoiser.norm, z, c1, c2)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _on_copies(self.denoiser)
@@ -145,10 +144,10 @@ class Denoising(nn.Module):
         """What is compared with the teacher's latent."""
         return z if self.proj is None or self.proj_norm is None else fused.bn(self.proj(z), self.proj_norm)
 
-    def _compare(self, z: Tensor, target: Tensor) -> Tensor:
-        if self.distance == "mse" and self.proj is not None and self.proj_norm is not None:
+    def _compare(self, z: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        if self.distance == "mse" and weight is None and self.proj is not None and self.proj_norm is not None:
             return fused.bn_mse(self.proj(z), self.proj_norm, target)
-        return distance(self.distance, self.project(z), target, self.config)
+        return distance(self.distance, self.project(z), target, self.config, weight)
 
     def diffusion(self, latent: Tensor) -> Tensor:
         """L_diff of Eq. 4 for a detached latent: one t ~ U{0 … T − 1} a sample."""

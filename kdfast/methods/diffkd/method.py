@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from kdfast.errors import KDFastError
 from kdfast.methods.diffkd.config import DiffKDConfig, Pair
 from kdfast.methods.diffkd.denoising import Denoising, Terms
+from kdfast.methods.diffkd.levels import Level, find_levels, pair_names
 from kdfast.models import FeatureTaps
-from kdfast.models.layouts import layout_of
-from kdfast.models.maps import Layout, Shared, as_map, fit, last_feature, probe_images
+from kdfast.models.maps import Shared, last_feature, probe_images
 from kdfast.models.modes import evaluated
 from kdfast.models.roles import still_evaluated
 from kdfast.training.learning import OWN
+from kdfast.training.supervised import run
 from kdfast.training.taught import Taught
 
 __all__ = ["DiffKD"]
@@ -33,12 +34,14 @@ class DiffKD(Taught):
         teacher: Any module in evaluation mode whose parameters do not require grad.
         pairs: Where to distil. By default what ``config.distill`` says: the last feature map and the logits.
         config: Fields of the method.
-        images: Some inputs ``[B, …]`` for both networks, on their device, of which one pass finds out the shapes; by
-            default two blank images of a size that suits the networks.
+        images: Some inputs ``[B, …]`` for both networks, on their device, of which one pass finds out the shapes; a
+            list of images for torchvision's detectors, keywords for 🤗 models (without labels). By default two blank
+            images of a size that suits the networks.
 
     Attributes:
         student: The student, with its own parameter names.
         pairs: As tapped.
+        names: Of the levels: a pair is one, or one for each output of a neck and each call of a shared head.
         parts: Of the last loss, detached 0-d tensors by name: ``kd_NAME``, ``diffusion_NAME``, ``autoencoder_NAME``,
             ``gamma_NAME`` of each pair, and ``task`` if the method computed it.
 
@@ -51,7 +54,8 @@ class DiffKD(Taught):
         ...     teacher(images)
         >>> loss = F.cross_entropy(logits, labels) + method.loss()
 
-        or, with both passes and the task loss left to it, ``method.step((images, labels))``.
+        or, with both passes and the task loss left to it, ``method.step((images, labels))``. Detectors too:
+        ``method.step((images, targets))`` for torchvision's, ``method.step(batch)`` for 🤗 models.
 
     Raises:
         ValueError: The teacher requires grad or is in training mode, the student has nothing to learn, a layer does
@@ -65,7 +69,7 @@ class DiffKD(Taught):
         *,
         pairs: Sequence[Pair] | None = None,
         config: DiffKDConfig | None = None,
-        images: Tensor | None = None,
+        images: Any = None,
     ) -> None:
         super().__init__(student, teacher)
         self.config: DiffKDConfig = config or DiffKDConfig()
@@ -73,76 +77,89 @@ class DiffKD(Taught):
         self.pairs = tuple(pairs) if pairs is not None else _default_pairs(student, teacher, config)
         if not self.pairs:
             raise ValueError("pairs: got none; at least one is needed")
-        self.names = _names(self.pairs)
-        self._taps = FeatureTaps(student, dict.fromkeys(pair.student for pair in self.pairs))
-        layers = dict.fromkeys(pair.teacher or pair.student for pair in self.pairs)
-        self._teacher_taps = Shared(FeatureTaps(teacher, layers, detach=True))
-        self._layouts: dict[Pair, tuple[Layout, Layout]] = {}
-        self.denoising = nn.ModuleDict(self._build(images))
+        pair_names(self.pairs)
+        layers = dict.fromkeys(pair.student for pair in self.pairs)
+        taught = dict.fromkeys(pair.teacher or pair.student for pair in self.pairs)
+        self._taps = FeatureTaps(student, layers, every_call=True)
+        self._teacher_taps = Shared(FeatureTaps(teacher, taught, detach=True, every_call=True))
+        self._levels: list[Level] = []
+        try:
+            self.denoising = nn.ModuleDict(self._build(images))
+        except BaseException:
+            self.close()
+            raise
+        self.names = tuple(level.name for level in self._levels)
 
     def _module(self, name: str) -> Denoising:
         return cast(Denoising, self.denoising[name])
 
     @torch.no_grad()
-    def _build(self, images: Tensor | None) -> dict[str, nn.Module]:
-        """A module for each pair, on the student's device, by the shapes of one pass in evaluation mode."""
+    def _build(self, images: Any) -> dict[str, nn.Module]:
+        """A module for each level, on the student's device, by the shapes of one pass in evaluation mode."""
         seen = images if images is not None else probe_images(self.student)
         shown = images if images is not None else probe_images(self.teacher)
         try:
             with evaluated(self.student):
-                self.student(seen)
-            self.teacher(shown)
+                run(self.student, seen)
+            run(self.teacher, shown)
         except (RuntimeError, TypeError) as error:
             if images is not None:
                 raise
             raise ValueError(
                 f"images: got None, and blank ones do not go through the networks ({error}); pass a batch"
             ) from error
+        taps = (self._taps, self._teacher_taps.value)
+        self._levels = find_levels(self.pairs, (self.student, self.teacher), taps, (seen, shown))
+        maps = {level.name: level.maps(*taps, self.config.resize) for level in self._levels}
+        # A head's coarsest level may be a single place; it is a map as its others are.
+        dense = {
+            key
+            for level in self._levels
+            for key in (level.denoiser, level.pair)
+            if maps[level.name][1].shape[2:].numel() > 1
+        }
         modules: dict[str, nn.Module] = {}
-        for name, pair in zip(self.names, self.pairs):
-            other = pair.teacher or pair.student
-            own, taught = self._taps[pair.student], self._teacher_taps.value[other]
-            self._layouts[pair] = (
-                layout_of(self.student, pair.student, own, pair.student_layout, seen),
-                layout_of(self.teacher, other, taught, pair.teacher_layout, shown),
+        for level in self._levels:
+            student, teacher = maps[level.name]
+            made = self._denoising(
+                level.pair, student, teacher, dense=bool({level.denoiser, level.pair} & dense)
             )
-            student, teacher = self._maps(pair)
-            feature = pair.kind == "feature"
-            default = self.config.feature_distance if feature else self.config.logits_distance
-            if not feature and student.shape[1] != teacher.shape[1] and pair.distance in ("kl", "dist", None):
-                # trans makes up for it, but then the student's own classes are not what is compared.
+            shared = modules.setdefault(level.denoiser, made)
+            # Of these a denoiser is made; what it looks like says them all.
+            if made.distance != cast(Denoising, shared).distance or repr(made) != repr(shared):
                 raise ValueError(
-                    f"pairs: {pair.student!r} has {student.shape[1]} classes, the teacher's {teacher.shape[1]}; logits "
-                    "must match"
+                    f"pairs: {level.name!r} differs from others that share denoiser {level.denoiser!r}; they need the "
+                    "same channels, kind and distance"
                 )
-            modules[name] = Denoising(
-                student.shape[1],
-                teacher.shape[1],
-                dense=teacher.shape[2] * teacher.shape[3] > 1 or feature,
-                latent=self.config.latent_channels if feature else None,
-                distance=pair.distance or default,
-                config=self.config,
-            ).to(student.device)
         self._forget()
         return modules
 
-    def _maps(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """A pair's activations as maps of one size."""
-        other = pair.teacher or pair.student
-        layouts = self._layouts[pair]
-        student = as_map(self._taps[pair.student], layouts[0], pair.student)
-        teacher = as_map(self._teacher_taps.value[other], layouts[1], other)
-        if student.shape[0] != teacher.shape[0]:
+    def _denoising(self, pair: Pair, student: Tensor, teacher: Tensor, *, dense: bool) -> Denoising:
+        feature = pair.kind == "feature"
+        kind = pair.distance or (self.config.feature_distance if feature else self.config.logits_distance)
+        if not feature and student.shape[1] != teacher.shape[1] and kind in ("kl", "dist", "sigmoid"):
+            # trans makes up for it, but then the student's own classes are not what is compared.
             raise ValueError(
-                f"pairs: {student.shape[0]} samples went through the student, {teacher.shape[0]} through the teacher"
+                f"pairs: {pair.student!r} has {student.shape[1]} classes, the teacher's {teacher.shape[1]}; logits "
+                "must match"
             )
-        size = (teacher.shape[2], teacher.shape[3])
-        return fit(student, size, self.config.resize, f"{pair.student!r} and {other!r}"), teacher
+        return Denoising(
+            student.shape[1],
+            teacher.shape[1],
+            dense=dense or feature,
+            latent=self.config.latent_channels if feature else None,
+            distance=kind,
+            config=self.config,
+        ).to(student.device)
 
-    def loss(self) -> Tensor:
+    def loss(self, *, foreground: Tensor | None = None) -> Tensor:
         """λ1·diffusion + λ2·autoencoder + λ3·kd of the batch that teacher and student have both just run on.
 
         Random numbers come from torch's generator of the features' device, without a synchronisation.
+
+        Args:
+            foreground: ``[B, H, W]``, bool or from 0 to 1, in any size: where the objects of each picture are.
+                Pairs with a ``background_weight`` are compared there, and elsewhere by that much.
 
         Returns:
             A 0-d tensor, to be added to a task loss. :attr:`parts` has what it is made of.
@@ -150,17 +167,23 @@ class DiffKD(Taught):
         Raises:
             KDFastError: A network has not run since the last loss.
             ValueError: The two ran on different batches or on too small a one, the sizes differ where that is refused,
-                or the teacher is in training mode.
+                the levels are others than when the method was made, the teacher is in training mode, or the mask is
+                of another shape.
         """
         still_evaluated(self.teacher)
+        if foreground is not None and all(pair.background_weight is None for pair in self.pairs):
+            raise ValueError("foreground: got a mask, and no pair has a background_weight; set one, 0 say")
         config, total = self.config, None
         if self.training:
             self._watch(self.student.parameters(), {OWN: self.own_parameters()})
         self.parts = {}
         try:
-            for name, pair in zip(self.names, self.pairs):
-                module = self._module(name)
-                terms: Terms = module(*self._maps(pair))
+            for level in self._levels:
+                name, pair = level.name, level.pair
+                module = self._module(level.denoiser)
+                student, teacher = level.maps(self._taps, self._teacher_taps.value, config.resize)
+                places = level.places(foreground, teacher)
+                terms: Terms = module(student, teacher, places)
                 weight = config.feature_weight if pair.kind == "feature" else config.logits_weight
                 loss = config.diffusion_weight * terms.diffusion + pair.weight * weight * terms.kd
                 self.parts[f"kd_{name}"] = terms.kd.detach()
@@ -177,9 +200,21 @@ class DiffKD(Taught):
             raise KDFastError("the method has no pairs")
         return total
 
-    def distil(self, student_out: Tensor, teacher_out: Any, *, target: Tensor | None) -> Tensor:
-        """:meth:`loss`: what counts are the taps."""
-        return self.loss()
+    def distil(
+        self,
+        student_out: Any,
+        teacher_out: Any,
+        *,
+        target: Tensor | None,
+        foreground: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """:meth:`loss`: what counts are the taps.
+
+        Raises:
+            ValueError: As :meth:`loss`, or a pair has a ``background_weight`` and the batch no boxes.
+        """
+        wanted = any(pair.background_weight is not None for pair in self.pairs)
+        return self.loss(foreground=foreground() if wanted and foreground is not None else None)
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """The method's, without the student's."""
@@ -217,13 +252,13 @@ class DiffKD(Taught):
         found = {}
         try:
             with evaluated(self):
-                self.teacher(images)
-                self.student(images)
-                for name, pair in zip(self.names, self.pairs):
-                    student, teacher = self._maps(pair)
-                    module = self._module(name)
+                run(self.teacher, images)
+                run(self.student, images)
+                for level in self._levels:
+                    student, teacher = level.maps(self._taps, self._teacher_taps.value, self.config.resize)
+                    module = self._module(level.denoiser)
                     start, _ = module.start(student)
-                    found[name] = {
+                    found[level.name] = {
                         "student": module.trans(student),
                         "cleaned": module.project(module.clean(start)),
                         "teacher": module.encode(teacher)[0],
@@ -247,17 +282,3 @@ def _default_pairs(student: nn.Module, teacher: nn.Module, config: DiffKDConfig)
     if config.distill != "feature":
         pairs.append(Pair(config.student_logits, config.teacher_logits, kind="logits"))
     return tuple(pairs)
-
-
-def _names(pairs: tuple[Pair, ...]) -> tuple[str, ...]:
-    """One a pair, free of dots (they would part a state dict's keys): its own, its kind, or its kind and layer."""
-    kinds = [pair.kind for pair in pairs]
-    names = tuple(
-        (pair.name or (pair.kind if kinds.count(pair.kind) == 1 else f"{pair.kind}_{pair.student}")).replace(
-            ".", "_"
-        )
-        for pair in pairs
-    )
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"pairs: {', '.join(repeated)} more than once; give each a name")
-    return names

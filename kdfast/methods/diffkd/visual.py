@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kdfast.errors import is_positive
+
 __all__ = ["saliency"]
 
 
@@ -22,8 +24,8 @@ def saliency(feature: Tensor, temperature: float = 0.5) -> Tensor:
     """
     if feature.dim() != 4:
         raise ValueError(f"feature: got shape {tuple(feature.shape)}; [B, C, H, W] is needed")
-    if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature}; a number above 0 is needed")
+    if not is_positive(temperature):
+        raise ValueError(f"temperature: got {temperature!r}; a number above 0 is needed")
     height, width = feature.shape[2:]
     mean = feature.mean(1) if feature.element_size() == 8 else feature.float().mean(1)
     return (mean.flatten(1) / temperature).softmax(1).view(-1, height, width) * (height * width)

@@ -17,8 +17,7 @@ from kdfast.methods.kdiffusion.config import KdiffusionConfig, Stage
 from kdfast.methods.kdiffusion.schedule import linear_alpha_hat, reverse_coefficients, reverse_variances
 from kdfast.methods.kdiffusion.stages import check_stages, undone_on_failure
 from kdfast.models import FeatureTaps
-from kdfast.models.layouts import layout_of
-from kdfast.models.maps import Layout, as_map
+from kdfast.models.layouts import Reading, reading_of
 from kdfast.models.modes import evaluated
 from kdfast.models.outputs import logits_of
 from kdfast.models.roles import check_networks, still_evaluated
@@ -74,10 +73,10 @@ class Kdiffusion(Learning, nn.Module):
         self._teacher = (teacher,)  # in a tuple: neither a submodule nor in the state dict
         self.student = student
         self.stages = tuple(stages)
-        self._layouts: dict[Stage, Layout] = {}
+        self._readings: dict[Stage, Reading] = {}
         with undone_on_failure(student, self.stages) as made:
             self._taps = made.enter_context(
-                FeatureTaps(teacher, [stage.teacher for stage in stages], detach=True)
+                FeatureTaps(teacher, [stage.teacher for stage in stages], detach=True, every_call=True)
             )
             self._classifier = (self._guide(teacher, classifier),)
             check_stages(student, self.stages, images)
@@ -121,7 +120,7 @@ class Kdiffusion(Learning, nn.Module):
             stacked = branches.stacked
             assert stacked is not None
             x0, layout = self._taps[stage.teacher], self.config.teacher_layout
-            self._layouts[stage] = layout_of(self.teacher, stage.teacher, x0, layout, images)
+            self._readings[stage] = reading_of(self.teacher, stage.teacher, x0, layout, images)
             teacher_channels = self._target(stage).shape[1]
             if self.config.bridge:
                 bridges.append(_Bridge(stacked.shape[2], teacher_channels).to(images.device))
@@ -145,7 +144,7 @@ class Kdiffusion(Learning, nn.Module):
     def _target(self, stage: Stage) -> Tensor:
         """x0 of a stage, ``[B, C]`` or ``[B, C, H, W]``."""
         x0 = self._taps[stage.teacher]
-        return x0 if x0.dim() == 2 else as_map(x0, self._layouts[stage], stage.teacher)
+        return x0 if x0.dim() == 2 else self._readings[stage](x0)
 
     def _features(self, at: int) -> tuple[Tensor, Tensor]:
         """Bridged branches ``[m, B, C, …]`` and target ``[B, C, …]`` of a stage, in one size."""

@@ -12,7 +12,7 @@ Source = Literal["meta", "scratch", "persistent", "pixels"]
 Meta = Literal["fomaml", "reptile"]
 Target = Literal["random", "teacher"]
 Norm = Literal["norm", "squared"]
-Sampling = Literal["priority", "uniform"]
+Sampling = Literal["priority", "modulated", "uniform"]
 Keep = Literal["best", "last"]
 Eviction = Literal["fifo", "lowest", "class_balanced"]
 Duplicates = Literal["last", "max"]
@@ -98,7 +98,8 @@ class SSDKDConfig:
         difficulty: Whether φ has its difficulty term.
         phi_gradient: Whether gradients flow through the difficulty term, as in the focal loss [D].
         replay: Whether there is a buffer at all. Without, each distillation step makes new images (DAFL, DFQ).
-        sampling: ``"priority"``, or ``"uniform"``: no priorities, no re-scoring.
+        sampling: ``"priority"``: by δ, as Eq. 4 has it. ``"modulated"``: by φ·δ, φ by the buffer as it is when a row is
+            scored (sections 3.2 and 3.4 can be read so). ``"uniform"``: no priorities, no re-scoring.
         alpha: α of Eq. 6 [D].
         beta: β of Eq. 5 [D]; αβ must be below 1.
         eps: ε of Eq. 6 [D].
@@ -190,6 +191,10 @@ class SSDKDConfig:
         if self.synthesis_batch > self.capacity and self.replay:
             raise ConfigError(
                 f"synthesis_batch: got {self.synthesis_batch}, accepted: at most capacity, {self.capacity}"
+            )
+        if self.sampling == "modulated" and not self.modulates:
+            raise ConfigError(
+                "sampling: got modulated, accepted: priority or uniform, as diversity and difficulty are off and φ is 1"
             )
         if not self.replay:
             if self.generator != "persistent":

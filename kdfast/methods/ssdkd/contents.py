@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast.functional import KDStatistics
+from kdfast.methods.ssdkd.config import SSDKDConfig
+from kdfast.replay import modulation
+
 #: Bins of the teacher's probability of its prediction, over [0, 1] (Fig. 2a).
 BINS = 20
 
@@ -48,6 +52,14 @@ class Contents:
     def difficulty_counts(self) -> Tensor:
         """int64 ``[BINS]``, from what the teacher is unsure of to what it is sure of."""
         return self._bins.sum(0)
+
+    def phi(self, scores: KDStatistics, config: SSDKDConfig) -> Tensor:
+        """φ of samples (or pixels) by what the buffer holds now, of the shape of their scores (Eq. 3)."""
+        counts = (
+            self.class_counts() if config.diversity else torch.zeros_like(self._classes[0], dtype=torch.int64)
+        )
+        gamma = config.gamma if config.difficulty else 0.0
+        return modulation(scores.teacher_prob, scores.teacher_class, counts, counts.sum(), gamma)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of both tables."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kdfast.capture import step_state
 from kdfast.errors import CheckpointError, KDFastError
-from kdfast.functional import kd_kl_div, kd_statistics
+from kdfast.functional import KDStatistics, kd_kl_div, kd_statistics
 from kdfast.methods.ssdkd.capture import CapturedLoss, CapturedStep, capturable, optimizer_capturable
 from kdfast.methods.ssdkd.config import SSDKDConfig
 from kdfast.methods.ssdkd.contents import Contents
 from kdfast.methods.ssdkd.inversion import Inversion
+from kdfast.methods.ssdkd.shards import write_shards
 from kdfast.methods.ssdkd.views import Views
 from kdfast.models.modes import evaluated
 from kdfast.models.outputs import logits_of
@@ -108,7 +111,7 @@ class SSDKD(Learning):
                 config.capacity,
                 tuple(image_shape),
                 num_classes=self.num_classes,
-                alpha=config.alpha if config.sampling == "priority" else 0.0,
+                alpha=config.alpha if config.sampling != "uniform" else 0.0,
                 beta=config.beta,
                 eps=config.eps,
                 eviction=config.eviction,
@@ -120,6 +123,8 @@ class SSDKD(Learning):
         self.parts: dict[str, Tensor] = {}
         self._losses: dict[Any, CapturedLoss] = {}
         self._updates: dict[Any, CapturedStep] = {}
+        #: What a graph was recorded from; one of another state is recorded anew.
+        self._recorded: dict[Any, tuple[Any, ...]] = {}
         self._loss = torch.zeros((), device=self.device)
 
     @property
@@ -173,8 +178,14 @@ class SSDKD(Learning):
         labels = predicted
         if predicted.dim() > 1:  # a row's label is its most frequent class; what is counted are the pixels
             labels = torch.nn.functional.one_hot(predicted.flatten(1), self.num_classes).sum(1).argmax(1)
-        index = self.buffer.extend(images, labels, _per_image(scores.kl))
+        index = self.buffer.extend(images, labels, self._deltas(scores))
         self.contents.insert(index, predicted, scores.teacher_prob)
+
+    def _deltas(self, scores: KDStatistics) -> Tensor:
+        """How wrong the student is about each image, ``[B]``: KL, or φ·KL; the mean over its pixels."""
+        if self.config.sampling != "modulated":
+            return _per_image(scores.kl)
+        return _per_image(self.contents.phi(scores, self.config) * scores.kl)
 
     def check(self) -> None:
         """Look whether inversion still works. This waits for the device: for now and then, not for every step.
@@ -228,6 +239,7 @@ class SSDKD(Learning):
         """
         student = self._ready_student(student)
         key = self._key(student)
+        self._forget(self._losses, key, student)
         if key not in self._losses:
             self._losses[key] = CapturedLoss(
                 lambda: self._distil(student),
@@ -255,6 +267,7 @@ class SSDKD(Learning):
         """
         student = self._ready_student(student)
         key = (id(optimizer), *self._key(student))
+        self._forget(self._updates, key, student)
         if key not in self._updates:
             capture = self._captures(student) and optimizer_capturable(optimizer)
             self._updates[key] = CapturedStep(
@@ -291,13 +304,13 @@ class SSDKD(Learning):
         learned = logits_of(student(seen))
         loss = self(learned, taught, weight=drawn.weight)
         scores = kd_statistics(learned, taught, self.config.priority_temperature, dim=1)
-        kl = _per_image(scores.kl)
-        if self.config.sampling == "priority":
-            self.buffer.update_priority(drawn.index, drawn.weight * kl, drawn.generation)
+        delta = drawn.weight * self._deltas(scores)
+        if self.config.sampling != "uniform":
+            self.buffer.update_priority(drawn.index, delta, drawn.generation)
         self.parts |= {
-            "priority": (drawn.weight * kl).mean(),
+            "priority": delta.mean(),
             "importance": drawn.weight.mean(),
-            "kl": kl.mean(),
+            "kl": scores.kl.mean(),
             "agreement": scores.agreement.float().mean(),
         }
         return loss
@@ -329,6 +342,41 @@ class SSDKD(Learning):
         self._losses.clear()
         self._updates.clear()
 
+    def export_shards(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        samples_per_shard: int = 1000,
+        image_format: Literal["jpg", "png"] = "png",
+    ) -> int:
+        """Write the images that the buffer holds as labelled shards: a training set for other students.
+
+        Labels are the teacher's classes (of a segmentation an image's most frequent one); grey images get three
+        channels. A :class:`kdfast.data.ShardLoader` reads it, and any recipe takes the folder as ``data``.
+
+        Args:
+            directory: Of the set, empty or new.
+            samples_per_shard: As for :class:`kdfast.data.ShardWriter`.
+            image_format: PNG keeps every bit.
+
+        Returns:
+            How many images were written, in the order of the buffer's slots.
+
+        Raises:
+            ValueError: There is no buffer, or nothing in it; images have neither one nor three channels.
+            ShardError: The folder cannot be written, or holds a set.
+        """
+        if self.buffer is None or not len(self.buffer):
+            raise ValueError("export_shards: there are no images; call synthesize() first, with replay")
+        return write_shards(
+            self.buffer,
+            directory,
+            samples_per_shard=samples_per_shard,
+            image_format=image_format,
+            num_classes=self.num_classes,
+            metadata={"source": "ssdkd", "rounds": self.rounds},
+        )
+
     def _ready_student(self, student: nn.Module | None) -> nn.Module:
         student = chosen_student(student, self.student)
         still_evaluated(self.teacher)
@@ -341,6 +389,15 @@ class SSDKD(Learning):
         device = self.device.type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         return (id(student), student.training, torch.is_grad_enabled(), *autocast)
+
+    def _forget(self, graphs: dict[Any, Any], key: Any, student: nn.Module) -> None:
+        """Drop a graph whose student or teacher is no longer as it was recorded: it would go on with what is gone."""
+        if not self._captures(student):
+            return
+        now = (*step_state(student), *step_state(self.teacher))
+        if self._recorded.get(key) != now:
+            graphs.pop(key, None)
+            self._recorded[key] = now
 
     def _captures(self, student: nn.Module) -> bool:
         wanted = self.config.cuda_graphs and torch.is_grad_enabled()

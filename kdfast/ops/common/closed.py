@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kdfast.ops.common.gradients import Value, differentiable_gradients, is_plain
+from kdfast.ops.common.gradients import Value, differentiable_gradients, is_plain, save, saved
 from kdfast.profiling import annotate
 from kdfast.reference.closed import Closed
 
@@ -61,15 +61,17 @@ class _Closed(torch.autograd.Function):
             rows = rows * scale
         if mask is not None:  # a masked row is 0 even where its logits are NaN
             rows = rows.masked_fill(~mask, 0.0)
-        ctx.save_for_backward(student, teacher)
+        save(ctx, student, teacher)
         ctx.form, ctx.factors, ctx.scale, ctx.grads = form, factors, scale, grads
         total = rows.sum() if reduce else rows
+        if reduce and not rows.numel():
+            return total / divisor  # 0/0 is NaN, as in torch
         return total * (temperature if row_weight is not None else scale * temperature)
 
     @staticmethod
     @annotate("closed_loss.backward")
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        student, teacher = ctx.saved_tensors
+        student, teacher = saved(ctx)
         form, factors, needs = ctx.form, ctx.factors, ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # create_graph=True: the plain form differentiates to any order
             out = form.plain(student, teacher)
@@ -78,8 +80,12 @@ class _Closed(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             grads = form.closed(student, teacher, *needs)[1:]
-        factor = upstream * ctx.scale
-        factor = factor.unsqueeze(factors.dim) if factor.dim() else factor
+        factor: Any
+        if type(ctx.scale) is float and upstream.dim() == 0 and type(upstream) is torch.Tensor:
+            factor = upstream.item() * ctx.scale  # nothing waits on a CPU, and a number is multiplied at once
+        else:
+            factor = upstream * ctx.scale
+            factor = factor.unsqueeze(factors.dim) if factor.dim() else factor
         results: list[torch.Tensor | None] = []
         for grad, like in zip(grads, (student, teacher), strict=True):
             if grad is not None:

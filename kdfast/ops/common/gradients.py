@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -17,15 +18,36 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def is_plain(student: torch.Tensor, teacher: torch.Tensor) -> bool:
     """Whether tensors are what they seem, with memory of their own, and this call runs once and now.
 
-    Not so while torch.compile traces, inside torch.func's transforms (vmap, grad, jvp), and for tensors of other
-    classes (fake, distributed): all of these want to see operators that they know.
+    Not so while torch.compile or make_fx traces, inside torch.func's transforms (vmap, grad, jvp), and for tensors of
+    other classes (fake, distributed): all of these want to see operators that they know.
     """
+    return has_values(student) and type(teacher) in _PLAIN
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's numbers may be looked at: nothing traces, transforms or fakes them."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()  # the only way to tell, and what torch itself asks
-        and type(student) in _PLAIN
-        and type(teacher) in _PLAIN
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        and type(tensor) in _PLAIN
     )
+
+
+def save(ctx: Any, *tensors: torch.Tensor) -> None:
+    """``ctx.save_for_backward``, of tensors made under ``torch.inference_mode`` too: :func:`saved` gives them back.
+
+    Autograd refuses to save those, since they have no version that would tell of a change. They require no grad, so
+    that to hold them makes no circle.
+    """
+    ctx.unversioned = [x if x.is_inference() else None for x in tensors]
+    ctx.save_for_backward(*(None if x.is_inference() else x for x in tensors))
+
+
+def saved(ctx: Any) -> tuple[torch.Tensor, ...]:
+    """What :func:`save` was given."""
+    pairs = zip(ctx.saved_tensors, ctx.unversioned, strict=True)
+    return tuple(other if tensor is None else tensor for tensor, other in pairs)
 
 
 def takes_reference(student: torch.Tensor, teacher: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ itself an op and always recomputes, out of place; its outputs are fresh memory, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,13 +26,15 @@ from kdfast.ops.common.gradients import (
     differentiable_gradients,
     empty_gradients,
     join_value,
+    save,
+    saved,
     split_value,
     takes_reference,
 )
 from kdfast.profiling import annotate
 from kdfast.reference.common import compute_dtype
 
-__all__ = ["Row", "RowLoss", "flatten", "register", "two_options"]
+__all__ = ["Row", "RowLoss", "flatten", "register", "row_launcher", "two_options"]
 
 Tensor = torch.Tensor
 
@@ -67,20 +70,10 @@ class Row(NamedTuple):
 
     def contiguous(self) -> Row:
         """The same with every tensor contiguous, as the kernels want it."""
-        weight, mask = _contiguous(self.weight), _contiguous(self.mask)
-        row = self._replace(weight=weight, mask=mask)
-        if self.label is None:
-            return row
-        return row._replace(
-            label=self.label.contiguous(),
-            factor=_contiguous(self.factor),
-            second=_contiguous(self.second),
-            second_factor=_contiguous(self.second_factor),
-        )
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+        if self.weight is None and self.mask is None and self.label is None:
+            return self
+        values = (x.contiguous() if isinstance(x, Tensor) else x for x in self)
+        return Row._make(values)
 
 
 def two_options(row: Row) -> tuple[float, float]:
@@ -91,8 +84,8 @@ def two_options(row: Row) -> tuple[float, float]:
 
 #: The schema of :class:`Row`: a 0-d tensor and a float are different arguments, so each value travels as both.
 _ROW = (
-    "float[] options, SymInt dim, float temperature, Tensor? temperature_tensor, Tensor? weight, Tensor? mask, "
-    "float divisor, Tensor? divisor_tensor, bool reduce, "
+    "float[] options, SymInt dim, Scalar temperature, Tensor? temperature_tensor, Tensor? weight, Tensor? mask, "
+    "Scalar divisor, Tensor? divisor_tensor, bool reduce, "
     "Tensor? label, Tensor? factor, Tensor? second, Tensor? second_factor"
 )
 _FORWARD = f"(Tensor student, Tensor teacher, {_ROW}) -> Tensor"
@@ -115,6 +108,8 @@ def _row(flat: tuple[Any, ...]) -> Row:
 
 
 Reference = Callable[[Tensor, Tensor, Row], Tensor]
+Grads = tuple[Tensor | None, Tensor | None]
+Launcher = Callable[..., Tensor]
 Gradients = Callable[[Tensor, Tensor, Tensor, Row], tuple[Tensor, Tensor]]
 
 
@@ -124,14 +119,14 @@ class RowLoss:
 
     Attributes:
         reference: ``(student, teacher, row) -> rows or their sum``, differentiable.
-        launcher: ``(student, teacher, row, grad_student=, grad_teacher=, upstream=, exit_if_one=, want_loss=)``.
+        launcher: As :func:`row_launcher` makes them.
         op: The registered op, ``kdfast::NAME``.
         function: The eager path.
         closed: The reference in fewer passes, as :attr:`kdfast.ops.common.closed.Form.closed`; None where it has none.
     """
 
     reference: Reference
-    launcher: Callable[..., Tensor]
+    launcher: Launcher
     op: Any
     function: Any
     closed: Callable[[Row], ClosedRows | None] | None = None
@@ -156,16 +151,55 @@ class RowLoss:
         return out
 
 
+#: Gradients that are not wanted.
+_NEITHER = (None, None)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """What row losses share, imported when the Triton backend first runs."""
+    from kdfast.kernels.common import launch_rows
+
+    return launch_rows
+
+
+def row_launcher(arguments: Callable[[Row], tuple[Any, tuple[Any, ...], tuple[Any, ...]]]) -> Launcher:
+    """The launcher of a loss of two logit tensors, from ``row -> (its RowLaunches, their further values, options)``.
+
+    It takes ``(student, teacher, row)``, then: the gradients that are written, memory like the logits', or None; an
+    upstream gradient; whether nothing is to be done if that is 1; whether the loss itself is wanted.
+    """
+
+    def launcher(
+        student: Tensor,
+        teacher: Tensor,
+        row: Row,
+        grads: Grads = _NEITHER,
+        upstream: Tensor | None = None,
+        exit_if_one: bool = False,
+        want_loss: bool = True,
+    ) -> Tensor:
+        launches, further, options = arguments(row)
+        kernels = _kernels()
+        scale = kernels.Scale(row.temperature, row.divisor, row.weight, row.mask)
+        want = kernels.Wanted(want_loss and not row.reduce, want_loss and row.reduce, exit_if_one)
+        out: Tensor = launches(
+            (student, teacher), grads, row.dim, scale, want, upstream, further, options, fresh=True
+        )
+        return out
+
+    return launcher
+
+
 def _forward(ctx: Any, student: Tensor, teacher: Tensor, loss: RowLoss, row: Row) -> Tensor:
     ctx.loss, ctx.row = loss, row
-    ctx.save_for_backward(student, teacher)
-    ctx.grads = empty_gradients(ctx.needs_input_grad, student, teacher) if row.reduce else None
-    grad_student, grad_teacher = ctx.grads or (None, None)
-    return loss.launcher(student, teacher, row, grad_student=grad_student, grad_teacher=grad_teacher)
+    save(ctx, student, teacher)
+    ctx.grads = grads = empty_gradients(ctx.needs_input_grad, student, teacher) if row.reduce else None
+    return loss.launcher(student, teacher, row, grads or _NEITHER)
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    student, teacher = ctx.saved_tensors
+    student, teacher = saved(ctx)
     loss, row = ctx.loss, ctx.row
     if torch.is_grad_enabled():  # create_graph=True: the reference differentiates to any order
         needs = ctx.needs_input_grad[:2]
@@ -173,15 +207,14 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return (*differentiable_gradients(out, (student, teacher), needs, upstream), None, None)
     first, ctx.grads = ctx.grads, None
     grads = first or empty_gradients(ctx.needs_input_grad, student, teacher)
-    wanted = {"grad_student": grads[0], "grad_teacher": grads[1], "upstream": upstream.contiguous()}
-    loss.launcher(student, teacher, row, **wanted, exit_if_one=first is not None, want_loss=False)
+    loss.launcher(student, teacher, row, grads, upstream.contiguous(), first is not None, False)
     return (*grads, None, None)
 
 
 def register(
     name: str,
     reference: Reference,
-    launcher: Callable[..., Tensor],
+    launcher: Launcher,
     closed: Callable[[Row], ClosedRows | None] | None = None,
     gradients: Gradients | None = None,
 ) -> RowLoss:
@@ -220,8 +253,7 @@ def register(
                 if grad is not None:
                     grad.copy_(value)
         else:
-            wanted = {"grad_student": grads[0], "grad_teacher": grads[1], "upstream": upstream.contiguous()}
-            launcher(student, teacher, row, **wanted, want_loss=False)
+            launcher(student, teacher, row, grads, upstream.contiguous(), False, False)
         first, second = (student.new_empty(0) if grad is None else grad for grad in grads)
         return first, second
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdfast.ops.denoise.check import broadcast, check, check_guided, check_learned
 from kdfast.ops.denoise.registered import run_registered
-from kdfast.ops.denoise.run import Call, Like, run, run_backward
+from kdfast.ops.denoise.run import Call, Like, implementation, run, run_backward
 from kdfast.reference import denoise as reference
 from kdfast.reference.denoise import COLUMNS, NO_GUIDANCE, Guidance
 
@@ -148,7 +148,10 @@ def _traced(*tensors: Tensor | None) -> bool:
     """Whether a compiler or a tensor subclass is to see an op, rather than what it does."""
     if torch.compiler.is_compiling():
         return True
-    return any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
+    for tensor in tensors:  # a loop: a generator costs more than what it looks at
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return True
+    return False
 
 
 def denoise_step(
@@ -213,16 +216,31 @@ def denoise_step(
             channels = sample.shape[1] if sample.dim() > 1 else None
             model_output = reference.guide(model_output, sample.shape[0], channels, guidance)
             guidance = NO_GUIDANCE
-    call = Call(table, step, dtype or promoted, guidance, seed, learned_variance, clip, want_x0, x0_dtype)
-    if _traced(*inputs):
-        y, m = run_registered(call, sample, model_output, noise, history, graded)
-    elif graded:
-        y, m = _apply(_Step, sample, model_output, noise, call, *history)
-    else:
-        y, m, _, following = run(
-            call, sample, model_output, noise, history, next_dtype=next_dtype, next_copies=next_copies
+    traced = _traced(*inputs)
+    if not traced and not graded:
+        y, m, _, following = implementation(*inputs, table).denoise_step(
+            sample,
+            model_output,
+            table,
+            step,
+            dtype=dtype or promoted,
+            guidance=guidance,
+            history=history,
+            noise=noise,
+            seed=seed,
+            learned_variance=learned_variance,
+            clip=clip,
+            want_x0=want_x0,
+            x0_dtype=x0_dtype,
+            next_dtype=next_dtype,
+            next_copies=next_copies,
         )
         return StepResult(y, m, following)
+    call = Call(table, step, dtype or promoted, guidance, seed, learned_variance, clip, want_x0, x0_dtype)
+    if traced:
+        y, m = run_registered(call, sample, model_output, noise, history, graded)
+    else:
+        y, m = _apply(_Step, sample, model_output, noise, call, *history)
     following = None
     if next_dtype is not None:
         scaled = (y * reference.coefficients(table, step)[9]).to(next_dtype)

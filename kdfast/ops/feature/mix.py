@@ -14,6 +14,7 @@ from torch import Tensor
 from kdfast.backend import resolve
 from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import differentiable_gradients
+from kdfast.ops.common.layouts import laid_out_as
 from kdfast.reference import feature as reference
 from kdfast.reference.common import compute_dtype
 
@@ -218,7 +219,7 @@ def _reparam_op(branches: Tensor, target: Tensor, *flat: Any) -> tuple[Tensor, T
     call = _recursion(flat)
     with fresh_counters():
         loss, mean = reparam_middle(branches, target, call)
-    return loss.clone(), torch.empty_like(target, dtype=mean.dtype).copy_(mean)
+    return loss, laid_out_as(target, mean, mean.dtype)
 
 
 @_reparam_op.register_fake
@@ -266,8 +267,7 @@ _reparam_op.register_autograd(_reparam_backward, setup_context=_reparam_context)
 
 @torch.library.custom_op("kdfast::noise_mix", mutates_args=())
 def _mix_op(x: Tensor, gamma: Tensor, seed: int, seed_tensor: Tensor | None) -> Tensor:
-    out = noise_mix(x, gamma, seed if seed_tensor is None else seed_tensor)
-    return torch.empty_like(x).copy_(out)
+    return laid_out_as(x, noise_mix(x, gamma, seed if seed_tensor is None else seed_tensor))
 
 
 @_mix_op.register_fake
@@ -285,7 +285,7 @@ def _mix_backward_op(
         return cast("tuple[Tensor, Tensor]", (grad_x, grad_gamma))
     vjp = torch.func.vjp(lambda a, b: reference.noise_mix(a, b, key), x, gamma)[1]
     found = vjp(upstream)
-    return torch.empty_like(x).copy_(found[0]), torch.empty_like(gamma).copy_(found[1])
+    return laid_out_as(x, found[0]), laid_out_as(gamma, found[1])
 
 
 @_mix_backward_op.register_fake

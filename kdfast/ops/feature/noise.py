@@ -14,6 +14,7 @@ from torch import Tensor
 from kdfast.backend import resolve
 from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import differentiable_gradients
+from kdfast.ops.common.layouts import laid_out_as
 from kdfast.reference import feature as reference
 from kdfast.reference.common import compute_dtype
 
@@ -24,7 +25,7 @@ def noise_mse(prediction: Tensor, seed: int | Tensor) -> Tensor:
     """``mean((ε̂ − ε)²)``; arguments are checked by the caller."""
     wants = torch.is_grad_enabled() and prediction.requires_grad
     if torch.compiler.is_compiling():
-        return cast(Tensor, _mse_op(prediction, *_split(seed), wants)[0])
+        return cast(Tensor, _mse_op(prediction, *_split(seed)))
     if resolve(prediction) == "reference":
         return reference.noise_mse(prediction, seed)
     if wants:
@@ -138,34 +139,46 @@ class _AddNoise(torch.autograd.Function):
 
 
 @torch.library.custom_op("kdfast::noise_mse", mutates_args=())
-def _mse_op(
-    prediction: Tensor, seed: int, seed_tensor: Tensor | None, gradient: bool
-) -> tuple[Tensor, Tensor]:
+def _mse_op(prediction: Tensor, seed: int, seed_tensor: Tensor | None) -> Tensor:
     key = seed if seed_tensor is None else seed_tensor
-    grad = torch.empty_like(prediction) if gradient else prediction.new_empty(0)
     if resolve(prediction) == "triton":
         with fresh_counters():
-            return _mse(prediction, key, grad if gradient else None), grad
-    error = reference.noise_error(prediction, key)
-    if gradient:
-        grad.copy_(error * (2 / error.numel()))
-    return error.square().mean(), grad
+            return _mse(prediction, key, None)
+    return reference.noise_mse(prediction, key)
 
 
 @_mse_op.register_fake
-def _(prediction: Tensor, seed: int, seed_tensor: Tensor | None, gradient: bool) -> tuple[Tensor, Tensor]:
-    loss = prediction.new_empty((), dtype=compute_dtype(prediction))
-    return loss, torch.empty_like(prediction) if gradient else prediction.new_empty(0)
+def _(prediction: Tensor, *rest: Any) -> Tensor:
+    return prediction.new_empty((), dtype=compute_dtype(prediction))
 
 
-def _mse_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+@torch.library.custom_op("kdfast::noise_mse_backward", mutates_args=())
+def _mse_backward_op(upstream: Tensor, prediction: Tensor, seed: int, seed_tensor: Tensor | None) -> Tensor:
+    """Computed afresh: what a forward wrote in half precision would be rounded before a loss's scale multiplies it."""
+    key = seed if seed_tensor is None else seed_tensor
+    grad = torch.empty_like(prediction)
+    if resolve(prediction) == "triton":
+        from kdfast.kernels.feature import noise as kernels
+
+        kernels.noise_mse(prediction, key, grad=grad, upstream=upstream)
+        return grad
+    error = reference.noise_error(prediction, key)
+    return grad.copy_(error * (upstream * (2 / error.numel())))
 
 
-def _mse_autograd(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    (grad,) = ctx.saved_tensors
-    return (upstream * grad).to(grad.dtype), None, None, None
+@_mse_backward_op.register_fake
+def _(upstream: Tensor, prediction: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(prediction)
+
+
+def _mse_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    prediction, ctx.seed, seed_tensor = inputs
+    ctx.save_for_backward(prediction, seed_tensor)
+
+
+def _mse_autograd(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    prediction, seed_tensor = ctx.saved_tensors
+    return _mse_backward_op(upstream, prediction, ctx.seed, seed_tensor), None, None
 
 
 _mse_op.register_autograd(_mse_autograd, setup_context=_mse_context)
@@ -181,7 +194,7 @@ def _noise_op(
     seed_tensor: Tensor | None,
 ) -> Tensor:
     key = seed if seed_tensor is None else seed_tensor
-    return torch.empty_like(x).copy_(add_noise_embed(x, timesteps, alphas_cumprod, embedding, key))
+    return laid_out_as(x, add_noise_embed(x, timesteps, alphas_cumprod, embedding, key))
 
 
 @_noise_op.register_fake
@@ -197,7 +210,7 @@ def _noise_backward_op(upstream: Tensor, timesteps: Tensor, embedding: Tensor) -
         dtype = compute_dtype(upstream)
         rows = upstream.to(dtype).reshape(*upstream.shape[:2], -1).sum(2)
         found = torch.zeros_like(embedding, dtype=dtype).index_add(0, timesteps, rows)
-    return torch.empty_like(embedding).copy_(found)
+    return laid_out_as(embedding, found)
 
 
 @_noise_backward_op.register_fake

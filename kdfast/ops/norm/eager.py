@@ -48,9 +48,7 @@ def bn_act(
         reference.track(norm, stats[0], stats[2])
         return cast(Tensor, y)
     if resolve(x, residual, norm.weight) == "reference":
-        y, mean, var = reference.bn_act(x, residual, norm, *act)
-        reference.track(norm, mean, var)
-        return y
+        return reference.bn_act_tracked(x, residual, norm, *act)
     tensors = (x, residual, norm.weight, norm.bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return cast(Tensor, _Act.apply(*tensors, norm, act))  # type: ignore[no-untyped-call]
@@ -67,9 +65,7 @@ def bn_mse(x: Tensor, target: Tensor, norm: BatchNorm) -> Tensor:
         reference.track(norm, stats[0], stats[2])
         return cast(Tensor, loss)
     if resolve(x, target, norm.weight) == "reference":
-        loss, mean, var = reference.bn_mse(x, target, norm)
-        reference.track(norm, mean, var)
-        return loss
+        return reference.bn_mse_tracked(x, target, norm)
     tensors = (x, norm.weight, norm.bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return cast(Tensor, _MSE.apply(x, target, norm.weight, norm.bias, norm))  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdfast.backend import resolve
 from kdfast.ops.common.counters import fresh_counters
+from kdfast.ops.common.layouts import laid_out_as
 from kdfast.ops.norm import launch as ops
 from kdfast.reference.common import compute_dtype
 from kdfast.reference.norm import fused as reference
@@ -29,8 +30,10 @@ _ACT_BACKWARD_SCHEMA = (
     f"(Tensor grad, Tensor x, Tensor? residual, Tensor y, Tensor stats, {_ACT}) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-_MSE_SCHEMA = (
-    f"(Tensor x, Tensor target, {_NORM}, bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+_MSE_SCHEMA = f"(Tensor x, Tensor target, {_NORM}, bool gradients) -> (Tensor, Tensor, Tensor)"
+_MSE_BACKWARD_SCHEMA = (
+    f"(Tensor upstream, Tensor x, Tensor target, Tensor stats, Tensor sums, {_NORM}) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -50,17 +53,24 @@ def _stats(x: Tensor, *others: Tensor) -> Tensor:
     return x.new_zeros((3, x.shape[1]), dtype=compute_dtype(x, *others))
 
 
+def _sums(x: Tensor, target: Tensor, wanted: bool) -> Tensor:
+    """Memory for Σg and Σg·(x - μ), which only the kernels make."""
+    return x.new_zeros(2 * x.shape[1] if wanted else 0, dtype=compute_dtype(x, target))
+
+
 def _fill(stats: Tensor, x: Tensor, norm: BatchNorm, mean: Tensor, var: Tensor) -> None:
     count = x.numel() // x.shape[1]
     biased = var * ((count - 1) / count) if norm.training else var
     stats[0], stats[1], stats[2] = mean, (biased + norm.eps).rsqrt(), var
 
 
-def _put(value: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``value`` as a tensor of ``like``'s layout that shares no memory with an input."""
+def _put(
+    value: Tensor | None, like: Tensor, dtype: torch.dtype | None = None, given: Tensor | None = None
+) -> Tensor:
+    """``value`` as its fake said: of ``like``'s layout, and not ``given``, which is an input."""
     if value is None:
         return like.new_empty(0)
-    return torch.empty_like(like, dtype=dtype or like.dtype).copy_(value)
+    return laid_out_as(like, value.clone() if value is given else value, dtype)
 
 
 @torch.library.custom_op("kdfast::bn_act", mutates_args=(), schema=_ACT_SCHEMA)
@@ -115,7 +125,8 @@ def bn_act_backward(
             )
     likes = (x, residual, norm.weight, norm.bias)
     return tuple(
-        x.new_empty(0) if like is None else _put(g, like) for g, like in zip(found, likes, strict=True)
+        x.new_empty(0) if like is None else _put(g, like, given=grad)
+        for g, like in zip(found, likes, strict=True)
     )
 
 
@@ -147,52 +158,75 @@ bn_act.register_autograd(_act_autograd, setup_context=_act_context)
 
 @torch.library.custom_op("kdfast::bn_mse", mutates_args=(), schema=_MSE_SCHEMA)
 def bn_mse(x: Tensor, target: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    """The loss, the statistics as of :func:`bn_act`, and with ``gradients`` those of x, weight and bias."""
+    """The loss, the statistics as of :func:`bn_act`, and with ``gradients`` the sums that those are made of."""
     *held, gradients = flat
     norm = _norm(held)
-    stats = _stats(x, target)
-    found: tuple[Tensor | None, ...] = (None, None, None)
+    stats, sums = _stats(x, target), _sums(x, target, gradients)
     if resolve(x, target, norm.weight) == "reference":
         loss, mean, var = reference.bn_mse(x, target, norm)
         _fill(stats, x, norm, mean, var)
-        if gradients:
-            out = reference.normalise(x, norm)[0].to(stats.dtype)
-            error = (out - target.to(stats.dtype)) * (2 / x.numel())
-            found = reference.bn_backward(error, x, norm, stats[0], stats[1])
-    else:
-        needs = (gradients, gradients and norm.weight is not None, gradients and norm.bias is not None)
-        with fresh_counters():
-            made = ops.launch_mse(x, target, norm, needs, stats[2])
-        loss, found = made.loss, made.grads
-        if norm.training:
-            stats[0], stats[1] = made.centre
-    grads = [
-        x.new_empty(0) if like is None or not gradients else _put(g, like)
-        for g, like in zip(found, (x, norm.weight, norm.bias), strict=True)
-    ]
-    return loss.clone(), stats, *grads
+        return loss, stats, sums
+    # In evaluation x alone needs no sums, but who will ask for a gradient is not known here.
+    with fresh_counters():
+        made = ops.launch_mse(x, target, norm, (False, gradients, gradients), stats[2])
+    if norm.training:
+        stats[0], stats[1] = made.centre
+    return made.loss, stats, sums if made.sums is None else made.sums
 
 
 @bn_mse.register_fake
 def _(x: Tensor, target: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    dtype = compute_dtype(x, target)
-    likes = (x, *flat[:2])
-    grads = [torch.empty_like(t) if t is not None and flat[-1] else x.new_empty(0) for t in likes]
-    return (x.new_empty((), dtype=dtype), _stats(x, target), *grads)
+    loss = x.new_empty((), dtype=compute_dtype(x, target))
+    return loss, _stats(x, target), _sums(x, target, flat[-1])
+
+
+@torch.library.custom_op("kdfast::bn_mse_backward", mutates_args=(), schema=_MSE_BACKWARD_SCHEMA)
+def bn_mse_backward(
+    upstream: Tensor, x: Tensor, target: Tensor, stats: Tensor, sums: Tensor, *flat: Any
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weight and bias, computed afresh: those of a forward would be rounded before the loss's scale."""
+    norm, likes = _norm(flat), (x, *flat[:2])
+    found: tuple[Tensor | None, ...]
+    if resolve(x, target, norm.weight) == "reference":
+        if norm.training:
+            mean, rstd = stats[0], stats[1]
+        else:
+            mean, rstd = flat[2].to(stats.dtype), (flat[3].to(stats.dtype) + norm.eps).rsqrt()
+        out = reference.normalise(x, norm)[0].to(stats.dtype)
+        error = (out - target.to(stats.dtype)) * (upstream * (2 / x.numel()))
+        found = reference.bn_backward(error, x, norm, mean, rstd)
+    else:
+        centre = (stats[0], stats[1]) if norm.training else (norm.running_mean, norm.running_var)
+        needs = (True, norm.weight is not None, norm.bias is not None)
+        found = ops.launch_mse_backward(
+            upstream, x, target, norm, cast("tuple[Tensor, Tensor]", centre), sums, None, needs
+        )
+    return tuple(
+        x.new_empty(0) if like is None else _put(g, like) for g, like in zip(found, likes, strict=True)
+    )
+
+
+@bn_mse_backward.register_fake
+def _(
+    upstream: Tensor, x: Tensor, target: Tensor, stats: Tensor, sums: Tensor, *flat: Any
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in (x, *flat[:2]))
 
 
 def _mse_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, target, weight, bias, running_mean, running_var, *ctx.options = inputs[:-1]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[2:])
-    ctx.present = [t is not None for t in (inputs[0], inputs[2], inputs[3])]
+    # In training they are about to be changed, and not needed.
+    running = (None, None) if ctx.options[0] else (running_mean, running_var)
+    ctx.save_for_backward(x, target, *output[1:], weight, bias, *running)
 
 
 def _mse_autograd(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = [
-        (upstream * g).to(g.dtype) if there else None
-        for g, there in zip(ctx.saved_tensors, ctx.present, strict=True)
-    ]
-    return (grads[0], None, grads[1], grads[2], *[None] * 5)
+    saved = ctx.saved_tensors
+    grads = bn_mse_backward(upstream, *saved, *ctx.options)
+    inputs = (saved[0], saved[4], saved[5])
+    grad_x, grad_weight, grad_bias = (None if t is None else g for t, g in zip(inputs, grads, strict=True))
+    return (grad_x, None, grad_weight, grad_bias, *[None] * 5)
 
 
 bn_mse.register_autograd(_mse_autograd, setup_context=_mse_context)

@@ -14,6 +14,7 @@ from torch import Tensor
 from kdfast.backend import resolve
 from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import differentiable_gradients, is_plain
+from kdfast.ops.common.layouts import laid_out_as
 from kdfast.reference.common import compute_dtype
 from kdfast.reference.norm import statistics_loss as reference
 
@@ -149,7 +150,7 @@ def _(x: Tensor, *target: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("kdfast::bn_statistics_backward", mutates_args=())
 def _backward_op(upstream: Tensor, x: Tensor, stats: Tensor) -> Tensor:
-    return torch.empty_like(x).copy_(_backward(_dense(x), stats, upstream, None))
+    return laid_out_as(x, _backward(_dense(x), stats, upstream, None))
 
 
 @_backward_op.register_fake

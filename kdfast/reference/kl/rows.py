@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from kdfast.reference.common import NEAR, compute_dtype
+from kdfast.reference.common import NEAR, compute_dtype, finish
 
 
 class Labels(NamedTuple):
@@ -127,11 +127,8 @@ def kd_kl(
     if mask is not None:
         keep = mask.unsqueeze(dim)
         student, teacher = (x.masked_fill(~keep, 0.0) for x in (student, teacher))
-    rows = kd_kl_rows(student, teacher, temperature, dim) * (temperature * temperature) / divisor
-    if labels is not None:
-        rows = rows + cross_entropy_rows(student, labels, dim)
-    if row_weight is not None:
-        rows = rows * row_weight.to(rows.dtype)
-    if mask is not None:
-        rows = rows.masked_fill(~mask, 0.0)
-    return rows.sum() if reduce else rows
+    rows = kd_kl_rows(student, teacher, temperature, dim)
+    distilled = finish(rows, temperature, row_weight, mask, divisor, reduce)
+    if labels is None:
+        return distilled
+    return distilled + finish(cross_entropy_rows(student, labels, dim), 1.0, row_weight, mask, 1.0, reduce)

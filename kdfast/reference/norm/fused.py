@@ -13,7 +13,17 @@ from torch.nn import functional as F
 
 from kdfast.reference.common import compute_dtype
 
-__all__ = ["BatchNorm", "bn_act", "bn_backward", "bn_mse", "normalise", "track"]
+__all__ = [
+    "BatchNorm",
+    "bn_act",
+    "bn_act_tracked",
+    "bn_backward",
+    "bn_mse",
+    "bn_mse_tracked",
+    "normalise",
+    "normalise_and_track",
+    "track",
+]
 
 
 class BatchNorm(NamedTuple):
@@ -74,6 +84,20 @@ def track(norm: BatchNorm, mean: Tensor, var: Tensor) -> None:
             running.add_((new.to(running.dtype) - running) / norm.num_batches_tracked)
 
 
+def normalise_and_track(x: Tensor, norm: BatchNorm) -> Tensor:
+    """BN(x) as :func:`normalise` has it; running statistics are moved in the same pass wherever torch can do so."""
+    kept = (norm.running_mean, norm.running_var)
+    held = [t for t in (*kept, norm.weight, norm.bias) if t is not None]
+    together = (kept[0] is None) == (kept[1] is None) and all(t.dtype == x.dtype for t in held)
+    if norm.training and norm.momentum is not None and x.dtype == compute_dtype(x) and together:
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        return F.batch_norm(x, *kept, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+    out, mean, var = normalise(x, norm)
+    track(norm, mean, var)
+    return out
+
+
 def bn_act(
     x: Tensor, residual: Tensor | None, norm: BatchNorm, relu: bool, scale: float, carry: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,20 +106,45 @@ def bn_act(
     The first in the residual's dtype (x's without one).
     """
     out, mean, var = normalise(x, norm)
-    if scale != 1:
-        out = scale * out
+    return _act(out, x, residual, relu, scale, carry), mean, var
+
+
+def bn_act_tracked(
+    x: Tensor, residual: Tensor | None, norm: BatchNorm, relu: bool, scale: float, carry: float
+) -> Tensor:
+    """The first of :func:`bn_act`; moves the running statistics."""
+    return _act(normalise_and_track(x, norm), x, residual, relu, scale, carry)
+
+
+def _act(out: Tensor, x: Tensor, residual: Tensor | None, relu: bool, scale: float, carry: float) -> Tensor:
+    """``out`` is nobody else's and is written over: on a CPU fresh memory costs more than the arithmetic."""
     if residual is not None:
-        out = out + (residual.to(out.dtype) if carry == 1 else carry * residual.to(out.dtype))
+        beside = residual.to(out.dtype)
+        if torch._C._are_functorch_transforms_active():  # where one of the two may have a dimension more
+            out = scale * out + carry * beside
+        else:
+            out = (out if scale == 1 else out.mul_(scale)).add_(beside, alpha=carry)
+    elif scale != 1:
+        out = out.mul_(scale)
     if relu:
-        out = out.relu()
-    return out.to(x.dtype if residual is None else residual.dtype), mean, var
+        out = out.relu_()
+    return out.to(x.dtype if residual is None else residual.dtype)
 
 
 def bn_mse(x: Tensor, target: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     """``(mean((BN(x) − target)²), mean, unbiased variance)``, the first in float32 (float64)."""
     out, mean, var = normalise(x, norm)
+    return _mse(out, x, target), mean, var
+
+
+def bn_mse_tracked(x: Tensor, target: Tensor, norm: BatchNorm) -> Tensor:
+    """The first of :func:`bn_mse`; moves the running statistics."""
+    return _mse(normalise_and_track(x, norm), x, target)
+
+
+def _mse(out: Tensor, x: Tensor, target: Tensor) -> Tensor:
     dtype = compute_dtype(x, target)
-    return F.mse_loss(out.to(dtype), target.to(dtype)), mean, var
+    return F.mse_loss(out.to(dtype), target.to(dtype))
 
 
 def bn_backward(

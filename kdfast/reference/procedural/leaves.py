@@ -6,7 +6,7 @@ pixel p ends with the colour of the last leaf on it; painting stops with the lea
     stop = max over p of (first leaf on p),   colour(p) = colour of the last leaf on p that is not after stop
 
 which each pixel can find on its own. kernels/procedural/leaves.py does that; so does :func:`search`. :func:`paint`
-paints.
+paints, as csrc/dead_leaves.hpp does, which is what runs where the extension was built.
 
 The test that says whether a leaf is on a pixel is made of operations that every backend rounds alike (see
 procedural.py), and every backend reads the same table of leaves, so that images agree to the last bit.
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast.reference.native import extension
 from kdfast.reference.philox import philox
 from kdfast.reference.procedural.arithmetic import wave
 
@@ -35,6 +36,7 @@ SMALLEST = 0.03
 _CHUNK = 1 << 15
 #: Images of at most so many pixels are searched, larger ones painted.
 _SMALL = 100 * 100
+_KEY = (1 << 64) - 1
 #: Leaves are drawn for so many images at once, so many at a time.
 _GROUP, _STOCK = 32, 512
 
@@ -134,6 +136,16 @@ def hits(leaves: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def render(seed: int, index: Tensor, height: int, width: int, limit: int) -> Tensor:
     """uint8 ``[B, 3, H, W]``: images ``index`` of at most ``limit`` leaves each; bare pixels stay black."""
+    native = extension()
+    if native is not None:
+        law = (table.numpy() for table in radius_law())
+        drawn = native.dead_leaves(seed & _KEY, index.cpu().numpy(), height, width, limit, *law)
+        return torch.from_numpy(drawn).to(index.device)
+    return by_operators(seed, index, height, width, limit)
+
+
+def by_operators(seed: int, index: Tensor, height: int, width: int, limit: int) -> Tensor:
+    """:func:`render` without the extension."""
     make = search if height * width <= _SMALL else paint
     images = []
     for group in torch.split(index.cpu(), _GROUP):

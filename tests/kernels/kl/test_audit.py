@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from bench.static_audit import CAPABILITIES, TOOLS, KernelReport, audit, meta
 from kdfast.kernels import kl
-from kdfast.kernels.machine import machine_of
+from kdfast.kernels.machine import machine_of, use_machine
 
 if not (TOOLS / "cuobjdump").exists():
     pytest.skip("this build of Triton brings no disassembler", allow_module_level=True)
@@ -155,3 +155,29 @@ def test_the_budgets_are_the_ones_that_the_kernels_state() -> None:
         key = f"{'x'.join(map(str, shape[-3:] if len(shape) > 2 else shape[1:]))}{'+t' if both else ''}"
         name = {F32: "float32", BF16: "bfloat16"}[dtype]
         assert int(stated[f"{key} {name}"]) == budget
+
+
+@pytest.mark.parametrize(
+    ("dtype", "budget"),
+    [(BF16, 32), (F32, 34)],
+    ids=["bfloat16", "float32"],
+)
+def test_a_row_that_is_read_twice_costs_no_more_than_its_budget(dtype: torch.dtype, budget: int) -> None:
+    """Two loops, over vectors of a thread; what there is for rows that nearly agree is left out to count."""
+    shape, machine = (8192, 32000), use_machine("90:132:3.6")  # with clusters from Triton 3.8 on
+    with machine:
+        (counted,) = compiled(shape, dtype, -1, 90, RARE=False)
+        (whole,) = compiled(shape, dtype, -1, 90)
+    vector = 16 // dtype.itemsize
+    assert sum(counted.loops[:2]) / vector <= budget, counted
+    # 16 warps of 64 registers: two programs a multiprocessor.
+    assert whole.spills == 0, whole
+    assert whole.num_warps * 32 * whole.registers * 2 <= 65536, whole
+
+
+@pytest.mark.parametrize("riding", ["", "labels", "statistics"])
+def test_rows_read_twice_do_not_spill(riding: str) -> None:
+    with use_machine("90:132:3.6"):
+        for report in compiled((8192, 32000), BF16, -1, 90, both=riding == "", riding=riding):
+            assert report.spills == 0, report
+            assert report.widest_load == 16, report

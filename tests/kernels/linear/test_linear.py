@@ -16,6 +16,8 @@ from kdfast.functional import fused_linear_kd_loss
 from kdfast.kernels.linear import default_chunk_rows
 from kdfast.nn import FusedLinearKDLoss
 from kdfast.ops.linear import fused_linear_kd_op
+from kdfast.ops.linear.chunks import compute
+from kdfast.ops.linear.job import Job, flat
 from kdfast.reference.linear import linear_kd
 from tests.conftest import INTERPRETING, Target
 from tests.support.conformance import ConformanceSuite, OpCase, assert_verbose_allclose
@@ -79,6 +81,18 @@ def heads(bias: bool = True, rowwise: bool = False) -> Any:
     return make
 
 
+def job_of(inputs: dict[str, torch.Tensor], student: tuple[str, ...] = ()) -> Job:
+    """What the op takes: its rows flat, T = 2, a divisor of 3; ``student`` names what requires grad."""
+    given = {key: x.flatten(0, -2) if "hidden" in key else x for key, x in inputs.items() if key in KEYS}
+    for key in student:
+        given[key] = given[key].detach().requires_grad_()
+    own = {key.removeprefix("student_"): x for key, x in given.items()}
+    empty: dict[str, Any] = dict.fromkeys(Job._fields)
+    numbers = {"kind": "forward_kl", "kd_weight": 1.0, "temperature": 2.0, "ratio": 1.0, "divisor": 3.0}
+    zeros = dict.fromkeys(("number", "smoothing", "softcap", "teacher_softcap"), 0.0)
+    return Job(**(empty | {"bucket": True} | numbers | zeros | own))
+
+
 def case(
     name: str,
     shapes: list[tuple[int, ...]],
@@ -92,30 +106,7 @@ def case(
     student = ("student_hidden", "student_weight", *(("student_bias",) if bias else ()))
 
     def checked(inputs: dict[str, torch.Tensor]) -> tuple[Any, tuple[Any, ...]]:
-        two_d = {key: inputs[key].flatten(0, -2) if "hidden" in key else inputs.get(key) for key in KEYS}
-        for key in student:
-            two_d[key] = two_d[key].detach().requires_grad_()  # type: ignore[union-attr]
-        order = (
-            "student_hidden",
-            "student_weight",
-            "student_bias",
-            "teacher_hidden",
-            "teacher_weight",
-            "teacher_bias",
-        )
-        return fused_linear_kd_op, (
-            *(two_d[key] for key in order),
-            2.0,
-            None,
-            None,
-            None,
-            3.0,
-            None,
-            4,
-            True,
-            True,
-            bias,
-        )
+        return fused_linear_kd_op, (*flat(job_of(inputs, student)), 4, True, True, bias)
 
     return OpCase(
         name=name,
@@ -171,14 +162,10 @@ def draw(*shape: int, device: str = "cpu", **options: Any) -> dict[str, torch.Te
 def test_all_logits_never_exist(target: Target) -> None:
     """No tensor grows with rows × classes; and the instrument does see one where a chunk is everything."""
     inputs = draw(64, 96, device=target.device)
-    heads = [inputs[key] for key in ("student_hidden", "student_weight", "student_bias")]
-    heads += [inputs[key] for key in ("teacher_hidden", "teacher_weight", "teacher_bias")]
     seen = {}
     for chunk_rows in (8, 64):
-        with Largest() as largest:  # of the op's body: a mode does not look inside an op that it is shown
-            results = fused_linear_kd_op._init_fn(
-                *heads, 2.0, None, None, None, 64.0, None, chunk_rows, True, True, True
-            )
+        with Largest() as largest:
+            results = compute(job_of(inputs), chunk_rows, (True, True, True))
         seen[chunk_rows] = largest.elements
     assert seen == {8: max(8 * 96, 96 * 9, 64 * 9), 64: 64 * 96}
     assert [x.numel() for x in results] == [1, 64 * 6, 96 * 6, 96]
@@ -301,10 +288,13 @@ def test_the_plan_needs_no_triton() -> None:
     subprocess.run([sys.executable, "-c", f"{code}; assert d(10**9) == 128"], check=True)
 
 
-def test_default_chunks_fit_the_budget() -> None:
-    assert default_chunk_rows(128_256) * 128_256 * 4 <= 256 * 2**20
-    assert default_chunk_rows(128_256) % 128 == 0
-    assert default_chunk_rows(10**9) == 128
+@pytest.mark.parametrize("itemsize, chunks", [(4, 1), (4, 2), (4, 3), (8, 2)])
+def test_default_chunks_fit_the_budget(itemsize: int, chunks: int) -> None:
+    rows = default_chunk_rows(128_256, itemsize=itemsize, chunks=chunks)
+    assert 0 < rows * 128_256 * itemsize * chunks <= 512 * 2**20
+    assert (rows + 128) * 128_256 * itemsize * chunks > 512 * 2**20
+    assert rows % 128 == 0
+    assert default_chunk_rows(10**9, itemsize=itemsize, chunks=chunks) == 128
 
 
 H, W, G, U = torch.zeros(4, 6), torch.zeros(8, 6), torch.zeros(4, 9), torch.zeros(8, 9)

@@ -50,6 +50,37 @@ def run_pair(kind: int, shape: tuple[int, ...], dim: int, dtype: torch.dtype) ->
     )
 
 
+def run_student(kind: int, shape: tuple[int, ...]) -> Callable[[], object]:
+    """Forward with the student's gradient, bfloat16: what people train with."""
+    s, t = meta(*shape, dtype=BF16), meta(*shape, dtype=BF16)
+    target = integers(shape[0]) if kind == losses_more.DKD else None
+    return lambda: losses_more.pair_loss(
+        kind, s, t, target, 1.0, 0.5, 1, SCALE, reduce=True, want_rows=False, grad_student=torch.empty_like(s)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "budget"), [(losses_more.JSD, 46), (losses_more.DKD, 60)], ids=["jsd", "dkd"]
+)
+def test_a_row_on_the_chip_costs_no_more_than_its_budget(kind: int, budget: int) -> None:
+    """Lane instructions an element without the branch for rows that nearly agree: a variant that is never launched."""
+    (report,) = audit(run_student(kind, (65536, 1000)), 90, RARE=False)
+    assert report.instructions_per_element(4000) <= budget, report  # a program has four rows
+    (whole,) = audit(run_student(kind, (65536, 1000)), 90)
+    assert whole.spills == 0, whole
+
+
+@pytest.mark.parametrize(
+    ("kind", "registers"), [(losses_more.JSD, 80), (losses_more.DKD, 104)], ids=["jsd", "dkd"]
+)
+def test_a_row_that_is_read_three_times_costs_no_more_than_its_budget(kind: int, registers: int) -> None:
+    (report,) = audit(run_student(kind, (4096, 32000)), 90, RARE=False)
+    assert sum(report.loops[:3]) / 8 <= 65, report  # a thread takes 8 classes at a time
+    (whole,) = audit(run_student(kind, (4096, 32000)), 90)
+    assert whole.spills == 0, whole
+    assert whole.registers <= registers, whole
+
+
 def run_topk(num_classes: int, dtype: torch.dtype, bucket: bool) -> Callable[[], object]:
     s = meta(64, num_classes, dtype=dtype)
     normalizer = meta(64) if bucket else None
@@ -145,5 +176,6 @@ def test_every_row_of_dist_is_in_exactly_one_split() -> None:
 
 
 def test_long_rows_of_topk_take_several_blocks() -> None:
-    assert topk_plan(1000, 50) == TopKPlan(1024, 64, 2)
+    assert topk_plan(1000, 50) == TopKPlan(1024, 64, 2, once=True)
     assert topk_plan(128_256, 50).block == 4096
+    assert not topk_plan(128_256, 200).once  # too many pairs for the chip

@@ -369,3 +369,34 @@ def test_the_meta_words_are_the_cores_and_the_kernels() -> None:
     source = (Path(__file__).parents[3] / "kernels" / "replay" / "bodies.py").read_text()
     named = {name: int(value) for name, value in re.findall(r"^(\w+) = tl\.constexpr\((\d+)\)", source, re.M)}
     assert named == words
+
+
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_large_update_is_sorted_and_a_small_one_compared(
+    largest: bool, checked: bool, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either way the same rows win, whatever is not admitted between them: NaN, empty slots, no slots, stale rows."""
+    if target.backend != "triton":
+        pytest.skip("the reference has one way")
+    from kdfast.kernels.replay import launch
+
+    generator = torch.Generator().manual_seed(5)
+    slots = torch.randint(-2, 14, (200,), generator=generator).to(target.device)
+    scores = torch.randn(200, generator=generator).mul(2).round().to(target.device)  # many are equal
+    scores[::17], scores[5::31] = float("nan"), float("inf")
+    made = torch.randint(0, 2, (200,), generator=generator).to(target.device) if checked else None
+    found = []
+    for limit in (0, 1 << 14):
+        monkeypatch.setattr(launch, "COMPARED", limit)
+        state = filled(torch.linspace(0, 3, 12, device=target.device))
+        ops.update(
+            state,
+            slots,
+            scores,
+            None if made is None else state.generation[slots.clamp(0, 11)] + made,
+            largest,
+        )
+        found.append([state.meta, state.leaves, state.sums, state.delta])
+    for sorted_, compared in zip(*found, strict=True):
+        assert torch.equal(sorted_, compared)

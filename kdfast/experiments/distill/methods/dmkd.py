@@ -14,6 +14,11 @@ METHOD = DMKD
 NEEDS_DATA = True
 
 
+def uses_labels(config: DMKDConfig) -> bool:
+    """Only those that were stored with the images, and only as hard labels."""
+    return config.labels != "soft" and config.hard_labels == "stored"
+
+
 def build(setting: Setting) -> Plan:
     """Check that stored labels, where they count, are the teacher's classes.
 
@@ -22,7 +27,7 @@ def build(setting: Setting) -> Plan:
     """
     config: DMKDConfig = setting.method
     data = setting.config.data
-    if config.labels != "soft" and config.hard_labels == "stored":
+    if uses_labels(config):
         found = shard_classes(data)
         if found is not None and found != setting.num_classes:
             raise DataError(

@@ -12,6 +12,11 @@ METHOD = SurrogateKD
 NEEDS_DATA = True
 
 
+def uses_labels(config: SurrogateKDConfig) -> bool:
+    """Only as what the attack pushes images to."""
+    return config.attack and config.attack_targets == "stored"
+
+
 def build(setting: Setting) -> Plan:
     """The step on images in [0, 1]: it augments, attacks and normalises them itself.
 
@@ -27,7 +32,7 @@ def build(setting: Setting) -> Plan:
         raise ConfigError(
             f"augment: got {', '.join(common.augment)} beside regime={config.regime}, accepted: one of them"
         )
-    if config.attack and config.attack_targets == "stored":
+    if uses_labels(config):
         found = shard_classes(common.data)
         if found is not None and found != setting.num_classes:
             raise DataError(

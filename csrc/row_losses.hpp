@@ -1,0 +1,202 @@
+// Losses of rows of logits with their gradients, in float32, for the CPU path of kdfast/reference.
+//
+// Everything that a row needs is computed while the row is in a core's cache: the largest logits, exponentials and
+// their sums, then terms and gradients. Vectors are GCC's and Clang's own (16 lanes whatever the machine has), so that
+// every instruction set adds in the same order and gives the same bits.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "philox_normal.hpp"  // KDFAST_EVERY_WIDTH
+
+#define KDFAST_INLINE inline __attribute__((always_inline))
+
+namespace kdfast {
+
+constexpr int64_t kRowLanes = 16;
+typedef float Lanes __attribute__((vector_size(64)));
+typedef int32_t IntLanes __attribute__((vector_size(64)));
+
+// By reference: a vector as wide as this has no calling convention that all machines share.
+KDFAST_INLINE void load_lanes(const float* from, Lanes& out) { std::memcpy(&out, from, sizeof out); }
+
+// Up to 16 lanes of a row whose `count` last elements are left.
+KDFAST_INLINE void store_lanes(const Lanes& value, int64_t count, float* to) {
+  if (count >= kRowLanes)
+    std::memcpy(to, &value, sizeof value);
+  else
+    std::memcpy(to, &value, static_cast<size_t>(count) * sizeof(float));
+}
+
+// 2^y for y ≤ 0, to 1.5 ulp; 2^-126 below that, NaN for NaN.
+KDFAST_INLINE void exp2_lanes(Lanes& y) {
+  const Lanes magic = Lanes{} + 12582912.0f;  // 1.5 · 2^23: added and taken away again, it rounds to an integer
+  y = y < -126.0f ? Lanes{} - 126.0f : y;
+  const Lanes whole = y + magic;
+  const Lanes f = y - (whole - magic);
+  Lanes p = 1.5403530e-4f * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  IntLanes bits, scale;
+  std::memcpy(&bits, &whole, sizeof bits);
+  std::memcpy(&scale, &p, sizeof scale);
+  scale += bits << 23;
+  std::memcpy(&p, &scale, sizeof p);
+  y = y != y ? y : p;
+}
+
+KDFAST_INLINE double lane_sum(const Lanes& value) {
+  double sum = 0;
+  for (int lane = 0; lane < kRowLanes; ++lane) sum += static_cast<double>(value[lane]);
+  return sum;
+}
+
+KDFAST_INLINE float largest(const float* row, int64_t padded) {
+  Lanes most;
+  load_lanes(row, most);
+  for (int64_t at = kRowLanes; at < padded; at += kRowLanes) {
+    Lanes x;
+    load_lanes(row + at, x);
+    most = x > most ? x : most;
+  }
+  float out = most[0];
+  for (int lane = 1; lane < kRowLanes; ++lane) out = most[lane] > out ? most[lane] : out;
+  return out;
+}
+
+// A row of whole vectors: its own memory, or a copy whose last vector is filled up with what changes no maximum.
+KDFAST_INLINE const float* padded_row(const float* row, int64_t classes, int64_t padded, float* copy) {
+  if (classes == padded) return row;
+  for (int64_t lane = 0; lane < kRowLanes; ++lane) copy[padded - kRowLanes + lane] = row[0];
+  std::memcpy(copy, row, static_cast<size_t>(classes) * sizeof(float));
+  return copy;
+}
+
+// The filling again, once the peak is known: probabilities of 2^-126, which change no sum.
+KDFAST_INLINE void refill(const float* row, int64_t classes, int64_t padded, float value) {
+  if (classes == padded) return;
+  float* const copy = const_cast<float*>(row);
+  for (int64_t at = classes; at < padded; ++at) copy[at] = value;
+}
+
+// exp((x - peak)/T) of a row, and their sum; `scale` is log2(e)/T.
+KDFAST_INLINE double exponentials(const float* row, int64_t padded, float peak, float scale, float* out) {
+  Lanes sum{};
+  for (int64_t at = 0; at < padded; at += kRowLanes) {
+    Lanes x;
+    load_lanes(row + at, x);
+    x = (x - peak) * scale;
+    exp2_lanes(x);
+    sum += x;
+    std::memcpy(out + at, &x, sizeof x);
+  }
+  return lane_sum(sum);
+}
+
+// Rows in memory: a row's elements lie side by side.
+struct Rows {
+  const float* data;
+  int64_t stride;
+  const float* at(int64_t row) const { return data + row * stride; }
+};
+
+// What may be written of a row: null where nobody wants it.
+struct Gradient {
+  float* data;
+  int64_t classes;
+  float* at(int64_t row) const { return data ? data + row * classes : nullptr; }
+};
+
+// Room for a row of whole vectors, twice the logits and twice their exponentials.
+struct Scratch {
+  explicit Scratch(int64_t classes)
+      : padded((classes + kRowLanes - 1) / kRowLanes * kRowLanes), memory(4 * static_cast<size_t>(padded)) {}
+  float* part(int index) { return memory.data() + index * padded; }
+  int64_t padded;
+  std::vector<float> memory;
+};
+
+// KL(softmax(t/T) ‖ softmax(s/T)) and T times its gradients.
+KDFAST_INLINE float kl_row(const float* s, const float* t, int64_t classes, float inverse, Scratch& scratch,
+                           float* grad_s, float* grad_t) {
+  const int64_t padded = scratch.padded;
+  const float scale = inverse * 1.44269504f;
+  float *const e_s = scratch.part(2), *const e_t = scratch.part(3);
+  s = padded_row(s, classes, padded, scratch.part(0));
+  t = padded_row(t, classes, padded, scratch.part(1));
+  const float peak_s = largest(s, padded), peak_t = largest(t, padded);
+  refill(s, classes, padded, peak_s - 256.0f / scale);
+  refill(t, classes, padded, peak_t - 256.0f / scale);
+  const double z_s = exponentials(s, padded, peak_s, scale, e_s);
+  const double z_t = exponentials(t, padded, peak_t, scale, e_t);
+  const float inverse_s = static_cast<float>(1.0 / z_s), inverse_t = static_cast<float>(1.0 / z_t);
+  const float shift = static_cast<float>(std::log(z_t / z_s));
+  // δ = log p - log q, of logits that are subtracted before anything is rounded: exact where they are close.
+  // Σ (q - p) is 0 but for the rounding of the sums, which it takes away.
+  Lanes sum{};
+  for (int64_t at = 0; at < padded; at += kRowLanes) {
+    Lanes x, y, q, p;
+    load_lanes(s + at, x);
+    load_lanes(t + at, y);
+    load_lanes(e_s + at, q);
+    load_lanes(e_t + at, p);
+    q *= inverse_s;
+    p *= inverse_t;
+    const Lanes delta = ((y - peak_t) - (x - peak_s)) * inverse - shift;
+    const Lanes difference = q - p;
+    sum += p * delta + difference;
+    if (grad_s) store_lanes(difference, classes - at, grad_s + at);
+    if (grad_t) {
+      std::memcpy(e_t + at, &p, sizeof p);
+      std::memcpy(e_s + at, &delta, sizeof delta);
+    }
+  }
+  const float loss = static_cast<float>(lane_sum(sum));
+  if (grad_t)
+    for (int64_t at = 0; at < padded; at += kRowLanes) {
+      Lanes delta, p;
+      load_lanes(e_s + at, delta);
+      load_lanes(e_t + at, p);
+      store_lanes(p * (delta - loss), classes - at, grad_t + at);
+    }
+  return loss;
+}
+
+KDFAST_EVERY_WIDTH
+inline void kl_some(int64_t begin, int64_t end, int64_t classes, Rows s, Rows t, float inverse, float* loss,
+                    Gradient grad_s, Gradient grad_t, Scratch& scratch) {
+  for (int64_t row = begin; row < end; ++row)
+    loss[row] = kl_row(s.at(row), t.at(row), classes, inverse, scratch, grad_s.at(row), grad_t.at(row));
+}
+
+// Elements that are worth a thread of their own: half a millisecond.
+constexpr int64_t kThreadElements = 1 << 18;
+
+// Returns the smallest loss, or NaN where one is NaN. Rows are shared out evenly; what a row gets does not depend on how
+// many threads there are.
+inline float kl_rows(int64_t rows, int64_t classes, Rows s, Rows t, float inverse, float* loss, Gradient grad_s,
+                    Gradient grad_t, int64_t threads) {
+  threads = std::max<int64_t>(1, std::min({threads, rows, rows * classes / kThreadElements}));
+  auto part = [&](int64_t index) {
+    Scratch scratch(classes);
+    kl_some(rows * index / threads, rows * (index + 1) / threads, classes, s, t, inverse, loss, grad_s, grad_t,
+            scratch);
+  };
+  std::vector<std::thread> others;
+  for (int64_t index = 1; index < threads; ++index) others.emplace_back(part, index);
+  part(0);
+  for (std::thread& other : others) other.join();
+  float least = HUGE_VALF;
+  for (int64_t row = 0; row < rows; ++row) least = loss[row] >= least || least != least ? least : loss[row];
+  return least;
+}
+
+}  // namespace kdfast

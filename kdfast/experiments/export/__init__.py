@@ -1,0 +1,1 @@
+"""``kdfast export``: a trained network as a file that runs without kdfast."""

@@ -1,0 +1,43 @@
+"""Rows that are read in blocks of vectors: a thread takes VECTOR classes at a time.
+
+It keeps one peak for all of them (Milakov & Gimelshein 2018, a vector at a time): one exponential a class and one a
+vector, where a peak for each class of a vector takes two a class.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_classes(THREADS: tl.constexpr, VECTOR: tl.constexpr, ALONG: tl.constexpr):
+    """A block's classes: a thread's are neighbours along axis 1 (ALONG = 1: wide loads), or THREADS apart along 0."""
+    if ALONG == 1:
+        classes = tl.arange(0, THREADS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    else:
+        classes = tl.arange(0, VECTOR)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
+    return classes
+
+
+@triton.jit
+def over_vector(v, ALONG: tl.constexpr):
+    """One value a thread, for each of its classes."""
+    if ALONG == 1:
+        out = v[:, None]
+    else:
+        out = v[None, :]
+    return out
+
+
+@triton.jit
+def blocks_of(begin, V: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+    """(end of the whole blocks, end) of LENGTH classes from ``begin``, counted from there."""
+    end = tl.minimum(LENGTH, tl.maximum(V - begin, 0))
+    return end // BLOCK * BLOCK, end
+
+
+@triton.jit
+def more_of_vector(peak, total, x, k, ALONG: tl.constexpr):
+    """(peak, sum) of a log-sum-exp with one more vector of logits a thread."""
+    new = tl.maximum(peak, tl.max(x, axis=ALONG))
+    now = tl.exp2((x - over_vector(new, ALONG)) * k)
+    return new, total * tl.exp2((peak - new) * k) + tl.sum(now, axis=ALONG)

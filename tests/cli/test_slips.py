@@ -1,0 +1,57 @@
+"""Slips that newcomers make, and what they are told: the argument, what it got, and what is accepted."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+from typer.testing import CliRunner
+
+from kdfast import methods
+from kdfast.cli.app import app
+from kdfast.errors import ConfigError
+from kdfast.experiments.distill.run import parse
+
+METHODS = [
+    (methods.DMKD, methods.DMKDConfig),
+    (methods.SurrogateKD, methods.SurrogateKDConfig),
+    (methods.SSDKD, methods.SSDKDConfig),
+    (methods.DiffKD, methods.DiffKDConfig),
+    (methods.KD, methods.KDConfig),
+]
+
+
+@pytest.mark.parametrize(("method", "config"), METHODS)
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_config_in_a_networks_place(method: Any, config: Any, role: str) -> None:
+    settings = object.__new__(config)  # any settings: nobody looks into them
+    student, teacher = nn.Linear(2, 2), nn.Linear(2, 2).eval().requires_grad_(False)
+    networks = (settings, teacher) if role == "student" else (student, settings)
+    with pytest.raises(TypeError, match=rf"^{role}: got a {config.__name__}, accepted: a network .*config=…"):
+        method(*networks)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"method": "fitnet", "student_layers": "layer3"},
+            "student_layers: got 'layer3', accepted: a list, as in",
+        ),
+        ({"augment": "flip"}, "augment: got 'flip', accepted: a list, as in"),
+    ],
+)
+def test_values_of_another_kind(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        parse({"teacher": "runs/t", "student": "resnet8", "data": "digits", **values})
+
+
+def test_distill_goes_without_a_recipe(tmp_path: Path) -> None:
+    out = ["distill", "--out", str(tmp_path / "x"), "-q"]
+    result = CliRunner().invoke(app, [*out, "method=kd", "student=resnet8", "data=digits"])
+    assert (result.exit_code, "distill: teacher: missing" in result.stderr) == (2, True)
+    result = CliRunner().invoke(app, [*out, "method=kd", "tacher=x"])
+    assert (result.exit_code, "did you mean 'teacher'?" in result.stderr) == (2, True)

@@ -1,0 +1,124 @@
+"""The first hour, walked: what README and the pages tell people to type runs as printed, and so do four walks."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from kdfast.errors import ConfigError
+from kdfast.experiments.common.recipe import check_keys, load_recipe, parse_overrides
+from kdfast.experiments.distill.config import DistillConfig
+from kdfast.experiments.distill.methods import METHODS, get_method
+from kdfast.experiments.keys import SCHEMAS, keys_of_command
+
+ROOT = Path(__file__).parents[2]
+WALKS = ROOT / "tests" / "walks"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").rglob("*.md"))]
+BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+#: Sections whose lines are run, in order, in an empty folder.
+RUN = [("README.md", "## In a shell"), ("docs/pages/quickstart.md", "## From nothing to a student")]
+
+
+def commands() -> list[pytest.ParameterSet]:
+    """Every line of README and the pages that calls ``kdfast`` with keys."""
+    found = []
+    for page in PAGES:
+        for block in BLOCK.findall(page.read_text()):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["kdfast"] and words[1] in SCHEMAS and "..." not in line and "…" not in line:
+                    found.append(pytest.param(words[1:], id=f"{page.name}: {' '.join(words[:4])}"))
+    return found
+
+
+@pytest.mark.parametrize("words", commands())
+def test_every_line_of_the_pages_has_keys_that_exist(words: list[str]) -> None:
+    values = parse_overrides([word for word in words[1:] if re.match(r"\w+=", word)])
+    if "--recipe" in words and (ROOT / words[words.index("--recipe") + 1]).is_file():
+        values = load_recipe(ROOT / words[words.index("--recipe") + 1]) | values
+    if words[0] == "distill":
+        names = [values["method"]] if "method" in values else METHODS
+        schemas = [DistillConfig, *(get_method(name).CONFIG for name in names)]
+        check_keys(values, *schemas, source="the page")
+        return
+    known = {key.name for key in keys_of_command(words[0])}
+    assert set(values) <= known, f"unknown keys: {sorted(set(values) - known)}"
+
+
+def test_a_line_with_an_unknown_key_would_be_found() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'epochs'"):
+        test_every_line_of_the_pages_has_keys_that_exist(["distill", "epoch=3"])
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a fresh environment that has the wheel, and sees this one's packages but not the checkout."""
+    base = tmp_path_factory.mktemp("walks")
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(base / "dist"),
+        str(ROOT),
+    ]
+    subprocess.run(build, check=True, capture_output=True)
+    venv.create(base / "venv", with_pip=False, symlinks=True)
+    (site,) = (base / "venv" / "lib").glob("python*/site-packages")
+    others = [entry for entry in sys.path if entry.endswith("site-packages")]
+    (site / "others.pth").write_text("\n".join(others))
+    (wheel,) = (base / "dist").glob("*.whl")
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
+    python = base / "venv" / "bin" / "python"
+    command = python.with_name("kdfast")
+    command.write_text(f"#!{python}\nfrom kdfast.cli import main\n\nmain()\n")
+    command.chmod(0o755)
+    where = [str(python), "-c", "import kdfast; print(kdfast.__file__)"]
+    found = subprocess.run(where, check=True, capture_output=True, text=True, cwd=base).stdout
+    assert str(site) in found, found
+    return python
+
+
+def walked(python: Path, script: str | Path, folder: Path, *words: str) -> str:
+    """What a shell says that walks there; fails where a line does."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"PATH": f"{python.parent}:{environment['PATH']}", "KDFAST_BACKEND": "auto"}
+    given = ["-c", script] if isinstance(script, str) else [str(script)]
+    done = subprocess.run(
+        ["bash", *given, *words], cwd=folder, capture_output=True, text=True, env=environment, timeout=900
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("page", "section"), RUN)
+def test_what_the_pages_say_runs_as_printed(clean: Path, tmp_path: Path, page: str, section: str) -> None:
+    text = (ROOT / page).read_text()
+    block = BLOCK.search(text, text.index(f"\n{section}\n"))
+    assert block is not None
+    said = walked(clean, f"set -euo pipefail\n{block[1]}", tmp_path)
+    assert "Traceback" not in said
+    assert (tmp_path / "runs" / "student" / "export" / "model.pt2").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("walk", sorted(WALKS.glob("*.sh")), ids=lambda path: path.stem)
+def test_a_newcomers_walk(clean: Path, tmp_path: Path, walk: Path) -> None:
+    said = walked(clean, walk, tmp_path, str(clean), str(WALKS))
+    assert "Traceback" not in said
+    if walk.stem == "folder":
+        found = re.search(r"first student after (\d+) seconds", said)
+        assert found is not None
+        assert int(found[1]) <= 300, "the quickstart promises a student within five minutes on two cores"
