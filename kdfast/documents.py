@@ -122,6 +122,31 @@ def parse_json(text: str, *, what: str, error: _Raise) -> Any:
     return document
 
 
+def read_json_lines(
+    path: str | os.PathLike[str], *, error: _Raise, limit: int = MAX_BYTES
+) -> list[dict[str, Any]]:
+    """The objects of a file that has one a line, in order; a last line that a crash cut short is left out.
+
+    Raises:
+        FileNotFoundError: There is none.
+        KDFastError: As ``error``, naming the file and the line: it cannot be read, or holds something else.
+    """
+    lines = read_text(path, error=error, limit=limit).splitlines()
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = parse_json(line, what=f"line {number}", error=error)
+        except KDFastError as problem:
+            if number == len(lines):
+                break
+            why = str(problem).removeprefix(f"line {number}: ").removeprefix("cannot be read as JSON: ")
+            raise error(f"{path}: line {number} is not JSON: {why}") from problem
+        if not isinstance(entry, dict):
+            raise error(f"{path}: line {number}: holds {shown(entry)}, accepted: an object")
+        entries.append(entry)
+    return entries
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):

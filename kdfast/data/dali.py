@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from kdfast.data.codec import decode, encoder
 from kdfast.data.decoder import Decoded, DecoderConfig
+from kdfast.data.headers import is_grey_jpeg
 from kdfast.data.reader import RecordLost, RecordReader
 from kdfast.errors import ShardError, require
 
@@ -115,8 +116,13 @@ class _Batch:
         for record in self.records.tolist():
             try:
                 data = self.clean.get(record) or reader.read(record)
+                if record not in self.clean and is_grey_jpeg(data):
+                    # DALI takes some damage of these that it refuses in others.
+                    decode(data, strict=True)
             except ShardError as error:
                 lost.append((record, error.reason if isinstance(error, RecordLost) else str(error)))
+            except ValueError as error:
+                lost.append((record, str(error)))
             else:
                 self.encoded.append(np.frombuffer(data, np.uint8))
         self.records = self.records[~np.isin(self.records, [record for record, _ in lost])]

@@ -51,6 +51,19 @@ def is_jpeg(data: bytes) -> bool:
     return data[:2] == b"\xff\xd8"
 
 
+def is_grey_jpeg(data: bytes) -> bool:
+    """Whether this is a JPEG of one channel; for files whose header has been read before."""
+    position = 2
+    while is_jpeg(data) and position + 10 <= len(data):
+        marker = data[position + 1]
+        if marker in _START_OF_FRAME:
+            return data[position + 9] == 1
+        fill = marker == 0xFF or marker in _STANDALONE
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        position += (1 if marker == 0xFF else 2) if fill else 2 + length
+    return False
+
+
 def read_header(data: bytes) -> Header:
     """Read a JPEG's or PNG's header, and look through its segments or chunks to its end.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kdfast.disk import write_atomic
+from kdfast.documents import Fields, read_json_lines
 from kdfast.errors import DataError
 
 REFUSED = "refused.jsonl"
@@ -27,9 +28,10 @@ def note(path: Path, entries: list[dict[str, Any]]) -> None:
 
 def noted(path: Path) -> list[dict[str, Any]]:
     """The lines of a file, none if it is missing, without one that a crash cut off."""
-    if not path.exists():
+    try:
+        return read_json_lines(path, error=DataError)
+    except FileNotFoundError:
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
 class Scores:
@@ -43,7 +45,9 @@ class Scores:
 
     def __init__(self, folder: Path, scorer: Callable[[torch.Tensor, torch.Tensor], Any], begun: int) -> None:
         self._path, self._scorer, self._next = folder / SCORES, scorer, begun
-        kept = [entry for entry in noted(self._path) if entry["image"] < begun]
+        lines = noted(self._path)
+        numbers = [Fields(entry, f"{self._path}: a line", DataError).integer("image", 0) for entry in lines]
+        kept = [entry for number, entry in zip(numbers, lines) if number < begun]
         write_atomic(self._path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
     def add(self, images: torch.Tensor, labels: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -173,10 +174,10 @@ def check_sampler(scheduler: Any, sampling: Sampling) -> None:
 
 
 def _check_numbers(scheduler: Any, sampling: Sampling) -> None:
-    if sampling.guidance_scale < 1:
+    if not 1 <= sampling.guidance_scale < math.inf:
         raise ConfigError(
-            f"guidance_scale: got {sampling.guidance_scale}, accepted: at least 1 (1 is without guidance; below it "
-            "the condition is weakened, which makes images of no class)"
+            f"guidance_scale: got {sampling.guidance_scale}, accepted: a finite number of at least 1 (1 is "
+            "without guidance; below it the condition is weakened, which makes images of no class)"
         )
     trained = int(scheduler.config.num_train_timesteps)
     if not 1 <= sampling.num_inference_steps <= trained:

@@ -8,10 +8,69 @@ from typing import Any, get_args
 
 import torch
 
+from kdfast.documents import shown
 from kdfast.functional._reduction import Reduction
 from kdfast.ops.common.gradients import has_values
 
 _REDUCTIONS = get_args(Reduction)
+#: Every float that a kernel gets has to be one in its arithmetic, float32.
+_LARGEST = float(torch.finfo(torch.float32).max)
+
+
+def check_tensor(name: str, value: Any, needed: str = "a tensor") -> None:
+    """A tensor whose elements lie in memory one by one: not sparse, quantised or nested."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; {needed} is needed")
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantised" if value.is_quantized else str(value.layout)
+        raise TypeError(f"{name}: got a tensor that is {kind}; a dense one is needed")
+
+
+def check_floating(name: str, value: Any, needed: str = "a floating-point tensor") -> None:
+    """A dense tensor of a floating-point dtype."""
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: got dtype {value.dtype}; {needed} is needed")
+
+
+def check_int(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
+    """An int in [low, high]; no bool."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}; an int is needed")
+    if not low <= value <= high:
+        top = "2⁶³ − 1" if high == 2**63 - 1 else high
+        raise ValueError(f"{name}: got {shown(value)}; accepted: {low} to {top}")
+    return value
+
+
+def check_bool(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}; a bool is needed")
+
+
+def check_real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite float in [low, high]; no bool."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}; a number is needed")
+    # Not float(): an int may be beyond any.
+    if not (-_LARGEST <= value <= _LARGEST and low <= value <= high):
+        bounds = (
+            f" from {low:g} to {high:g}"
+            if high < math.inf
+            else f" of at least {low:g}"
+            if low > -math.inf
+            else ""
+        )
+        raise ValueError(f"{name}: got {shown(value)}; a finite number{bounds} is needed")
+    return float(value)
+
+
+def check_sizes(name: str, value: Any) -> tuple[int, int]:
+    """Height and width, each from 1 to 2³¹ − 1."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: got {shown(value)}; height and width, two ints, are needed")
+    return check_int(name, value[0], 1, 2**31 - 1), check_int(name, value[1], 1, 2**31 - 1)
 
 
 def check_logits(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from kdfast.documents import shown
+from kdfast.functional._checks import check_floating, check_int, check_real, check_tensor
 from kdfast.ops.denoise import eager as ops
 from kdfast.profiling import annotate
 
@@ -24,17 +28,38 @@ def guidance(
         cfg_channels: Channels that are guided; None: all.
 
     Raises:
-        ValueError: Another ``order``.
+        ValueError: Another ``order``, a scale that is not finite, or less than 0 channels.
         TypeError: A scale that is not a number.
     """
-    if order not in ("cond_uncond", "uncond_cond"):
-        raise ValueError(f"order: must be 'cond_uncond' or 'uncond_cond', got {order!r}")
+    if not isinstance(order, str) or order not in ("cond_uncond", "uncond_cond"):
+        raise ValueError(f"order: must be 'cond_uncond' or 'uncond_cond', got {shown(order)}")
     if scale is None:
         return ops.NO_GUIDANCE
+    if cfg_channels is not None:
+        check_int("cfg_channels", cfg_channels, 0)
     try:
-        return ops.Guidance(float(scale), order == "cond_uncond", cfg_channels)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"guidance_scale: must be a number or None, got {type(scale).__name__}") from None
+        factor = math.nan if isinstance(scale, (str, bytes, bool)) else float(scale)
+    except OverflowError:
+        factor = math.inf
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        factor = math.nan
+    if math.isfinite(factor):
+        return ops.Guidance(factor, order == "cond_uncond", cfg_channels)
+    if isinstance(scale, (int, float, Tensor)) and not isinstance(scale, bool):
+        raise ValueError(f"guidance_scale: must be finite, got {shown(scale)}")
+    raise TypeError(f"guidance_scale: must be a number or None, got {type(scale).__name__}")
+
+
+def check_clip(clip: float | None) -> float | None:
+    """The bound of the predicted x₀.
+
+    Raises:
+        ValueError: It is not above 0 (a clamp to nothing), or not finite.
+        TypeError: It is no number.
+    """
+    if clip is not None and check_real("clip", clip) <= 0:
+        raise ValueError(f"clip: got {clip}; a finite number above 0, or None, is needed")
+    return clip
 
 
 @annotate("denoise_step")
@@ -75,7 +100,7 @@ def denoise_step(
             a row's noise does not depend on the batch that it is in.
         order: ``"cond_uncond"`` (DiT) or ``"uncond_cond"`` (Stable Diffusion): which half is which.
         cfg_channels: Guide only the first channels; the rest is the conditional half's.
-        clip: Clamp the predicted x₀ to ±clip. Its subgradient is 1 at ±clip, 0 outside.
+        clip: Clamp the predicted x₀ to ±clip, a finite number above 0. Its subgradient is 1 at ±clip, 0 outside.
         history: Up to three tensors h_j.
 
     Returns:
@@ -83,11 +108,10 @@ def denoise_step(
         in ``sample``, ``model_output``, ``noise`` and ``history``.
 
     Raises:
-        ValueError: Shapes, devices, dtypes or a step that do not fit together.
-        TypeError: Inputs that are not floating-point, or a scale that is not a number.
+        ValueError: Shapes, devices, dtypes or a step that do not fit together; a scale or clip that is not finite.
+        TypeError: Inputs that are no dense floating-point tensors; a scale, step, seed or clip that is no number.
     """
-    if isinstance(seed, int) and seed < 0:
-        raise ValueError(f"seed: must be at least 0, got {seed}")
+    _check_types(sample, model_output, coefficients, step, noise, seed, history)
     return ops.denoise_step(
         sample,
         model_output,
@@ -97,5 +121,32 @@ def denoise_step(
         history=history,
         noise=noise,
         seed=seed,
-        clip=clip,
+        clip=check_clip(clip),
     ).y
+
+
+def _check_types(
+    sample: Any, model_output: Any, coefficients: Any, step: Any, noise: Any, seed: Any, history: Any
+) -> None:
+    """What the op takes for granted; sizes, dtypes that go together and devices are its own to check."""
+    check_floating("sample", sample)
+    check_floating("model_output", model_output)
+    check_floating("coefficients", coefficients, "a table of floating-point numbers")
+    if noise is not None:
+        check_floating("noise", noise)
+    if not isinstance(history, (tuple, list)):
+        raise TypeError(f"history: got {type(history).__name__}; a sequence of tensors is needed")
+    for number, tensor in enumerate(history):
+        check_floating(f"history[{number}]", tensor)
+    if isinstance(step, Tensor):
+        check_tensor("step", step)
+        if step.dtype == torch.bool or step.is_complex():
+            raise TypeError(f"step: got dtype {step.dtype}; an integer dtype is needed")
+    else:
+        check_int("step", step, 0)
+    if isinstance(seed, Tensor):
+        check_tensor("seed", seed)
+    elif seed is not None:
+        if isinstance(seed, int) and seed < 0:
+            raise ValueError(f"seed: must be at least 0, got {shown(seed)}")
+        check_int("seed", seed, 0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kdfast.constants import constant
-from kdfast.functional._checks import on_host
+from kdfast.documents import shown
+from kdfast.functional._checks import check_int, check_real, check_tensor, on_host
 from kdfast.ops import images as ops
 from kdfast.profiling import annotate
 
@@ -65,11 +65,13 @@ def crop_flip_normalize(
         ValueError: A shape, device or value other than those named; a crop larger than the padded image.
     """
     _check_images(images)
+    if channels_last is not None and not isinstance(channels_last, bool):
+        raise TypeError(f"channels_last: got {type(channels_last).__name__}; a bool, or None, is needed")
     height, width = _crop_size(images, padding, size)
     if dtype is None:
         dtype = images.dtype if images.is_floating_point() else torch.float32
-    elif dtype not in _FLOATS:
-        raise TypeError(f"dtype: got {dtype}; accepted: {', '.join(map(str, _FLOATS))}")
+    elif not isinstance(dtype, torch.dtype) or dtype not in _FLOATS:
+        raise TypeError(f"dtype: got {shown(dtype)}; accepted: {', '.join(map(str, _FLOATS))}")
     room = (images.shape[2] + 2 * padding - height, images.shape[3] + 2 * padding - width)
     offsets, flips = _check_draws(images, offsets, flips, room)
     precise = torch.float64 in (images.dtype, dtype)
@@ -105,8 +107,13 @@ def draw_crop_flip(
     """
     _check_images(images)
     height, width = _crop_size(images, padding, size)
-    if not 0 <= flip <= 1:
-        raise ValueError(f"flip: got {flip}; accepted: 0 to 1")
+    check_real("flip", flip, 0, 1)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}; a torch.Generator, or None, is needed")
+    if generator is not None and generator.device.type != images.device.type:
+        raise ValueError(
+            f"generator: is on {generator.device}; images is on {images.device}, and they must match"
+        )
     batch, device = images.shape[0], images.device
     offsets = torch.empty((batch, 2), dtype=torch.int32, device=device)
     down, right = images.shape[2] + 2 * padding - height, images.shape[3] + 2 * padding - width
@@ -119,8 +126,7 @@ def draw_crop_flip(
 
 
 def _check_images(images: Tensor) -> None:
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images: got {type(images).__name__}; a tensor is needed")
+    check_tensor("images", images)
     if images.dtype not in (torch.uint8, *_FLOATS):
         raise TypeError(f"images: got dtype {images.dtype}; accepted: uint8, {', '.join(map(str, _FLOATS))}")
     if images.dim() != 4 or 0 in images.shape[1:]:
@@ -128,13 +134,20 @@ def _check_images(images: Tensor) -> None:
 
 
 def _crop_size(images: Tensor, padding: int, size: int | tuple[int, int] | None) -> tuple[int, int]:
-    if not isinstance(padding, int) or isinstance(padding, bool) or padding < 0:
-        raise ValueError(f"padding: got {padding!r}; an int of at least 0 is needed")
+    check_int("padding", padding, 0, 2**20)
+    if (
+        size is not None
+        and not isinstance(size, int)
+        and not (isinstance(size, (tuple, list)) and len(size) == 2)
+    ):
+        raise TypeError(f"size: got {shown(size)}; an int, height and width, or None is needed")
     height, width = images.shape[2:] if size is None else (size, size) if isinstance(size, int) else size
     for what, side, whole in (("height", height, images.shape[2]), ("width", width, images.shape[3])):
-        if not isinstance(side, int) or side < 1 or side > whole + 2 * padding:
+        if not isinstance(side, int) or isinstance(side, bool):
+            raise TypeError(f"size: got {shown(size)}; an int, height and width, or None is needed")
+        if side < 1 or side > whole + 2 * padding:
             raise ValueError(
-                f"size: got {size!r}; accepted: {what} 1 to {whole + 2 * padding}, of the padded image"
+                f"size: got {shown(size)}; accepted: {what} 1 to {whole + 2 * padding}, of the padded image"
             )
     return height, width
 
@@ -144,8 +157,7 @@ def _check_draws(
 ) -> tuple[Tensor, Tensor]:
     batch = images.shape[0]
     for name, value, shape in (("offsets", offsets, (batch, 2)), ("flips", flips, (batch,))):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}; a tensor is needed")
+        check_tensor(name, value)
         if value.shape != shape:
             raise ValueError(f"{name}: got shape {tuple(value.shape)}; {list(shape)} is needed")
         if value.device != images.device:
@@ -183,6 +195,9 @@ def _channel_tensor(name: str, value: PerChannel, images: Tensor) -> Tensor:
     channels = images.shape[1]
     if not isinstance(value, Tensor):
         return constant(_numbers(name, value, channels), images.device, torch.float64)
+    check_tensor(name, value)
+    if value.is_complex():
+        raise TypeError(f"{name}: got dtype {value.dtype}; real numbers are needed")
     if value.requires_grad:
         raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
     if value.device != images.device:
@@ -193,14 +208,14 @@ def _channel_tensor(name: str, value: PerChannel, images: Tensor) -> Tensor:
 
 
 def _numbers(name: str, value: float | Sequence[float], channels: int) -> tuple[float, ...]:
+    if not isinstance(value, (int, float, Sequence)) or isinstance(value, (str, bytes)):
+        raise TypeError(f"{name}: got {type(value).__name__}; a number, one a channel, or a tensor is needed")
     given = (value,) * channels if isinstance(value, (int, float)) else tuple(value)
     if len(given) != channels:
         raise ValueError(
             f"{name}: got {len(given)} numbers; one, or one for each of {channels} channels, is needed"
         )
     for number in given:
-        if not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ValueError(f"{name}: got {number!r}; finite numbers are needed")
-        if name == "std" and number == 0:
+        if check_real(name, number) == 0 and name == "std":
             raise ValueError("std: got 0; values other than 0 are needed")
     return tuple(map(float, given))

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdfast.errors import DataError, require
+from kdfast.documents import shown
+from kdfast.errors import DataError, KDFastError, require
 from kdfast.report import compare, denoising, inversion, plots, reverse
 from kdfast.report.runs import METRICS, Run, read_run
 from kdfast.report.studies import studies
@@ -113,13 +114,32 @@ def write_report(
     if not paths:
         raise DataError("report: got no runs, accepted: at least one run's directory")
     runs = [read_run(os.fspath(path)) for path in paths]
-    pages = [_demo_page(run) if _is_demo(run) else _run_page(run) for run in runs]
-    if len(runs) > 1:
-        pages.insert(0, _comparison(runs))
+    pages = _pages(runs)
     target = Path(output) if output is not None else runs[0].path / "report.html"
     return render_pages(
         pages, target, title=title or _title(runs), sources=[f"{run.name}/{METRICS}" for run in runs]
     )
+
+
+def _pages(runs: Sequence[Run]) -> list[Page]:
+    """One a run, and one that compares them.
+
+    Raises:
+        DataError: A metric is of another type than runs write; somebody edited the file.
+    """
+    made, what = [], ""
+    try:
+        for run in runs:
+            what = str(run.path)
+            made.append(_demo_page(run) if _is_demo(run) else _run_page(run))
+        what = ", ".join(str(run.path) for run in runs)
+        return [_comparison(runs), *made] if len(runs) > 1 else made
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        if isinstance(error, KDFastError):
+            raise
+        raise DataError(
+            f"{what}: {METRICS} or its log holds what no run writes: {shown(str(error))}"
+        ) from error
 
 
 def render_pages(pages: Sequence[Page], target: Path, *, title: str, sources: Sequence[str]) -> Path:

@@ -201,8 +201,23 @@ def figure(width: float, height: float, *, panels: int = 0) -> Iterator[tuple[An
         yield drawing, list(every[:panels])
 
 
+def _as_written(drawing: Any) -> None:
+    """Take ``$`` in names of runs and classes for what it is: matplotlib reads mathematics between two of them."""
+    text = require("matplotlib.text", extra="report", feature="plots")
+    ticker = require("matplotlib.ticker", extra="report", feature="plots")
+    for found in drawing.findobj(text.Text):
+        found.set_parse_math(False)
+    for axes in drawing.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            # Powers of ten are mathematics of matplotlib's own.
+            if isinstance(axis.get_major_formatter(), ticker.LogFormatter):
+                for label in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True)):
+                    label.set_parse_math(True)
+
+
 def to_svg(drawing: Any) -> str:
     """The SVG element, whose ink is the page's."""
+    _as_written(drawing)
     buffer = io.StringIO()
     drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

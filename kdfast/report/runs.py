@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kdfast.documents import read_json, read_json_lines
 from kdfast.errors import DataError
 
 METRICS = "metrics.json"
 LOG = "metrics.jsonl"
 RECIPE = "recipe.yaml"
+
+
+def _number(value: Any) -> float:
+    """A value of a log; one that is no number is a gap in the curve."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max else math.nan
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,11 @@ class Run:
             x and y, equally long; empty if the log has no such value.
         """
         points = [
-            (e[against], e[key]) for e in self.log if e.get("kind") == kind and key in e and against in e
+            (_number(e[against]), _number(e[key]))
+            for e in self.log
+            if e.get("kind") == kind and key in e and against in e
         ]
-        return [float(x) for x, _ in points], [float(y) for _, y in points]
+        return [x for x, _ in points], [y for _, y in points]
 
     @property
     def pictures(self) -> list[Path]:
@@ -80,7 +89,12 @@ def read_run(path: str | Path) -> Run:
 def _read(folder: Path) -> Run:
     children = [_read(child) for child in sorted(folder.iterdir()) if child.is_dir() and _has_metrics(child)]
     metrics, told = _metrics(folder / METRICS), _recipe(folder / RECIPE)
-    return Run(folder, folder.resolve().name, metrics, _log(folder / LOG), tuple(children), told)
+    return Run(folder, _name(folder), metrics, _log(folder / LOG), tuple(children), told)
+
+
+def _name(folder: Path) -> str:
+    """The directory's name on one line, in letters that a page can hold."""
+    return " ".join(folder.resolve().name.encode("utf-8", "backslashreplace").decode().split())
 
 
 def _has_metrics(folder: Path) -> bool:
@@ -88,15 +102,20 @@ def _has_metrics(folder: Path) -> bool:
 
 
 def _metrics(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
     try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {error}") from error
+        document = read_json(path, error=DataError)
+    except FileNotFoundError:
+        return {}
     if not isinstance(document, dict):
         raise DataError(f"{path}: holds a JSON {type(document).__name__}, expected an object")
     return document
+
+
+def _log(path: Path) -> tuple[dict[str, Any], ...]:
+    try:
+        return tuple(read_json_lines(path, error=DataError))
+    except FileNotFoundError:
+        return ()
 
 
 def _recipe(path: Path) -> dict[str, Any]:
@@ -109,21 +128,3 @@ def _recipe(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path}: cannot be read as YAML: {error}") from error
     return document if isinstance(document, dict) else {}
-
-
-def _log(path: Path) -> tuple[dict[str, Any], ...]:
-    if not path.exists():
-        return ()
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    entries = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines):
-                break  # a run that is writing right now, or that was killed while it did
-            raise DataError(f"{path}: line {number} is not JSON: {error}") from error
-    return tuple(entries)

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from torch import nn
 
 from kdfast.errors import ConfigError
+from kdfast.training.bounds import check_finite
 from kdfast.training.optim import OptimizerConfig, ScheduleConfig
 
 
@@ -77,6 +78,10 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: got {value}, accepted: at least 1")
+        if self.clip_grad_norm is not None:
+            check_finite("clip_grad_norm", self.clip_grad_norm, 0, above=True)
+        if self.ema_decay is not None:
+            check_finite("ema_decay", self.ema_decay, 0)
 
 
 @dataclass(frozen=True)

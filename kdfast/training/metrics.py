@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kdfast.documents import Fields, read_json_lines
 from kdfast.errors import DataError, require
 from kdfast.training import files
 
@@ -61,24 +62,16 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``, in order. A last line that a crash cut short is left out.
 
     Raises:
-        DataError: The file cannot be read, or a line before the last is not JSON.
+        DataError: The file cannot be read, or a line before the last is no JSON object.
     """
     try:
-        lines = Path(path).read_text().splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    entries = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}: line {number} is not JSON: {error}") from error
-    return entries
+        return read_json_lines(path, error=DataError)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _until(path: Path, step: int) -> str:
     if not path.exists():
         return ""
-    return "".join(json.dumps(entry) + "\n" for entry in read_metrics(path) if entry["step"] <= step)
+    entries = [(Fields(entry, f"{path}: a line", DataError), entry) for entry in read_metrics(path)]
+    return "".join(json.dumps(entry) + "\n" for fields, entry in entries if fields.integer("step", 0) <= step)

@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 
 from kdfast.errors import ConfigError
+from kdfast.training.bounds import check_finite
 
 _RMSPROP_EPS = math.sqrt(1e-3)
 
@@ -37,6 +38,12 @@ class OptimizerConfig:
     nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "momentum"):
+            check_finite(name, getattr(self, name), 0)
+        for beta in self.betas:
+            check_finite("betas", beta, 0)
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -60,8 +67,9 @@ class ScheduleConfig:
     every: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.every > 0:
-            raise ConfigError(f"every: got {self.every}, accepted: a number of epochs above 0")
+        check_finite("every", self.every, 0, above=True)
+        for name in ("gamma", "warmup_epochs", "min_ratio"):
+            check_finite(name, getattr(self, name), 0)
         if self.name == "multistep" and not self.milestones:
             raise ConfigError(
                 "milestones: got none, accepted: one or more epochs, ascending (schedule is multistep)"

@@ -21,6 +21,12 @@ def in_notebook() -> bool:
     return type(sys.stderr).__module__.startswith("ipykernel")
 
 
+def rich_escape(text: str) -> str:
+    """What a bar is to show as it is, brackets and all."""
+    escaped: str = require("rich.markup", extra="train", feature="the progress bar").escape(text)
+    return escaped
+
+
 class Task:
     """One bar; made by :meth:`Progress.task`."""
 
@@ -138,7 +144,13 @@ class Progress:
         if self._rich is None:
             return None
         return self._rich.add_task(
-            task.description, total=task.total, completed=task.completed, count="", rate="", left="", note=""
+            rich_escape(task.description),
+            total=task.total,
+            completed=task.completed,
+            count="",
+            rate="",
+            left="",
+            note="",
         )
 
     def _show(self, task: Task, note: str) -> None:

@@ -53,7 +53,7 @@ def interlaced(depth: int, colours: int) -> bytes:
 FORMATS = {
     **{f"JPEG {mode}": encoded(mode, "JPEG") for mode in ("RGB", "L", "CMYK")},
     "JPEG progressive": encoded("RGB", "JPEG", progressive=True),
-    **{f"JPEG {ratio}": encoded("RGB", "JPEG", subsampling=ratio) for ratio in ("4:2:2", "4:2:0", "4:1:1")},
+    **{f"JPEG {ratio}": encoded("RGB", "JPEG", subsampling=ratio) for ratio in ("4:4:4", "4:2:2")},
     "JPEG with restarts": encoded("RGB", "JPEG", restart_marker_blocks=1),
     "JPEG turned": turned("JPEG", 6),
     **{f"PNG {mode}": encoded(mode, "PNG") for mode in ("RGB", "L", "P", "RGBA", "LA", "1")},

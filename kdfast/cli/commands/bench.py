@@ -36,6 +36,7 @@ def bench(
     """Time kdfast beside eager PyTorch, torch.compile and peer libraries on this machine."""
     from kdfast import benchmarks
     from kdfast.errors import ConfigError
+    from kdfast.experiments.common.results import writing
 
     if compare is not None and out is None:
         _compare(*compare)
@@ -44,9 +45,10 @@ def bench(
         raise ConfigError("bench: give either --out DIR, to measure, or --compare BEFORE AFTER")
     settings = benchmarks.make_settings(device, quick=quick)
     show = (lambda line: None) if quiet else say
-    result = benchmarks.run(suite or benchmarks.SUITES, settings, say=show, out=out)
-    for path in benchmarks.write(result, out):
-        say(f"wrote {path}")
+    with writing(out):
+        result = benchmarks.run(suite or benchmarks.SUITES, settings, say=show, out=out)
+        for path in benchmarks.write(result, out):
+            say(f"wrote {path}")
     if not benchmarks.succeeded(result):
         raise typer.Exit(FAILED)
 

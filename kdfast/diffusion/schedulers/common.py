@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -124,7 +125,12 @@ def clip_bound(config: Any) -> float | None:
     """±Bound of the predicted x₀; dynamic thresholding at a maximum of 1 clamps to ±1, whatever the quantile."""
     if config.get("thresholding"):
         return 1.0
-    return float(config.clip_sample_range) if config.get("clip_sample") else None
+    if not config.get("clip_sample"):
+        return None
+    bound = float(config.clip_sample_range)
+    if not 0 < bound < math.inf:
+        raise ValueError(f"clip_sample_range: got {bound}, accepted: a finite number above 0")
+    return bound
 
 
 def needs_quantiles(config: Any) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,36 @@ def release_run(folder: Path) -> None:
     """Let others write there; nothing if it was not claimed."""
     if (lock := _locks.pop(folder.resolve(), None)) is not None:
         lock.release()
+
+
+@contextlib.contextmanager
+def writing(out: str | Path, *, main: bool = True) -> Iterator[Path]:
+    """Hold a result directory, made where it is missing, for a command that writes into it.
+
+    Args:
+        out: The directory.
+        main: False for the other ranks of a run, whose first one holds it.
+
+    Raises:
+        ConfigError: It is a file, or another process is writing there; the message names it.
+        CheckpointError: It cannot be made.
+    """
+    folder = out_directory(out)
+    if not main or folder.resolve() in _locks:  # a phase of a command that holds it already
+        yield folder
+        return
+    fresh = not folder.exists()
+    with files.reporting_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock_run(folder)
+    try:
+        yield folder
+    finally:
+        if fresh and [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
+                folder.rmdir()
+        release_run(folder)
 
 
 def close_run(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.errors import ConfigError
-from kdfast.experiments.common.results import METRICS, out_directory
+from kdfast.experiments.common.results import METRICS, writing
 from kdfast.experiments.common.teacher_view import Teacher, open_images
 from kdfast.experiments.data_report import page as data_page
 from kdfast.experiments.data_report.config import DataReportConfig
@@ -33,8 +33,12 @@ def run(config: DataReportConfig) -> dict[str, Any]:
         CheckpointError: The teacher, or a student, cannot be read.
         ConfigError: Students are to be drawn that cannot be.
     """
+    with writing(config.out) as out:
+        return _run(config, out)
+
+
+def _run(config: DataReportConfig, out: Path) -> dict[str, Any]:
     started = time.monotonic()
-    out = out_directory(config.out)
     device = make_accelerator(config.device).device
     teacher = Teacher.load(config.teacher, device, config)
     students = [Teacher.load(path, device) for path in config.students]
@@ -50,8 +54,6 @@ def run(config: DataReportConfig) -> dict[str, Any]:
         seen, metrics = measure(config, teacher, images, progress)
         metrics["seconds"] = round(time.monotonic() - started, 3)
         page = data_page.build(config, teacher, students, images, seen, metrics)
-        with files.reporting_disk(out):
-            out.mkdir(parents=True, exist_ok=True)
         target = render_pages(
             [page],
             out / PAGE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -42,7 +43,7 @@ class DemoConfig:
     diffusion_steps: Count = 1000
     images: Count = 2000
     steps: Count = 25
-    guidance_scale: Annotated[float, at.Ge(1)] = 2.0
+    guidance_scale: Annotated[float, at.Ge(1), at.Lt(math.inf)] = 2.0
     student_epochs: Count = 10
     temperature: Positive = 10.0
     batch_size: Count = 64

@@ -8,7 +8,6 @@ has seen.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -17,8 +16,9 @@ from typing import Any
 
 import torch
 
-from kdfast.errors import ConfigError, require_all
-from kdfast.experiments.common.results import METRICS, out_directory
+from kdfast.documents import read_json, shown
+from kdfast.errors import ConfigError, DataError, require_all
+from kdfast.experiments.common.results import LOCK, METRICS, out_directory, writing
 from kdfast.experiments.demo.config import DemoConfig
 from kdfast.experiments.demo.page import draw_grids, print_table
 from kdfast.experiments.demo.phases import FROM_NOISE, HARD, SOFT, TEACHER, phases
@@ -45,6 +45,11 @@ def run(config: DemoConfig) -> dict[str, Any]:
         TrainingInterrupted: On Ctrl-C, after a checkpoint.
     """
     _check_packages(config)
+    with writing(config.out):
+        return _run(config)
+
+
+def _run(config: DemoConfig) -> dict[str, Any]:
     out = _open(config)
     threads = torch.get_num_threads()
     # Networks this small gain little from a second thread and lose minutes on a busy machine, where each of a step's
@@ -72,9 +77,19 @@ def _run_phases(config: DemoConfig, out: Path) -> dict[str, dict[str, Any]]:
         if not finished.exists():
             _say(config, f"{number}/{len(planned)}  {title}")
             work()
-        done[name] = json.loads(finished.read_text())
+        done[name] = _read(finished)
         _say(config, f"{number}/{len(planned)}  {title}: {_outcome(done[name])}")
     return done
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = read_json(path, error=DataError)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if not isinstance(document, dict):
+        raise DataError(f"{path}: holds {shown(document)}, accepted: an object")
+    return document
 
 
 def _summary(config: DemoConfig, out: Path, done: dict[str, Any]) -> dict[str, Any]:
@@ -98,19 +113,17 @@ def _open(config: DemoConfig) -> Path:
     """The directory, claimed for these settings."""
     out = out_directory(config.out)
     if not (out / SETTINGS).exists():
-        if out.exists() and any(out.iterdir()):
+        if any(path.name != LOCK for path in out.iterdir()):
             raise ConfigError(f"--out: {out} is not empty and holds no demo; choose another directory")
-        with files.reporting_disk(out):
-            out.mkdir(parents=True, exist_ok=True)
         files.write_json(out / SETTINGS, _identity(config))
         return out
     if not config.resume:
         raise ConfigError(
             f"--out: {out} holds a demo already; go on with --resume, or choose another directory"
         )
-    before, now = json.loads((out / SETTINGS).read_text()), _identity(config)
+    before, now = _read(out / SETTINGS), _identity(config)
     if changed := [key for key in now if before.get(key) != now[key]]:
-        details = "; ".join(f"{key}: {before.get(key)!r} before, {now[key]!r} now" for key in changed)
+        details = "; ".join(f"{key}: {shown(before.get(key))} before, {now[key]!r} now" for key in changed)
         raise ConfigError(
             f"--out: {out} holds a demo with other settings ({details}); choose another directory"
         )

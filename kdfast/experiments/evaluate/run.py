@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from kdfast.errors import DataError
 from kdfast.experiments.common.held_out import open_matched
 from kdfast.experiments.common.image_batches import ImageBatches
 from kdfast.experiments.common.networks import at_side, load_teacher
-from kdfast.experiments.common.results import METRICS
+from kdfast.experiments.common.results import METRICS, writing
 from kdfast.experiments.common.synthetic_set import ProbabilityVariance, describe
 from kdfast.experiments.evaluate.config import EvalConfig
 from kdfast.training import files
@@ -40,6 +39,16 @@ def run(config: EvalConfig, *, progress: bool = True) -> dict[str, Any]:
         CheckpointError: The network cannot be read.
         DataError: The data cannot be used, or has other classes.
     """
+    with ExitStack() as stack:
+        # Before any work: whoever may not write there has nothing to wait for.
+        out = None if config.out is None else stack.enter_context(writing(config.out))
+        result = _measure(config, progress=progress)
+        if out is not None:
+            files.write_json(out / METRICS, result)
+    return result
+
+
+def _measure(config: EvalConfig, *, progress: bool) -> dict[str, Any]:
     device = make_accelerator(config.device).device
     model, taught = load_teacher(config.checkpoint, config, image_size=config.image_size)
     model_config = at_side(taught, config.image_size, config.crop_pct)
@@ -65,10 +74,6 @@ def run(config: EvalConfig, *, progress: bool = True) -> dict[str, Any]:
             "probability_variance": variance.compute(),
             "settings": {**settings, "network": config.checkpoint},
         }
-    if config.out is not None:
-        with files.reporting_disk(Path(config.out)):
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-        files.write_json(Path(config.out) / METRICS, result)
     return result
 
 

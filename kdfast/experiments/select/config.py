@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -31,7 +32,7 @@ class SelectConfig(LookRecipe):
 
     budget: Count = 50_000
     shared: str | None = None
-    long_tail: Annotated[float, at.Ge(1)] | None = None
+    long_tail: Annotated[float, at.Ge(1), at.Lt(math.inf)] | None = None
     index_only: bool = False
     entropy_images: Count = 2000
     image_size: Count | None = None

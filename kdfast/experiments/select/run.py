@@ -23,7 +23,7 @@ from kdfast.data.records import LabelledRecords, ShardRecords
 from kdfast.disk import write_atomic
 from kdfast.documents import read_regular
 from kdfast.errors import ConfigError, DataError
-from kdfast.experiments.common.results import METRICS, out_directory
+from kdfast.experiments.common.results import METRICS, writing
 from kdfast.experiments.common.teacher_view import Teacher, augmented_entropy, open_images, view
 from kdfast.experiments.select.config import SelectConfig
 from kdfast.training import files
@@ -64,8 +64,12 @@ def run(config: SelectConfig) -> dict[str, Any]:
         CheckpointError: The teacher cannot be read.
         ShardError: ``out`` holds another set.
     """
+    with writing(config.out) as out:
+        return _run(config, out)
+
+
+def _run(config: SelectConfig, out: Path) -> dict[str, Any]:
     started = time.monotonic()
-    out = out_directory(config.out)
     if not config.resume and (out / METRICS).exists():
         raise ConfigError(
             f"--out: {out} holds a selection already; go on with --resume, or choose another directory"
@@ -76,8 +80,6 @@ def run(config: SelectConfig) -> dict[str, Any]:
     images = open_images(config, image_size=image_size, device=device)
     with closing(images), Progress(enabled=config.progress) as progress:
         parts = _parts(config, images)
-        with files.reporting_disk(out):
-            out.mkdir(parents=True, exist_ok=True)
         index, predicted = _predictions(config, teacher, images, progress)
         work = _Work(config, teacher, images, index, predicted, progress)
         results = {name: _select(work, name, rows) for name, rows in parts.items()}

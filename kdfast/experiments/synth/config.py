@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -71,7 +72,7 @@ class SynthConfig:
     prompt: str = "A realistic photo of CLASS"
     sampler: Literal["ddim", "ddpm", "dpm_solver", "euler", "euler_ancestral", "lcm", "own"] = "ddim"
     steps: Count = 50
-    guidance_scale: Annotated[float, at.Ge(1)] = 2.0
+    guidance_scale: Annotated[float, at.Ge(1), at.Lt(math.inf)] = 2.0
     cfg_channels: Count | None = None
     eta: Annotated[float, at.Ge(0), at.Le(1)] = 0.0
     paper_rng: bool = False

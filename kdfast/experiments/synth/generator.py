@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from kdfast.diffusion import (
     Synthesizer,
 )
 from kdfast.diffusion.plans import fused_scheduler
+from kdfast.documents import Fields, read_json
 from kdfast.errors import CheckpointError, ConfigError, require
 from kdfast.experiments.common.results import SCHEDULER, TRANSFORMER
 from kdfast.experiments.synth.config import SynthConfig
@@ -123,11 +123,8 @@ def _is_pipeline(root: Path) -> bool:
     """Whether a folder holds a whole pipeline other than DiT's, whose parts are taken one by one."""
     if not (root / INDEX).is_file():
         return False
-    try:
-        kind = json.loads((root / INDEX).read_text()).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"weights {root / INDEX}: cannot be read: {error}") from error
-    return bool(kind != "DiTPipeline")
+    index = Fields(read_json(root / INDEX, error=CheckpointError), f"weights {root / INDEX}", CheckpointError)
+    return index.optional("_class_name", index.text) != "DiTPipeline"
 
 
 def _pipeline(root: Path, config: SynthConfig, device: torch.device) -> tuple[Any, Any, None]:

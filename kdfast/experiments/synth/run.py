@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.diffusion.notes import SCORES, noted
-from kdfast.experiments.common.results import METRICS, out_directory
+from kdfast.documents import Fields
+from kdfast.errors import DataError
+from kdfast.experiments.common.results import METRICS, writing
 from kdfast.experiments.synth import procedural as synth_procedural
 from kdfast.experiments.synth.config import SynthConfig
 from kdfast.experiments.synth.generator import load_generator, load_scorer
@@ -32,7 +34,11 @@ def run(config: SynthConfig) -> dict[str, Any]:
         ShardError: ``out`` holds another run's set, or cannot be written.
     """
     accelerator = make_accelerator(config.device)
-    folder = out_directory(config.out)
+    with writing(config.out, main=accelerator.is_main_process) as folder:
+        return _run(config, accelerator, folder)
+
+
+def _run(config: SynthConfig, accelerator: Any, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     with Progress(enabled=config.progress and accelerator.is_main_process) as progress:
         bar = _Bar(progress)
@@ -62,7 +68,7 @@ def _sampled(config: SynthConfig, folder: Path) -> dict[str, Any]:
     if config.source != "diffusion":
         return {}
     settings = {"guidance_scale": config.guidance_scale, "steps": config.steps, "sampler": config.sampler}
-    scores = [entry["score"] for entry in noted(folder / SCORES)]
+    scores = [Fields(entry, folder / SCORES, DataError).number("score") for entry in noted(folder / SCORES)]
     return {"settings": settings, **({"score": sum(scores) / len(scores)} if scores else {})}
 
 

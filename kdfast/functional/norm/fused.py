@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from kdfast.documents import shown
+from kdfast.functional._checks import check_bool, check_floating, check_real, check_tensor
 from kdfast.ops.norm import eager as ops
 from kdfast.profiling import annotate
 from kdfast.reference.norm.fused import BatchNorm
@@ -116,10 +116,7 @@ def bn_ddim_step(
     )
     _like("sample", sample, x)
     for name, value in (("c1", c1), ("c2", c2)):
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"{name}: got {type(value).__name__}; a float is needed")
-        if not math.isfinite(value):
-            raise ValueError(f"{name}: got {value}; a finite number is needed")
+        check_real(name, value)
     return ops.bn_act(x, sample, norm, relu=False, scale=float(c2), carry=float(c1))
 
 
@@ -174,15 +171,8 @@ def bn_mse(
     return ops.bn_mse(x, target, norm)
 
 
-def _floating(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}; a tensor is needed")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: got dtype {value.dtype}; a floating-point tensor is needed")
-
-
 def _like(name: str, value: Tensor, x: Tensor) -> None:
-    _floating(name, value)
+    check_floating(name, value)
     if value.shape != x.shape:
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}; x has {tuple(x.shape)}, and they must match"
@@ -193,14 +183,15 @@ def _like(name: str, value: Tensor, x: Tensor) -> None:
 
 def _norm(x: Tensor, norm: BatchNorm) -> BatchNorm:
     """The batch norm's arguments, checked."""
-    _floating("x", x)
+    check_bool("training", norm.training)
+    check_floating("x", x)
     if x.dim() < 2 or x.shape[1] == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}; [B, C, …] with at least one channel is needed")
     for name in ("weight", "bias", "running_mean", "running_var"):
         value = getattr(norm, name)
         if value is None:
             continue
-        _floating(name, value)
+        check_floating(name, value)
         if value.shape != x.shape[1:2]:
             raise ValueError(
                 f"{name}: got shape {tuple(value.shape)}; [{x.shape[1]}] is needed, one a channel"
@@ -214,8 +205,8 @@ def _norm(x: Tensor, norm: BatchNorm) -> BatchNorm:
         raise ValueError("running_mean, running_var: got one of them; both or neither are needed")
     if not norm.training and norm.running_mean is None:
         raise ValueError("training: got False without running statistics; pass both or training=True")
-    if not (isinstance(norm.eps, float) and math.isfinite(norm.eps) and norm.eps > 0):
-        raise ValueError(f"eps: got {norm.eps}; a finite float above 0 is needed")
+    if not (isinstance(norm.eps, float) and check_real("eps", norm.eps) > 0):
+        raise ValueError(f"eps: got {shown(norm.eps)}; a finite float above 0 is needed")
     _count(x, norm)
     if norm.training and x.numel() <= x.shape[1]:
         raise ValueError(
@@ -229,10 +220,9 @@ def _count(x: Tensor, norm: BatchNorm) -> None:
     """``num_batches_tracked`` and ``momentum``."""
     count, momentum = norm.num_batches_tracked, norm.momentum
     if count is not None:
-        if not isinstance(count, Tensor) or count.dtype != torch.int64:
-            raise TypeError(
-                f"num_batches_tracked: got {getattr(count, 'dtype', type(count).__name__)}; int64 is needed"
-            )
+        check_tensor("num_batches_tracked", count)
+        if count.dtype != torch.int64:
+            raise TypeError(f"num_batches_tracked: got {count.dtype}; int64 is needed")
         if count.numel() != 1 or count.device != x.device:
             raise ValueError(
                 f"num_batches_tracked: got shape {tuple(count.shape)} on {count.device}; one element on {x.device} is "
@@ -244,4 +234,6 @@ def _count(x: Tensor, norm: BatchNorm) -> None:
                 "momentum: got None without num_batches_tracked; the cumulative average needs it"
             )
     elif not isinstance(momentum, (int, float)) or isinstance(momentum, bool) or not 0 <= momentum <= 1:
-        raise ValueError(f"momentum: got {momentum!r}; 0 to 1, or None for the cumulative average, is needed")
+        raise ValueError(
+            f"momentum: got {shown(momentum)}; 0 to 1, or None for the cumulative average, is needed"
+        )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast.functional._checks import check_bool, check_floating, check_real
 from kdfast.ops.norm import statistics_loss as ops
 from kdfast.profiling import annotate
 
@@ -83,33 +84,26 @@ def _target(
         raise ValueError(
             f"{missing}: got None; average_mean and average_var are given together or not at all"
         )
-    for name, value in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("average_mean", average_mean),
-        ("average_var", average_var),
-    ):
+    _check_channels("running_mean", running_mean, x)
+    _check_channels("running_var", running_var, x)
+    for name, value in (("average_mean", average_mean), ("average_var", average_var)):
         if value is not None:
             _check_channels(name, value, x)
+    share = _share(average_share, x)
+    check_bool("squared", squared)
     if average_mean is None:
         return ops.Target(running_mean, running_var, None, None, None, squared)
-    return ops.Target(running_mean, running_var, average_mean, average_var, _share(average_share, x), squared)
+    return ops.Target(running_mean, running_var, average_mean, average_var, share, squared)
 
 
 def _check_input(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: got {type(x).__name__}; a tensor is needed")
-    if not x.is_floating_point():
-        raise TypeError(f"x: got dtype {x.dtype}; a floating-point tensor is needed")
+    check_floating("x", x)
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}; [N, C, …] with elements is needed")
 
 
 def _check_channels(name: str, value: Tensor, x: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}; a tensor is needed")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: got dtype {value.dtype}; a floating-point tensor is needed")
+    check_floating(name, value)
     if value.shape != x.shape[1:2]:
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}; [{x.shape[1]}] is needed, one a channel of x"
@@ -122,12 +116,11 @@ def _check_channels(name: str, value: Tensor, x: Tensor) -> None:
 
 def _share(share: float | Tensor, x: Tensor) -> Tensor:
     if isinstance(share, Tensor):
+        check_floating("average_share", share)
         if share.numel() != 1 or share.device != x.device or share.requires_grad:
             raise ValueError(
                 f"average_share: got shape {tuple(share.shape)} on {share.device}, requires_grad="
                 f"{share.requires_grad}; a number, or a 0-d tensor on {x.device} without gradient, is needed"
             )
         return share.reshape(())
-    if not 0 <= share <= 1:
-        raise ValueError(f"average_share: got {share}; accepted: 0 to 1")
-    return torch.full((), share, dtype=torch.float32, device=x.device)
+    return torch.full((), check_real("average_share", share, 0, 1), dtype=torch.float32, device=x.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdfast.functional._checks import check_int, check_sizes, check_tensor
 from kdfast.ops.procedural import leaves as ops
 from kdfast.profiling import annotate
 
@@ -31,23 +32,19 @@ def render_leaves(index: Tensor, shape: tuple[int, int], *, seed: int = 0, limit
         uint8 ``[B, 3, H, W]``, contiguous, on the index's device.
 
     Raises:
-        TypeError: ``index`` is not an int64 tensor.
+        TypeError: ``index`` is not an int64 tensor; a shape, seed or limit of no ints.
         ValueError: A shape or number out of what is said above.
 
     Source: "What Makes a Good Dataset for Knowledge Distillation?", the Leaves data set; its shapes and radius law.
     """
-    if not isinstance(index, Tensor):
-        raise TypeError(f"index: got {type(index).__name__}; a tensor is needed")
+    check_tensor("index", index)
     if index.dtype != torch.int64:
         raise TypeError(f"index: got dtype {index.dtype}; torch.int64 is needed")
     if index.dim() != 1:
         raise ValueError(f"index: got shape {tuple(index.shape)}; [B] is needed")
-    if min(shape) < 1:
-        raise ValueError(f"shape: got {tuple(shape)}; must be positive")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed: got {seed}; accepted: 0 to 2⁶³ − 1")
-    if limit < 1:
-        raise ValueError(f"limit: got {limit}; must be at least 1")
+    height, width = check_sizes("shape", shape)
+    check_int("seed", seed, 0)
+    check_int("limit", limit, 1, 2**31 - 1)
     if (
         index.device.type == "cpu"
         and index.numel()
@@ -55,4 +52,4 @@ def render_leaves(index: Tensor, shape: tuple[int, int], *, seed: int = 0, limit
         and int(index.min()) < 0
     ):
         raise ValueError(f"index: got {int(index.min())}; must be at least 0")
-    return ops.render_leaves(index.contiguous(), seed, shape[0], shape[1], limit)
+    return ops.render_leaves(index.contiguous(), seed, height, width, limit)

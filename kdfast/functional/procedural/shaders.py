@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast.functional._checks import on_host
+from kdfast.documents import shown
+from kdfast.functional._checks import check_int, check_sizes, check_tensor, on_host
 from kdfast.ops.procedural import shaders as ops
 from kdfast.profiling import annotate
-from kdfast.reference.procedural.shaders import SLOTS
+from kdfast.reference.procedural.shaders import SLOTS, Op
 
 __all__ = ["render_shaders"]
 
@@ -59,8 +60,7 @@ def render_shaders(
         "time": (time, torch.float32),
     }
     for name, (tensor, kind) in wanted.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}; a tensor is needed")
+        check_tensor(name, tensor)
         if tensor.dtype != kind:
             raise TypeError(f"{name}: got dtype {tensor.dtype}; {kind} is needed")
         if tensor.device != codes.device:
@@ -76,24 +76,29 @@ def render_shaders(
         raise ValueError(
             f"program, time: got shapes {tuple(program.shape)} and {tuple(time.shape)}; [B] is needed"
         )
-    if min(shape) < 1:
-        raise ValueError(f"shape: got {tuple(shape)}; must be positive")
-    if not 1 <= antialias <= MAX_ANTIALIAS:
-        raise ValueError(f"antialias: got {antialias}; accepted: 1 to {MAX_ANTIALIAS}")
-    if dtype not in (torch.uint8, torch.float32):
-        raise TypeError(f"dtype: got {dtype}; torch.uint8 or torch.float32 is needed")
+    height, width = check_sizes("shape", shape)
+    check_int("antialias", antialias, 1, MAX_ANTIALIAS)
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.uint8, torch.float32):
+        raise TypeError(f"dtype: got {shown(dtype)}; torch.uint8 or torch.float32 is needed")
     if program.numel() and on_host(program):
         low, high = int(program.min()), int(program.max())
         if low < 0 or high >= codes.shape[0]:
             raise ValueError(f"program: got {low} to {high}; accepted: 0 to {codes.shape[0] - 1}")
+        for name, numbers in (("values", values), ("rates", rates), ("time", time)):
+            if not bool(numbers.isfinite().all()):
+                raise ValueError(f"{name}: got numbers that are not finite; finite ones are needed")
+        if bool(((codes < 0) | (codes >= len(Op))).any()):
+            raise ValueError(
+                f"codes: got {int(codes.min())} to {int(codes.max())}; accepted: 0 to {len(Op) - 1}"
+            )
     return ops.render_shaders(
         codes.contiguous(),
         values.contiguous(),
         rates.contiguous(),
         program.contiguous(),
         time.contiguous(),
-        shape[0],
-        shape[1],
+        height,
+        width,
         antialias,
         dtype,
     )

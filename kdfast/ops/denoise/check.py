@@ -53,7 +53,10 @@ def check(
                 f"sample, model_output, history and noise must be floating-point, got {tensor.dtype}"
             )
         if tensor.device != sample.device:
-            raise ValueError(f"all inputs must be on one device, got {sample.device} and {tensor.device}")
+            raise ValueError(
+                "sample, model_output, history and noise must be on one device, got "
+                f"{sample.device} and {tensor.device}"
+            )
         if tensor.dtype != dtype:
             dtype = torch.promote_types(dtype, tensor.dtype)
     if table.dim() != 2 or table.shape[1] != len(COLUMNS) or not table.is_contiguous():
