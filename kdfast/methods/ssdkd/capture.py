@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kdfast import capture
 
-__all__ = ["CapturedLoss", "CapturedStep", "capturable", "optimizer_capturable"]
+__all__ = ["CapturedLoss", "CapturedStep", "bare", "capturable", "optimizer_capturable"]
 
 # Calls that run eagerly before a graph is captured: libraries choose algorithms and allocate workspaces, optimisers
 # make their state. They are real work, not rehearsals: nothing has to be undone.
@@ -143,3 +144,9 @@ class ReadyGradients(torch.autograd.Function):
         present = [gradient for gradient in ctx.gradients if gradient is not None]
         scaled = iter(torch._foreach_mul(present, upstream))
         return (None, None, *(None if gradient is None else next(scaled) for gradient in ctx.gradients))
+
+
+def bare(student: nn.Module) -> nn.Module:
+    """The network inside of ``DistributedDataParallel``."""
+    inner: nn.Module = student.module if isinstance(student, DistributedDataParallel) else student
+    return inner

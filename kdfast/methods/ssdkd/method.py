@@ -9,14 +9,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from kdfast.capture import step_state
 from kdfast.errors import CheckpointError, KDFastError
 from kdfast.functional import KDStatistics, kd_kl_div, kd_statistics
-from kdfast.methods.ssdkd.capture import CapturedLoss, CapturedStep, capturable, optimizer_capturable
+from kdfast.methods.ssdkd.capture import CapturedLoss, CapturedStep, bare, capturable, optimizer_capturable
 from kdfast.methods.ssdkd.config import SSDKDConfig
-from kdfast.methods.ssdkd.contents import Contents
+from kdfast.methods.ssdkd.contents import Contents, per_image
 from kdfast.methods.ssdkd.inversion import Inversion
 from kdfast.methods.ssdkd.shards import write_shards
 from kdfast.methods.ssdkd.views import Views
@@ -156,7 +155,7 @@ class SSDKD(Learning):
         Raises:
             ValueError: There is no student, or the teacher is in training mode.
         """
-        student = _bare(chosen_student(student, self.student))
+        student = bare(chosen_student(student, self.student))
         still_evaluated(self.teacher)
         images = self.inversion.run(student, self.contents.class_counts())
         stored = images.mul(255).round_().to(torch.uint8)
@@ -184,8 +183,8 @@ class SSDKD(Learning):
     def _deltas(self, scores: KDStatistics) -> Tensor:
         """How wrong the student is about each image, ``[B]``: KL, or φ·KL; the mean over its pixels."""
         if self.config.sampling != "modulated":
-            return _per_image(scores.kl)
-        return _per_image(self.contents.phi(scores, self.config) * scores.kl)
+            return per_image(scores.kl)
+        return per_image(self.contents.phi(scores, self.config) * scores.kl)
 
     def check(self) -> None:
         """Look whether inversion still works. This waits for the device: for now and then, not for every step.
@@ -241,11 +240,9 @@ class SSDKD(Learning):
         key = self._key(student)
         self._forget(self._losses, key, student)
         if key not in self._losses:
+            capture, parameters = self._captures(student), list(student.parameters())
             self._losses[key] = CapturedLoss(
-                lambda: self._distil(student),
-                list(student.parameters()),
-                self._rng,
-                capture=self._captures(student),
+                lambda: self._distil(student), parameters, self._rng, capture=capture
             )
         return self._losses[key]()
 
@@ -278,7 +275,7 @@ class SSDKD(Learning):
 
     def _update(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         loss = self._distil(student)
-        if isinstance(student, DistributedDataParallel):  # whose hooks only backward() calls
+        if bare(student) is not student:  # DistributedDataParallel, whose hooks only backward() calls
             optimizer.zero_grad()
             torch.autograd.backward(loss)
         else:
@@ -356,14 +353,13 @@ class SSDKD(Learning):
 
         Args:
             directory: Of the set, empty or new.
-            samples_per_shard: As for :class:`kdfast.data.ShardWriter`.
-            image_format: PNG keeps every bit.
+            samples_per_shard, image_format: As for :class:`kdfast.data.ShardWriter`; PNG keeps every bit.
 
         Returns:
             How many images were written, in the order of the buffer's slots.
 
         Raises:
-            ValueError: There is no buffer, or nothing in it; images have neither one nor three channels.
+            ValueError: There are no images, or they have neither one nor three channels.
             ShardError: The folder cannot be written, or holds a set.
         """
         if self.buffer is None or not len(self.buffer):
@@ -400,14 +396,5 @@ class SSDKD(Learning):
             self._recorded[key] = now
 
     def _captures(self, student: nn.Module) -> bool:
-        wanted = self.config.cuda_graphs and torch.is_grad_enabled()
-        return capturable(self.device, wanted=wanted) and not isinstance(student, DistributedDataParallel)
-
-
-def _bare(student: nn.Module) -> nn.Module:
-    inner: nn.Module = student.module if isinstance(student, DistributedDataParallel) else student
-    return inner
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values.flatten(1).mean(1) if values.dim() > 1 else values
+        wanted = self.config.cuda_graphs and torch.is_grad_enabled() and bare(student) is student
+        return capturable(self.device, wanted=wanted)
