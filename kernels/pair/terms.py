@@ -129,12 +129,9 @@ def _log_sigmoid(x):
 @triton.jit
 def binary_terms(s_odds, t_odds):
     """KL of target class against all others, and its derivatives with respect to the two log-odds."""
-    # +inf, too, is no number: the others of a class without others have no distribution.
-    s_odds = tl.where(s_odds < float("inf"), s_odds, float("nan"))
-    t_odds = tl.where(t_odds < float("inf"), t_odds, float("nan"))
-    hopeless = (s_odds == float("-inf")) & (t_odds > float("-inf"))  # only the student rules the target out
-    s_odds = tl.where(s_odds < -1e30, -1e30, s_odds)  # not a maximum: that would lose a NaN
-    t_odds = tl.where(t_odds < -1e30, -1e30, t_odds)
+    # A target that is absent, or not a number: no divergence is finite, and NaN says so in loss and gradients.
+    s_odds = tl.where(tl.abs(s_odds) < float("inf"), s_odds, float("nan"))
+    t_odds = tl.where(tl.abs(t_odds) < float("inf"), t_odds, float("nan"))
     s_in, t_in = _log_sigmoid(s_odds), _log_sigmoid(t_odds)
     s_out, t_out = _log_sigmoid(-s_odds), _log_sigmoid(-t_odds)
     b_s, b_t = tl.exp2(s_in * 1.4426950408889634), tl.exp2(t_in * 1.4426950408889634)
@@ -143,10 +140,7 @@ def binary_terms(s_odds, t_odds):
     term_in, _, _ = near_terms((t_in - s_in) * 1.4426950408889634, b_t, b_s, always)
     term_out, _, _ = near_terms((t_out - s_out) * 1.4426950408889634, c_t, c_s, always)
     by_student = tl.where(b_s > 0.5, c_t - c_s, b_s - b_t)  # the smaller pair keeps its digits
-    by_teacher = b_t * c_t * (t_odds - s_odds)
-    hopeless = hopeless & (b_t > 0.0)
-    term_in = tl.where(hopeless, float("inf"), term_in)
-    return term_in + term_out, by_student, tl.where(hopeless, float("inf"), by_teacher)
+    return term_in + term_out, by_student, b_t * c_t * (t_odds - s_odds)
 
 
 @triton.jit

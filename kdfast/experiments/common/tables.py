@@ -24,6 +24,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ class Table:
 def recipes_folder() -> Path:
     """Where the recipes are that come with kdfast."""
     try:
-        from kdfast import recipes
+        recipes = import_module("kdfast.recipes")  # a folder without code
     except ImportError:  # run from a checkout that nobody installed
         return Path(__file__).resolve().parents[3] / "recipes"
     return Path(next(iter(recipes.__path__)))

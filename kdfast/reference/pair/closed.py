@@ -146,11 +146,10 @@ def _dkd(
     delta = log_p.sub_(log_q).masked_fill_(p == 0, 0.0)  # the target, and absent classes: 0·inf counts as 0
     others = torch.mul(p, delta, out=q).sum(-1, keepdim=True)
     hit, miss = odds_t.sigmoid(), (-odds_t).sigmoid()
-    # An outcome that the teacher rules out adds nothing, even where the student does, too: 0·inf counts as 0.
-    own = hit * (logsigmoid(odds_t) - logsigmoid(odds_s)).masked_fill_(hit == 0, 0.0)
+    own = hit * (logsigmoid(odds_t) - logsigmoid(odds_s))
     own += miss * (logsigmoid(-odds_t) - logsigmoid(-odds_s))
     if grad_t is not None:
-        through = alpha * hit * miss * (odds_t - odds_s).masked_fill_(hit == 0, 0.0)
+        through = alpha * hit * miss * (odds_t - odds_s)
         torch.sub(delta, others, out=grad_t).mul_(beta).sub_(through).mul_(p)
         grad_t.scatter_(-1, at_target, through)
     if grad_s is not None:
@@ -171,4 +170,4 @@ def _others(
     log = torch.log_softmax(scaled, -1)
     # log-sum-exp = a logit minus its log-probability; the largest loses least.
     odds = own - (largest - log.gather(-1, place))
-    return log, odds.masked_fill_(~(odds < math.inf), math.nan), scaled  # as rows.py has it
+    return log, odds.masked_fill_(~odds.isfinite(), math.nan), scaled  # as rows.py has it

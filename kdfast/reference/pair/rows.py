@@ -50,7 +50,7 @@ def dkd_rows(
     def split(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scaled = logits.to(dtype) / temperature
         others = scaled.masked_fill(is_target, -math.inf)
-        odds = _odds(scaled.gather(dim, index).squeeze(dim) - torch.logsumexp(others, dim))
+        odds = _finite(scaled.gather(dim, index).squeeze(dim) - torch.logsumexp(others, dim))
         return others, torch.stack([odds, torch.zeros_like(odds)], -1)
 
     s_others, s_binary = split(student)
@@ -58,7 +58,7 @@ def dkd_rows(
     return alpha * kd_kl_rows(s_binary, t_binary, 1.0, -1) + beta * kd_kl_rows(s_others, t_others, 1.0, dim)
 
 
-def _odds(odds: torch.Tensor) -> torch.Tensor:
-    """NaN where the odds are no number or the target has no others; -inf, a target that is ruled out, stays."""
-    nan = torch.zeros_like(odds).masked_fill(~(odds < math.inf), math.nan)
+def _finite(odds: torch.Tensor) -> torch.Tensor:
+    """NaN where a target is absent or not a number: no divergence is finite there, and no gradient right."""
+    nan = torch.zeros_like(odds).masked_fill(~odds.isfinite(), math.nan)
     return odds + nan  # whose gradient is the odds' own
