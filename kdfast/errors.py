@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import numbers
 from collections.abc import Mapping
 from types import ModuleType
@@ -37,8 +38,8 @@ class CheckpointError(KDFastError):
 
 
 def is_positive(value: object) -> bool:
-    """Whether ``value`` is a number above 0: what a text is compared with is no error of its own."""
-    return not isinstance(value, bool) and isinstance(value, numbers.Real) and float(value) > 0
+    """Whether ``value`` is a finite number above 0: what a text is compared with is no error of its own."""
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and 0 < float(value) < math.inf
 
 
 def require(module: str, *, extra: str, feature: str) -> ModuleType:

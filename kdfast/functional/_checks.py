@@ -70,7 +70,9 @@ def check_sizes(name: str, value: Any) -> tuple[int, int]:
     """Height and width, each from 1 to 2³¹ − 1."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name}: got {shown(value)}; height and width, two ints, are needed")
-    return check_int(name, value[0], 1, 2**31 - 1), check_int(name, value[1], 1, 2**31 - 1)
+    if not all(isinstance(side, int) and not isinstance(side, bool) and 1 <= side < 2**31 for side in value):
+        raise ValueError(f"{name}: got {shown(tuple(value))}; accepted: two ints from 1 to {2**31 - 1}")
+    return value[0], value[1]
 
 
 def check_logits(

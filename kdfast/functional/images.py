@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdfast.constants import constant
 from kdfast.documents import shown
-from kdfast.functional._checks import check_int, check_real, check_tensor, on_host
+from kdfast.functional._checks import check_real, check_tensor, on_host
 from kdfast.ops import images as ops
 from kdfast.profiling import annotate
 
@@ -134,7 +134,8 @@ def _check_images(images: Tensor) -> None:
 
 
 def _crop_size(images: Tensor, padding: int, size: int | tuple[int, int] | None) -> tuple[int, int]:
-    check_int("padding", padding, 0, 2**20)
+    if not isinstance(padding, int) or isinstance(padding, bool) or not 0 <= padding <= 2**20:
+        raise ValueError(f"padding: got {shown(padding)}; accepted: an int from 0 to {2**20}")
     if (
         size is not None
         and not isinstance(size, int)
@@ -143,9 +144,7 @@ def _crop_size(images: Tensor, padding: int, size: int | tuple[int, int] | None)
         raise TypeError(f"size: got {shown(size)}; an int, height and width, or None is needed")
     height, width = images.shape[2:] if size is None else (size, size) if isinstance(size, int) else size
     for what, side, whole in (("height", height, images.shape[2]), ("width", width, images.shape[3])):
-        if not isinstance(side, int) or isinstance(side, bool):
-            raise TypeError(f"size: got {shown(size)}; an int, height and width, or None is needed")
-        if side < 1 or side > whole + 2 * padding:
+        if not isinstance(side, int) or isinstance(side, bool) or not 1 <= side <= whole + 2 * padding:
             raise ValueError(
                 f"size: got {shown(size)}; accepted: {what} 1 to {whole + 2 * padding}, of the padded image"
             )

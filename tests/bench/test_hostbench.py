@@ -27,7 +27,7 @@ from kdfast.kernels import launch as launching
 PYTHON_CALLS = {
     "kd_kl_div f+b": 62,
     "kd_kl_div without grad": 34,
-    "denoise_step, guided": 33,
+    "denoise_step, guided": 34,
     "replay.update_priority": 35,
 }
 

@@ -40,6 +40,7 @@ def test_a_recipe_takes_a_step(cell: Cell, tiny: Path) -> None:
         "teacher": str(tiny / "teacher"),
         "data": str(tiny / "shards"),
         "test_data": None,
+        "data_images": None,  # more than there are
         "batch_size": 2,
         "image_size": 32 if "imagenet" in str(values.get("stem")) else 16,
         "load_size": None,

@@ -434,9 +434,11 @@ class TestRequirements:
         assert "torch" not in needed
         assert needed <= self.closure("dev")
 
-    def test_all_is_everything_but_models(self) -> None:
+    def test_all_is_everything_but_what_is_large_or_another_build(self) -> None:
         optional = set(self.project["project"]["optional-dependencies"]) - {
             "models",
+            "export",
+            "trainers",
             "dali-cu12",
             "bench",
             "docs",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from kdfast.disk import Lock, sweep
-from kdfast.errors import ConfigError
+from kdfast.errors import CheckpointError, ConfigError, KDFastError
 from kdfast.experiments.common.recipe import to_yaml
 from kdfast.training import files
 from kdfast.training.checkpoint import latest_checkpoint
@@ -120,12 +120,15 @@ def release_run(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(out: str | Path, *, main: bool = True) -> Iterator[Path]:
+def writing(
+    out: str | Path, *, main: bool = True, refusal: type[KDFastError] = CheckpointError
+) -> Iterator[Path]:
     """Hold a result directory, made where it is missing, for a command that writes into it.
 
     Args:
         out: The directory.
         main: False for the other ranks of a run, whose first one holds it.
+        refusal: What is raised where the directory cannot be made.
 
     Raises:
         ConfigError: It is a file, or another process is writing there; the message names it.
@@ -136,8 +139,10 @@ def writing(out: str | Path, *, main: bool = True) -> Iterator[Path]:
         yield folder
         return
     fresh = not folder.exists()
-    with files.reporting_disk(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refusal(f"{folder}: cannot be made: {error.strerror or error}") from error
     lock_run(folder)
     try:
         yield folder

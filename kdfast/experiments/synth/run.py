@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kdfast.data.writer import ShardWriteError
 from kdfast.diffusion.notes import SCORES, noted
 from kdfast.documents import Fields
 from kdfast.errors import DataError
@@ -34,7 +35,7 @@ def run(config: SynthConfig) -> dict[str, Any]:
         ShardError: ``out`` holds another run's set, or cannot be written.
     """
     accelerator = make_accelerator(config.device)
-    with writing(config.out, main=accelerator.is_main_process) as folder:
+    with writing(config.out, main=accelerator.is_main_process, refusal=ShardWriteError) as folder:
         return _run(config, accelerator, folder)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,24 +20,6 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-class StandInDriver:
-    """Tells Triton which GPU to compile for."""
-
-    def __init__(self, capability: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return int(self.target.arch)  # Triton keeps what it compiled, and for what, by device
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -63,18 +45,14 @@ class Binary:
 
 
 @pytest.fixture(params=[80, 90, 100], ids="sm_{}".format)
-def compiled(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[..., Binary]:
+def compiled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Binary]]:
+    from bench.static_audit import launching_with
     from kdfast.kernels.denoise import launch as denoise
 
     captured: list[tuple[Any, dict[str, Any]]] = []
 
     def capture(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
         captured.append((kernel.warmup(*args, grid=grid, **kwargs), kwargs))
-
-    monkeypatch.setattr(denoise, "launch", capture)
-    monkeypatch.setattr(triton.runtime.driver, "_active", StandInDriver(request.param))
 
     def compile_(call: Callable[[Any], Any]) -> Binary:
         captured.clear()
@@ -94,7 +72,8 @@ def compiled(
         assert found
         return Binary(constants, Counter(opcodes), int(found[2]), int(found[1]))
 
-    return compile_
+    with launching_with(capture, request.param):
+        yield compile_
 
 
 def tensors(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,6 @@ pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles n
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 RULE = (0.6, 1e-6, 2.0**22)
-
-
-class StandInDriver:
-    """Tells Triton which GPU to compile for."""
-
-    def __init__(self, capability: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return f"{self.target.backend}:{self.target.arch}"  # keys the cache of compiled kernels
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +42,8 @@ Compile = Callable[[Callable[[Any], Any]], dict[str, Binary]]
 
 
 @pytest.fixture(params=[80, 90, 100], ids="sm_{}".format)
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compile:
+def compiled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Compile]:
+    from bench.static_audit import launching_with
     from kdfast.kernels.replay import launch as replay
 
     captured: dict[str, Any] = {}
@@ -88,9 +71,8 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tm
         call(replay)
         return {name: inspect(binary) for name, binary in captured.items()}
 
-    monkeypatch.setattr(replay, "launch", capture)
-    monkeypatch.setattr(triton.runtime.driver, "_active", StandInDriver(request.param))
-    return compile_
+    with launching_with(capture, request.param):
+        yield compile_
 
 
 def state(capacity: int, shape: tuple[int, ...]) -> ReplayState:
