@@ -20,6 +20,7 @@ def _launch_topk(
     upstream: torch.Tensor | None = None,
     exit_if_one: bool = False,
     want_loss: bool = True,
+    fresh: bool = True,
 ) -> torch.Tensor:
     from kdfast.kernels import topk as kernels
     from kdfast.kernels.common.scale import Scale

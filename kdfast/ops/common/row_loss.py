@@ -167,7 +167,8 @@ def row_launcher(arguments: Callable[[Row], tuple[Any, tuple[Any, ...], tuple[An
     """The launcher of a loss of two logit tensors, from ``row -> (its RowLaunches, their further values, options)``.
 
     It takes ``(student, teacher, row)``, then: the gradients that are written, memory like the logits', or None; an
-    upstream gradient; whether nothing is to be done if that is 1; whether the loss itself is wanted.
+    upstream gradient; whether nothing is to be done if that is 1; whether the loss itself is wanted; whether the
+    gradients are ``torch.empty_like`` of what they belong to (False: they may lie in the memory of the logits).
     """
 
     def launcher(
@@ -178,13 +179,14 @@ def row_launcher(arguments: Callable[[Row], tuple[Any, tuple[Any, ...], tuple[An
         upstream: Tensor | None = None,
         exit_if_one: bool = False,
         want_loss: bool = True,
+        fresh: bool = True,
     ) -> Tensor:
         launches, further, options = arguments(row)
         kernels = _kernels()
         scale = kernels.Scale(row.temperature, row.divisor, row.weight, row.mask)
         want = kernels.Wanted(want_loss and not row.reduce, want_loss and row.reduce, exit_if_one)
         out: Tensor = launches(
-            (student, teacher), grads, row.dim, scale, want, upstream, further, options, fresh=True
+            (student, teacher), grads, row.dim, scale, want, upstream, further, options, fresh=fresh
         )
         return out
 

@@ -134,7 +134,7 @@ def _chunk(job: Job, products: Products, want_gradient: bool) -> tuple[Tensor, T
             elif want_gradient:
                 spare = own and gradient is not None and teacher is not None
                 grad = teacher if spare else torch.empty_like(logits)
-            part = loss.launcher(logits, other, row.contiguous(), grad_student=grad).sum()
+            part = loss.launcher(logits, other, row.contiguous(), (grad, None), fresh=False).sum()
         total = part if total is None else total + part
         gradient = grad if gradient is None or grad is None else gradient.add_(grad)
     assert total is not None
