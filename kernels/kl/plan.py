@@ -151,7 +151,9 @@ def _long_plan(
     if plain and not in_place and num_rows < machine.multiprocessors:
         # Too few rows to fill the machine: two programs a multiprocessor, of two blocks at least.
         splits = min(
-            32, padded // (2 * SPLIT_BLOCK), triton.next_power_of_2(2 * machine.multiprocessors // num_rows)
+            32,
+            max(1, padded // (2 * SPLIT_BLOCK)),
+            triton.next_power_of_2(2 * machine.multiprocessors // num_rows),
         )
         threads = max(1, SPLIT_BLOCK // 16)
         warps = max(1, threads // 32)

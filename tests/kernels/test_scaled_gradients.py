@@ -54,7 +54,7 @@ def batch(*others: torch.Tensor, training: bool) -> Loss:
     return loss
 
 
-IMAGES = draw(8, 32, 32, 32)
+IMAGES = draw(4, 32, 16, 16)
 CHANNEL = 1 + 0.1 * draw(32)
 LOSSES: dict[str, tuple[Loss, tuple[torch.Tensor, ...]]] = {
     "bn_mse": (batch(training=True), (IMAGES, CHANNEL, CHANNEL)),
