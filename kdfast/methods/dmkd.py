@@ -52,7 +52,7 @@ class DMKDConfig:
 
     def __post_init__(self) -> None:
         if not is_positive(self.temperature):
-            raise ConfigError(f"temperature: got {self.temperature!r}, accepted: a finite number above 0")
+            raise ConfigError(f"temperature: got {self.temperature!r}, accepted: a number above 0, finite")
         if self.labels not in get_args(Labels):
             raise ConfigError(f"labels: got {self.labels!r}, accepted: {', '.join(get_args(Labels))}")
         if self.hard_labels not in get_args(HardLabels):

@@ -76,7 +76,7 @@ class SurrogateKDConfig:
 
     def __post_init__(self) -> None:
         if not is_positive(self.temperature):
-            raise ConfigError(f"temperature: got {self.temperature!r}, accepted: a finite number above 0")
+            raise ConfigError(f"temperature: got {self.temperature!r}, accepted: a number above 0, finite")
         for name, accepted in (
             ("targets", get_args(Targets)),
             ("regime", tuple(REGIMES)),
