@@ -37,7 +37,7 @@ def can_capture(device: torch.device) -> bool:
 
 def capturing(device: torch.device) -> bool:
     """Whether what is launched on ``device`` now goes into a graph, which will read the same memory in every replay."""
-    return can_capture(device) and cuda.is_available() and bool(cuda.is_current_stream_capturing())
+    return can_capture(device) and bool(cuda.is_current_stream_capturing())
 
 
 def record(

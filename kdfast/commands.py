@@ -254,8 +254,7 @@ def _values(recipe: str | Path | None, keys: dict[str, Any], command: str) -> tu
 
 
 def _config(schema: type[T], recipe: str | Path | None, keys: dict[str, Any], command: str) -> T:
-    from kdfast.experiments.common.recipe import build_config, check_keys
+    from kdfast.experiments.common.recipe import checked_config
 
     values, source = _values(recipe, keys, command)
-    check_keys(values, schema, source=source)
-    return build_config(schema, values, source=source)
+    return checked_config(schema, values, source=source)

@@ -31,6 +31,12 @@ Data = Annotated[
         help="A directory of shards, digits, a folder, or hf:NAME.", metavar="DATA", show_default=False
     ),
 ]
+LabelledData = Annotated[
+    str | None,
+    typer.Option(
+        "--data", help="digits, a folder with a subfolder for each class, or hf:NAME.", metavar="NAME|DIR"
+    ),
+]
 TeacherRun = Annotated[
     str,
     typer.Argument(

@@ -39,12 +39,9 @@ def config_of(
     Raises:
         ConfigError: A key is unknown, or a value missing or invalid.
     """
-    from kdfast.experiments.common.recipe import build_config, check_keys
+    from kdfast.experiments.common.recipe import checked_config
 
-    values = values_of(recipe, overrides, **options)
-    source = str(recipe or command)
-    check_keys(values, schema, source=source)
-    return build_config(schema, values, source=source)
+    return checked_config(schema, values_of(recipe, overrides, **options), source=str(recipe or command))
 
 
 def given(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kdfast.adapters import GKDMixin
-from tests.adapters.test_real_trainers import language_model, rows
+from tests.support.language_models import language_model, one_step, rows
 from tests.support.ranks import ranks
 
 pytest.importorskip("trl")
@@ -52,20 +52,9 @@ def change(out: str, batch: int, accumulate: int) -> torch.Tensor:
         pass
 
     arguments = gkd.GKDConfig(
-        output_dir=out,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulate,
-        max_steps=1,
-        learning_rate=1.0,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
+        **one_step(out, batch, accumulate),
         bf16=False,
         gradient_checkpointing=False,
-        disable_tqdm=True,
         logging_steps=1,
         lmbda=0.0,
         beta=BETA,

@@ -14,33 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kdfast.adapters import Distiller, TrainerLoss, generalized_jsd_loss
 from kdfast.nn import KDLoss
+from tests.support.language_models import language_model, one_step, rows
 from tests.support.ranks import ranks
 
 transformers = pytest.importorskip("transformers")
-
-
-def language_model(width: int, seed: int) -> Any:
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=width,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def rows() -> list[dict[str, torch.Tensor]]:
-    """Eight texts, of which unequal numbers of tokens count."""
-    ids = torch.randint(40, (8, 10), generator=torch.Generator().manual_seed(7))
-    found = []
-    for row, tokens in enumerate(ids):
-        labels = tokens.clone()
-        labels[: 1 + row % 5] = -100
-        found.append({"input_ids": tokens, "labels": labels})
-    return found
 
 
 def change(out: str, batch: int, accumulate: int, weights: tuple[float, float]) -> torch.Tensor:
@@ -54,20 +31,7 @@ def change(out: str, batch: int, accumulate: int, weights: tuple[float, float]) 
         ) -> Any:
             return kd(model, inputs, return_outputs, num_items_in_batch)
 
-    arguments = transformers.TrainingArguments(
-        output_dir=out,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulate,
-        max_steps=1,
-        learning_rate=1.0,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    arguments = transformers.TrainingArguments(**one_step(out, batch, accumulate))
     before = student.lm_head.weight.detach().clone()
     DistillationTrainer(model=student, args=arguments, train_dataset=rows()).train()
     return before - student.lm_head.weight.detach()

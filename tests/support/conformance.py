@@ -98,6 +98,24 @@ def assert_verbose_allclose(
     )
 
 
+def reduced(
+    rows: torch.Tensor,
+    reduction: str,
+    shape: torch.Size,
+    row_weight: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """What a loss of logits of ``shape`` makes of one value a row: weighted, masked, over its divisor."""
+    if row_weight is not None:
+        rows = rows * row_weight
+    if mask is not None:
+        rows = torch.where(mask, rows, torch.zeros_like(rows))
+    if reduction == "none":
+        return rows
+    count = rows.numel() if mask is None else max(1, int(mask.sum()))
+    return rows.sum() / {"sum": 1, "mean": shape.numel(), "batchmean": shape[0], "rowmean": count}[reduction]
+
+
 def relayout(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     """The same values with other strides."""
     if tensor.dim() < 2:

@@ -7,19 +7,14 @@ from typing import Annotated
 import typer
 
 from kdfast.cli.guard import guarded
-from kdfast.cli.options import AsJson, DryRun, Out, Overrides, Quiet, RecipeFile, Resume
+from kdfast.cli.options import AsJson, DryRun, LabelledData, Out, Overrides, Quiet, RecipeFile, Resume
 from kdfast.cli.values import config_of, show
 
 
 @guarded
 def teach(
     out: Out,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="digits, a folder with a subfolder for each class, or hf:NAME.", metavar="NAME|DIR"
-        ),
-    ] = None,
+    data: LabelledData = None,
     recipe: RecipeFile = None,
     model: Annotated[str | None, typer.Option(help="Network, e.g. resnet20, wrn_40_2.")] = None,
     resume: Resume = False,

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from kdfast.cli.guard import guarded
-from kdfast.cli.options import AsJson, Out, Overrides, Quiet, RecipeFile, Resume
+from kdfast.cli.options import AsJson, LabelledData, Out, Overrides, Quiet, RecipeFile, Resume
 from kdfast.cli.values import config_of, show
 
 
 @guarded
 def teach_generator(
     out: Out,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="digits, a folder with a subfolder for each class, or hf:NAME.", metavar="NAME|DIR"
-        ),
-    ] = None,
+    data: LabelledData = None,
     recipe: RecipeFile = None,
     resume: Resume = False,
     quiet: Quiet = False,

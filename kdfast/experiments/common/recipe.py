@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -90,6 +90,12 @@ def check_keys(values: Mapping[str, Any], *schemas: type, source: str) -> None:
     raise ConfigError(f"{source}: {'; '.join(hints)}{tail}")
 
 
+def checked_config(schema: type[T], values: Mapping[str, Any], *, source: str) -> T:
+    """:func:`build_config` of values that may have keys which no field of the schema has: these are refused first."""
+    check_keys(values, schema, source=source)
+    return build_config(schema, values, source=source)
+
+
 def build_config(schema: type[T], values: Mapping[str, Any], *, source: str) -> T:
     """Make ``schema``, a dataclass, from those of the values that it has fields for.
 
@@ -125,11 +131,6 @@ def to_yaml(*configs: Any) -> str:
         values |= {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
-
-
-def required_keys(schema: type) -> list[str]:
-    """Fields without a default."""
-    return [f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING]
 
 
 def assert_dataclass(schema: type) -> None:

@@ -16,7 +16,7 @@ import kdfast
 from kdfast.functional import kd_kl_div
 from kdfast.nn import KDLoss
 from tests.conftest import INTERPRETING, Target
-from tests.support.conformance import ConformanceSuite, OpCase, assert_verbose_allclose
+from tests.support.conformance import ConformanceSuite, OpCase, assert_verbose_allclose, reduced
 
 
 def oracle(
@@ -32,15 +32,7 @@ def oracle(
     rows = F.kl_div(
         F.log_softmax(student / temperature, dim), F.softmax(teacher / temperature, dim), reduction="none"
     ).sum(dim) * (temperature * temperature)
-    if row_weight is not None:
-        rows = rows * row_weight
-    if mask is not None:
-        rows = torch.where(mask, rows, torch.zeros_like(rows))
-    if reduction == "none":
-        return rows
-    count = rows.numel() if mask is None else max(1, int(mask.sum()))
-    divisor = {"sum": 1, "mean": student.numel(), "batchmean": student.shape[0], "rowmean": count}[reduction]
-    return rows.sum() / divisor
+    return reduced(rows, reduction, student.shape, row_weight, mask)
 
 
 def logits(spread: float = 10.0) -> Any:

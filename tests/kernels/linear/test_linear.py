@@ -20,7 +20,7 @@ from kdfast.ops.linear.chunks import compute
 from kdfast.ops.linear.job import Job, flat
 from kdfast.reference.linear import linear_kd
 from tests.conftest import INTERPRETING, Target
-from tests.support.conformance import ConformanceSuite, OpCase, assert_verbose_allclose
+from tests.support.conformance import ConformanceSuite, OpCase, assert_verbose_allclose, reduced
 
 ROLES = ("student", "teacher")
 KEYS = (
@@ -50,12 +50,7 @@ def oracle(
     s = F.linear(student_hidden, student_weight, student_bias) / temperature
     t = F.linear(teacher_hidden, teacher_weight, teacher_bias) / temperature
     rows = F.kl_div(F.log_softmax(s, -1), F.softmax(t, -1), reduction="none").sum(-1) * temperature**2
-    if row_weight is not None:
-        rows = rows * row_weight
-    if mask is not None:
-        rows = torch.where(mask, rows, torch.zeros_like(rows))
-    count = rows.numel() if mask is None else max(1, int(mask.sum()))
-    return rows.sum() / {"sum": 1, "mean": s.numel(), "batchmean": s.shape[0], "rowmean": count}[reduction]
+    return reduced(rows, reduction, s.shape, row_weight, mask)
 
 
 def heads(bias: bool = True, rowwise: bool = False) -> Any:

@@ -15,7 +15,7 @@ from kdfast.ops import pair as ops
 from kdfast.ops.common.row_loss import Row, flatten
 from kdfast.reference.pair import KINDS
 from tests.conftest import INTERPRETING, Target
-from tests.support.conformance import ConformanceSuite, OpCase, assert_verbose_allclose
+from tests.support.conformance import ConformanceSuite, OpCase, assert_verbose_allclose, reduced
 
 #: Every kind, with a number where it takes one.
 CALLS: dict[str, dict[str, Any]] = {
@@ -65,14 +65,7 @@ def oracle(
         "alpha": lambda: (p**alpha * q ** (1 - alpha) - alpha * p - (1 - alpha) * q) / (alpha * (alpha - 1)),
     }[kind]()
     rows = terms.sum(dim) * temperature**2
-    if row_weight is not None:
-        rows = rows * row_weight
-    if mask is not None:
-        rows = torch.where(mask, rows, torch.zeros_like(rows))
-    if reduction == "none":
-        return rows
-    count = rows.numel() if mask is None else max(1, int(mask.sum()))
-    return rows.sum() / {"sum": 1, "batchmean": student.shape[0], "rowmean": count}[reduction]
+    return reduced(rows, reduction, student.shape, row_weight, mask)
 
 
 def pair(generator: torch.Generator, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:

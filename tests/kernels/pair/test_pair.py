@@ -13,16 +13,7 @@ from kdfast.functional import dkd_loss, jsd_loss, kd_kl_div
 from kdfast.ops import pair as ops
 from kdfast.ops.common.row_loss import Row, flatten
 from tests.conftest import INTERPRETING, Target
-from tests.support.conformance import ConformanceSuite, OpCase, assert_verbose_allclose
-
-
-def reduced(rows: torch.Tensor, reduction: str, shape: torch.Size, mask: torch.Tensor | None) -> torch.Tensor:
-    if mask is not None:
-        rows = torch.where(mask, rows, torch.zeros_like(rows))
-    if reduction == "none":
-        return rows
-    count = rows.numel() if mask is None else max(1, int(mask.sum()))
-    return rows.sum() / {"sum": 1, "mean": shape.numel(), "batchmean": shape[0], "rowmean": count}[reduction]
+from tests.support.conformance import ConformanceSuite, OpCase, assert_verbose_allclose, reduced
 
 
 def jsd_oracle(
@@ -40,7 +31,7 @@ def jsd_oracle(
     log_m = torch.logaddexp(log_q + math.log(1 - beta), log_p + math.log(beta))
     to_mixture = [F.kl_div(log_m, x, reduction="none", log_target=True).sum(dim) for x in (log_p, log_q)]
     rows = (beta * to_mixture[0] + (1 - beta) * to_mixture[1]) * temperature**2
-    return reduced(rows if row_weight is None else rows * row_weight, reduction, student.shape, mask)
+    return reduced(rows, reduction, student.shape, row_weight, mask)
 
 
 def dkd_oracle(
@@ -66,7 +57,7 @@ def dkd_oracle(
     tckd = F.kl_div(b_s.log(), b_t, reduction="none").sum(-1)
     nckd = F.kl_div(F.log_softmax(rest[0], -1), F.softmax(rest[1], -1), reduction="none").sum(-1)
     rows = (alpha * tckd + beta * nckd) * temperature**2
-    return reduced(rows if row_weight is None else rows * row_weight, reduction, shape, mask)
+    return reduced(rows, reduction, shape, row_weight, mask)
 
 
 def pair(generator: torch.Generator, shape: tuple[int, ...], spread: float = 4.0) -> dict[str, torch.Tensor]:

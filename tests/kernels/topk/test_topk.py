@@ -15,7 +15,7 @@ from kdfast.nn import TopKKDLoss
 from kdfast.ops import topk as ops
 from kdfast.ops.common.row_loss import Row, flatten
 from tests.conftest import INTERPRETING, Target
-from tests.support.conformance import ConformanceSuite, OpCase, assert_verbose_allclose
+from tests.support.conformance import ConformanceSuite, OpCase, assert_verbose_allclose, reduced
 
 K = 4
 WIDE = (torch.float32, torch.float64)
@@ -46,14 +46,7 @@ def oracle(
         )
         p, q = (torch.cat([x, (1 - x.sum(-1, keepdim=True)).clamp(min=1e-300)], -1) for x in (p, q))
     rows = (torch.special.xlogy(p, p) - p * q.log()).sum(-1) * temperature**2
-    if row_weight is not None:
-        rows = rows * row_weight
-    if mask is not None:
-        rows = torch.where(mask, rows, torch.zeros_like(rows))
-    if reduction == "none":
-        return rows
-    count = rows.numel() if mask is None else max(1, int(mask.sum()))
-    return rows.sum() / {"sum": 1, "batchmean": student.shape[0], "rowmean": count}[reduction]
+    return reduced(rows, reduction, student.shape, row_weight, mask)
 
 
 def cached(normalizer: bool = True, rowwise: bool = False) -> Any:
