@@ -213,10 +213,14 @@ while True:
     assert process.stdout is not None
     process.stdout.readline()
     end = time.monotonic() + 60
-    while not list(tmp_path.glob("buffer.tmp-*")) and time.monotonic() < end:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGSTOP)
-    assert list(tmp_path.glob("buffer.tmp-*"))
+    while True:  # a stop may arrive between two saves: go on, and stop again
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)  # a sent signal is not yet a stopped process
+        if list(tmp_path.glob("buffer.tmp-*")):
+            break
+        assert time.monotonic() < end
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.005)
     used().save(path)  # another's temporary, under way
     kept = list(tmp_path.glob("buffer.tmp-*"))
     process.send_signal(signal.SIGKILL)
