@@ -28,8 +28,10 @@ def check_tensor(name: str, value: Any, needed: str = "a tensor") -> None:
 
 def check_floating(name: str, value: Any, needed: str = "a floating-point tensor") -> None:
     """A dense tensor of a floating-point dtype."""
-    check_tensor(name, value)
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_nested:
+        check_tensor(name, value)  # says what it is; a quantised one is not floating-point
     if not value.is_floating_point():
+        check_tensor(name, value)
         raise TypeError(f"{name}: got dtype {value.dtype}; {needed} is needed")
 
 
@@ -79,6 +81,19 @@ def check_logits(
     student: torch.Tensor, teacher: torch.Tensor, names: tuple[str, str] = ("student", "teacher")
 ) -> None:
     """Two floating-point tensors of one shape, at least 1-d, on one device."""
+    if not (  # in one look: this is on the way of every loss
+        isinstance(student, torch.Tensor)
+        and isinstance(teacher, torch.Tensor)
+        and student.is_floating_point()
+        and teacher.is_floating_point()
+        and student.shape == teacher.shape
+        and student.dim()
+        and student.device == teacher.device
+    ):
+        _refuse_logits(student, teacher, names)
+
+
+def _refuse_logits(student: torch.Tensor, teacher: torch.Tensor, names: tuple[str, str]) -> None:
     for name, tensor in zip(names, (student, teacher), strict=True):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}; a tensor of logits is needed")
@@ -90,10 +105,9 @@ def check_logits(
         )
     if student.dim() == 0:
         raise ValueError(f"{names[0]}: got a 0-d tensor; logits need a class dimension")
-    if student.device != teacher.device:
-        raise ValueError(
-            f"{names[1]}: is on {teacher.device}; {names[0]} is on {student.device}, and they must match"
-        )
+    raise ValueError(
+        f"{names[1]}: is on {teacher.device}; {names[0]} is on {student.device}, and they must match"
+    )
 
 
 def refuse_distributed(name: str, tensor: torch.Tensor) -> None:
@@ -130,16 +144,15 @@ def check_dim(dim: int, tensor: torch.Tensor) -> int:
     """The class dimension as a non-negative index."""
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise TypeError(f"dim: got {type(dim).__name__}; an int is needed")
-    if not -tensor.dim() <= dim < tensor.dim():
-        raise ValueError(
-            f"dim: got {dim}; accepted: {-tensor.dim()} to {tensor.dim() - 1} for {tensor.dim()}-d logits"
-        )
-    return dim % tensor.dim()
+    dims = tensor.dim()
+    if not -dims <= dim < dims:
+        raise ValueError(f"dim: got {dim}; accepted: {-dims} to {dims - 1} for {dims}-d logits")
+    return dim % dims
 
 
 def check_temperature(temperature: float | torch.Tensor, logits: torch.Tensor) -> float | torch.Tensor:
     """A positive finite float, or a 0-d tensor on the logits' device (whose value is not read: no sync)."""
-    value = as_number(temperature)
+    value = temperature if type(temperature) is float else as_number(temperature)
     if isinstance(value, torch.Tensor):
         if value.requires_grad:
             raise ValueError(
