@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.documents import shown
-from kdfast.functional._checks import check_bool, check_floating, check_real, check_tensor
+from kdfast.functional._checks import check_bool, check_channels, check_floating, check_real, check_tensor
 from kdfast.ops.norm import eager as ops
 from kdfast.profiling import annotate
 from kdfast.reference.norm.fused import BatchNorm
@@ -191,17 +191,10 @@ def _norm(x: Tensor, norm: BatchNorm) -> BatchNorm:
     check_floating("x", x)
     if x.dim() < 2 or x.shape[1] == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}; [B, C, …] with at least one channel is needed")
-    channels, device = x.shape[1:2], x.device
     held = norm.weight, norm.bias, norm.running_mean, norm.running_var
     for name, value in zip(_CHANNELS, held):
         if value is not None:
-            check_floating(name, value)
-            if value.shape != channels:
-                raise ValueError(
-                    f"{name}: got shape {tuple(value.shape)}; [{x.shape[1]}] is needed, one a channel"
-                )
-            if value.device != device:
-                raise ValueError(f"{name}: is on {value.device}; x is on {x.device}, and they must match")
+            check_channels(name, value, x)
     for name, value in (("running_mean", norm.running_mean), ("running_var", norm.running_var)):
         if value is not None and value.requires_grad:
             raise ValueError(f"{name}: requires grad; statistics are buffers")
