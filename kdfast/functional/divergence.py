@@ -31,7 +31,7 @@ Kind = Literal[
 
 def check_kind(kind: str, alpha: float, beta: float) -> tuple[str, float]:
     """The kind that a divergence is at the ends of its number, and that number."""
-    if kind not in get_args(Kind):
+    if not isinstance(kind, str) or kind not in get_args(Kind):
         raise ValueError(f"kind: got {kind!r}; accepted: {', '.join(get_args(Kind))}")
     if kind == "jsd":
         number = check_between("beta", beta, 0.0, 1.0)
