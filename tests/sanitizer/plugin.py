@@ -15,12 +15,14 @@ import os
 import re
 import resource
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from tests.sanitizer import fragments
 from tests.sanitizer.machine import MULTIPROCESSORS, pretend
 from tests.sanitizer.order import respecting_tickets
 
@@ -65,7 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Summary(None), "sanitizer-summary")
         return  # the workers run the tests
-    os.environ["KDFAST_MACHINE"] = f"{capability}:{MULTIPROCESSORS[capability]}"
+    os.environ["KDFAST_MACHINE"] = machine_text(capability)  # of processes that a test starts
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     if hard == resource.RLIM_INFINITY or hard > MEMORY:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, hard))
@@ -77,36 +79,35 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @contextlib.contextmanager
 def session(capability: int) -> Iterator[Any]:
-    """While open, every launch of this process is executed and checked."""
+    """While open, every launch of this process is executed and checked, planned for that GPU."""
     from ttsem import sanitize
 
+    from kdfast.kernels import launch
+    from kdfast.kernels.machine import use_machine
+
+    fragments.register()
     plain = sanitize.pidraces.find_race
     sanitize.pidraces.find_race = respecting_tickets(plain)
     try:
         with sanitize.session(capability, "<pytest>") as state:
-            undo, plan = pretend(capability), planning_for(capability)
+            undo = pretend(capability)
             try:
-                yield state
+                # Inside autograd's functions tensors say that they are on a CPU: plans are made for this machine, too.
+                # A CUDA build's own function for the current stream looks for a driver.
+                with (
+                    use_machine(machine_text(capability)),
+                    patch.object(launch, "_raw_stream", lambda index: 0),
+                ):
+                    yield state
             finally:
-                plan()
                 undo()
     finally:
         sanitize.pidraces.find_race = plain
 
 
-def planning_for(capability: int) -> Callable[[], None]:
-    """Have launch plans made for that GPU although tensors lie on the CPU; returns what undoes it."""
-    from kdfast.kernels import machine
-
-    plain = machine.Machine
-    machine.Machine = lambda *_: plain(  # type: ignore[assignment,misc]
-        capability, MULTIPROCESSORS[capability], machine.triton_version()
-    )
-
-    def undo() -> None:
-        machine.Machine = plain  # type: ignore[misc]
-
-    return undo
+def machine_text(capability: int) -> str:
+    """That GPU, as KDFAST_MACHINE says it."""
+    return f"{capability}:{MULTIPROCESSORS[capability]}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
