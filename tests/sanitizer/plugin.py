@@ -31,10 +31,12 @@ ROOT = Path(__file__).parents[2]
 NEEDS_A_DEVICE = (
     "opcheck",
     "compile",
+    "make_fx",
     "captur",
     "graph",
     "stream",
     "sync",
+    "nothing_waits",
     "autocast",
     "memory",
     "never_exist",
@@ -48,6 +50,18 @@ TOO_LONG = (
     "test_any_layout_gives_the_same_step",
     "shape1-1-dtype1-class_tuple",  # 40 classes of one pixel each in a program: 20 GB of unrolled IR
 )
+#: Tests whose launches others make as well: values that no address depends on, and the one launch that a count needs.
+LAUNCHED_BEFORE = (
+    "test_empty_input",
+    "test_the_kernel_is_what_ran",
+    "tests/kernels/test_peers.py",
+    "tests/kernels/test_edges.py",
+    "_grid[",
+    "test_logits_of_ten_thousand",
+)
+#: Of the divergences' kinds, which are one kernel's arithmetic, those that run in every dtype and layout.
+EVERY_KIND = ("test_layouts_do_not_change_the_result", "test_near_equal_logits_keep_their_digits")
+KINDS = ("forward_kl", "jsd", "skew_reverse_kl_long", "pixels", "weighted")
 #: Bytes that a process may map: what outgrows it fails in Python, and not by the machine's own judgement.
 MEMORY = 16 << 30
 
@@ -86,23 +100,18 @@ def session(capability: int) -> Iterator[Any]:
     from kdfast.kernels.machine import use_machine
 
     fragments.register()
-    plain = sanitize.pidraces.find_race
-    sanitize.pidraces.find_race = respecting_tickets(plain)
-    try:
-        with sanitize.session(capability, "<pytest>") as state:
-            undo = pretend(capability)
-            try:
-                # Inside autograd's functions tensors say that they are on a CPU: plans are made for this machine, too.
-                # A CUDA build's own function for the current stream looks for a driver.
-                with (
-                    use_machine(machine_text(capability)),
-                    patch.object(launch, "_raw_stream", lambda index: 0),
-                ):
-                    yield state
-            finally:
-                undo()
-    finally:
-        sanitize.pidraces.find_race = plain
+    finder = respecting_tickets(sanitize.pidraces.find_race)
+    with (
+        patch.object(sanitize.pidraces, "find_race", finder),
+        sanitize.session(capability, "<pytest>") as state,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(pretend(capability))
+        # Inside autograd's functions tensors say that they are on a CPU, where a plan kept from outside would look for
+        # a GPU: none is kept, and what is planned there is planned for this machine, too.
+        stack.enter_context(use_machine(machine_text(capability)))
+        stack.enter_context(patch.object(launch, "keeps", lambda device: False))
+        yield state
 
 
 def machine_text(capability: int) -> str:
@@ -114,14 +123,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     thorough = config.getoption("--sanitize-thorough")
     kept, left = [], []
     for item in items:
-        function = item.name.partition("[")[0]
-        words = item.name.partition("[")[2].rstrip("]").split("-")
-        real = any(word in function for word in NEEDS_A_DEVICE)
-        long = not thorough and any(name in item.name for name in TOO_LONG)
-        twice = not thorough and any(word in SAME_ACCESSES for word in words)
-        (left if real or twice or long else kept).append(item)
+        real = any(word in item.name.partition("[")[0] for word in NEEDS_A_DEVICE)
+        (left if real or (not thorough and dispensable(item)) else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
+
+
+def dispensable(item: pytest.Item) -> bool:
+    """Whether a test would take long, or launch what another does."""
+    function, _, parameters = item.name.rstrip("]").partition("[")
+    words = parameters.split("-")
+    if any(name in item.nodeid for name in (*TOO_LONG, *LAUNCHED_BEFORE)) or set(words) & set(SAME_ACCESSES):
+        return True
+    other_kind = item.path.name == "test_divergence.py" and not set(words) & set(KINDS)
+    return other_kind and ("bfloat16" in words or function in EVERY_KIND)
 
 
 @pytest.hookimpl(wrapper=True)
