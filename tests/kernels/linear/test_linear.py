@@ -84,8 +84,8 @@ def job_of(inputs: dict[str, torch.Tensor], student: tuple[str, ...] = ()) -> Jo
     own = {key.removeprefix("student_"): x for key, x in given.items()}
     empty: dict[str, Any] = dict.fromkeys(Job._fields)
     numbers = {"kind": "forward_kl", "kd_weight": 1.0, "temperature": 2.0, "ratio": 1.0, "divisor": 3.0}
-    zeros = dict.fromkeys(("number", "smoothing", "softcap", "teacher_softcap"), 0.0)
-    return Job(**(empty | {"bucket": True} | numbers | zeros | own))
+    zeros = dict.fromkeys(("smoothing", "softcap", "teacher_softcap"), 0.0)
+    return Job(**(empty | {"bucket": True, "numbers": (0.0, 0.0)} | numbers | zeros | own))
 
 
 def case(
