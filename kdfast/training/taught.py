@@ -23,7 +23,10 @@ from kdfast.training.supervised import (
     transformed,
 )
 
-__all__ = ["Taught", "TaughtConfig"]
+__all__ = ["Foreground", "Taught", "TaughtConfig"]
+
+#: Makes the map of where objects are, for methods that ask for it; None where the batch has no boxes.
+Foreground = Callable[[], Tensor] | None
 
 
 class TaughtConfig(Protocol):
@@ -77,12 +80,7 @@ class Taught(Learning, nn.Module):
         return self._teacher.value
 
     def distil(
-        self,
-        student_out: Any,
-        teacher_out: Any,
-        *,
-        target: Tensor | None,
-        foreground: Callable[[], Tensor] | None = None,
+        self, student_out: Any, teacher_out: Any, *, target: Tensor | None, foreground: Foreground = None
     ) -> Tensor:
         """The method's weighted terms of a batch that both networks just ran on; sets :attr:`parts`.
 
