@@ -137,7 +137,7 @@ def pair_tile_kernel(
     gs_at = tile_at(outer, within, classes, gs_outer, gs_inner, gs_class, LAYOUT)
     gt_at = tile_at(outer, within, classes, gt_outer, gt_inner, gt_class, LAYOUT)
     nearly = False
-    if RARE:  # False: a variant to count instructions of, which is never launched
+    if RARE and KIND != 10:  # the AB-divergence's registers; RARE is False where instructions are counted
         closest = tl.where(counts, divergence, 1.0)
         if LAYOUT != 3:
             closest = tl.min(closest, axis=0)

@@ -166,14 +166,15 @@ def odds(logits, at, known, k, top, total):
 def near_bound(KIND: tl.constexpr):
     """Below this divergence its digits have cancelled, and the forms that do not cancel are taken.
 
-    An absolute difference (7) cancels earlier than a squared one; JSD's logarithms are right to 2e-7.
+    An absolute difference (7) cancels earlier than a squared one; JSD's logarithms are right to 2e-7. The AB-divergence
+    (10) takes those forms in every row.
     """
     if KIND == 7:
         bound = 0.03
     elif KIND == 0:
         bound = 4e-3
     elif KIND == 10:
-        bound = 0.0  # its terms do not cancel as they are
+        bound = 0.0
     else:
         bound = 1e-3
     return bound
