@@ -85,8 +85,8 @@ def fused_linear_kd_loss(
         kind: As in :func:`divergence_loss`.
         temperature: T > 0; a float, or a 0-d tensor (read on the device). Gets no gradient.
         teacher_temperature: T_t of the teacher; None: T.
-        beta: β of ``"jsd"``.
-        alpha: α of the skew divergences and of ``"alpha"``.
+        beta: β of ``"jsd"`` and ``"ab"``.
+        alpha: α of the skew divergences, of ``"alpha"`` and of ``"ab"``.
         target: int64 classes ``[...]``; needed where ``ce_weight`` is not 0.
         kd_weight: Factor of the divergence, ≥ 0; at 0 no teacher is needed, and rows without a label do not count.
         ce_weight: Factor of the cross-entropy (at temperature 1), ≥ 0.
@@ -123,7 +123,7 @@ def fused_linear_kd_loss(
     """
     if reduction not in get_args(Reduction) or reduction == "none":
         raise ValueError(f"reduction: got {reduction!r}; accepted: batchmean, mean, sum, rowmean")
-    kind_, number = check_kind(kind, alpha, beta)
+    kind_, numbers = check_kind(kind, alpha, beta)
     kd_weight, ce_weight = check_factor("kd_weight", kd_weight), check_factor("ce_weight", ce_weight)
     smoothing = check_between("label_smoothing", label_smoothing, 0.0, 1.0)
     student = _head("student", student_hidden, student_weight, student_bias, student_hidden)
@@ -189,7 +189,7 @@ def fused_linear_kd_loss(
         teacher_index=None if index is None else index.flatten(0, -2),
         teacher_normalizer=None if normalizer is None else normalizer.flatten(),
         kind=kind_,
-        number=number,
+        numbers=numbers,
         kd_weight=kd_weight,
         smoothing=smoothing,
         softcap=_cap("softcap", softcap),
