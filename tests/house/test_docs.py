@@ -190,6 +190,8 @@ def test_documentation_builds_without_a_warning_and_fetches_nothing(tmp_path: Pa
     assert result.returncode == 0, result.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) >= len(PAGES) - 1
+    quoted = [page.name for page in pages if "<blockquote>\n<blockquote>" in page.read_text()]
+    assert quoted == [], "a session at the prompt, taken for quotations: see docs/plain_roles.py"
     remote = re.compile(r"""<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)=["'](?:https?:)?//[^"']+""")
     assert [(page.name, hit) for page in pages for hit in remote.findall(page.read_text())] == []
     styles = [path.read_text() for path in (tmp_path / "site").rglob("*.css")]

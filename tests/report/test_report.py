@@ -218,3 +218,16 @@ def test_figures_name_what_they_show() -> None:
 
 def test_a_name_cannot_break_out_of_a_figure() -> None:
     ElementTree.fromstring(bars({"a <b> & c": 0.5}, xlabel="x"))
+
+
+def test_a_run_prints_as_a_line(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "seed-0").mkdir(parents=True)
+    lines = [{"kind": "train", "step": 900, "loss": 1.0}, {"kind": "eval", "step": "odd"}, {"kind": "eval"}]
+    (folder / "seed-0" / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert repr(read_run(folder / "seed-0")) == f"Run('{folder}/seed-0': 900 steps, not finished)"
+    (folder / "metrics.json").write_text(json.dumps({"accuracy_mean": 0.975}))
+    assert repr(read_run(folder)) == f"Run('{folder}': accuracy 97.5 %, runs seed-0)"
+    (folder / "metrics.json").write_text(json.dumps({"images": 4}))
+    (folder / "seed-0" / "metrics.jsonl").unlink()
+    assert repr(read_run(folder)) == f"Run('{folder}': finished)"
