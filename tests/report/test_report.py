@@ -231,3 +231,25 @@ def test_a_run_prints_as_a_line(tmp_path: Path) -> None:
     (folder / "metrics.json").write_text(json.dumps({"images": 4}))
     (folder / "seed-0" / "metrics.jsonl").unlink()
     assert repr(read_run(folder)) == f"Run('{folder}': finished)"
+
+
+def test_a_runs_page_says_first_what_was_kept_and_last_what_it_was_told(tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    folder.mkdir()
+    metrics = {
+        "seed": 3,
+        "steps": 70,
+        "accuracy": 0.9,
+        "seconds": 12.0,
+        "teacher_accuracy": 0.96,
+        "share_kept": 0.9375,
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "recipe.yaml").write_text("lr: 0.003\nweights: null\naugment: [crop, flip]\nbatch_size: 32\n")
+    page = write_report([folder]).read_text()
+    cards = re.findall(r'<div class="card[^>]*><b>([^<]*)</b><span>([^<]*)', page)
+    assert [label for _, label in cards] == ["accuracy", "teacher accuracy", "share kept", "seconds"]
+    told = page[page.index("<h2>Recipe</h2>") :]
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", told) == [
+        "lr", "0.003", "augment", "crop, flip", "batch size", "32",
+    ]  # fmt: skip
