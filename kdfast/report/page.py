@@ -349,7 +349,7 @@ def _words(key: str) -> str:
 def _number(key: str, value: Any) -> str:
     if value is None:
         return "–"
-    if isinstance(value, float) and "accuracy" in key:
+    if isinstance(value, float) and ("accuracy" in key or key == "share_kept"):
         return _percent(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return ", ".join(_number(key, entry) for entry in value) if isinstance(value, list) else str(value)

@@ -248,7 +248,13 @@ def test_a_runs_page_says_first_what_was_kept_and_last_what_it_was_told(tmp_path
     (folder / "recipe.yaml").write_text("lr: 0.003\nweights: null\naugment: [crop, flip]\nbatch_size: 32\n")
     page = write_report([folder]).read_text()
     cards = re.findall(r'<div class="card[^>]*><b>([^<]*)</b><span>([^<]*)', page)
-    assert [label for _, label in cards] == ["accuracy", "teacher accuracy", "share kept", "seconds"]
+    wanted = [
+        ("90.0 %", "accuracy"),
+        ("96.0 %", "teacher accuracy"),
+        ("93.8 %", "share kept"),
+        ("12", "seconds"),
+    ]
+    assert cards == wanted
     told = page[page.index("<h2>Recipe</h2>") :]
     assert re.findall(r"<td[^>]*>([^<]*)</td>", told) == [
         "lr", "0.003", "augment", "crop, flip", "batch size", "32",
