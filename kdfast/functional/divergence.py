@@ -33,7 +33,7 @@ Kind = Literal[
 
 def check_kind(kind: str, alpha: float, beta: float) -> tuple[str, tuple[float, float]]:
     """The kind that a divergence is at the ends of its number, and (α, β), of which all but ``ab`` have one: β."""
-    if kind not in get_args(Kind):
+    if not isinstance(kind, str) or kind not in get_args(Kind):
         raise ValueError(f"kind: got {kind!r}; accepted: {', '.join(get_args(Kind))}")
     if kind == "ab":
         return kind, (check_between("alpha", alpha, 0.05, 2.0), check_between("beta", beta, 0.05, 2.0))

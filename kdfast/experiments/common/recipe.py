@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from kdfast.documents import shown
 from kdfast.errors import ConfigError, require
 from kdfast.experiments.common.tables import Table, check_table, is_table, open_recipe
-from kdfast.experiments.common.yaml import parse_yaml
+from kdfast.yaml_documents import parse_yaml
 
 T = TypeVar("T")
 
