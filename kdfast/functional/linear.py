@@ -86,8 +86,8 @@ def fused_linear_kd_loss(
         kind: As in :func:`divergence_loss`.
         temperature: T > 0; a float, or a 0-d tensor (read on the device). Gets no gradient.
         teacher_temperature: T_t of the teacher; None: T.
-        beta: β of ``"jsd"``.
-        alpha: α of the skew divergences and of ``"alpha"``.
+        beta: β of ``"jsd"`` and ``"ab"``.
+        alpha: α of the skew divergences, of ``"alpha"`` and of ``"ab"``.
         target: int64 classes ``[...]``; needed where ``ce_weight`` is not 0.
         kd_weight: Factor of the divergence, ≥ 0; at 0 no teacher is needed, and rows without a label do not count.
         ce_weight: Factor of the cross-entropy (at temperature 1), ≥ 0.
@@ -124,7 +124,7 @@ def fused_linear_kd_loss(
     """
     if not isinstance(reduction, str) or reduction not in get_args(Reduction) or reduction == "none":
         raise ValueError(f"reduction: got {reduction!r}; accepted: batchmean, mean, sum, rowmean")
-    kind_, number = check_kind(kind, alpha, beta)
+    kind_, numbers = check_kind(kind, alpha, beta)
     kd_weight, ce_weight = check_factor("kd_weight", kd_weight), check_factor("ce_weight", ce_weight)
     smoothing = check_between("label_smoothing", label_smoothing, 0.0, 1.0)
     student = _head("student", student_hidden, student_weight, student_bias, student_hidden)
@@ -190,7 +190,7 @@ def fused_linear_kd_loss(
         teacher_index=None if index is None else index.flatten(0, -2),
         teacher_normalizer=None if normalizer is None else normalizer.flatten(),
         kind=kind_,
-        number=number,
+        numbers=numbers,
         kd_weight=kd_weight,
         smoothing=smoothing,
         softcap=_cap("softcap", softcap),
@@ -320,10 +320,10 @@ def _cap(name: str, value: float | None) -> float:
 
 def _chunk_rows(chunk_rows: int | None, job: ops.Job) -> int:
     if chunk_rows is None:
+        forward_kl = job.kind == "forward_kl" and job.alike and job.teacher_index is None
         alive = ops.chunks_alive(
             job.weight.shape[0],
-            forward_kl=job.kind == "forward_kl" and job.alike and job.teacher_index is None,
-            divergence=job.kd_weight != 0,
+            None if job.kd_weight == 0 else "forward_kl" if forward_kl else "another",
             labels=job.label is not None,
             head=job.teacher_hidden is not None,
             softcap=job.softcap != 0,

@@ -26,10 +26,9 @@ _FACTS = (
     "schedule",
     "seed",
 )
-#: Where work happened and what was written on the way: not what a run is.
-_NOT_SETTINGS = {
-    *(
-        "seed",
+#: Where work happens, and how often it is written down: not what a run is.
+WHERE_AND_WHEN = frozenset(
+    (
         "device",
         "workers",
         "keep",
@@ -37,10 +36,10 @@ _NOT_SETTINGS = {
         "tensorboard",
         "eval_every",
         "checkpoint_every",
-        "loader",
-    ),
-    *("checkpoint_steps", "on_error"),
-}
+        "checkpoint_steps",
+    )
+)
+_NOT_SETTINGS = WHERE_AND_WHEN | {"seed", "loader", "on_error"}
 _SCORES = ("accuracy", "miou")
 
 
@@ -68,6 +67,12 @@ def facts(runs: Sequence[Run], names: Sequence[str]) -> tuple[tuple[str, ...], t
         for name, run, recipe in zip(names, runs, recipes)
     )
     return ("run", *(key.replace("_", " ") for key in chosen)), rows
+
+
+def told(run: Run) -> tuple[tuple[str, str], ...]:
+    """Key and value of everything that a run was told or took by default, but for what is empty."""
+    given = {key: value for key, value in run.recipe.items() if value not in (None, [], ())}
+    return tuple((key.replace("_", " "), _said(value)) for key, value in given.items())
 
 
 def pivots(runs: Sequence[Run]) -> list[Grid]:

@@ -44,6 +44,15 @@ class Run:
     children: tuple[Run, ...] = ()
     told: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Where it is, how far it came and what it reached."""
+        steps = max((int(step) for line in self.log if (step := _number(line.get("step"))) >= 0), default=0)
+        parts = [f"{steps:,} steps" if steps else "", "" if self.metrics else "not finished"]
+        accuracy = _number(self.metrics.get("accuracy", self.metrics.get("accuracy_mean")))
+        parts.append("" if math.isnan(accuracy) else f"accuracy {100 * accuracy:.1f} %")
+        parts.append(f"runs {', '.join(child.name for child in self.children)}" if self.children else "")
+        return f"Run({str(self.path)!r}: {', '.join(part for part in parts if part) or 'finished'})"
+
     @property
     def recipe(self) -> Mapping[str, Any]:
         """What it was told, or its seeds' runs were."""
