@@ -40,7 +40,7 @@ PYTHON_CALLS = {
     "bn_relu f+b": 61,
     "bn_mse f+b": 58,
     "bn_ddim_step f+b": 65,
-    "reparam_middle_loss f+b": 34,
+    "reparam_middle_loss f+b": 38,
     "bn_statistics_loss f+b": 52,
     "dist_loss f+b": 68,
     "crop_flip_normalize": 43,
