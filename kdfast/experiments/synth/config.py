@@ -60,6 +60,8 @@ class SynthConfig:
         scorer: ``module:callable`` that gives each image a number, such as ImageReward's; kept in ``scores.jsonl``.
         device: ``auto`` takes the GPU if there is one.
         resume: Go on where an earlier run stopped.
+        extend: Grow a finished set to ``images``; those that are there stay, and the set is the one that a single run
+            makes.
         progress: Show a progress bar.
     """
 
@@ -99,6 +101,7 @@ class SynthConfig:
     scorer: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: bool = False
+    extend: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
