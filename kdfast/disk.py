@@ -14,8 +14,8 @@ import sys
 import warnings
 import weakref
 from pathlib import Path
-from types import TracebackType
 
+from kdfast.closing import Closing
 from kdfast.documents import Fields, parse_json, read_text
 from kdfast.errors import KDFastError
 
@@ -82,7 +82,7 @@ def sweep(directory: Path) -> None:
             path.unlink()
 
 
-class Lock:
+class Lock(Closing):
     """The right to write into a folder, which ends with the process, however that ends.
 
     A ``flock`` on a small file that stays behind: the kernel drops the lock when the last descriptor closes, so a crash
@@ -130,13 +130,7 @@ class Lock:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def __enter__(self) -> Lock:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
+    close = release
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdfast.closing import Closing
 from kdfast.constants import constant
 from kdfast.data.decoder import Decoder, DecoderConfig
 from kdfast.data.preflight import Fault, RecordTable, check_shards
@@ -23,7 +24,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
-class ShardLoader:
+class ShardLoader(Closing):
     """Batches of a set of shards, on ``device``: images float32 ``[B, 3, H, W]`` and labels int64 ``[B]``.
 
     Images are in [0, 1], or normalised when ``mean`` and ``std`` are given. The order follows from ``seed``
@@ -277,12 +278,6 @@ class ShardLoader:
             self._running.close()
         self._decoder.close()
         self._reader.close()
-
-    def __enter__(self) -> ShardLoader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _augmentation(augment: Augment | str | None) -> Augment | None:

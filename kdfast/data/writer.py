@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdfast.closing import Closing
 from kdfast.data.claim import OURS, changed, checked, claim
 from kdfast.data.codec import encoder
 from kdfast.data.manifest import JOURNAL, MANIFEST, Manifest, ShardInfo
@@ -40,7 +40,7 @@ class ShardWriteError(ShardError, OSError):
     """The disk is full or failing; nothing partial was left under a shard's final name."""
 
 
-class ShardWriter:
+class ShardWriter(Closing):
     """Write labelled images as WebDataset shards with DALI indices and a manifest.
 
     A shard appears whole or not at all: it is written under a temporary name, synced, renamed, and only then
@@ -215,16 +215,9 @@ class ShardWriter:
         finally:
             self._release()
 
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self._release()
+    def abandon(self) -> None:
+        """End without what is left, and without marking the set complete: what an error in a ``with`` block does."""
+        self._release()
 
     def _release(self, *, wait: bool = True) -> None:
         self._pool.shutdown(wait, cancel_futures=True)
@@ -234,7 +227,7 @@ class ShardWriter:
         with contextlib.suppress(TypeError):  # while it is being collected no reference to it can be made
             _open_writers.discard(self)
 
-    def _abandon(self) -> None:
+    def _keep(self) -> None:
         """Nobody closed this writer and nobody can any more: keep its images, and say so."""
         if getattr(self, "_state", "closed") != "open":
             return
@@ -253,7 +246,7 @@ class ShardWriter:
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
-            self._abandon()
+            self._keep()
 
     def _records(
         self,
@@ -351,9 +344,9 @@ _open_writers: weakref.WeakSet[ShardWriter] = weakref.WeakSet()
 
 
 @atexit.register
-def _abandon_all() -> None:
+def _keep_all() -> None:
     for writer in list(_open_writers):
-        writer._abandon()
+        writer._keep()
 
 
 @contextlib.contextmanager

@@ -189,15 +189,30 @@ def check_rowwise(
         raise TypeError(f"mask: got dtype {value.dtype}; bool is needed (True = the row counts)")
     if name != "mask" and not value.is_floating_point():
         raise TypeError(f"{name}: got dtype {value.dtype}; a floating-point tensor is needed")
+    _one_a_row(name, value, rows, logits)
+    if value.requires_grad:
+        raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
+    return savable(value)
+
+
+def _one_a_row(name: str, value: torch.Tensor, rows: torch.Size, logits: torch.Tensor) -> None:
     if value.shape != rows:
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}; {tuple(rows)} is needed, the logits' without the class dimension"
         )
     if value.device != logits.device:
         raise ValueError(f"{name}: is on {value.device}; the logits are on {logits.device}")
-    if value.requires_grad:
-        raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
-    return savable(value)
+
+
+def check_channels(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+    """One value a channel of ``x``, on its device."""
+    check_floating(name, value)
+    if value.shape != x.shape[1:2]:
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}; [{x.shape[1]}] is needed, one a channel of x"
+        )
+    if value.device != x.device:
+        raise ValueError(f"{name}: is on {value.device}; x is on {x.device}, and they must match")
 
 
 def check_number(
@@ -234,12 +249,7 @@ def check_labels(
         raise TypeError(f"{name}: got {type(labels).__name__}; a tensor of classes is needed")
     if labels.dtype != torch.int64:
         raise TypeError(f"{name}: got dtype {labels.dtype}; int64 classes are needed")
-    if labels.shape != rows:
-        raise ValueError(
-            f"{name}: got shape {tuple(labels.shape)}; {tuple(rows)} is needed, the logits' without the class dimension"
-        )
-    if labels.device != logits.device:
-        raise ValueError(f"{name}: is on {labels.device}; the logits are on {logits.device}")
+    _one_a_row(name, labels, rows, logits)
     if on_host(labels):
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
         if bool(wrong.any()):

@@ -317,10 +317,10 @@ def _cap(name: str, value: float | None) -> float:
 
 def _chunk_rows(chunk_rows: int | None, job: ops.Job) -> int:
     if chunk_rows is None:
+        forward_kl = job.kind == "forward_kl" and job.alike and job.teacher_index is None
         alive = ops.chunks_alive(
             job.weight.shape[0],
-            forward_kl=job.kind == "forward_kl" and job.alike and job.teacher_index is None,
-            divergence=job.kd_weight != 0,
+            None if job.kd_weight == 0 else "forward_kl" if forward_kl else "another",
             labels=job.label is not None,
             head=job.teacher_hidden is not None,
             softcap=job.softcap != 0,

@@ -5,18 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from functools import partial
-from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kdfast.closing import Closing
 from kdfast.errors import KDFastError
 from kdfast.models.outputs import logits_of
 from kdfast.models.places import EVERY, Place, descend
 
 
-class FeatureTaps:
+class FeatureTaps(Closing):
     """What named layers of a network put out in its last forward pass.
 
     ::
@@ -139,14 +139,6 @@ class FeatureTaps:
             handle.remove()
         self._handles.clear()
         self.clear()
-
-    def __enter__(self) -> FeatureTaps:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _begin(self, module: nn.Module, inputs: tuple[object, ...]) -> None:
         self.clear()

@@ -26,10 +26,9 @@ _FACTS = (
     "schedule",
     "seed",
 )
-#: Where work happened and what was written on the way: not what a run is.
-_NOT_SETTINGS = {
-    *(
-        "seed",
+#: Where work happens, and how often it is written down: not what a run is.
+WHERE_AND_WHEN = frozenset(
+    (
         "device",
         "workers",
         "keep",
@@ -37,10 +36,10 @@ _NOT_SETTINGS = {
         "tensorboard",
         "eval_every",
         "checkpoint_every",
-        "loader",
-    ),
-    *("checkpoint_steps", "on_error"),
-}
+        "checkpoint_steps",
+    )
+)
+_NOT_SETTINGS = WHERE_AND_WHEN | {"seed", "loader", "on_error"}
 _SCORES = ("accuracy", "miou")
 
 

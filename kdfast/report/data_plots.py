@@ -82,11 +82,16 @@ def shares(counts: Mapping[str, float], *, xlabel: str) -> str:
             textcoords="offset points", color=PALETTE[5], va="center",
         )  # fmt: skip
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-        axes.grid(axis="x", visible=False)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel("share of the images")
+        _of_images(axes, xlabel)
         return to_svg(figure)
+
+
+def _of_images(axes: Any, xlabel: str) -> None:
+    """Label axes whose heights are shares of the images."""
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("share of the images")
 
 
 def histogram(
@@ -103,10 +108,7 @@ def histogram(
                 textcoords="offset points", ha="right", va="top", color=PALETTE[5],
             )  # fmt: skip
         axes.set_xlim(0, 1)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-        axes.grid(axis="x", visible=False)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel("share of the images")
+        _of_images(axes, xlabel)
         return to_svg(figure)
 
 

@@ -15,7 +15,10 @@ from kdfast.training.learning import Learning
 from kdfast.training.mixing import mix_batch, task_loss
 from kdfast.training.supervised import check_sizes, foreground_of, is_supervised, own_loss, run, transformed
 
-__all__ = ["Taught", "TaughtConfig"]
+__all__ = ["Foreground", "Taught", "TaughtConfig"]
+
+#: Makes the map of where objects are, for methods that ask for it; None where the batch has no boxes.
+Foreground = Callable[[], Tensor] | None
 
 
 class TaughtConfig(Protocol):
@@ -69,12 +72,7 @@ class Taught(Learning, nn.Module):
         return self._teacher.value
 
     def distil(
-        self,
-        student_out: Any,
-        teacher_out: Any,
-        *,
-        target: Tensor | None,
-        foreground: Callable[[], Tensor] | None = None,
+        self, student_out: Any, teacher_out: Any, *, target: Tensor | None, foreground: Foreground = None
     ) -> Tensor:
         """The method's weighted terms of a batch that both networks just ran on; sets :attr:`parts`.
 

@@ -106,11 +106,11 @@ def store_block(ptrs, grad, counts, classes, MASK: tl.constexpr, V: tl.constexpr
 
 @triton.jit
 def gradient_block(
-    s, t, rows, strides, g, counts, sums, centre, kl, labelled, classes,
+    so_far, s, t, rows, strides, g, counts, sums, centre, kl, labelled, classes,
     V: tl.constexpr, ALONG: tl.constexpr, MODE: tl.constexpr, STORE_S: tl.constexpr, STORE_T: tl.constexpr,
     MASK: tl.constexpr, LABELS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of a block; return its terms of KL and of S, a thread each."""
+    """Store the gradients of a block; return (KL, S) so far with its terms added, a thread each."""
     s_top, t_top, s_inv, t_inv, log_ratio, k = sums
     q, p = tl.exp2(s * k - s_top), tl.exp2(t * k - t_top)
     term, centre_term = p, p
@@ -136,7 +136,7 @@ def gradient_block(
             probability = tl.exp2((s - peak) * 1.4426950408889634) * inv_total
             grad += label_gradient(probability, classes, label, second_label, first, second, smoothing, V)
         store_block(rows[2] + classes * strides[2], grad, counts, classes, MASK, V, WHOLE)
-    return tl.sum(term, axis=ALONG), tl.sum(centre_term, axis=ALONG)
+    return so_far[0] + tl.sum(term, axis=ALONG), so_far[1] + tl.sum(centre_term, axis=ALONG)
 
 
 @triton.jit
@@ -153,8 +153,8 @@ def second_read(
         sums: What :func:`sums_of` returns, without KL, and k.
         labelled: Peak of the student, 1/Σ exp at temperature 1, two labels, their factors, smoothing.
     """
-    kl_sum = tl.zeros([THREADS], tl.float32)
-    centre_sum = tl.zeros([THREADS], tl.float32)
+    zero = tl.zeros([THREADS], tl.float32)
+    found = (zero, zero)
     BLOCK: tl.constexpr = THREADS * VECTOR
     whole, end = blocks_of(begin, V, LENGTH, BLOCK)
     lanes = block_classes(THREADS, VECTOR, ALONG)
@@ -163,25 +163,21 @@ def second_read(
         classes = (begin + start + lanes).to(tl.int64)
         s, t = two_blocks(rows[0], rows[1], strides[0], strides[1], classes, None)
         s, t = s.to(tl.float32), t.to(tl.float32)
-        term, centre_term = gradient_block(
-            s, t, rows, strides, g, counts, sums, centre, kl, labelled, classes,
+        found = gradient_block(
+            found, s, t, rows, strides, g, counts, sums, centre, kl, labelled, classes,
             V, ALONG, MODE, STORE_S, STORE_T, MASK, LABELS, True,
         )  # fmt: skip
-        kl_sum += term
-        centre_sum += centre_term
     for start in tl.range(whole, end, BLOCK):
         classes = (begin + start + lanes).to(tl.int64)
         s, t = (
             load_logits(rows[0], classes, strides[0], classes < V),
             load_logits(rows[1], classes, strides[1], classes < V),
         )
-        term, centre_term = gradient_block(
-            s, t, rows, strides, g, counts, sums, centre, kl, labelled, classes,
+        found = gradient_block(
+            found, s, t, rows, strides, g, counts, sums, centre, kl, labelled, classes,
             V, ALONG, MODE, STORE_S, STORE_T, MASK, LABELS, False,
         )  # fmt: skip
-        kl_sum += term
-        centre_sum += centre_term
-    return tl.sum(kl_sum, axis=0), tl.sum(centre_sum, axis=0)
+    return tl.sum(found[0], axis=0), tl.sum(found[1], axis=0)
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 __all__ = ["CHUNK_BYTES", "chunks_alive", "default_chunk_rows"]
 
 #: What all chunks that are alive at a time may take: 512 MiB.
@@ -12,27 +14,25 @@ TILE = 128
 
 def chunks_alive(
     num_classes: int,
+    divergence: Literal["forward_kl", "another"] | None,
     *,
-    forward_kl: bool = True,
-    divergence: bool = True,
-    labels: bool = False,
-    head: bool = True,
-    softcap: bool = False,
+    labels: bool,
+    head: bool,
+    softcap: bool,
 ) -> int:
     """Tensors ``[chunk rows, V]`` that are alive at a time on the kernels, gradients included.
 
     Args:
         num_classes: V.
-        forward_kl: Whether it is the forward KL divergence at one temperature, to logits of all classes: its kernel
-            writes the gradient over the student's logits.
-        divergence: Whether there is a divergence, and not the cross-entropy alone.
+        divergence: ``"forward_kl"``, at one temperature and to logits of all classes: its kernel writes the gradient
+            over the student's logits. ``"another"``; or None, the cross-entropy alone.
         labels: Whether there is a cross-entropy.
         head: Whether the teacher's logits are computed here.
         softcap: Whether the student's logits are capped, so that they are needed after the gradient.
     """
-    in_place = divergence and forward_kl and num_classes % 8 == 0 and not softcap
+    in_place = divergence == "forward_kl" and num_classes % 8 == 0 and not softcap
     # A cross-entropy of its own lies over the teacher's logits, or beside those that were given.
-    own = labels and divergence and not forward_kl and not head
+    own = labels and divergence == "another" and not head
     return 1 + head + (not in_place) + own
 
 

@@ -14,6 +14,7 @@ from kdfast.cli.values import config_of, show
 @guarded
 def synth(
     out: Out,
+    recipe: RecipeFile = None,
     source: Annotated[
         str | None, typer.Option(help="What makes the images: diffusion, shaders, leaves, glsl or noise.")
     ] = None,
@@ -25,7 +26,6 @@ def synth(
         str | None, typer.Option(help="For glsl: folder with fragment shaders.", metavar="DIR")
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="How many.", show_default=False)] = None,
-    recipe: RecipeFile = None,
     resume: Resume = False,
     extend: Annotated[
         bool,

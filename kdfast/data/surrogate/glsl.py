@@ -19,13 +19,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
 from kdfast.backend import triton_available
+from kdfast.closing import Closing
 from kdfast.data.surrogate.shaders import usable
 from kdfast.errors import BackendError, DataError, require
 
@@ -144,7 +144,7 @@ def translate(source: str) -> str:
     return "\n".join([*head, "#line 1", code]) + tail + "\n"
 
 
-class GLSLFolder:
+class GLSLFolder(Closing):
     """A folder of fragment shaders, compiled; those that cannot be used are left out and listed.
 
     Example:
@@ -224,14 +224,6 @@ class GLSLFolder:
     def close(self) -> None:
         """Give the renderer back."""
         self._gl.release()
-
-    def __enter__(self) -> GLSLFolder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _take(self, path: Path, name: str) -> None:
         error = require("moderngl", extra="shaders", feature="rendering GLSL").Error

@@ -15,6 +15,7 @@ from torch import nn
 from kdfast.disk import Lock, sweep
 from kdfast.errors import CheckpointError, ConfigError, KDFastError
 from kdfast.experiments.common.recipe import to_yaml
+from kdfast.report.compare import WHERE_AND_WHEN
 from kdfast.training import files
 from kdfast.training.checkpoint import latest_checkpoint
 from kdfast.training.config import TrainResult
@@ -27,22 +28,12 @@ LOCK = ".run.lock"
 #: The folders of a diffusion model, as diffusers names them.
 TRANSFORMER, SCHEDULER = "transformer", "scheduler"
 
-# What may change between a run and its resumption: it moves the work, not the result.
-_FREE = {
-    "device",
-    "workers",
-    "keep",
-    "log_every",
-    "tensorboard",
-    "eval_every",
-    "checkpoint_every",
-    "checkpoint_steps",
-}
-
 
 def fingerprint(*configs: Any) -> dict[str, Any]:
-    """What a resumed run must agree on, as JSON would hold it."""
-    merged = {key: value for config in configs for key, value in asdict(config).items() if key not in _FREE}
+    """What a resumed run must agree on, as JSON would hold it: not where it works, and how often it says so."""
+    merged = {
+        key: value for config in configs for key, value in asdict(config).items() if key not in WHERE_AND_WHEN
+    }
     result: dict[str, Any] = json.loads(json.dumps(merged))
     return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import annotated_types as at
 
@@ -103,6 +103,12 @@ class SynthConfig:
     resume: bool = False
     extend: bool = False
     progress: bool = True
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """How the set is written, by the names of :class:`kdfast.data.ShardWriter`."""
+        names = ("samples_per_shard", "image_format", "quality", "resume")
+        return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
         if self.source == "diffusion" and self.weights is None:

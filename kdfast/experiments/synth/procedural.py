@@ -175,11 +175,8 @@ def _write_range(
     check_same_run(target, source.facts)
     with ShardWriter(
         target,
-        samples_per_shard=config.samples_per_shard,
-        image_format=config.image_format,
-        quality=config.quality,
+        **config.written,
         num_classes=config.num_classes,
-        resume=config.resume,
         metadata=source.facts,
         first_sample=start,
     ) as writer:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.documents import shown
-from kdfast.functional._checks import check_bool, check_floating, check_real, check_tensor
+from kdfast.functional._checks import check_bool, check_channels, check_floating, check_real, check_tensor
 from kdfast.ops.norm import eager as ops
 from kdfast.profiling import annotate
 from kdfast.reference.norm.fused import BatchNorm
@@ -189,15 +189,8 @@ def _norm(x: Tensor, norm: BatchNorm) -> BatchNorm:
         raise ValueError(f"x: got shape {tuple(x.shape)}; [B, C, …] with at least one channel is needed")
     for name in ("weight", "bias", "running_mean", "running_var"):
         value = getattr(norm, name)
-        if value is None:
-            continue
-        check_floating(name, value)
-        if value.shape != x.shape[1:2]:
-            raise ValueError(
-                f"{name}: got shape {tuple(value.shape)}; [{x.shape[1]}] is needed, one a channel"
-            )
-        if value.device != x.device:
-            raise ValueError(f"{name}: is on {value.device}; x is on {x.device}, and they must match")
+        if value is not None:
+            check_channels(name, value, x)
     for name in ("running_mean", "running_var"):
         if getattr(norm, name) is not None and getattr(norm, name).requires_grad:
             raise ValueError(f"{name}: requires grad; statistics are buffers")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.functional._checks import check_bool, check_floating, check_real
+from kdfast.functional._checks import check_bool, check_channels, check_floating, check_real
 from kdfast.ops.norm import statistics_loss as ops
 from kdfast.profiling import annotate
 
@@ -103,13 +103,7 @@ def _check_input(x: Tensor) -> None:
 
 
 def _check_channels(name: str, value: Tensor, x: Tensor) -> None:
-    check_floating(name, value)
-    if value.shape != x.shape[1:2]:
-        raise ValueError(
-            f"{name}: got shape {tuple(value.shape)}; [{x.shape[1]}] is needed, one a channel of x"
-        )
-    if value.device != x.device:
-        raise ValueError(f"{name}: is on {value.device}; x is on {x.device}, and they must match")
+    check_channels(name, value, x)
     if value.requires_grad:
         raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,7 +18,7 @@ from kdfast.models.modes import evaluated
 from kdfast.models.outputs import logits_of
 from kdfast.training.learning import OWN
 from kdfast.training.supervised import run
-from kdfast.training.taught import Taught
+from kdfast.training.taught import Foreground, Taught
 
 __all__ = ["Baseline", "BaselineConfig", "FeatureBaseline", "FeatureConfig"]
 
@@ -111,12 +111,7 @@ class Baseline(Taught, Generic[C]):
         return True
 
     def distil(
-        self,
-        student_out: Any,
-        teacher_out: Any,
-        *,
-        target: Tensor | None,
-        foreground: Callable[[], Tensor] | None = None,
+        self, student_out: Any, teacher_out: Any, *, target: Tensor | None, foreground: Foreground = None
     ) -> Tensor:
         """:meth:`term` of both networks' logits; where objects are counts for nothing here."""
         if self.training:

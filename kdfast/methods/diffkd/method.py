@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from kdfast.models.modes import evaluated
 from kdfast.models.roles import still_evaluated
 from kdfast.training.learning import OWN
 from kdfast.training.supervised import run
-from kdfast.training.taught import Taught
+from kdfast.training.taught import Foreground, Taught
 
 __all__ = ["DiffKD"]
 
@@ -201,12 +201,7 @@ class DiffKD(Taught):
         return total
 
     def distil(
-        self,
-        student_out: Any,
-        teacher_out: Any,
-        *,
-        target: Tensor | None,
-        foreground: Callable[[], Tensor] | None = None,
+        self, student_out: Any, teacher_out: Any, *, target: Tensor | None, foreground: Foreground = None
     ) -> Tensor:
         """:meth:`loss`: what counts are the taps.
 

@@ -6,6 +6,8 @@ import torch
 
 from kdfast.reference.replay.state import Meta, ReplayBatch, ReplayState
 
+Affine = tuple[torch.Tensor, torch.Tensor] | None
+
 __all__ = ["add", "normalized", "rebuild", "remove", "sample", "update"]
 
 
@@ -52,7 +54,7 @@ def sample(
     batch_size: int,
     beta: float,
     stratified: bool,
-    affine: tuple[torch.Tensor, torch.Tensor] | None,
+    affine: Affine,
 ) -> ReplayBatch:
     """Draw rows with P = q/S, with replacement; w = (N·P)^−β.
 
@@ -75,11 +77,7 @@ def sample(
 
 
 def _sample_here(
-    state: ReplayState,
-    batch_size: int,
-    beta: float,
-    stratified: bool,
-    affine: tuple[torch.Tensor, torch.Tensor] | None,
+    state: ReplayState, batch_size: int, beta: float, stratified: bool, affine: Affine
 ) -> ReplayBatch:
     """On the CPU. Every microsecond here is one of a training step's: new_empty is torch's fastest allocation."""
     rows, meta, delta = state.rows, state.meta, state.delta

@@ -114,10 +114,10 @@ def test_float32_needs_the_chunks_and_their_products(
     classes: int, teacher: str, options: dict[str, Any], chunks: int, rows: int
 ) -> None:
     """c·n·V·4 + 2·n·H·4, and a few numbers a row, however many the rows."""
+    forward_kl = options.get("kind", "forward_kl") == "forward_kl" and teacher != "topk"
     assert chunks == chunks_alive(
         classes,
-        forward_kl=options.get("kind", "forward_kl") == "forward_kl" and teacher != "topk",
-        divergence=bool(options.get("kd_weight", 1.0)),
+        ("forward_kl" if forward_kl else "another") if options.get("kd_weight", 1.0) else None,
         labels="ce_weight" in options,
         head=teacher == "head",
         softcap="softcap" in options,
