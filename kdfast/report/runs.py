@@ -15,6 +15,7 @@ from kdfast.errors import DataError
 METRICS = "metrics.json"
 LOG = "metrics.jsonl"
 RECIPE = "recipe.yaml"
+PROVENANCE = "provenance.json"
 
 
 def _number(value: Any) -> float:
@@ -33,6 +34,7 @@ class Run:
         log: The lines of ``metrics.jsonl``, in order.
         children: Runs in its subdirectories (a demo has five).
         told: ``recipe.yaml``, key by key; empty if there is none, or nothing to read it with.
+        made: ``provenance.json``: releases, commit, device, date; empty if there is none.
     """
 
     path: Path
@@ -41,11 +43,17 @@ class Run:
     log: tuple[dict[str, Any], ...]
     children: tuple[Run, ...] = ()
     told: Mapping[str, Any] = field(default_factory=dict)
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Mapping[str, Any]:
         """What it was told, or its seeds' runs were."""
         return self.told or next((child.told for child in self.children if child.told), {})
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What made it, or the first of its seeds' runs."""
+        return self.made or next((child.made for child in self.children if child.made), {})
 
     def series(self, kind: str, key: str, *, against: str = "step") -> tuple[list[float], list[float]]:
         """One curve of the log.
@@ -88,8 +96,9 @@ def read_run(path: str | Path) -> Run:
 
 def _read(folder: Path) -> Run:
     children = [_read(child) for child in sorted(folder.iterdir()) if child.is_dir() and _has_metrics(child)]
-    metrics, told = _metrics(folder / METRICS), _recipe(folder / RECIPE)
-    return Run(folder, _name(folder), metrics, _log(folder / LOG), tuple(children), told)
+    metrics, told = _object(folder / METRICS), _recipe(folder / RECIPE)
+    made = _object(folder / PROVENANCE)
+    return Run(folder, _name(folder), metrics, _log(folder / LOG), tuple(children), told, made)
 
 
 def _name(folder: Path) -> str:
@@ -101,7 +110,7 @@ def _has_metrics(folder: Path) -> bool:
     return not folder.name.startswith(".") and ((folder / METRICS).exists() or (folder / LOG).exists())
 
 
-def _metrics(path: Path) -> dict[str, Any]:
+def _object(path: Path) -> dict[str, Any]:
     try:
         document = read_json(path, error=DataError)
     except FileNotFoundError:

@@ -53,7 +53,7 @@ STANDS_FOR = {
 def words_of(text: str) -> list[str]:
     """The words after ``kdfast``, of alternatives the first, without what may be left out."""
     text = re.sub(r"\s\[[A-Z]+\]", "", " ".join(text.replace("\\|", "|").split()))
-    text = re.sub(r"(?<=[A-Z])\|[A-Z|]+", "", text.replace("RUN…", "RUN"))
+    text = re.sub(r"(?<=\w)\|[\w|]+", "", text.replace("RUN…", "RUN"))
     words = shlex.split(text, comments=True)
     if "kdfast.cli" in words:  # torchrun … -m kdfast.cli
         words = ["kdfast", *words[words.index("kdfast.cli") + 1 :]]
