@@ -164,6 +164,8 @@ def test_a_student_learns_the_same_without_the_teacher(made: Path, tmp_path: Pat
         (made / "gone").rename(hidden)
     assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-2)
     assert metrics["steps"] == 3
+    if method in ("dmkd", "surrogate"):  # what a report plots against
+        assert metrics["settings"].items() >= {"student": "resnet8", "images": 40}.items()
     assert metrics["teacher_parameters"] == parameters_of(load_teacher(str(made / "teacher"))[0])
     again, _ = distill.parse(load_recipe(tmp_path / "s" / "recipe.yaml"))  # what was written down runs again
     assert again == config
@@ -230,7 +232,7 @@ def test_labels_of_other_images_are_refused(made: Path, tmp_path: Path) -> None:
         tmp_path / "other", samples_per_shard=16, image_format="png", num_classes=CLASSES
     ) as writer:
         writer.write(pictures(41, 12), torch.arange(41) % CLASSES)
-    with pytest.raises(DataError, match=r"are of 40 images of .*set, which are not the 41 of data"):
+    with pytest.raises(DataError, match=r"are of 40 images of .*set at side 12, which are not the 41"):
         refused(made, tmp_path / "l", data=str(tmp_path / "other"))
     assert (
         refused(made, tmp_path / "l", data_images=24)["loss"] > 0
@@ -292,3 +294,29 @@ def test_outputs_that_float16_does_not_hold_are_refused(made: Path, tmp_path: Pa
     result = label(tmp_path, tmp_path / "l")
     assert result.exit_code == 1
     assert "are not finite numbers within float16's range" in " ".join(result.output.split())
+
+
+def test_digits_at_a_size_of_their_own_are_measured_by_the_student_alone(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a newcomer does: labels at another side than the teacher's, no size in the recipe, held-out images."""
+    torch.manual_seed(1)
+    save_model(tmp_path / "t", create_model("resnet8", 10), ModelConfig("resnet8", 10, 12))
+    commands.label(
+        data="digits", teacher=tmp_path / "t", out=tmp_path / "l", image_size=8, progress=False, device="cpu"
+    )
+    values = {
+        **SHORT,
+        "method": "kd",
+        "data": "digits",
+        "test_data": "digits",
+        "labels_from": str(tmp_path / "l"),
+    }
+    distill.run(*distill.parse(values), tmp_path / "run", dry_run=True)
+    said = capsys.readouterr().err
+    assert "          the test images\n" in said
+    assert "accuracy" not in said, "nobody measured the teacher"
+    with pytest.raises(DataError, match=r"of digits at side 8, which are not the 1,437 of data"):
+        distill.run(
+            *distill.parse({**values, "image_size": 16}), tmp_path / "run", dry_run=True, progress=False
+        )

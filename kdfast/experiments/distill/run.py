@@ -91,7 +91,9 @@ def run(
         teacher, taught = load_teacher(config.teacher, config, image_size=config.image_size)
     else:
         teacher, taught = StoredTeacher(), told(stored.described, config)
-    fed_at = at_side(taught, config.image_size, config.crop_pct)
+    # Stored labels are of images of one size, which may not be the teacher's.
+    side = config.image_size or (None if stored is None else stored.image_size)
+    fed_at = at_side(taught, side, config.crop_pct)
     described = replace(fed_at, model=config.student, options=config.model_options())
     accelerator = make_accelerator(config.device, config.precision)
     rank = (accelerator.process_index, accelerator.num_processes)
@@ -147,7 +149,8 @@ def run(
         say_training(speaker, config, trainer.steps_of(batches), accelerator)
         if folder is None:
             loss = trainer.dry_run(batches)
-            seen = "the test images, by the teacher" if known else "no test_data, so nothing will be measured"
+            measured = "the test images, by the teacher" if known else "the test images"
+            seen = "no test_data, so nothing will be measured" if test is None else measured
             say_checked(speaker, loss, "every key of the recipe", "teacher, student and data", seen)
             return {"loss": loss}
         result = trainer.fit(batches, resume=resume)

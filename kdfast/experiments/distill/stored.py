@@ -147,10 +147,10 @@ class StoredBatches:
             assert not isinstance(batches.dataset, SegmentationFolder)
             contents, self._labels = batches.dataset.contents(), batches.dataset.labels
         if contents != labels.contents:
+            given = f"{labels.images:,} images of {labels.data} at side {labels.image_size}"
             raise DataError(
-                f"labels {labels.folder}: are of {labels.images:,} images of {labels.data}, which are not the "
-                f"{len(self._labels):,} of data as they are now; kdfast label writes those of these (with "
-                "split=train, where a part of them is held out for test_data)"
+                f"labels {labels.folder}: are of {given}, which are not the {len(self._labels):,} of data as they are "
+                "now; kdfast label writes those of these (with split=train, where a part is held out for test_data)"
             )
 
     def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Loss:
