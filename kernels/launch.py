@@ -340,17 +340,46 @@ def _lasting(device: torch.device) -> bool:
     return kept and not torch.cuda.is_current_stream_capturing()
 
 
+#: Counters of a device that captured calls take for good, in int32: 256 KB, 16 bytes a call at least.
+GRAPH_COUNTERS = 1 << 16
+_graph_counters: dict[int | None, torch.Tensor] = {}  # what is left of them
+_taking = threading.Lock()
+
+
+def _captured_counter(device: torch.device, count: int) -> torch.Tensor | None:
+    """Zeros that no other call has or will have, None where there are none left.
+
+    A graph shares them with nothing but its own next replay, which begins after this one, and finds the zeros that
+    kernels leave. So no graph has to fill them, branches of one graph may run side by side, and so may two graphs.
+    """
+    size = -(-count // 4) * 4  # of an address that 16 divides, as memory of its own would be
+    with _taking:
+        left = _graph_counters.get(device.index)
+        if left is None or left.numel() < size:
+            return None
+        _graph_counters[device.index] = left[size:]
+        return left[:count]
+
+
 def arrival_counter(device: torch.device, count: int = 1) -> torch.Tensor:
     """Zeros, at least ``count``, that kernels count their finished programs in, and leave at zero.
 
-    One set a stream, since launches of two streams may overlap. While a graph is captured, and in a registered op
-    (:func:`fresh_counters`), it is a fresh one: memory of a graph's pool must not outlive it in a cache.
+    One set a stream, since launches of two streams may overlap. A call that a graph captures takes one for good, out of
+    memory that the first eager call on the device has put aside; with nothing left of it, and in a registered op
+    (:func:`fresh_counters`), it is a fresh one, which costs a launch that fills it: memory of a graph's pool must not
+    outlive it in a cache.
     """
     if not _lasting(device):
-        return torch.zeros(count, dtype=torch.int32, device=device)
+        found = None
+        if keeps(device) and torch.cuda.is_current_stream_capturing():
+            found = _captured_counter(device, count)
+        return torch.zeros(count, dtype=torch.int32, device=device) if found is None else found
     key = (device.index, _stream(device))
     if key not in _counters or _counters[key].numel() < count:
         _counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
+        with _taking:
+            if device.index not in _graph_counters:
+                _graph_counters[device.index] = torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device)
     return _counters[key]
 
 

@@ -80,7 +80,8 @@ def statistics_plan(samples: int, channels: int, plane: int, itemsize: int, nhwc
     rows = min(2048 // width, triton.next_power_of_2(length))
     splits = max(1, min(triton.cdiv(programs, blocks), triton.cdiv(length, rows)))
     finish_rows = min(triton.next_power_of_2(splits), 64)
-    finish_width = min(triton.next_power_of_2(channels), 4096 // finish_rows)
+    # Eight channels a thread: with sixteen the last program's registers, which all others have to hold, doubled.
+    finish_width = min(triton.next_power_of_2(channels), 4096 // finish_rows, 1024)
     return StatisticsPlan(rows, width, window, splits, finish_rows, finish_width)
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,31 @@ def test_the_benchmarks_name_every_family() -> None:
     assert lacking == [], f"FAMILIES in kdfast/benchmarks/run.py lacks {lacking} (docs/pages/benchmarks.md)"
     without = [name for name in measured if name not in FAMILIES]
     assert without == [], f"FAMILIES in kdfast/benchmarks/run.py names {without}; kernels/ has no such folder"
+
+
+def test_pytest_looks_into_every_folder_of_tests(tracked: list[Path], request: pytest.FixtureRequest) -> None:
+    """A folder that it passes over is a family whose tests nobody runs, and nobody misses."""
+    folders = {name for path in tracked if path.parts[0] == "tests" for name in path.parts[1:-1]}
+    passed_over = [
+        name
+        for name in sorted(folders)
+        for pattern in request.config.getini("norecursedirs")
+        if fnmatch(name, pattern)
+    ]
+    assert "dist" in folders
+    assert passed_over == []
+
+
+def test_every_test_file_tests_something(tracked: list[Path]) -> None:
+    """pytest says nothing about a file that a merge has emptied."""
+    files = [path for path in tracked if path.name.startswith("test_") and path.suffix == ".py"]
+    empty = [
+        str(path)
+        for path in files
+        if not re.search(r"(?m)^( *def test_|class Test)", (ROOT / path).read_text())
+    ]
+    assert len(files) > 100
+    assert empty == []
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,30 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    real = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **options: real(*size, **options))
-    monkeypatch.setattr(launch, "_counters", {})
+    monkeypatch.setattr(launch, "_raw_stream", None)
+    for name in ("zeros", "empty"):
+        monkeypatch.setattr(torch, name, _on_the_host(getattr(torch, name)))
+    for name in ("_counters", "_reductions", "_graph_counters"):
+        monkeypatch.setattr(launch, name, {})
     return torch.device("cuda", 0)
+
+
+def _on_the_host(make: Any) -> Any:
+    return lambda *size, device=None, **options: make(*size, **options)
+
+
+@pytest.fixture
+def fills(on_a_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of what is filled with zeros, each a launch of its own."""
+    found: list[int] = []
+    zeros = torch.zeros
+
+    def filled(size: int, **options: Any) -> torch.Tensor:
+        found.append(size)
+        return zeros(size, **options)
+
+    monkeypatch.setattr(torch, "zeros", filled)
+    return found
 
 
 def test_a_counter_is_kept_in_eager_calls_alone(on_a_gpu: torch.device) -> None:
@@ -45,6 +66,70 @@ def test_a_counter_is_kept_in_eager_calls_alone(on_a_gpu: torch.device) -> None:
         assert launch.arrival_counter(on_a_gpu) is not kept
     assert launch.arrival_counter(on_a_gpu) is kept
     assert len(launch._counters) == 1
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, capturing: bool = True) -> None:
+    """Say that the current stream is being captured, or no longer."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+
+def spans(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
+    """First and last address of each, in order."""
+    return sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors)
+
+
+def test_captured_calls_fill_nothing(
+    on_a_gpu: torch.device, fills: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = launch.reduction(on_a_gpu, 7)[1]  # the warm-up, without which nothing is captured
+    assert fills == [1, launch.GRAPH_COUNTERS]
+    captured(monkeypatch)
+    counters = [launch.arrival_counter(on_a_gpu, count) for count in (1, 1, 5, 1)]
+    counters += [launch.reduction(on_a_gpu, 7)[1] for _ in range(100)]
+    with launch.fresh_counters():  # a compiler captures registered ops, too
+        counters.append(launch.arrival_counter(on_a_gpu))
+    assert fills == [1, launch.GRAPH_COUNTERS]
+    assert [x.numel() for x in counters[:4]] == [1, 1, 5, 1]
+    assert not any(x.any() for x in counters)
+    captured(monkeypatch, False)
+    assert launch.reduction(on_a_gpu, 7)[1] is eager
+    assert fills == [1, launch.GRAPH_COUNTERS]
+
+
+def test_captured_calls_share_no_counter(on_a_gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Branches of one graph, and two graphs, run side by side; and nobody says which call is in which."""
+    kept = [launch.arrival_counter(on_a_gpu)]
+    captured(monkeypatch)
+    kept += [launch.arrival_counter(on_a_gpu, 1 + n % 9) for n in range(50)]
+    kept += [launch.reduction(on_a_gpu, 3)[1] for _ in range(50)]
+    captured(monkeypatch, False)
+    kept.append(launch.arrival_counter(on_a_gpu, 3))
+    taken = spans(kept)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(taken))
+    # Kernels are compiled for addresses that 16 divides or for any, once a geometry.
+    assert {x.data_ptr() % 16 for x in kept} == {0}
+
+
+def test_a_graph_with_nothing_put_aside_fills_its_own(
+    on_a_gpu: torch.device, fills: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory put aside during a capture would lie in the graph's pool, and be zero in no replay but the first."""
+    captured(monkeypatch)
+    assert launch.arrival_counter(on_a_gpu) is not launch.arrival_counter(on_a_gpu)
+    assert fills == [1, 1]
+    captured(monkeypatch, False)
+    with launch.fresh_counters():  # its memory may be a pool's as well
+        launch.arrival_counter(on_a_gpu)
+    assert fills == [1, 1, 1]
+    assert launch._graph_counters == launch._counters == {}
+    monkeypatch.setattr(launch, "GRAPH_COUNTERS", 8)
+    launch.arrival_counter(on_a_gpu)
+    assert fills[3:] == [1, 8]
+    captured(monkeypatch)
+    first, second = launch.arrival_counter(on_a_gpu, 4), launch.arrival_counter(on_a_gpu, 5)
+    third, fourth = launch.arrival_counter(on_a_gpu, 4), launch.arrival_counter(on_a_gpu)
+    assert fills[5:] == [5, 1]  # five do not fit in the four that are left, and none are after these
+    assert len(spans([first, second, third, fourth])) == 4
 
 
 def _opcheck_cases() -> list[Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import pickle
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -191,6 +193,34 @@ def test_what_was_made_in_inference_mode_works_outside(target: Target) -> None:
         one.update_priority(batch.index, batch.weight, batch.generation)
         one.remove([1])
         assert len(one) == 3
+
+
+@pytest.mark.parametrize("copied", ["made", "loaded", "pickled", "from_file"])
+def test_memory_that_was_made_in_inference_mode_is_written_outside(copied: str, tmp_path: Path) -> None:
+    """The C++ core and the kernels write past torch; on a GPU, and under torch.compile, torch writes itself."""
+    with torch.inference_mode():
+        buffer = make(4, (1,))
+        buffer.extend(torch.arange(4.0).view(4, 1))
+        if copied == "loaded":
+            state, buffer = buffer.state_dict(), make(4, (1,))
+            buffer.load_state_dict(state)
+        elif copied == "pickled":
+            buffer = pickle.loads(pickle.dumps(buffer))
+        elif copied == "from_file":
+            buffer.save(tmp_path / "buffer")
+            buffer = PrioritizedReplayBuffer.load(tmp_path / "buffer")
+        buffer.sample(2, normalize=(0.5, 2.0))
+    state = buffer._state
+    for name in (*ReplayState.BOOKKEEPING, "rows"):
+        memory = getattr(state, name)
+        memory.copy_(memory.clone())  # as after the work on the host that a GPU's state is copied to
+    settings = (state.rule.alpha, state.rule.eps, state.rule.scale, False)
+    memory = (state.meta, state.leaves, state.sums, state.delta, state.generation)
+    torch.ops.kdfast.replay_update(*memory, torch.tensor([2]), torch.tensor([7.0]), None, *settings)
+    assert buffer.top_k(1).index.tolist() == [2]
+    rows = torch.ones(1, requires_grad=True)
+    for kept in next(iter(buffer._affine.values())):
+        (rows * kept).sum().backward()
 
 
 def test_normalisations_do_not_pile_up() -> None:

@@ -90,5 +90,5 @@ def test_the_page_of_several_is_in_none_of_them(tmp_path: Path, monkeypatch: pyt
     assert left == {"metrics.json", "recipe.yaml"}, before
     assert report(["a"])[0] == Path("a/report.html")
     (tmp_path / "a" / "recipe.yaml").write_text("a: [")
-    with pytest.raises(DataError, match=r"recipe\.yaml: cannot be read as YAML"):
+    with pytest.raises(DataError, match=r"recipe\.yaml: is not YAML"):
         read_run("a")

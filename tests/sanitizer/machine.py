@@ -88,19 +88,33 @@ def answers(capability: int) -> dict[str, Any]:
     }
 
 
+def widened(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A matrix product that takes ``out_dtype`` as a GPU's does: half-precision operands, a result in float32."""
+
+    def wide(*operands: torch.Tensor, out_dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+        if out_dtype is not None:
+            operands = tuple(x.to(out_dtype) for x in operands)
+        return product(*operands, **options)
+
+    return wide
+
+
 def pretend(capability: int) -> Callable[[], None]:
-    """Give ``torch.cuda`` those answers; returns what undoes it."""
-    wanted = answers(capability)
+    """Give ``torch.cuda`` those answers, and ``torch`` a GPU's matrix products; returns what undoes it."""
+    wanted: dict[tuple[Any, str], Any] = {
+        (torch.cuda, name): answer for name, answer in answers(capability).items()
+    }
+    wanted |= {(torch, name): widened(getattr(torch, name)) for name in ("mm", "addmm")}
     missing = object()
-    before = {name: getattr(torch.cuda, name, missing) for name in wanted}
-    for name, answer in wanted.items():
-        setattr(torch.cuda, name, answer)
+    before = {(owner, name): getattr(owner, name, missing) for owner, name in wanted}
+    for (owner, name), answer in wanted.items():
+        setattr(owner, name, answer)
 
     def undo() -> None:
-        for name, value in before.items():
+        for (owner, name), value in before.items():
             if value is missing:
-                delattr(torch.cuda, name)
+                delattr(owner, name)
             else:
-                setattr(torch.cuda, name, value)
+                setattr(owner, name, value)
 
     return undo

@@ -15,12 +15,14 @@ import os
 import re
 import resource
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from tests.sanitizer import fragments
 from tests.sanitizer.machine import MULTIPROCESSORS, pretend
 from tests.sanitizer.order import respecting_tickets
 
@@ -29,10 +31,12 @@ ROOT = Path(__file__).parents[2]
 NEEDS_A_DEVICE = (
     "opcheck",
     "compile",
+    "make_fx",
     "captur",
     "graph",
     "stream",
     "sync",
+    "nothing_waits",
     "autocast",
     "memory",
     "never_exist",
@@ -46,6 +50,18 @@ TOO_LONG = (
     "test_any_layout_gives_the_same_step",
     "shape1-1-dtype1-class_tuple",  # 40 classes of one pixel each in a program: 20 GB of unrolled IR
 )
+#: Tests whose launches others make as well: values that no address depends on, and the one launch that a count needs.
+LAUNCHED_BEFORE = (
+    "test_empty_input",
+    "test_the_kernel_is_what_ran",
+    "tests/kernels/test_peers.py",
+    "tests/kernels/test_edges.py",
+    "_grid[",
+    "test_logits_of_ten_thousand",
+)
+#: Of the divergences' kinds, which are one kernel's arithmetic, those that run in every dtype and layout.
+EVERY_KIND = ("test_layouts_do_not_change_the_result", "test_near_equal_logits_keep_their_digits")
+KINDS = ("forward_kl", "jsd", "skew_reverse_kl_long", "pixels", "weighted")
 #: Bytes that a process may map: what outgrows it fails in Python, and not by the machine's own judgement.
 MEMORY = 16 << 30
 
@@ -65,7 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Summary(None), "sanitizer-summary")
         return  # the workers run the tests
-    os.environ["KDFAST_MACHINE"] = f"{capability}:{MULTIPROCESSORS[capability]}"
+    os.environ["KDFAST_MACHINE"] = machine_text(capability)  # of processes that a test starts
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     if hard == resource.RLIM_INFINITY or hard > MEMORY:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, hard))
@@ -77,50 +93,50 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @contextlib.contextmanager
 def session(capability: int) -> Iterator[Any]:
-    """While open, every launch of this process is executed and checked."""
+    """While open, every launch of this process is executed and checked, planned for that GPU."""
     from ttsem import sanitize
 
-    plain = sanitize.pidraces.find_race
-    sanitize.pidraces.find_race = respecting_tickets(plain)
-    try:
-        with sanitize.session(capability, "<pytest>") as state:
-            undo, plan = pretend(capability), planning_for(capability)
-            try:
-                yield state
-            finally:
-                plan()
-                undo()
-    finally:
-        sanitize.pidraces.find_race = plain
+    from kdfast.kernels import launch
+    from kdfast.kernels.machine import use_machine
+
+    fragments.register()
+    finder = respecting_tickets(sanitize.pidraces.find_race)
+    with (
+        patch.object(sanitize.pidraces, "find_race", finder),
+        sanitize.session(capability, "<pytest>") as state,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(pretend(capability))
+        # Inside autograd's functions tensors say that they are on a CPU, where a plan kept from outside would look for
+        # a GPU: none is kept, and what is planned there is planned for this machine, too.
+        stack.enter_context(use_machine(machine_text(capability)))
+        stack.enter_context(patch.object(launch, "keeps", lambda device: False))
+        yield state
 
 
-def planning_for(capability: int) -> Callable[[], None]:
-    """Have launch plans made for that GPU although tensors lie on the CPU; returns what undoes it."""
-    from kdfast.kernels import machine
-
-    plain = machine.Machine
-    machine.Machine = lambda *_: plain(  # type: ignore[assignment,misc]
-        capability, MULTIPROCESSORS[capability], machine.triton_version()
-    )
-
-    def undo() -> None:
-        machine.Machine = plain  # type: ignore[misc]
-
-    return undo
+def machine_text(capability: int) -> str:
+    """That GPU, as KDFAST_MACHINE says it."""
+    return f"{capability}:{MULTIPROCESSORS[capability]}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     thorough = config.getoption("--sanitize-thorough")
     kept, left = [], []
     for item in items:
-        function = item.name.partition("[")[0]
-        words = item.name.partition("[")[2].rstrip("]").split("-")
-        real = any(word in function for word in NEEDS_A_DEVICE)
-        long = not thorough and any(name in item.name for name in TOO_LONG)
-        twice = not thorough and any(word in SAME_ACCESSES for word in words)
-        (left if real or twice or long else kept).append(item)
+        real = any(word in item.name.partition("[")[0] for word in NEEDS_A_DEVICE)
+        (left if real or (not thorough and dispensable(item)) else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
+
+
+def dispensable(item: pytest.Item) -> bool:
+    """Whether a test would take long, or launch what another does."""
+    function, _, parameters = item.name.rstrip("]").partition("[")
+    words = parameters.split("-")
+    if any(name in item.nodeid for name in (*TOO_LONG, *LAUNCHED_BEFORE)) or set(words) & set(SAME_ACCESSES):
+        return True
+    other_kind = item.path.name == "test_divergence.py" and not set(words) & set(KINDS)
+    return other_kind and ("bfloat16" in words or function in EVERY_KIND)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -24,7 +24,7 @@ def export(
         str,
         typer.Option(
             "--to",
-            help="safetensors, torchscript, torch.export or onnx; of shards folder or webdataset.",
+            help="safetensors, torchscript, torch.export, onnx; shards (of ssdkd); of a set folder or webdataset.",
             metavar="FORMAT",
             show_default=False,
         ),
@@ -32,11 +32,17 @@ def export(
     weights: Annotated[str, typer.Option(help="last, or best: the epoch that measured best.")] = "last",
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Directory for the files; by default RUN/export.", metavar="DIR"),
+        typer.Option(
+            "--out", help="Directory for the files; by default RUN/export, RUN/shards.", metavar="DIR"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a trained network as a file that runs without kdfast, or a set of shards as files that others read."""
+    """Write a trained network as a file that runs without kdfast, or a set of shards as files that others read.
+
+    With `--to shards`, write the images that an ssdkd run inverted, labelled, for other students: any recipe takes the
+    folder as `data`.
+    """
     from kdfast.experiments.export.config import ExportConfig
     from kdfast.experiments.export.run import run as write
 

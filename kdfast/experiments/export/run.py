@@ -18,6 +18,7 @@ from kdfast.errors import ConfigError, KDFastError, require
 from kdfast.experiments.common.networks import load_teacher
 from kdfast.experiments.export.config import IMAGES, ExportConfig
 from kdfast.experiments.export.images import export_images
+from kdfast.experiments.export.shards import write_inverted
 from kdfast.models.outputs import logits_of
 from kdfast.training import files
 from kdfast.training.model_io import BEST, ModelConfig, save_weights
@@ -55,7 +56,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
     Returns:
         ``file``, ``preprocess``, ``bytes``, and ``difference``: the largest one between the network's logits and those
-        of the file as it was read back.
+        of the file as it was read back. Of ``shards``: ``folder``, ``images``, ``classes``.
 
     Raises:
         ConfigError: There are no best weights.
@@ -65,6 +66,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
     """
     if is_shard_folder(config.run) or config.to in IMAGES:
         return export_images(config)
+    if config.to == "shards":
+        return write_inverted(config)
     source = config.run
     if config.weights == "best":
         source = str(Path(config.run) / BEST)

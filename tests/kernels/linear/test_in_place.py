@@ -15,7 +15,7 @@ def test_nearly_equal_rows_shared_by_programs_get_the_right_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(3, 8, generator=generator), torch.randn(20000, 8, generator=generator)
     teacher = hidden + 1e-3 * torch.randn(3, 8, generator=generator)
-    given = [tensor.cuda().requires_grad_() for tensor in (hidden, weight)]
+    given = [tensor.cuda().clone().requires_grad_() for tensor in (hidden, weight)]
     with kdfast.use_backend("triton"):
         loss = fused_linear_kd_loss(*given, teacher.cuda(), weight.cuda())
         grads = torch.autograd.grad(loss, given)
