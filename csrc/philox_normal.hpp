@@ -14,7 +14,8 @@
 namespace kdfast {
 
 // One copy a level of vector instructions, chosen when the library is loaded: wheels travel.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(KDFAST_NO_CLONES)
 #define KDFAST_EVERY_WIDTH __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define KDFAST_EVERY_WIDTH

@@ -20,7 +20,7 @@ namespace kdfast {
 
 constexpr int64_t kRowLanes = 16;
 typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t IntLanes __attribute__((vector_size(64)));
+typedef uint32_t WordLanes __attribute__((vector_size(64)));
 
 // By reference: a vector as wide as this has no calling convention that all machines share.
 KDFAST_INLINE void load_lanes(const float* from, Lanes& out) { std::memcpy(&out, from, sizeof out); }
@@ -46,7 +46,7 @@ KDFAST_INLINE void exp2_lanes(Lanes& y) {
   p = p * f + 2.4022651e-1f;
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.0f;
-  IntLanes bits, scale;
+  WordLanes bits, scale;  // unsigned: of NaN they are anything, and wrap
   std::memcpy(&bits, &whole, sizeof bits);
   std::memcpy(&scale, &p, sizeof scale);
   scale += bits << 23;

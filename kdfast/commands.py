@@ -185,12 +185,14 @@ def export(
 
     Args:
         run: Directory of a finished run.
-        to: ``"safetensors"``, ``"torchscript"``, ``"torch.export"`` or ``"onnx"``.
+        to: ``"safetensors"``, ``"torchscript"``, ``"torch.export"`` or ``"onnx"``; ``"shards"``: the images that an
+            SSD-KD run inverted, as a labelled set for other students.
         weights: ``"last"``, or ``"best"``, the epoch that measured best.
-        out: Directory for the files; None takes ``export`` in the run's own.
+        out: Directory for the files; None takes ``export`` in the run's own, of shards ``shards``.
 
     Returns:
-        ``file``, ``preprocess``, ``bytes``, and ``difference`` of the file's logits from the network's.
+        ``file``, ``preprocess``, ``bytes``, and ``difference`` of the file's logits from the network's; of shards
+        ``folder``, ``images`` and ``classes``.
 
     Raises:
         ConfigError: A value is invalid.

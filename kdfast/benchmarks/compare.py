@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from kdfast.benchmarks.run import FORMAT, OUT
 from kdfast.benchmarks.table import spread
 from kdfast.benchmarks.timing import KINDS
+from kdfast.documents import read_json, shown
 from kdfast.errors import ConfigError
 
 #: Below this no move is told of: two runs on a quiet machine differ by as much.
@@ -59,16 +59,33 @@ def load(path: Path) -> dict[str, Any]:
         ConfigError: It is missing or something else.
     """
     try:
-        result: dict[str, Any] = json.loads(path.read_text())
-        if result["format"] != FORMAT or not isinstance(result["cases"], list):
-            raise ConfigError(f"{path}: got format {result['format']}; {FORMAT} is needed")
-    except OSError as error:
+        result: dict[str, Any] = read_json(path, error=ConfigError)
+    except FileNotFoundError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    try:
+        if result["format"] != FORMAT or not isinstance(result["cases"], list):
+            raise ConfigError(f"{path}: got format {shown(result['format'])}; {FORMAT} is needed")
+        if not isinstance(result["name"], str) or not isinstance(result.get("errors", []), list):
+            raise TypeError
+        for row in result["cases"]:
+            _check_row(row)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a results.json of kdfast bench ({type(error).__name__})") from error
     return result
+
+
+def _check_row(row: Any) -> None:
+    """What a comparison reads of a row; a wrong type is a TypeError, something missing a KeyError."""
+    if not isinstance(row["key"], str) or not isinstance(row["providers"], list):
+        raise TypeError
+    for provider in row["providers"]:
+        if not isinstance(provider["name"], str):
+            raise TypeError
+        for samples in provider.get("seconds", {}).values():
+            if not samples or not all(
+                isinstance(one, (int, float)) and 0 < one < math.inf for one in samples
+            ):
+                raise TypeError
 
 
 def moves(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Move]:

@@ -12,10 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kdfast.documents import parse_json, read_regular
+from kdfast.errors import ConfigError
+
 try:
     import fcntl
 except ImportError:  # Windows: one process at a time, then
     fcntl = None  # type: ignore[assignment]
+
+
+#: Bytes of a journal; a campaign writes some megabytes.
+MOST = 1 << 30
 
 
 class Journal:
@@ -48,14 +55,16 @@ class Journal:
     def records(self) -> list[dict[str, Any]]:
         """All whole records, oldest first; none where there is no file yet."""
         try:
-            lines = self.path.read_bytes().split(b"\n")
+            lines = read_regular(self.path, limit=MOST).decode(errors="replace").split("\n")
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be read: {error.strerror or error}") from error
         found = []
         for line in lines:
             try:
-                record = json.loads(line)
-            except ValueError:  # cut short
+                record = parse_json(line, what="a line", error=ConfigError)
+            except ConfigError:  # cut short
                 continue
             if isinstance(record, dict):
                 found.append(record)

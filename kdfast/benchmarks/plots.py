@@ -134,13 +134,21 @@ def _ratio_bars(found: Sequence[Ratio]) -> str:
         if ratio.case not in rows:
             rows.append(ratio.case)
         rows.append(ratio)
-    colors = _colors([ratio.provider for ratio in found])
     with figure(9.2, 0.26 * len(rows) + 0.9) as (drawing, axes):
         for place, row in enumerate(rows):
             if isinstance(row, str):
-                axes.text(0.0, place, row, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
+                axes.text(
+                    0.0,
+                    place,
+                    row,
+                    transform=axes.get_yaxis_transform(),
+                    va="center",
+                    fontsize=8.5,
+                    gid="name",
+                )
                 continue
-            axes.barh(place, row.speedup - 1, left=1, color=colors[row.provider], height=0.72)
+            axes.barh(place, row.speedup - 1, left=1, color=_kind_color(row.provider), height=0.72)
+            axes.vlines(1, place - 0.5, place + 0.5, color="#010203", linewidth=0.8)  # not through the names
             right = row.speedup >= 1
             axes.annotate(
                 f"{row.speedup:.2f}×  {row.provider}",
@@ -155,10 +163,10 @@ def _ratio_bars(found: Sequence[Ratio]) -> str:
         highest = max(2.0, *(ratio.speedup for ratio in found))
         axes.set_xlim(min(0.5, *(ratio.speedup for ratio in found)) / 1.2, highest * 4)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-        axes.axvline(1, color="#010203", linewidth=0.8)
         axes.set_ylim(len(rows) - 0.3, -0.7)
         axes.set_yticks([])
-        axes.grid(axis="y", visible=False)
+        axes.grid(visible=False)
+        axes.spines["left"].set_visible(False)
         axes.set_xlabel("kdfast's speed relative to that provider's: to the left of 1 it is slower")
         return to_svg(drawing)
 
@@ -207,6 +215,12 @@ def _sweep_panels(several: Mapping[str, Points]) -> str:
             axes.legend(fontsize=8)
             _plain_numbers(axes.yaxis)
         return to_svg(drawing)
+
+
+def _kind_color(provider: str) -> str:
+    """One colour for eager PyTorch, one for torch.compile, one for libraries; which of them is written at the bar."""
+    kinds = {"eager": 1, "torch.compile": 2}
+    return PALETTE[kinds.get(provider.split(",")[0].removesuffix(" PyTorch"), 3)]
 
 
 def _colors(names: Sequence[str]) -> dict[str, str]:

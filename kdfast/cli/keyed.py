@@ -8,6 +8,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from kdfast.cli.guard import USAGE, say
+
 
 class KeyedCommand(TyperCommand):
     """A command that takes ``KEY=VALUE`` words."""
@@ -20,6 +22,37 @@ class KeyedCommand(TyperCommand):
         if isinstance(getattr(formatter, "buffer", None), list):
             formatter.buffer.clear()
         typer.echo(collected + _keys(self.name or ""))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """A key that is written like an option is told how keys are written."""
+        options = {"--help", *(option for item in self.params for option in item.opts)}
+        for place, word in enumerate(args):
+            option, _, value = word.partition("=")
+            if option == "--":
+                break
+            name = option[2:].replace("-", "_")
+            if not option.startswith("--") or option in options or name not in _names(self.name or ""):
+                continue
+            following = args[place + 1] if place + 1 < len(args) and "=" not in word else value
+            value = "VALUE" if not following or following.startswith("--") else following
+            say(f"{option}: {name} is a key, not an option: write {name}={value} at the end of the line")
+            raise typer.Exit(USAGE)
+        return super().parse_args(ctx, args)
+
+
+def _names(command: str) -> set[str]:
+    """Every key of a command; none where they cannot be known, and click says that there is no such option."""
+    from kdfast.errors import KDFastError
+    from kdfast.experiments.distill.methods import METHODS
+    from kdfast.experiments.keys import keys_of_command, keys_of_method
+
+    try:
+        keys = [*keys_of_command(command)]
+        for method in METHODS if command == "distill" else ():
+            keys += keys_of_method(method)
+    except (ImportError, KDFastError):
+        return set()
+    return {key.name for key in keys}
 
 
 def _keys(command: str) -> str:

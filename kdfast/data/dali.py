@@ -10,6 +10,7 @@ are DALI's.
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -92,6 +93,8 @@ class DaliDecoder:
 
     def _drain(self, ahead: Iterable[_Batch]) -> None:
         """Take out what an abandoned epoch has under way, so that the next one finds the pipeline empty."""
+        if sys.is_finalizing():
+            return  # DALI has put its pipelines away before
         try:
             for batch in ahead:
                 if self._pipeline is not None:

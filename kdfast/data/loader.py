@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -112,7 +113,8 @@ class ShardLoader(Closing):
         # Where the next iter() starts is where we are: true at the start, after an epoch's end, and after
         # loading.
         self._settled = True
-        self._running: Generator[Batch, None, None] | None = None
+        # Weakly: it holds this loader, and one that is dropped in mid-epoch would keep its files until a collection.
+        self._running: weakref.ref[Generator[Batch, None, None]] | None = None
 
     @property
     def epoch(self) -> int:
@@ -159,14 +161,19 @@ class ShardLoader(Closing):
         return len(self._schedule)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._running is not None:
-            # One decoder serves one epoch at a time: an older iterator ends here.
-            self._running.close()
+        self._end_epoch()  # one decoder serves one epoch at a time
         if not self._settled:
             self._epoch, self._batch = self._epoch + 1, 0
         self._settled = True
-        self._running = self._batches(self._epoch, self._batch)
-        return self._running
+        running = self._batches(self._epoch, self._batch)
+        self._running = weakref.ref(running)
+        return running
+
+    def _end_epoch(self) -> None:
+        """An older iterator ends here."""
+        running = self._running() if self._running is not None else None
+        if running is not None:
+            running.close()
 
     def _batches(self, epoch: int, first: int) -> Generator[Batch, None, None]:
         plan = self._schedule.batches(epoch)[first:]
@@ -238,8 +245,7 @@ class ShardLoader(Closing):
         if batch >= len(self):
             raise CheckpointError(f"loader state: epoch {epoch}, batch {batch} is not a place in this set")
         dropped = given.integers("dropped", 0, len(self._table) - 1)
-        if self._running is not None:
-            self._running.close()
+        self._end_epoch()
         self._epoch, self._batch, self._settled = epoch, batch, True
         for record in sorted(set(dropped) - self._dropped):
             self._dropped.add(record)
@@ -259,9 +265,8 @@ class ShardLoader(Closing):
         }
 
     def close(self) -> None:
-        """Free decoder threads and open files."""
-        if self._running is not None:
-            self._running.close()
+        """Free decoder threads or processes, and open files; a loader that is dropped does so, too."""
+        self._end_epoch()
         self._decoder.close()
         self._reader.close()
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections import OrderedDict
 
 from kdfast.data.preflight import Fault, RecordTable, open_shard, sha256_of, stamp_of
 from kdfast.errors import ShardError
 
+#: No descriptor is left, in this process or on the machine: no fault of the shard.
+_NONE_LEFT = (errno.EMFILE, errno.ENFILE)
 # Well below the usual limit of 1024 open files a process, which the caller needs too.
 _OPEN_SHARDS = 128
 
@@ -56,6 +59,11 @@ class RecordReader:
                 raise RecordLost(table.fault(record, f"the shard was {change} after it was checked"))
             data = os.pread(descriptor, size, int(table.offset[record]))
         except OSError as error:
+            if error.errno in _NONE_LEFT:
+                raise ShardError(
+                    f"{table.paths[shard]}: cannot be opened: {error.strerror}; raise the limit (ulimit -n) or close "
+                    "what is not needed"
+                ) from error
             raise RecordLost(table.fault(record, f"cannot be read: {error.strerror}")) from error
         if len(data) != size:
             raise RecordLost(table.fault(record, "the shard was cut short after it was checked"))
@@ -65,11 +73,21 @@ class RecordReader:
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
-            with open_shard(self._table.paths[shard]) as stream:
-                self._open[shard] = os.dup(stream.fileno())
+            self._open[shard] = self._opened(shard)
             if len(self._open) > _OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1])
         return self._open[shard]
+
+    def _opened(self, shard: int) -> int:
+        while True:
+            try:
+                with open_shard(self._table.paths[shard]) as stream:
+                    return os.dup(stream.fileno())
+            except OSError as error:
+                if error.errno not in _NONE_LEFT or not self._open:
+                    raise
+                # What is open already is what this process can spare.
+                os.close(self._open.popitem(last=False)[1])
 
     def _change(self, shard: int, descriptor: int) -> str | None:
         """What has become of a shard since it was checked; it is read again only where its stamp does not tell."""

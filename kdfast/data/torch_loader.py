@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from kdfast.constants import constant
 from kdfast.data.codec import Image, decode
 from kdfast.data.decoder import Decoded, DecoderConfig
 from kdfast.data.reader import RecordLost, RecordReader
-from kdfast.errors import require
+from kdfast.errors import KDFastError, require
+
+_Batch = TypeVar("_Batch")
 
 
 class TorchDecoder:
@@ -37,17 +40,48 @@ class TorchDecoder:
         """Decode batches in order."""
         self._plan.batches = batches
         mean, std = (constant(tuple(values), self._device).view(3, 1, 1) for values in self._channels)
-        for batch, (pixels, failures) in zip(batches, self._batches):
+        for batch, (pixels, failures) in zip(batches, surviving(self._batches)):
             bad = [record for record, _ in failures]
             images = pixels.to(self._device, non_blocking=True).to(torch.float32).div_(255)
             yield Decoded(batch[~np.isin(batch, bad)], images.sub_(mean).div_(std), failures)
 
     def close(self) -> None:
         """End the worker processes."""
-        workers = getattr(self._batches, "_iterator", None)
-        if workers is not None:
-            workers._shutdown_workers()
-            self._batches._iterator = None
+        end_workers(self._batches)
+
+
+def surviving(batches: DataLoader[_Batch]) -> Iterator[_Batch]:
+    """The batches of a loader, whose worker processes may die: an error that says so, and the next epoch has new ones.
+
+    Raises:
+        KDFastError: A worker process died.
+    """
+    iterator: Iterator[_Batch] | None = None
+    while True:
+        try:
+            iterator = iter(batches) if iterator is None else iterator
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError) as error:
+            words = str(error).partition("\n")[0]
+            if not batches.num_workers or ("worker" not in words and not isinstance(error, OSError)):
+                raise
+            end_workers(batches)
+            # Torch's own words say which, and how it ended.
+            raise KDFastError(
+                f"num_workers: a decoding process died or cannot be had ({words}); where memory, /dev/shm or open "
+                "files (ulimit -n) ran out, take fewer workers or smaller batches"
+            ) from error
+        yield batch
+
+
+def end_workers(batches: DataLoader[Any]) -> None:
+    """End a loader's persistent worker processes, and their queues with them."""
+    workers = getattr(batches, "_iterator", None)
+    if workers is not None:
+        workers._shutdown_workers()
+        batches._iterator = None
 
 
 class _Plan(Sampler[NDArray[np.int64]]):

@@ -109,11 +109,13 @@ INSERTIONS = (
         r"^\| \[linear\].*\n",
     ),
     Insertion(
-        "docs/pages/api.md",
+        "docs/pages/api/functional.md",
         "\n::: kdfast.functional.${function}\n",
         r"^::: kdfast\.functional\.fused_linear.*\n",
     ),
-    Insertion("docs/pages/api.md", "\n::: kdfast.nn.${Class}Loss\n", r"^::: kdfast\.nn\.FusedLinearKDLoss\n"),
+    Insertion(
+        "docs/pages/api/nn.md", "\n::: kdfast.nn.${Class}Loss\n", r"^::: kdfast\.nn\.FusedLinearKDLoss\n"
+    ),
     Insertion(
         "CHANGELOG.md",
         "- `${function}` and `${Class}Loss`: half the squared distance of logits.\n",

@@ -11,7 +11,7 @@ from kdfast.data.manifest import MANIFEST, is_shard_folder, read_manifest
 from kdfast.experiments.common.recipe import load_recipe
 from kdfast.experiments.common.results import METRICS
 from kdfast.experiments.common.tables import Need, Table, is_table, load_table, open_recipe, table_names
-from kdfast.experiments.common.yaml import dump_yaml
+from kdfast.yaml_documents import dump_yaml
 
 
 def listing(method: str | None = None) -> list[dict[str, Any]]:

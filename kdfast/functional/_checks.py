@@ -15,13 +15,20 @@ from kdfast.ops.common.gradients import has_values
 _REDUCTIONS = get_args(Reduction)
 #: Every float that a kernel gets has to be one in its arithmetic, float32.
 _LARGEST = float(torch.finfo(torch.float32).max)
+#: Temperatures whose square and whose reciprocal's square are numbers of float32 too.
+_COLDEST, _HOTTEST = 1e-18, 1e18
 
 
 def check_tensor(name: str, value: Any, needed: str = "a tensor") -> None:
     """A tensor whose elements lie in memory one by one: not sparse, quantised or nested."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}; {needed} is needed")
-    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+    check_dense(name, value)
+
+
+def check_dense(name: str, value: torch.Tensor) -> None:
+    """A tensor whose elements lie in memory one by one: every other layout fails deep inside, without a name."""
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
         kind = "nested" if value.is_nested else "quantised" if value.is_quantized else str(value.layout)
         raise TypeError(f"{name}: got a tensor that is {kind}; a dense one is needed")
 
@@ -80,8 +87,7 @@ def check_logits(
 ) -> None:
     """Two floating-point tensors of one shape, at least 1-d, on one device."""
     for name, tensor in zip(names, (student, teacher), strict=True):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}; a tensor of logits is needed")
+        check_tensor(name, tensor, "a tensor of logits")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: got dtype {tensor.dtype}; floating-point logits are needed")
     if student.shape != teacher.shape:
@@ -118,12 +124,16 @@ def as_number(value: Any) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         host = value.device.type == "cpu" and value.numel() == 1 and value.dtype != torch.bool
+        host = host and not value.is_complex() and value.layout is torch.strided and not value.is_nested
         return float(value.item()) if host and not value.requires_grad and has_values(value) else value
     if isinstance(value, bool):
         return value
     # numpy.bool_ is no numbers.Real; numpy's 0-d arrays are none either.
     array = getattr(value, "shape", None) == () and getattr(value.dtype, "kind", "") in "iuf"
-    return float(value) if array or isinstance(value, numbers.Real) else value
+    try:
+        return float(value) if array or isinstance(value, numbers.Real) else value
+    except OverflowError:  # an int beyond any float: refused as what it is beyond
+        return math.inf if value > 0 else -math.inf
 
 
 def check_dim(dim: int, tensor: torch.Tensor) -> int:
@@ -141,11 +151,12 @@ def check_temperature(temperature: float | torch.Tensor, logits: torch.Tensor) -
     """A positive finite float, or a 0-d tensor on the logits' device (whose value is not read: no sync)."""
     value = as_number(temperature)
     if isinstance(value, torch.Tensor):
+        check_dense("temperature", value)
         if value.requires_grad:
             raise ValueError(
                 "temperature: requires grad; kdfast gives it no gradient, pass temperature.detach()"
             )
-        if value.numel() != 1 or value.dtype == torch.bool:
+        if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
             raise ValueError(
                 f"temperature: got shape {tuple(value.shape)} of {value.dtype}; a float or a 0-d tensor is needed"
             )
@@ -157,6 +168,9 @@ def check_temperature(temperature: float | torch.Tensor, logits: torch.Tensor) -
     changes = torch.compiler.is_compiling() and _unknown(value)
     if not 0 < value < math.inf:  # comparisons, which a trace can follow; NaN fails them
         raise ValueError(f"temperature: got {value}; a finite value above 0 is needed")
+    # T² is a factor of the losses, and 1/T one of the logits: in float32, both have to be numbers.
+    if not _COLDEST <= value <= _HOTTEST:
+        raise ValueError(f"temperature: got {value}; a value from {_COLDEST:g} to {_HOTTEST:g} is needed")
     if changes:
         # A number that the trace does not know: as a factor it stays one, as an op's argument it would be fixed.
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -183,8 +197,7 @@ def check_rowwise(
     """One value a row: bool for ``mask``, floating point without gradient otherwise."""
     if value is None:
         return None
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}; a tensor is needed")
+    check_tensor(name, value)
     if name == "mask" and value.dtype != torch.bool:
         raise TypeError(f"mask: got dtype {value.dtype}; bool is needed (True = the row counts)")
     if name != "mask" and not value.is_floating_point():
@@ -221,6 +234,9 @@ def check_number(
     """A float above a bound, or a 0-d tensor on the logits' device (whose value is not read: no sync)."""
     number = as_number(value)
     if isinstance(number, torch.Tensor):
+        check_dense(name, number)
+        if number.is_complex():
+            raise TypeError(f"{name}: got dtype {number.dtype}; a real number is needed")
         if number.numel() != 1 or number.requires_grad or number.device != logits.device:
             raise ValueError(
                 f"{name}: got shape {tuple(number.shape)} on {number.device}, requires_grad={number.requires_grad}; a "
@@ -231,6 +247,7 @@ def check_number(
         raise TypeError(f"{name}: got {_said(value)}; a float or a 0-d tensor is needed")
     if not above < number < math.inf:
         raise ValueError(f"{name}: got {number}; a finite value above {above} is needed")
+    _check_float32(name, number)
     return number
 
 
@@ -243,10 +260,14 @@ def check_labels(
     logits: torch.Tensor,
 ) -> torch.Tensor | None:
     """int64 classes, one a row. Their values are looked at on the CPU only, where that does not wait for a GPU."""
+    ignored: Any = ignore_index
+    if isinstance(ignored, bool) or not isinstance(ignored, numbers.Integral):
+        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}; an int is needed")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: got {shown(ignore_index)}; accepted: -2⁶³ to 2⁶³ − 1")
     if labels is None:
         return None
-    if not isinstance(labels, torch.Tensor):
-        raise TypeError(f"{name}: got {type(labels).__name__}; a tensor of classes is needed")
+    check_tensor(name, labels, "a tensor of classes")
     if labels.dtype != torch.int64:
         raise TypeError(f"{name}: got dtype {labels.dtype}; int64 classes are needed")
     _one_a_row(name, labels, rows, logits)
@@ -270,6 +291,7 @@ def check_lam(
 ) -> float | torch.Tensor:
     """λ of mixed samples: a float from 0 to 1, or a tensor that broadcasts over the rows."""
     if isinstance(lam, torch.Tensor):
+        check_dense("lam", lam)
         if not lam.is_floating_point():
             raise TypeError(f"lam: got dtype {lam.dtype}; floating point is needed")
         if lam.requires_grad:
@@ -293,7 +315,7 @@ def check_lam(
 
 def check_reduction(reduction: str) -> None:
     """One of :data:`~kdfast.functional._reduction.Reduction`."""
-    if reduction not in _REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(_REDUCTIONS)}")
 
 
@@ -316,7 +338,14 @@ def check_between(name: str, value: float | torch.Tensor, least: float, most: fl
     if not least <= number <= most or number == math.inf:
         accepted = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
         raise ValueError(f"{name}: got {number}; a finite value {accepted} is needed")
+    _check_float32(name, number)
     return number
+
+
+def _check_float32(name: str, number: float) -> None:
+    """A number that float32, the kernels' arithmetic, has: others become infinite there."""
+    if not -_LARGEST <= number <= _LARGEST:
+        raise ValueError(f"{name}: got {number}; a number that float32 has, up to {_LARGEST:g}, is needed")
 
 
 def check_pair(

@@ -44,6 +44,7 @@ def guidance(
     except (TypeError, ValueError, RuntimeError, NotImplementedError):
         factor = math.nan
     if math.isfinite(factor):
+        check_real("guidance_scale", factor)  # in float32, too
         return ops.Guidance(factor, order == "cond_uncond", cfg_channels)
     if isinstance(scale, (int, float, Tensor)) and not isinstance(scale, bool):
         raise ValueError(f"guidance_scale: must be finite, got {shown(scale)}")
@@ -57,9 +58,12 @@ def check_clip(clip: float | None) -> float | None:
         ValueError: It is not above 0 (a clamp to nothing), or not finite.
         TypeError: It is no number.
     """
-    if clip is not None and check_real("clip", clip) <= 0:
+    if clip is None:
+        return None
+    number = check_real("clip", clip)
+    if number <= 0:
         raise ValueError(f"clip: got {clip}; a finite number above 0, or None, is needed")
-    return clip
+    return number
 
 
 @annotate("denoise_step")

@@ -26,30 +26,34 @@ Kind = Literal[
     "skew_reverse_kl",
     "total_variation",
     "alpha",
+    "triangular",
+    "ab",
 ]
 
 
-def check_kind(kind: str, alpha: float, beta: float) -> tuple[str, float]:
-    """The kind that a divergence is at the ends of its number, and that number."""
-    if kind not in get_args(Kind):
+def check_kind(kind: str, alpha: float, beta: float) -> tuple[str, tuple[float, float]]:
+    """The kind that a divergence is at the ends of its number, and (α, β), of which all but ``ab`` have one: β."""
+    if not isinstance(kind, str) or kind not in get_args(Kind):
         raise ValueError(f"kind: got {kind!r}; accepted: {', '.join(get_args(Kind))}")
+    if kind == "ab":
+        return kind, (check_between("alpha", alpha, 0.05, 2.0), check_between("beta", beta, 0.05, 2.0))
+    number = 0.0
     if kind == "jsd":
         number = check_between("beta", beta, 0.0, 1.0)
-        return ("forward_kl", "reverse_kl")[int(number)] if number in (0.0, 1.0) else kind, number
-    if kind.startswith("skew"):
+        kind = ("forward_kl", "reverse_kl")[int(number)] if number in (0.0, 1.0) else kind
+    elif kind.startswith("skew"):
         number = check_between("alpha", alpha, 0.0, 0.99)
-        return kind.removeprefix("skew_") if number == 0.0 else kind, number
-    if kind == "alpha":
+        kind = kind.removeprefix("skew_") if number == 0.0 else kind
+    elif kind == "alpha":
         number = check_between("alpha", alpha, -1.0, 2.0)
         if number in (0.0, 1.0):
-            return ("reverse_kl", "forward_kl")[int(number)], number
-        if min(abs(number), abs(number - 1)) < 0.01:
+            kind = ("reverse_kl", "forward_kl")[int(number)]
+        elif min(abs(number), abs(number - 1)) < 0.01:
             raise ValueError(
                 f"alpha: got {number}; 0, 1, or a value at least 0.01 away from both is needed: nearer, the divergence "
                 "cancels in float32, and it is the KL divergence there"
             )
-        return kind, number
-    return kind, 0.0
+    return kind, (0.0, number)
 
 
 def check_ratio(
@@ -98,6 +102,9 @@ def divergence_loss(
     ``total_variation``  ½ Σ |p - q|
     ``alpha``            (Σ p^α·q^(1-α) - 1)/(α·(α-1)) (Cichocki & Amari 2010); 1 is the forward KL, 0 the reverse, ½
                          four times the squared Hellinger distance, 2 half of Pearson's χ²
+    ``triangular``       Σ (p - q)²/(p + q): triangular discrimination (Topsøe 2000)
+    ``ab``               Σ (α·p^λ/λ + β·q^λ/λ - p^α·q^β)/(α·β), λ = α + β: AB-divergence (Cichocki, Cruces & Amari 2011;
+                         ABKD, Wang et al. 2025)
     ===================  ====================================================================================
 
     TRL's and Liger's ``beta`` are this one. They have no factor T²: divide by T² for their value. Terms are summed in a
@@ -109,8 +116,8 @@ def divergence_loss(
         kind: One of the above.
         temperature: T > 0; a float, or a 0-d tensor (read on the device). Gets no gradient.
         teacher_temperature: T_t of the teacher; None: T. The factor stays T², that of the student's.
-        beta: β of ``jsd``, 0 to 1.
-        alpha: α of the skew divergences, 0 to 0.99, or of ``alpha``, -1 to 2.
+        beta: β of ``jsd``, 0 to 1, or of ``ab``, 0.05 to 2.
+        alpha: α of the skew divergences, 0 to 0.99, of ``alpha``, -1 to 2, or of ``ab``, 0.05 to 2.
         dim: The class dimension.
         reduction: As in :func:`kd_kl_div`.
         row_weight: A factor a row, of the logits' shape without ``dim``. Gets no gradient.
@@ -128,7 +135,7 @@ def divergence_loss(
     Example:
         >>> loss = divergence_loss(student_logits, teacher_logits, kind="skew_reverse_kl", alpha=0.1)
     """
-    kind_, number = check_kind(kind, alpha, beta)
+    kind_, numbers = check_kind(kind, alpha, beta)
     axis, rows = check_pair(student, teacher, dim, reduction)
     temperature = check_temperature(temperature, student)
     ratio, ratio_tensor = check_ratio(temperature, teacher_temperature, student)
@@ -141,8 +148,8 @@ def divergence_loss(
             first, second = (student, teacher) if kind_ == "forward_kl" else (teacher, student)
             return kl.kd_kl(first, second, temperature, axis, row_weight, mask, divisor, reduce)
         if kind_ == "jsd":
-            row = Row((0.0, number), axis, temperature, row_weight, mask, divisor, reduce)
+            row = Row(numbers, axis, temperature, row_weight, mask, divisor, reduce)
             return ops.jsd(student, teacher, row)
-    options = (float(KINDS.index(kind_)), number, ratio)
+    options = (float(KINDS.index(kind_)), *numbers, ratio)
     row = Row(options, axis, temperature, row_weight, mask, divisor, reduce, factor=ratio_tensor)
     return ops.divergence(student, teacher, row)

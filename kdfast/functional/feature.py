@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast.functional._checks import on_host
+from kdfast.functional._checks import check_bool, check_dense, check_floating, check_tensor, on_host
 from kdfast.ops.feature import mix as ops
 from kdfast.ops.feature import noise as noise_ops
 from kdfast.profiling import annotate
@@ -59,7 +59,7 @@ def reparam_middle_loss(
         ValueError: Shapes, devices or values out of what is said above.
     """
     for name, value in (("branches", branches), ("target", target), ("u", u), ("v", v)):
-        _floating(name, value)
+        check_floating(name, value)
     if branches.dim() < 1 or branches.shape[0] < 1:
         raise ValueError(
             f"branches: got shape {tuple(branches.shape)}; [m, …] with m of at least 1 is needed"
@@ -72,11 +72,10 @@ def reparam_middle_loss(
         raise ValueError(f"target: got shape {tuple(target.shape)}; the mean of no elements is not defined")
     given = {"target": target, "u": u, "v": v, "permutation": permutation}
     if noise_scale is not None:
-        _floating("noise_scale", noise_scale)
+        check_floating("noise_scale", noise_scale)
         given["noise_scale"] = noise_scale
     for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}; a tensor is needed")
+        check_tensor(name, value)
         if value.device != branches.device:
             raise ValueError(
                 f"{name}: is on {value.device}; branches is on {branches.device}, and they must match"
@@ -93,6 +92,8 @@ def reparam_middle_loss(
         values = permutation.tolist()
         if sorted(values) != list(range(len(values))):
             raise ValueError(f"permutation: got {values}; each of 0 … {len(values) - 1} once is needed")
+    check_bool("carry_gradient", carry_gradient)
+    check_bool("mean_needs_grad", mean_needs_grad)
     call = ops.Recursion(u, v, permutation, noise_scale, _seed(seed, branches), carry_gradient)
     return ops.reparam_middle(branches, target, call, mean_needs_grad=mean_needs_grad)
 
@@ -121,8 +122,8 @@ def noise_mix(x: Tensor, gamma: Tensor, *, seed: int | Tensor) -> Tensor:
         TypeError: x or gamma that are not floating-point, a seed that is no integer.
         ValueError: A shape, device or seed out of what is said above.
     """
-    _floating("x", x)
-    _floating("gamma", gamma)
+    check_floating("x", x)
+    check_floating("gamma", gamma)
     if x.dim() < 1:
         raise ValueError("x: got a 0-d tensor; [B, …] is needed")
     if gamma.shape[:1] != x.shape[:1] or any(size != 1 for size in gamma.shape[1:]):
@@ -155,7 +156,7 @@ def noise_mse(prediction: Tensor, *, seed: int | Tensor) -> Tensor:
         TypeError: A prediction that is not floating-point, a seed that is no integer.
         ValueError: A prediction without elements, a seed out of what is said above.
     """
-    _floating("prediction", prediction)
+    check_floating("prediction", prediction)
     if prediction.numel() == 0:
         raise ValueError(
             f"prediction: got shape {tuple(prediction.shape)}; the mean of no elements is not defined"
@@ -196,11 +197,13 @@ def add_noise_embed(
         TypeError: Tensors of another kind than said above.
         ValueError: Shapes, devices or values that do not fit; a latent that requires grad.
     """
-    _floating("latent", latent)
+    check_floating("latent", latent)
     if latent.dim() < 2:
         raise ValueError(f"latent: got shape {tuple(latent.shape)}; [B, C, …] is needed")
     if latent.requires_grad:
         raise ValueError("latent: requires grad; kdfast gives it no gradient, pass latent.detach()")
+    if isinstance(alphas_cumprod, Tensor):
+        check_dense("alphas_cumprod", alphas_cumprod)
     if not isinstance(alphas_cumprod, Tensor) or alphas_cumprod.dtype not in (torch.float32, torch.float64):
         kind = getattr(alphas_cumprod, "dtype", type(alphas_cumprod).__name__)
         raise TypeError(f"alphas_cumprod: got {kind}; a float32 or float64 tensor is needed")
@@ -209,6 +212,8 @@ def add_noise_embed(
             f"alphas_cumprod: got shape {tuple(alphas_cumprod.shape)}, requires_grad={alphas_cumprod.requires_grad}; "
             "[T] without gradient is needed"
         )
+    if isinstance(timesteps, Tensor):
+        check_dense("timesteps", timesteps)
     if not isinstance(timesteps, Tensor) or timesteps.dtype != torch.int64:
         kind = getattr(timesteps, "dtype", type(timesteps).__name__)
         raise TypeError(f"timesteps: got {kind}; an int64 tensor is needed")
@@ -217,7 +222,7 @@ def add_noise_embed(
     given = {"timesteps": timesteps, "alphas_cumprod": alphas_cumprod}
     limit = alphas_cumprod.shape[0]
     if embedding is not None:
-        _floating("embedding", embedding)
+        check_floating("embedding", embedding)
         if embedding.dim() != 2 or embedding.shape[1] != latent.shape[1]:
             raise ValueError(
                 f"embedding: got shape {tuple(embedding.shape)}; [rows, {latent.shape[1]}] is needed"
@@ -233,15 +238,9 @@ def add_noise_embed(
     return noise_ops.add_noise_embed(latent, timesteps, alphas_cumprod, embedding, _seed(seed, latent))
 
 
-def _floating(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}; a tensor is needed")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: got dtype {value.dtype}; a floating-point tensor is needed")
-
-
 def _seed(seed: int | Tensor, like: Tensor) -> int | Tensor:
     if isinstance(seed, Tensor):
+        check_dense("seed", seed)
         if seed.dtype != torch.int64:
             raise TypeError(f"seed: got dtype {seed.dtype}; an int, or an int64 tensor, is needed")
         if seed.numel() != 1:

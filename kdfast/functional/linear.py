@@ -13,6 +13,7 @@ from kdfast.functional._checks import (
     check_labels,
     check_rowwise,
     check_temperature,
+    check_tensor,
     refuse_distributed,
 )
 from kdfast.functional._reduction import Reduction, reduction_divisor
@@ -85,8 +86,8 @@ def fused_linear_kd_loss(
         kind: As in :func:`divergence_loss`.
         temperature: T > 0; a float, or a 0-d tensor (read on the device). Gets no gradient.
         teacher_temperature: T_t of the teacher; None: T.
-        beta: β of ``"jsd"``.
-        alpha: α of the skew divergences and of ``"alpha"``.
+        beta: β of ``"jsd"`` and ``"ab"``.
+        alpha: α of the skew divergences, of ``"alpha"`` and of ``"ab"``.
         target: int64 classes ``[...]``; needed where ``ce_weight`` is not 0.
         kd_weight: Factor of the divergence, ≥ 0; at 0 no teacher is needed, and rows without a label do not count.
         ce_weight: Factor of the cross-entropy (at temperature 1), ≥ 0.
@@ -121,9 +122,9 @@ def fused_linear_kd_loss(
         >>> loss = fused_linear_kd_loss(hidden, head.weight, teacher_hidden, teacher_head.weight.detach(),
         ...                             kind="jsd", beta=0.1, target=labels, ce_weight=0.5, reduction="rowmean")
     """
-    if reduction not in get_args(Reduction) or reduction == "none":
+    if not isinstance(reduction, str) or reduction not in get_args(Reduction) or reduction == "none":
         raise ValueError(f"reduction: got {reduction!r}; accepted: batchmean, mean, sum, rowmean")
-    kind_, number = check_kind(kind, alpha, beta)
+    kind_, numbers = check_kind(kind, alpha, beta)
     kd_weight, ce_weight = check_factor("kd_weight", kd_weight), check_factor("ce_weight", ce_weight)
     smoothing = check_between("label_smoothing", label_smoothing, 0.0, 1.0)
     student = _head("student", student_hidden, student_weight, student_bias, student_hidden)
@@ -189,7 +190,7 @@ def fused_linear_kd_loss(
         teacher_index=None if index is None else index.flatten(0, -2),
         teacher_normalizer=None if normalizer is None else normalizer.flatten(),
         kind=kind_,
-        number=number,
+        numbers=numbers,
         kd_weight=kd_weight,
         smoothing=smoothing,
         softcap=_cap("softcap", softcap),
@@ -272,7 +273,9 @@ def _teacher_head(
             )
     if isinstance(weight, Tensor):
         weight = weight.detach()
-    head = _head("teacher", hidden, weight, bias if bias is None else bias.detach(), like)
+    if isinstance(bias, Tensor):
+        bias = bias.detach()
+    head = _head("teacher", hidden, weight, bias, like)
     if hidden.shape[:-1] != rows:
         raise ValueError(
             f"teacher_hidden: got shape {tuple(hidden.shape)}; {(*rows, 'H_t')} is needed, the leading sizes of "
@@ -287,9 +290,9 @@ def _teacher_head(
 
 
 def _check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: got {type(tensor).__name__}; a tensor is needed")
-    refuse_distributed(name, tensor)
+    if isinstance(tensor, Tensor):
+        refuse_distributed(name, tensor)
+    check_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: got dtype {tensor.dtype}; a floating-point tensor is needed")
     if tensor.device != like.device:

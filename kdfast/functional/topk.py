@@ -6,7 +6,14 @@ from typing import Literal, get_args
 
 import torch
 
-from kdfast.functional._checks import check_logits, check_reduction, check_rowwise, check_temperature, savable
+from kdfast.functional._checks import (
+    check_logits,
+    check_reduction,
+    check_rowwise,
+    check_temperature,
+    check_tensor,
+    savable,
+)
 from kdfast.functional._reduction import Reduction, reduction_divisor
 from kdfast.ops import topk as ops
 from kdfast.ops.common.gradients import has_values
@@ -113,7 +120,7 @@ def check_topk(
 
 
 def _check_tail(tail: str, log_normalizer: torch.Tensor | None) -> None:
-    if tail not in get_args(Tail):
+    if not isinstance(tail, str) or tail not in get_args(Tail):
         raise ValueError(f"tail: got {tail!r}; accepted: {', '.join(get_args(Tail))}")
     if log_normalizer is not None and tail == "renormalize":
         raise ValueError(
@@ -129,8 +136,7 @@ def _check_indices(
     names: tuple[str, str] = ("indices", "logits"),
 ) -> None:
     first, second = names
-    if not isinstance(indices, torch.Tensor):
-        raise TypeError(f"{first}: got {type(indices).__name__}; a tensor is needed")
+    check_tensor(first, indices)
     if indices.dtype != torch.int64:
         raise TypeError(f"{first}: got dtype {indices.dtype}; int64 class indices are needed")
     if indices.shape[:-1] != shape[:-1] or indices.dim() != len(shape):

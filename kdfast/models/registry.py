@@ -170,6 +170,9 @@ def create_torchvision(
             f"{num_classes}"
         )
     weights = "IMAGENET1K_V1" if pretrained else None
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        # Detectors and segmenters would fetch their backbones' weights, asked for or not.
+        options.setdefault("weights_backbone", None)
     model: nn.Module = models.get_model(name, weights=weights, num_classes=num_classes, **options)
     return model
 

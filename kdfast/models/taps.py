@@ -52,7 +52,8 @@ class FeatureTaps(Closing):
             raise ValueError("layers is empty; name at least one layer to tap")
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"layers names {', '.join(map(repr, repeated))} more than once")
-        modules = dict(model.named_modules())
+        # A layer that stands in several places (heads whose levels share convolutions) has each of their names.
+        modules = dict(model.named_modules(remove_duplicate=False))
         modules.pop("")
         places = [Place.parse(name, modules) for name in names]
         targets = [(place, _find(modules, place, model)) for place in places]

@@ -43,8 +43,8 @@ class DivergenceLoss(OfLogits, Fixed):
         kind: Which divergence.
         temperature: T > 0.
         teacher_temperature: Of the teacher; None: the same.
-        beta: β of ``"jsd"``.
-        alpha: α of the skew divergences and of ``"alpha"``.
+        beta: β of ``"jsd"`` and ``"ab"``.
+        alpha: α of the skew divergences, of ``"alpha"`` and of ``"ab"``.
         dim: The class dimension.
         reduction: As in :func:`~kdfast.functional.kd_kl_div`.
 

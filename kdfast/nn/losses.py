@@ -241,8 +241,8 @@ class FusedLinearKDLoss(Fixed):
         temperature: T > 0.
         kind: Which divergence, as in :func:`~kdfast.functional.divergence_loss`.
         teacher_temperature: Of the teacher; None: the same.
-        beta: β of ``"jsd"``.
-        alpha: α of the skew divergences and of ``"alpha"``.
+        beta: β of ``"jsd"`` and ``"ab"``.
+        alpha: α of the skew divergences, of ``"alpha"`` and of ``"ab"``.
         kd_weight: Factor of the divergence.
         ce_weight: Factor of the cross-entropy.
         ignore_index: Rows with this target have no cross-entropy.

@@ -61,24 +61,24 @@ jsd = register("jsd", _jsd_reference, _launch_pair("JSD"), _jsd_closed)
 dkd = register("dkd", _dkd_reference, _launch_pair("DKD"), _dkd_closed)
 
 
-def _divergence(row: Row) -> tuple[int, float, torch.Tensor | float]:
-    """(what the kernels and :data:`~kdfast.reference.pair.KINDS` count it as, its number, T over the teacher's)."""
-    kind, number, ratio = row.options
-    return int(kind), number, ratio if row.factor is None else row.factor
+def _divergence(row: Row) -> tuple[int, tuple[float, float], torch.Tensor | float]:
+    """(what the kernels and :data:`~kdfast.reference.pair.KINDS` count it as, its numbers, T over the teacher's)."""
+    kind, alpha, beta, ratio = row.options
+    return int(kind), (alpha, beta), ratio if row.factor is None else row.factor
 
 
 @row_launcher
 def _launch_divergence(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
     kernels = _kernels()
-    kind, number, ratio = _divergence(row)
-    return kernels.PAIR, *kernels.pair_arguments(kind, None, 0.0, number, ratio)
+    kind, numbers, ratio = _divergence(row)
+    return kernels.PAIR, *kernels.pair_arguments(kind, None, *numbers, ratio)
 
 
 def _divergence_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
     student, teacher = without_masked(row.mask, row.dim, student, teacher)
-    kind, number, ratio = _divergence(row)
+    kind, numbers, ratio = _divergence(row)
     name = reference.KINDS[kind]
-    rows = reference.divergence_rows(student, teacher, name, number, row.temperature, ratio, row.dim)
+    rows = reference.divergence_rows(student, teacher, name, numbers, row.temperature, ratio, row.dim)
     return finish(rows, row.temperature, row.weight, row.mask, row.divisor, row.reduce)
 
 

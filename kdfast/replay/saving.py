@@ -82,12 +82,26 @@ class Saving:
         """
         config, tensors = snapshot.read(path)
         try:
-            buffer = cls(**_settings(config, device))
-            buffer.load_state_dict({"config": config, **tensors})
-        except (KeyError, TypeError, ValueError, OverflowError, MemoryError) as error:
-            raise CheckpointError(f"{os.fspath(path)}: settings cannot be used ({error})") from error
+            return cls.from_state_dict({"config": config, **tensors}, device)
         except CheckpointError as error:
             raise CheckpointError(f"{os.fspath(path)}: {error}") from error
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device | str | None = None) -> Self:
+        """A buffer that goes on where ``state`` was taken, of its settings.
+
+        Args:
+            state: From :meth:`state_dict`.
+            device: As in :meth:`load`.
+
+        Raises:
+            CheckpointError: The state is incomplete, inconsistent, or of settings that no buffer has.
+        """
+        try:
+            buffer = cls(**_settings(state["config"], device))
+            buffer.load_state_dict(state)
+        except (KeyError, TypeError, ValueError, OverflowError, MemoryError) as error:
+            raise CheckpointError(f"settings cannot be used ({error})") from error
         return buffer
 
     def __getstate__(self) -> dict[str, Any]:

@@ -69,6 +69,12 @@ def facts(runs: Sequence[Run], names: Sequence[str]) -> tuple[tuple[str, ...], t
     return ("run", *(key.replace("_", " ") for key in chosen)), rows
 
 
+def told(run: Run) -> tuple[tuple[str, str], ...]:
+    """Key and value of everything that a run was told or took by default, but for what is empty."""
+    given = {key: value for key, value in run.recipe.items() if value not in (None, [], ())}
+    return tuple((key.replace("_", " "), _said(value)) for key, value in given.items())
+
+
 def pivots(runs: Sequence[Run]) -> list[Grid]:
     """The score by two settings, where the runs' recipes differ in these two."""
     recipes = [run.recipe for run in runs]

@@ -81,6 +81,20 @@ class Table:
     numbers: bool = False
 
 
+#: What a reader of one run asks first, and what is enough in the table below.
+_CARDS = (
+    "accuracy",
+    "miou",
+    "teacher_accuracy",
+    "share_kept",
+    "best_accuracy",
+    "top5_accuracy",
+    "parameters",
+    "seconds",
+)
+_NO_CARDS = ("seed", "best_epoch", "steps", "images")
+
+
 @dataclass(frozen=True)
 class Page:
     """What the report says about one run."""
@@ -216,7 +230,9 @@ def _run_page(run: Run) -> Page:
     numbers = {
         k: v for k, v in run.metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
     }
-    cards = tuple(Card(_number(k, v), _words(k)) for k, v in list(numbers.items())[:8])
+    named = [key for key in _CARDS if key in numbers]
+    named += [key for key in numbers if key not in (*named, *_NO_CARDS)]
+    cards = tuple(Card(_number(key, numbers[key]), _words(key)) for key in named[:8])
     sections = []
     runs = {run.name: run} if run.log else {child.name: child for child in run.children}
     if figures := tuple(_curve_figures(runs)):
@@ -228,9 +244,10 @@ def _run_page(run: Run) -> Page:
         sections.append(Section("Loss", tuple(_figures(parts))))
     if pictures := _pictures(run):
         sections.append(Section("Samples", pictures))
-    return Page(
-        run.name, cards=cards, sections=tuple(sections), tables=tuple(_tables(run, skip=inversion.DRAWN))
-    )
+    tables = _tables(run, skip=inversion.DRAWN)
+    if told := compare.told(run):
+        tables.append(Table("Recipe", told))
+    return Page(run.name, cards=cards, sections=tuple(sections), tables=tuple(tables))
 
 
 def _inversion_sections(runs: Mapping[str, Run]) -> list[Section]:
@@ -332,7 +349,7 @@ def _words(key: str) -> str:
 def _number(key: str, value: Any) -> str:
     if value is None:
         return "–"
-    if isinstance(value, float) and "accuracy" in key:
+    if isinstance(value, float) and ("accuracy" in key or key == "share_kept"):
         return _percent(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return ", ".join(_number(key, entry) for entry in value) if isinstance(value, list) else str(value)

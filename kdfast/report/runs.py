@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 from collections.abc import Mapping
@@ -9,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdfast.documents import read_json, read_json_lines
-from kdfast.errors import DataError
+from kdfast.documents import read_json, read_json_lines, read_text
+from kdfast.errors import ConfigError, DataError
+from kdfast.yaml_documents import MAX_RECIPE, parse_yaml
 
 METRICS = "metrics.json"
 LOG = "metrics.jsonl"
@@ -41,6 +43,15 @@ class Run:
     log: tuple[dict[str, Any], ...]
     children: tuple[Run, ...] = ()
     told: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Where it is, how far it came and what it reached."""
+        steps = max((int(step) for line in self.log if (step := _number(line.get("step"))) >= 0), default=0)
+        parts = [f"{steps:,} steps" if steps else "", "" if self.metrics else "not finished"]
+        accuracy = _number(self.metrics.get("accuracy", self.metrics.get("accuracy_mean")))
+        parts.append("" if math.isnan(accuracy) else f"accuracy {100 * accuracy:.1f} %")
+        parts.append(f"runs {', '.join(child.name for child in self.children)}" if self.children else "")
+        return f"Run({str(self.path)!r}: {', '.join(part for part in parts if part) or 'finished'})"
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -88,7 +99,7 @@ def read_run(path: str | Path) -> Run:
 
 def _read(folder: Path) -> Run:
     children = [_read(child) for child in sorted(folder.iterdir()) if child.is_dir() and _has_metrics(child)]
-    metrics, told = _metrics(folder / METRICS), _recipe(folder / RECIPE)
+    metrics, told = read_results(folder / METRICS), _recipe(folder / RECIPE)
     return Run(folder, _name(folder), metrics, _log(folder / LOG), tuple(children), told)
 
 
@@ -101,7 +112,12 @@ def _has_metrics(folder: Path) -> bool:
     return not folder.name.startswith(".") and ((folder / METRICS).exists() or (folder / LOG).exists())
 
 
-def _metrics(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> dict[str, Any]:
+    """What a ``metrics.json`` holds; nothing where there is none.
+
+    Raises:
+        DataError: It cannot be read, or holds no object.
+    """
     try:
         document = read_json(path, error=DataError)
     except FileNotFoundError:
@@ -119,12 +135,15 @@ def _log(path: Path) -> tuple[dict[str, Any], ...]:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    try:
-        import yaml
-    except ImportError:  # a report of numbers needs no YAML
+    if importlib.util.find_spec("yaml") is None:  # a report of numbers needs no YAML
         return {}
     try:
-        document = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read as YAML: {error}") from error
+        text = read_text(
+            path, error=DataError, limit=4 * MAX_RECIPE
+        )  # its letters are counted again, as letters
+        document = parse_yaml(text, what=str(path))
+    except FileNotFoundError:
+        return {}
+    except ConfigError as error:
+        raise DataError(str(error)) from error
     return document if isinstance(document, dict) else {}

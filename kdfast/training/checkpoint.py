@@ -60,6 +60,10 @@ class Checkpoint:
     states: Mapping[str, Any]
     info: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Where it is and what it holds, without the tensors."""
+        return f"Checkpoint({str(self.path)!r}: step {self.step:,}, states {', '.join(self.states)})"
+
 
 def save_checkpoint(
     directory: str | Path,

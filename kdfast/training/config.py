@@ -101,3 +101,9 @@ class TrainResult:
     steps: int
     images: int
     seconds: float
+
+    def __repr__(self) -> str:
+        """What came out, without the network's layers."""
+        measured = "".join(f", {name} {value:.4g}" for name, value in self.metrics.items())
+        done = f"{self.steps:,} steps, {self.images:,} images, {self.seconds:.1f} s"
+        return f"TrainResult({type(self.model).__name__}: {done}{measured})"

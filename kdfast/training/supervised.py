@@ -1,4 +1,4 @@
-"""Networks that compute their task's loss themselves: torchvision's detectors, 🤗 Transformers' models."""
+"""Networks that compute their task's loss themselves: torchvision's detectors, 🤗 Transformers', MMDetection's."""
 
 from __future__ import annotations
 
@@ -9,13 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["boxes_mask", "check_sizes", "foreground_of", "is_supervised", "own_loss", "run", "transformed"]
+__all__ = [
+    "asked_for_loss",
+    "boxes_mask",
+    "check_sizes",
+    "foreground_of",
+    "is_supervised",
+    "own_loss",
+    "pixels_of",
+    "run",
+    "transformed",
+]
 
 _SIZES = ("min_size", "max_size", "size_divisible", "fixed_size")
+#: What of a batch is for the student's loss alone: 🤗's targets, and that MMDetection's networks compute a loss.
+_FOR_THE_LOSS = ("labels", "mode")
 
 
 def is_supervised(images: Any, target: Any) -> bool:
-    """Whether a batch goes into a network with its targets: keywords (🤗), or a list of dicts (torchvision)."""
+    """Whether a batch goes into a network with its targets: keywords, or a list of dicts (torchvision)."""
     if isinstance(images, Mapping):
         return True
     return isinstance(target, (tuple, list)) and bool(target) and isinstance(target[0], Mapping)
@@ -24,26 +36,48 @@ def is_supervised(images: Any, target: Any) -> bool:
 def run(network: nn.Module, images: Any, target: Any = None) -> Any:
     """A pass of a network over images ``[B, C, H, W]``, a list of them, or keywords; with targets if there are any.
 
-    Keywords (🤗) hold their targets themselves, as ``labels``: without ``target`` they are left out.
+    Keywords hold their targets themselves: 🤗's ``labels`` and MMDetection's ``mode`` are left out without ``target``.
     """
     if isinstance(images, Mapping):
         return network(
-            **{name: value for name, value in images.items() if name != "labels" or target is not None}
+            **{
+                name: value
+                for name, value in images.items()
+                if name not in _FOR_THE_LOSS or target is not None
+            }
         )
     return network(images) if target is None else network(images, target)
 
 
+def asked_for_loss(images: Any) -> Any:
+    """What of keywords makes a student compute its loss, if anything does: 🤗's ``labels``, MMDetection's ``mode``."""
+    if not isinstance(images, Mapping):
+        return None
+    return next((images[name] for name in _FOR_THE_LOSS if images.get(name) is not None), None)
+
+
+def pixels_of(batch: Mapping[str, Any]) -> Any:
+    """The images among keywords, as 🤗 (``pixel_values``) and MMDetection (``inputs``) name them; None without."""
+    return batch.get("pixel_values", batch.get("inputs"))
+
+
 def own_loss(output: Any) -> Tensor:
     """The loss in what a network returned: the sum of a dict of losses, or ``.loss``.
+
+    A dict's values may be lists of losses, a level each (MMDetection), whose entries without "loss" in their name are
+    measures where others have it.
 
     Raises:
         TypeError: There is none.
     """
     found = output
     if isinstance(output, Mapping) and "loss" not in output:
-        values = list(output.values())
-        if values and all(isinstance(value, Tensor) and value.dim() == 0 for value in values):
-            return torch.stack(values).sum()
+        named = [value for name, value in output.items() if "loss" in str(name)]
+        values: list[Any] = []
+        for value in named or output.values():
+            values += value if isinstance(value, (list, tuple)) else [value]
+        if values and all(isinstance(value, Tensor) and (value.dim() == 0 or named) for value in values):
+            return torch.stack([value.mean() for value in values]).sum()
         found = None
     elif isinstance(output, Mapping):
         found = output["loss"]
@@ -53,7 +87,7 @@ def own_loss(output: Any) -> Tensor:
         return found
     raise TypeError(
         f"student: returned a {type(output).__name__} without a loss; torchvision's detectors compute one in training "
-        "mode, 🤗 models where the batch has labels"
+        "mode, 🤗 models where the batch has labels, MMDetection's where it has mode='loss'"
     )
 
 
@@ -99,7 +133,8 @@ def foreground_of(images: Any, seen: Sequence[Any]) -> Tensor:
     """Where the objects of a batch are, ``[B, H, W]``, in the picture that the networks saw.
 
     Args:
-        images: The batch; of 🤗's its ``labels`` have boxes (cx, cy, w, h), as shares of their ``size``.
+        images: The batch; of 🤗's its ``labels`` have boxes (cx, cy, w, h), as shares of their ``size``; of
+            MMDetection's its ``data_samples`` have ``gt_instances.bboxes``, corners in pixels.
         seen: Of torchvision's transform: the padded batch and its targets.
 
     Raises:
@@ -121,6 +156,13 @@ def foreground_of(images: Any, seen: Sequence[Any]) -> Tensor:
             centre, half = boxes[:, :2] * scale, boxes[:, 2:] * scale / 2
             corners.append(torch.cat((centre - half, centre + half), 1))
         return boxes_mask(corners, size)
+    samples = images.get("data_samples") if isinstance(images, Mapping) else None
+    if samples and all(hasattr(sample, "gt_instances") for sample in samples):
+        found = [sample.gt_instances.bboxes for sample in samples]
+        corners = [
+            getattr(boxes, "tensor", boxes) for boxes in found
+        ]  # theirs may be a class around a tensor
+        return boxes_mask(corners, tuple(images["inputs"].shape[-2:]))
     raise ValueError(
         "foreground: a pair has a background_weight, and the batch has no boxes; pass a mask to loss(foreground=…)"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,15 @@ from kdfast.models.outputs import logits_of
 from kdfast.models.roles import check_networks, still_evaluated
 from kdfast.training.learning import Learning
 from kdfast.training.mixing import mix_batch, task_loss
-from kdfast.training.supervised import check_sizes, foreground_of, is_supervised, own_loss, run, transformed
+from kdfast.training.supervised import (
+    asked_for_loss,
+    check_sizes,
+    foreground_of,
+    is_supervised,
+    own_loss,
+    run,
+    transformed,
+)
 
 __all__ = ["Foreground", "Taught", "TaughtConfig"]
 
@@ -89,10 +97,10 @@ class Taught(Learning, nn.Module):
 
         Args:
             images: On the networks' device, ``[B, C, H, W]``; a list of images for torchvision's detectors; keywords
-                for 🤗 models (``pixel_values``, ``labels`` …).
+                for 🤗 models (``pixel_values``, ``labels`` …) and MMDetection's (``inputs``, ``mode`` …).
             target: int64 labels ``[B]``, or masks ``[B, H, W]`` of a dense student; None leaves the task loss out.
                 A list of dicts, as torchvision's detectors take, goes to the student, whose own losses are summed; so
-                do the keywords' ``labels``.
+                do the keywords' ``labels``, and ``mode`` ("loss").
 
         Returns:
             The loss and :attr:`parts`.
@@ -131,21 +139,20 @@ class Taught(Learning, nn.Module):
                 "accepted: null"
             )
         check_sizes(self.student, self.teacher)
+        wanted = asked_for_loss(images)
         with torch.no_grad():
             guide = run(still_evaluated(self.teacher), images)
         with transformed(self.student) as seen:
-            output = run(
-                self.student, images, images.get("labels") if isinstance(images, Mapping) else target
-            )
+            output = run(self.student, images, target if wanted is None else wanted)
         loss = self.distil(output, guide, target=None, foreground=lambda: foreground_of(images, seen))
-        if target is not None or "labels" in images:
+        if target is not None or wanted is not None:
             task = own_loss(output)
             self.parts["task"] = task.detach()
             loss = loss + config.task_weight * task
         return loss, dict(self.parts)
 
     def step(self, batch: Any) -> Tensor:
-        """:meth:`forward` of images, of a pair of images and targets, or of a 🤗 batch; the loss alone."""
+        """:meth:`forward` of images, of a pair of images and targets, or of a batch of keywords; the loss alone."""
         images, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
         loss: Tensor = self(images, target)[0]
         return loss

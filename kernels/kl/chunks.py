@@ -15,22 +15,21 @@ from ..common.tile import store_losses
 
 @triton.jit
 def _chunk(
-    s_at, t_at, c: tl.constexpr, lane, shift, ends, V: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr
+    s_at, t_at, c: tl.constexpr, lane, shift, wide, V: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """One chunk of student and teacher, -inf where it holds no class of this row; ``ends``: nothing lies behind it."""
+    """One chunk of student and teacher, -inf where it holds no class of this row; groups may be read up to ``wide``."""
     first: tl.constexpr = c * WIDTH
     group = first + (lane // WINDOW * WINDOW if WINDOW > 0 else lane)
     if first + WIDTH > V:  # decided while compiling: only the last chunks can pass the end
-        live = group < V + shift
-        if WINDOW > 0:
-            live = live & ((group + WINDOW <= V + shift) | (ends == 0))
-        s = tl.load(s_at + first, mask=live, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_at + first, mask=live, other=float("-inf")).to(tl.float32)
+        live = group < wide
+        s = tl.load(s_at + first, mask=live, other=float("-inf"))
+        t = tl.load(t_at + first, mask=live, other=float("-inf"))
         if WINDOW > 0:
             if tl.program_id(0) == tl.num_programs(0) - 1:  # the tensor's last classes, which fill no group
-                rest = (live == 0) & (ends != 0) & (first + lane < V + shift)
-                s = tl.where(rest, tl.load(s_at + first, mask=rest, other=0.0).to(tl.float32), s)
-                t = tl.where(rest, tl.load(t_at + first, mask=rest, other=0.0).to(tl.float32), t)
+                rest = (first + lane >= wide) & (first + lane < V + shift)
+                s = tl.where(rest, tl.load(s_at + first, mask=rest, other=0.0), s)
+                t = tl.where(rest, tl.load(t_at + first, mask=rest, other=0.0), t)
+        s, t = s.to(tl.float32), t.to(tl.float32)
     else:
         s = tl.load(s_at + first).to(tl.float32)
         t = tl.load(t_at + first).to(tl.float32)
@@ -84,12 +83,15 @@ def kd_kl_chunks_kernel(
     outer = tl.cast(tl.minimum(rows, num_rows - 1), tl.int64)[:, None] * UNIT
     lane = tl.arange(0, WIDTH)[None, :]
     shift = tl.zeros([ROWS, 1], tl.int32)
-    ends = (rows >= num_rows - 1).to(tl.int32)[:, None]
     s_from, t_from, gs_from, gt_from = outer * s_outer, outer * t_outer, outer * gs_outer, outer * gt_outer
     if WINDOW > 0:  # every tensor's rows lie alike: one shift does for all
         shift = (s_from % WINDOW).to(tl.int32)
         s_from = s_from // WINDOW * WINDOW
         t_from, gs_from, gt_from = s_from, s_from, s_from
+    # Nothing lies behind the tensor's last row: its last classes, which fill no group, are read one by one.
+    wide = V + shift
+    if WINDOW > 0:
+        wide = tl.where((rows < num_rows - 1)[:, None], wide, wide // WINDOW * WINDOW)
     s_at, t_at = s_ptr + s_from + lane, t_ptr + t_from + lane
     gs_at, gt_at = s_at, t_at
     if GRAD_S:
@@ -99,10 +101,14 @@ def kd_kl_chunks_kernel(
 
     s = ()
     t = ()
-    for c in tl.static_range(CHUNKS):
-        s_c, t_c = _chunk(s_at, t_at, c, lane, shift, ends, V, WIDTH, WINDOW)
+    # The last chunk first, whose branch would have to carry all others.
+    s_last, t_last = _chunk(s_at, t_at, CHUNKS - 1, lane, shift, wide, V, WIDTH, WINDOW)
+    for c in tl.static_range(CHUNKS - 1):
+        s_c, t_c = _chunk(s_at, t_at, c, lane, shift, wide, V, WIDTH, WINDOW)
         s += (s_c,)
         t += (t_c,)
+    s += (s_last,)
+    t += (t_last,)
     s_peak = s[0]
     t_peak = t[0]
     for c in tl.static_range(1, CHUNKS):
@@ -148,7 +154,7 @@ def kd_kl_chunks_kernel(
         kl_acc = tl.zeros([ROWS, WIDTH], tl.float32)
         centre_acc = tl.zeros([ROWS, WIDTH], tl.float32)
         for c in tl.static_range(CHUNKS):
-            s_c, t_c = _chunk(s_at, t_at, c, lane, shift, ends, V, WIDTH, WINDOW)
+            s_c, t_c = _chunk(s_at, t_at, c, lane, shift, wide, V, WIDTH, WINDOW)
             gap = gap_of(s_c, t_c, k, log_ratio)
             term, difference, _ = near_terms(
                 gap, tl.exp2(t_c * k - t_top) * t_inv, tl.exp2(s_c * k - s_top) * s_inv, t_c > float("-inf")
@@ -159,7 +165,7 @@ def kd_kl_chunks_kernel(
         centre = tl.sum(centre_acc, axis=1)[:, None]
         if GRAD_S or GRAD_T:
             for c in tl.static_range(CHUNKS):
-                s_c, t_c = _chunk(s_at, t_at, c, lane, shift, ends, V, WIDTH, WINDOW)
+                s_c, t_c = _chunk(s_at, t_at, c, lane, shift, wide, V, WIDTH, WINDOW)
                 q_c, p_c = tl.exp2(s_c * k - s_top) * s_inv, tl.exp2(t_c * k - t_top) * t_inv
                 gap = gap_of(s_c, t_c, k, log_ratio)
                 _, difference, delta = near_terms(gap, p_c, q_c, t_c > float("-inf"))

@@ -1,4 +1,4 @@
-"""Row losses of two logit tensors on one pass: Jensen-Shannon and seven more divergences, and decoupled KD.
+"""Row losses of two logit tensors on one pass: Jensen-Shannon and nine more divergences, and decoupled KD.
 
 For each row over V classes, p = softmax(t/T), q = softmax(s/T), loss = Σ_rows c·D, c = T²·weight/divisor.
 
@@ -16,8 +16,8 @@ DKD (Zhao et al. 2022, arXiv:2203.08679, Eq. 7), y the target class, b = σ(λ) 
     ∂D/∂s  = α·(b_s - b_t) at y,  β·(q̂ - p̂) - α·(b_s - b_t)·q̂ elsewhere, over T
     ∂D/∂t  = α·b_t·(1-b_t)·(λ_t - λ_s) =: a at y,  β·p̂·(log p̂/q̂ - KL) - a·p̂ elsewhere, over T
 
-Reverse KL, Jeffreys, skew KLs, total variation, α-divergence, and each with a temperature of the teacher's own: the
-same body with another term, divergences.py.
+Reverse KL, Jeffreys, skew KLs, total variation, triangular discrimination, α- and AB-divergence, and each with a
+temperature of the teacher's own: the same body with another term, divergences.py.
 
 Bytes moved, N = elements of one logit tensor: 2N for the loss alone, 3N with the student's gradient, 4N with
 both, written by the forward launch; a backward whose upstream gradient is 1 moves nothing, otherwise it
@@ -28,6 +28,7 @@ probabilities: plan.py. Bodies: bodies.py.
 """
 
 from .launch import (
+    AB,
     ALPHA,
     DKD,
     FORWARD_KL,
@@ -38,11 +39,13 @@ from .launch import (
     SKEW_FORWARD_KL,
     SKEW_REVERSE_KL,
     TOTAL_VARIATION,
+    TRIANGULAR,
     pair_arguments,
     pair_loss,
 )
 
 __all__ = [
+    "AB",
     "ALPHA",
     "DKD",
     "FORWARD_KL",
@@ -53,6 +56,7 @@ __all__ = [
     "SKEW_FORWARD_KL",
     "SKEW_REVERSE_KL",
     "TOTAL_VARIATION",
+    "TRIANGULAR",
     "pair_arguments",
     "pair_loss",
 ]

@@ -26,6 +26,7 @@ from .terms import (
     exponential,
     jsd_factors,
     jsd_terms,
+    log_probability,
     log_ratio_of,
     near_bound,
     odds,
@@ -114,7 +115,9 @@ def pair_tile_kernel(
         q_factor, p_factor, s_one, t_one = 1.0, 1.0, 1.0, 1.0
         q *= per_row(s_inv, LAYOUT)
         p *= per_row(t_inv, LAYOUT)
-        term, w_s, w_t = pair_terms(gap, p, q, live, beta, KIND, False)
+        log_q = log_probability(s, per_row(s_max, LAYOUT), per_row(s_inv, LAYOUT), k, KIND)
+        log_p = log_probability(t, per_row(t_max, LAYOUT), per_row(t_inv, LAYOUT), k, KIND)
+        term, w_s, w_t = pair_terms(gap, p, q, log_p, log_q, live, alpha, beta, KIND, False)
         divergence = over_classes(term, LAYOUT, False)
 
     binary = divergence * 0.0
@@ -134,7 +137,7 @@ def pair_tile_kernel(
     gs_at = tile_at(outer, within, classes, gs_outer, gs_inner, gs_class, LAYOUT)
     gt_at = tile_at(outer, within, classes, gt_outer, gt_inner, gt_class, LAYOUT)
     nearly = False
-    if RARE:  # False: a variant to count instructions of, which is never launched
+    if RARE and KIND != 10:  # the AB-divergence's registers; RARE is False where instructions are counted
         closest = tl.where(counts, divergence, 1.0)
         if LAYOUT != 3:
             closest = tl.min(closest, axis=0)
@@ -148,7 +151,9 @@ def pair_tile_kernel(
         p = exponential(t, per_row(t_max, LAYOUT), per_row(t_top, LAYOUT), k, KIND) * per_row(t_inv, LAYOUT)
         gap = clamped_gap(s, t, k, per_row(shift, LAYOUT), per_row(log_ratio, LAYOUT), KIND)
         present = (t > float("-inf")) & (s > float("-inf"))
-        term, w_s, w_t = pair_terms(gap, p, q, present, beta, KIND, True)
+        log_q = log_probability(s, per_row(s_max, LAYOUT), per_row(s_inv, LAYOUT), k, KIND)
+        log_p = log_probability(t, per_row(t_max, LAYOUT), per_row(t_inv, LAYOUT), k, KIND)
+        term, w_s, w_t = pair_terms(gap, p, q, log_p, log_q, present, alpha, beta, KIND, True)
         divergence = over_classes(term, LAYOUT, False)
         if GRAD_S:
             _store_tile(
@@ -192,7 +197,7 @@ def _logits_of(ptrs, classes, target, ratio, V: tl.constexpr, KIND: tl.constexpr
 
 @triton.jit
 def _walk_block(
-    sums, rows, strides, classes, target, g, g_t, ratio, counts, of_row, beta, totals, slopes,
+    sums, rows, strides, classes, target, g, g_t, ratio, counts, of_row, alpha, beta, totals, slopes,
     V: tl.constexpr, ALONG: tl.constexpr, KIND: tl.constexpr, RATIO: tl.constexpr, NEAR: tl.constexpr,
     STORE_S: tl.constexpr, STORE_T: tl.constexpr, MASK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +214,9 @@ def _walk_block(
         q *= s_inv
         p *= t_inv
         present = (t > float("-inf")) & (s > float("-inf"))
-        term, w_s, w_t = pair_terms(gap, p, q, present, beta, KIND, NEAR)
+        log_q = log_probability(s, s_max, s_inv, k, KIND)
+        log_p = log_probability(t, t_max, t_inv, k, KIND)
+        term, w_s, w_t = pair_terms(gap, p, q, log_p, log_q, present, alpha, beta, KIND, NEAR)
     if STORE_S or STORE_T:
         is_target = classes == target
         live = None if WHOLE else classes < V
@@ -228,7 +235,7 @@ def _walk_block(
 
 @triton.jit
 def _walk(
-    rows, strides, target, g, g_t, ratio, counts, of_row, beta, totals, slopes,
+    rows, strides, target, g, g_t, ratio, counts, of_row, alpha, beta, totals, slopes,
     V: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, ALONG: tl.constexpr, KIND: tl.constexpr,
     RATIO: tl.constexpr, NEAR: tl.constexpr, STORE_S: tl.constexpr, STORE_T: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
@@ -248,13 +255,13 @@ def _walk(
     whole: tl.constexpr = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         sums = _walk_block(
-            sums, rows, strides, (start + lanes).to(tl.int64), target, g, g_t, ratio, counts, of_row, beta, totals,
-            slopes, V, ALONG, KIND, RATIO, NEAR, STORE_S, STORE_T, MASK, True,
+            sums, rows, strides, (start + lanes).to(tl.int64), target, g, g_t, ratio, counts, of_row, alpha, beta,
+            totals, slopes, V, ALONG, KIND, RATIO, NEAR, STORE_S, STORE_T, MASK, True,
         )  # fmt: skip
     if whole < V:
         sums = _walk_block(
-            sums, rows, strides, (whole + lanes).to(tl.int64), target, g, g_t, ratio, counts, of_row, beta, totals,
-            slopes, V, ALONG, KIND, RATIO, NEAR, STORE_S, STORE_T, MASK, False,
+            sums, rows, strides, (whole + lanes).to(tl.int64), target, g, g_t, ratio, counts, of_row, alpha, beta,
+            totals, slopes, V, ALONG, KIND, RATIO, NEAR, STORE_S, STORE_T, MASK, False,
         )  # fmt: skip
     return tl.sum(sums[0], axis=0), tl.sum(sums[1], axis=0), tl.sum(sums[2], axis=0)
 
@@ -333,7 +340,7 @@ def pair_loop_kernel(
     of_row = (k, s_max, t_max, s_top, t_top, s_inv, t_inv, log_ratio)
     none = (0.0, 0.0)
     divergence, s_total, t_total = _walk(
-        walked, strides, target, g, g_t, ratio, counts, of_row, beta, none, none,
+        walked, strides, target, g, g_t, ratio, counts, of_row, alpha, beta, none, none,
         V, THREADS, VECTOR, ALONG, KIND, RATIO, False, False, False, MASK,
     )  # fmt: skip
     g_s = g
@@ -348,18 +355,18 @@ def pair_loop_kernel(
         nearly = divergence < near_bound(KIND)
     if nearly:
         divergence, s_total, t_total = _walk(
-            walked, strides, target, g, g_t, ratio, counts, of_row, beta, none, none,
+            walked, strides, target, g, g_t, ratio, counts, of_row, alpha, beta, none, none,
             V, THREADS, VECTOR, ALONG, KIND, RATIO, True, False, False, MASK,
         )  # fmt: skip
         if GRAD_S or GRAD_T:
             _walk(
-                walked, strides, target, g, g_t, ratio, counts, of_row, beta, (s_total, t_total), (s_slope, t_slope),
-                V, THREADS, VECTOR, ALONG, KIND, RATIO, True, GRAD_S, GRAD_T, MASK,
+                walked, strides, target, g, g_t, ratio, counts, of_row, alpha, beta, (s_total, t_total),
+                (s_slope, t_slope), V, THREADS, VECTOR, ALONG, KIND, RATIO, True, GRAD_S, GRAD_T, MASK,
             )  # fmt: skip
     elif GRAD_S or GRAD_T:
         _walk(
-            walked, strides, target, g_s, g_both, ratio, counts, of_row, beta, (s_total, t_total), (s_slope, t_slope),
-            V, THREADS, VECTOR, ALONG, KIND, RATIO, False, GRAD_S, GRAD_T, MASK,
+            walked, strides, target, g_s, g_both, ratio, counts, of_row, alpha, beta, (s_total, t_total),
+            (s_slope, t_slope), V, THREADS, VECTOR, ALONG, KIND, RATIO, False, GRAD_S, GRAD_T, MASK,
         )  # fmt: skip
     if KIND == 1:
         divergence = binary + beta * divergence

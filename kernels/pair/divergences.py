@@ -11,9 +11,15 @@ u = log(p/M):
     6  skew reverse KL       5 with p and q exchanged
     7  total variation       |p - q|/2                            -sign(p - q)·q/2       sign(p - q)·p/2
     8  α-divergence          (r - α·p - (1-α)·q)/(α·(α-1))        -(r - q)/α             (r - p)/(α-1),  r = p^α·q^(1-α)
+    9  triangular            (p - q)·h                            -q·h·(2 + h)           p·h·(2 - h)
+   10  AB-divergence         (α·p^λ/λ + β·q^λ/λ - m)/(α·β)        (q^λ - m)/α            (p^λ - m)/β
+
+    with h = (p - q)/(p + q), m = p^α·q^β and λ = α + β
 
 Multiples of q in w_s and of p in w_t drop out of the softmax's derivative, and what is added to a term sums to 0 over a
 row: they are chosen so that nothing cancels where |δ| is small (NEAR). A class that both sides rule out has δ = 0 here.
+The AB-divergence has neither: a power of a probability may count long after the probability has underflowed, and its
+rows may be small because λ is large; it takes logarithms of both, and near forms in every row.
 """
 
 import triton
@@ -86,14 +92,59 @@ def _alpha(gap, p, q, alpha, NEAR: tl.constexpr):
 
 
 @triton.jit
-def divergence_terms(gap, p, q, alpha, KIND: tl.constexpr, NEAR: tl.constexpr):
-    """(term, w_s, w_t) of the divergence KIND; gap = log2(p/q), ±inf where one side rules the class out."""
+def _triangular(gap, p, q, NEAR: tl.constexpr):
+    """(term, w_s, w_t) of the triangular discrimination (Topsøe 2000)."""
+    e = tl.exp2(-tl.abs(gap))
+    share = (1.0 - e) / (1.0 + e)
+    share = tl.where(gap > 0.0, share, -share)
+    difference = p - q
+    if NEAR:
+        delta = gap * 0.6931471805599453
+        near = tl.abs(delta) < 0.5
+        delta = tl.where(near, delta, 0.0)
+        excess = delta + delta * delta * series(delta)  # p/q - 1
+        difference = tl.where(near, q * excess, difference)
+        share = tl.where(near, excess / (2.0 + excess), share)
+    return difference * share, -q * share * (2.0 + share), p * share * (2.0 - share)
+
+
+@triton.jit
+def _ab(gap, log_p, log_q, alpha, beta):
+    """(term, w_s, w_t) of the AB-divergence (Cichocki, Cruces & Amari 2011, Eq. 19), from log2 p and log2 q."""
+    both = alpha + beta
+    p_power, q_power = tl.exp2(both * log_p), tl.exp2(both * log_q)
+    mixed = tl.where(
+        gap > 0.0,
+        p_power * tl.exp2(-beta * tl.maximum(gap, 0.0)),
+        q_power * tl.exp2(alpha * tl.minimum(gap, 0.0)),
+    )
+    term = ((alpha * p_power + beta * q_power) / both - mixed) / (alpha * beta)
+    delta = gap * 0.6931471805599453
+    near = tl.abs(delta * both) < 0.5
+    delta = tl.where(near, delta, 0.0)
+    by_q, by_p = alpha * delta, -beta * delta
+    small = q_power * delta * delta * (both * series(both * delta) - alpha * series(by_q)) / beta
+    w_s = tl.where(near, -q_power * (by_q + by_q * by_q * series(by_q)), q_power - mixed) / alpha
+    w_t = tl.where(near, -p_power * (by_p + by_p * by_p * series(by_p)), p_power - mixed) / beta
+    return tl.where(near, small, term), w_s, w_t
+
+
+@triton.jit
+def divergence_terms(gap, p, q, log_p, log_q, alpha, beta, KIND: tl.constexpr, NEAR: tl.constexpr):
+    """(term, w_s, w_t) of the divergence KIND; gap = log2(p/q), ±inf where one side rules the class out.
+
+    ``beta`` is the number of a divergence that has one; ``alpha``, ``log_p`` and ``log_q`` are the AB-divergence's.
+    """
     if KIND == 5:
-        term, w_s, w_t = _skew(gap, p, q, alpha, NEAR)
+        term, w_s, w_t = _skew(gap, p, q, beta, NEAR)
     elif KIND == 6:
-        term, w_t, w_s = _skew(-gap, q, p, alpha, NEAR)
+        term, w_t, w_s = _skew(-gap, q, p, beta, NEAR)
     elif KIND == 8:
-        term, w_s, w_t = _alpha(gap, p, q, alpha, NEAR)
+        term, w_s, w_t = _alpha(gap, p, q, beta, NEAR)
+    elif KIND == 9:
+        term, w_s, w_t = _triangular(gap, p, q, NEAR)
+    elif KIND == 10:
+        term, w_s, w_t = _ab(gap, log_p, log_q, alpha, beta)
     else:
         delta = gap * 0.6931471805599453
         difference = q - p

@@ -14,7 +14,9 @@ from .plan import pair_plan
 
 JSD, DKD = 0, 1
 #: What else the bodies know, as divergences.py counts them.
-FORWARD_KL, REVERSE_KL, JEFFREYS, SKEW_FORWARD_KL, SKEW_REVERSE_KL, TOTAL_VARIATION, ALPHA = range(2, 9)
+FORWARD_KL, REVERSE_KL, JEFFREYS, SKEW_FORWARD_KL, SKEW_REVERSE_KL, TOTAL_VARIATION, ALPHA, TRIANGULAR, AB = (
+    range(2, 11)
+)
 
 
 def pair_loss(
@@ -42,8 +44,8 @@ def pair_loss(
         student: Logits, any strides; bfloat16, float16 or float32.
         teacher: Logits of the same shape, its own strides and dtype.
         target: The rows' target classes, contiguous, for DKD.
-        alpha: DKD's α.
-        beta: β of JSD and DKD; of a divergence its number, if it has one.
+        alpha: α of DKD and of the AB-divergence.
+        beta: β of JSD, DKD and the AB-divergence; of another its number, if it has one.
         dim: Class dimension, non-negative.
         scale: The row factors; ``ratio``, at the end, the student's temperature over the teacher's, a float or a
             0-d tensor on the device, 1 for one temperature (never for DKD); the rest as of

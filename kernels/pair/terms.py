@@ -36,6 +36,15 @@ def exponential(x, largest, top, k, KIND: tl.constexpr):
 
 
 @triton.jit
+def log_probability(x, largest, inverse, k, KIND: tl.constexpr):
+    """log2 of the probability of a logit ``x``, for the AB-divergence; the others take no notice of it."""
+    out = x
+    if KIND == 10:
+        out = (x - largest) * k + tl.log2(inverse)
+    return out
+
+
+@triton.jit
 def log_ratio_of(s_top, t_top, s_inv, t_sum, KIND: tl.constexpr):
     """What :func:`clamped_gap` takes: the log2-sum-exps' difference, without that of the largest for divergences."""
     if KIND >= 2:
@@ -103,7 +112,7 @@ def _jsd_near_terms(gap, p, q, present, beta):
 
 
 @triton.jit
-def pair_terms(gap, p, q, present, beta, KIND: tl.constexpr, NEAR: tl.constexpr):
+def pair_terms(gap, p, q, log_p, log_q, present, alpha, beta, KIND: tl.constexpr, NEAR: tl.constexpr):
     """(term, w_s, w_t) of JSD (KIND 0), of KL (KIND 1, for DKD), of the others; ``beta`` is the loss's number.
 
     JSD's are those of rows that nearly agree: :func:`jsd_terms` has the others.
@@ -111,7 +120,7 @@ def pair_terms(gap, p, q, present, beta, KIND: tl.constexpr, NEAR: tl.constexpr)
     if KIND == 0:
         term, w_s, w_t = _jsd_near_terms(gap, p, q, present, beta)
     elif KIND >= 2:
-        term, w_s, w_t = divergence_terms(gap, p, q, beta, KIND, NEAR)
+        term, w_s, w_t = divergence_terms(gap, p, q, log_p, log_q, alpha, beta, KIND, NEAR)
     elif NEAR:
         term, w_s, delta = near_terms(gap, p, q, present)
         w_t = p * delta
@@ -157,12 +166,15 @@ def odds(logits, at, known, k, top, total):
 def near_bound(KIND: tl.constexpr):
     """Below this divergence its digits have cancelled, and the forms that do not cancel are taken.
 
-    An absolute difference (7) cancels earlier than a squared one; JSD's logarithms are right to 2e-7.
+    An absolute difference (7) cancels earlier than a squared one; JSD's logarithms are right to 2e-7. The AB-divergence
+    (10) takes those forms in every row.
     """
     if KIND == 7:
         bound = 0.03
     elif KIND == 0:
         bound = 4e-3
+    elif KIND == 10:
+        bound = 0.0
     else:
         bound = 1e-3
     return bound

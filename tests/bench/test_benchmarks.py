@@ -324,7 +324,19 @@ def test_compare_refuses_another_machine_and_another_file(tmp_path: Path) -> Non
         compare.moves(here, here | {"name": "another"})
     with pytest.raises(ConfigError, match="No such file"):
         compare.load(tmp_path / "none.json")
-    for text in ("{", "[]", '{"format": 99, "cases": []}'):
+    made = json.dumps({"format": compare.FORMAT, "name": "x", "cases": ["ROW"]})
+    rows = (
+        "3",
+        '{"key": 3, "providers": []}',
+        '{"key": "k", "providers": 3}',
+        '{"key": "k", "providers": [{"name": []}]}',
+        '{"key": "k", "providers": [{"name": "n", "seconds": 3}]}',
+        '{"key": "k", "providers": [{"name": "n", "seconds": {"wall": []}}]}',
+        '{"key": "k", "providers": [{"name": "n", "seconds": {"wall": [0]}}]}',
+        '{"key": "k", "providers": [{"name": "n", "seconds": {"wall": ["1"]}}]}',
+    )
+    documents = ("{", "[]", '{"format": 99, "cases": []}', '{"format": ' + "[" * 100_000)
+    for text in (*documents, made.replace('"x"', "3"), *(made.replace('"ROW"', bad) for bad in rows)):
         path = tmp_path / "other.json"
         path.write_text(text)
         with pytest.raises(ConfigError, match=r"other\.json"):

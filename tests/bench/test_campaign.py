@@ -21,6 +21,7 @@ from bench.campaign.plan import BUDGET, CHECKERS, LOSSES, PARTS, Part, chosen
 from kdfast.benchmarks import SUITES
 from kdfast.benchmarks.case import Settings
 from kdfast.benchmarks.journal import Journal
+from kdfast.errors import KDFastError
 from tests.conftest import INTERPRETING
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="nothing here launches a kernel")
@@ -151,6 +152,9 @@ def test_a_line_cut_short_costs_itself_alone(tmp_path: Path) -> None:
     journal.append({"n": 1})
     with journal.path.open("ab") as handle:
         handle.write(b'{"n": 2, "tex')
+    assert journal.records() == [{"n": 1}]
+    with journal.path.open("ab") as handle:  # nested beyond what Python can follow; no text; a list
+        handle.write(b"[" * 100_000 + b"\n\xff\n[1]\n")
     assert journal.records() == [{"n": 1}]
     journal.append({"n": 3})
     assert journal.records() == [{"n": 1}, {"n": 3}]
@@ -306,3 +310,9 @@ def test_what_the_caller_has_on_its_path_is_kept(tmp_path: Path) -> None:
     (line,) = [line for line in said.splitlines() if line.startswith("path ")]
     assert line.split(":")[-1] == str(tmp_path / "carried")
     assert json.loads((tmp_path / "out" / "results.jsonl").read_text())["verdict"].startswith("absent: ncu")
+
+
+def test_a_pipe_is_no_journal(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows")
+    with pytest.raises(KDFastError, match="rows: cannot be read: is a pipe"):
+        Journal(tmp_path / "rows").records()

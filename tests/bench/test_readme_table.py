@@ -11,6 +11,7 @@ import pytest
 
 from bench import readme_table
 from kdfast.benchmarks import plots
+from kdfast.report.plots import PALETTE
 from tests.conftest import INTERPRETING
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="nothing here launches a kernel")
@@ -91,12 +92,26 @@ def test_the_newest_date_of_each_device_counts(tmp_path: Path, monkeypatch: pyte
     assert found["cases"] == RESULT["cases"]
 
 
+def test_a_provider_has_one_colour_whatever_stands_beside_it() -> None:
+    eager = {
+        plots._kind_color(name) for name in ("eager", "eager, image by image", "eager PyTorch, one gather")
+    }
+    compiled, libraries = (
+        plots._kind_color("torch.compile"),
+        {plots._kind_color(name) for name in ("cpprb", "PIL")},
+    )
+    assert (len(eager), len(libraries), len({*eager, compiled, *libraries, PALETTE[0]})) == (1, 1, 4)
+
+
 def test_figures_show_bars_a_roof_and_sweeps(tmp_path: Path) -> None:
     files = plots.draw(RESULT, tmp_path)
     assert [path.name for path in files] == ["ratios.svg", "roof.svg", "sweeps.svg"]
     bars, roof, sweeps = (path.read_text() for path in files)
     assert [text for text in ("2.00×  eager", "0.50×  eager", "2.00×  Lib") if text not in bars] == []
     assert "a copy: 1 GB/s" in roof
+    assert {PALETTE[1], PALETTE[3]} == set(re.findall(r"fill: (#[0-9a-f]{6})", bars)), (
+        "a colour a kind of provider"
+    )
     assert "losses: kl" in sweeps
     assert plots.sweeps(RESULT) == {
         "losses: kl": {"eager": [(8, 2.0), (16, 1.0)], "kdfast": [(8, 1.0), (16, 2.0)]}

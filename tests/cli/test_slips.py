@@ -39,9 +39,10 @@ def test_a_config_in_a_networks_place(method: Any, config: Any, role: str) -> No
     [
         (
             {"method": "fitnet", "student_layers": "layer3"},
-            "student_layers: got 'layer3', accepted: a list, as in",
+            "student_layers: got 'layer3', accepted: a list, as in [layer3]",
         ),
-        ({"augment": "flip"}, "augment: got 'flip', accepted: a list, as in"),
+        ({"augment": "crop,flip"}, "augment: got 'crop,flip', accepted: a list, as in [crop,flip]"),
+        ({"augment": 3}, "augment: got 3, accepted: a list, as in [a, b]"),
     ],
 )
 def test_values_of_another_kind(values: dict[str, Any], words: str) -> None:
@@ -49,9 +50,45 @@ def test_values_of_another_kind(values: dict[str, Any], words: str) -> None:
         parse({"teacher": "runs/t", "student": "resnet8", "data": "digits", **values})
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("ten", "a valid integer"), (2.5, "a valid integer, got a number with a fractional part")],
+)
+def test_a_number_is_refused_without_the_parsers_words(value: object, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"epochs: got {value!r}, accepted: {words}$"):
+        parse({"teacher": "runs/t", "student": "resnet8", "data": "digits", "epochs": value})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("teach", "--device", "cuda"), "--device: device is a key, not an option: write device=cuda"),
+        (
+            ("teach", "--image-size=64"),
+            "--image-size: image_size is a key, not an option: write image_size=64",
+        ),
+        (("distill", "--temperature", "4", "--quiet"), "write temperature=4 at the end of the line"),
+        (("distill", "--epochs", "--quiet"), "write epochs=VALUE"),
+        (("synth", "--steps", "5"), "write steps=5"),
+    ],
+)
+def test_a_key_written_as_an_option(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "x")])
+    assert (result.exit_code, result.stderr.count("\n"), said in result.stderr) == (2, 1, True), result.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_option_that_is_no_key_either_is_clicks_to_refuse(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["teach", "--nonsense", "4", "--out", str(tmp_path / "x")])
+    assert (result.exit_code, "No such option: --nonsense" in result.stderr) == (2, True)
+
+
 def test_distill_goes_without_a_recipe(tmp_path: Path) -> None:
     out = ["distill", "--out", str(tmp_path / "x"), "-q"]
     result = CliRunner().invoke(app, [*out, "method=kd", "student=resnet8", "data=digits"])
-    assert (result.exit_code, "distill: teacher: missing" in result.stderr) == (2, True)
+    assert (result.exit_code, "distill: teacher: missing; in a shell: teacher=VALUE" in result.stderr) == (
+        2,
+        True,
+    )
     result = CliRunner().invoke(app, [*out, "method=kd", "tacher=x"])
     assert (result.exit_code, "did you mean 'teacher'?" in result.stderr) == (2, True)

@@ -48,8 +48,11 @@ def test_a_run_says_what_it_trains_on_and_how_it_ended(
         "image_size": 8,
     }
     config, method = parse({**values, **SHORT, "test_data": str(test), "epochs": 2})
-    metrics = distill(config, method, tmp_path / "run")
+    metrics = distill(config, method, tmp_path / "a run")
     said = capsys.readouterr().err
+    assert f"\nnext      kdfast export '{tmp_path}/a run' --to torch.export\n" in said, (
+        "not a line that runs as it is"
+    )
     lines = {line.split()[0]: line for line in reversed(said.splitlines()) if line[:1].strip()}
     assert lines["data"] == f"data      {train}, 32 images, 2 classes of 16"
     assert lines["test"] == f"test      {test}, 16 images, 2 classes of 8"
@@ -60,9 +63,9 @@ def test_a_run_says_what_it_trains_on_and_how_it_ended(
     assert re.search(
         r"^student   resnet8 .*\(1× fewer\)  accuracy [\d.]+ %, [\d.]+ % of the", said, re.MULTILINE
     )
-    assert f"{tmp_path / 'run' / 'model.safetensors'}  (last epoch)" in said
+    assert f"{tmp_path / 'a run' / 'model.safetensors'}  (last epoch)" in said
     assert said.index("teacher   ") < said.index("epoch 1/2")
-    kept = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    kept = json.loads((tmp_path / "a run" / "metrics.json").read_text())
     assert kept == metrics
     assert metrics["share_kept"] == pytest.approx(metrics["accuracy"] / metrics["teacher_accuracy"])
     assert (

@@ -226,3 +226,11 @@ def test_a_table_of_each_paper_in_miniature(
     print(name, {cell: found["ours"]["accuracy"] for cell, found in cells.items()})
     assert all(found["ours"]["accuracy"] > 20 for found in cells.values())
     assert "This is a miniature" in Path("out/report.html").read_text()
+
+
+def test_a_damaged_metric_of_a_cell_is_named(table: Path) -> None:
+    run(config(table), Fake())
+    for text in ("[" * 100_000, "3", '{"accuracy": 1, "accuracy": 2}'):
+        Path("out/cells/one/metrics.json").write_text(text)
+        with pytest.raises(KDFastError, match=r"cells/one/metrics\.json: (is nested|holds|cannot be read)"):
+            run(config(table), Fake())

@@ -11,8 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from kdfast.errors import ConfigError, DataError, KDFastError
+import kdfast
+from kdfast.cli.app import app
+from kdfast.data import ShardLoader
+from kdfast.errors import CheckpointError, ConfigError, DataError, KDFastError, ShardError
 from kdfast.experiments.common.recipe import load_recipe
 from kdfast.experiments.distill import run as distill
 from kdfast.experiments.distill.data import some_of
@@ -21,6 +25,7 @@ from kdfast.methods import DMKDConfig, SSDKDConfig
 from kdfast.models import create_model
 from kdfast.report import write_report
 from kdfast.training import ModelConfig, TrainingInterrupted, read_metrics, save_model
+from kdfast.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.support.recipes import Cell, cells, parameters
 
 RECIPES = cells("ssdkd")
@@ -209,6 +214,57 @@ def test_a_run_leaves_its_record(finished: Path) -> None:
         -1
     ].keys()
     assert 0 < lines[-1]["phi"] < 1
+
+
+def test_the_inverted_images_are_a_set_for_another_student(
+    finished: Path, teacher: str, tmp_path: Path
+) -> None:
+    """All of the last checkpoint's buffer, bit by bit, and a recipe learns from the folder."""
+    words = ["export", str(finished), "--to", "shards", "--out", str(tmp_path / "set"), "--json"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output) == {"folder": str(tmp_path / "set"), "images": 24, "classes": 10}
+    (rank,) = load_checkpoint(finished / "checkpoints").states["loader"]
+    held = rank["method"]["buffer"]
+    loader = ShardLoader(tmp_path / "set", 24, shuffle=False, loader="torch")
+    images, labels = next(iter(loader))
+    assert torch.equal((images * 255).round().to(torch.uint8), held["rows"])
+    assert torch.equal(labels, held["labels"].long())
+    values = {"method": "dmkd", "student": "resnet8", "teacher": teacher, "data": str(tmp_path / "set")}
+    config, method = distill.parse({**values, "epochs": 1, "batch_size": 8, "device": "cpu"})
+    assert distill.run(config, method, tmp_path / "other", progress=False)["images"] == 24
+    with pytest.raises(ShardError):
+        kdfast.export(finished, to="shards", out=tmp_path / "set")
+    assert kdfast.export(finished, to="shards")["folder"] == str(finished / "shards")
+    with pytest.raises(ConfigError, match=r"checkpoints.* is of another method"):
+        kdfast.export(tmp_path / "other", to="shards")
+
+
+def test_the_buffers_of_all_processes_are_one_set(finished: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(finished / "checkpoints")
+    (rank,) = checkpoint.states["loader"]
+    states = {**checkpoint.states, "loader": [rank, rank]}
+    save_checkpoint(tmp_path / "checkpoints", states, step=9)
+    assert kdfast.export(tmp_path, to="shards", out=tmp_path / "set")["images"] == 48
+
+
+def test_what_holds_no_inverted_images_is_refused(finished: Path, teacher: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no checkpoints/, accepted with --to shards: .* ssdkd run"):
+        kdfast.export(teacher, to="shards")
+    with pytest.raises(ConfigError, match="--weights: got best, accepted with --to shards: last"):
+        kdfast.export(finished, to="shards", weights="best")
+    checkpoint = load_checkpoint(finished / "checkpoints")
+    (rank,) = checkpoint.states["loader"]
+    for number, (buffer, error, match) in enumerate(
+        [
+            (None, ConfigError, "replay was off"),
+            ({"rows": torch.zeros(2)}, CheckpointError, "settings cannot"),
+        ]
+    ):
+        changed = {**rank, "method": {**rank["method"], "buffer": buffer}}
+        save_checkpoint(tmp_path / str(number) / "checkpoints", {"loader": [changed]}, step=9)
+        with pytest.raises(error, match=match):
+            kdfast.export(tmp_path / str(number), to="shards")
 
 
 def test_the_student_is_a_plain_network(finished: Path) -> None:

@@ -22,6 +22,7 @@ from kdfast.experiments.diffusion_model.config import DiffusionConfig
 from kdfast.experiments.diffusion_model.run import build_dit
 from kdfast.experiments.synth import run as synth
 from tests.diffusion.test_synthesizer import contents, synthesizer, write
+from tests.support.memory import resident
 
 
 def killed_after(seconds: float, work: Any) -> bool:
@@ -73,11 +74,6 @@ def test_random_kills_in_a_row_end_in_the_set_of_an_undisturbed_run(tmp_path: Pa
 @pytest.mark.timeout(3600)
 def test_a_hundred_random_kills(tmp_path: Path) -> None:
     assert endure(tmp_path, kills=100, seed=1, images=40) >= 100
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.slow

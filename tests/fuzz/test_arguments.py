@@ -59,6 +59,9 @@ def calls() -> dict[str, dict[str, Any]]:
             "ignore_index": -100,
         },
         "jsd_loss": pair | weighted | {"beta": 0.5},
+        "divergence_loss": pair
+        | weighted
+        | {"kind": "skew_reverse_kl", "teacher_temperature": 3.0, "beta": 0.5, "alpha": 0.1},
         "dkd_loss": pair | weighted | {"target": target, "alpha": 1.0, "beta": 2.0, "ignore_index": -100},
         "dist_loss": pair | {"beta": 1.0, "gamma": 1.0},
         "topk_kd_loss": weighted
@@ -80,6 +83,16 @@ def calls() -> dict[str, dict[str, Any]]:
             "student_bias": torch.zeros(5),
             "teacher_bias": torch.zeros(5),
             "chunk_rows": 2,
+            "kind": "jsd",
+            "teacher_temperature": 3.0,
+            "beta": 0.5,
+            "target": target,
+            "kd_weight": 1.0,
+            "ce_weight": 0.5,
+            "ignore_index": -100,
+            "label_smoothing": 0.1,
+            "softcap": 30.0,
+            "teacher_softcap": 20.0,
         },
         "denoise_step": {
             "sample": torch.randn(2, 3, 4),
@@ -156,18 +169,7 @@ def calls() -> dict[str, dict[str, Any]]:
     return made
 
 
-CHECKED = (
-    "bn_ddim_step",
-    "bn_mse",
-    "bn_relu",
-    "bn_statistics_loss",
-    "crop_flip_normalize",
-    "denoise_step",
-    "draw_crop_flip",
-    "render_leaves",
-    "render_shaders",
-)
-CALLS = {name: given for name, given in calls().items() if name in CHECKED}
+CALLS = calls()
 
 
 def odd(value: Any, rng: np.random.Generator) -> Any:
@@ -317,8 +319,32 @@ def test_odd_arguments_are_taken_or_refused_by_name(name: str) -> None:
         ("bn_statistics_loss", {"running_mean": None}),
         ("bn_statistics_loss", {"average_share": "x"}),
         ("bn_statistics_loss", {"average_share": True}),
+        ("kd_kl_div", {"student": logits().to_sparse()}),
+        ("kd_kl_div", {"temperature": 1e308}),
+        ("kd_kl_div", {"temperature": 1e-320}),
+        ("kd_kl_div", {"temperature": 10**400}),
+        ("kd_kl_div", {"temperature": torch.tensor([2.0]).to_sparse()}),
+        ("kd_kl_div", {"reduction": np.ones(2)}),
+        ("divergence_loss", {"teacher_temperature": 1e30}),
+        ("divergence_loss", {"kind": ["jsd"]}),
+        ("distillation_loss", {"ignore_index": "x"}),
+        ("distillation_loss", {"ignore_index": 1.0}),
+        ("distillation_loss", {"ignore_index": True}),
+        ("distillation_loss", {"ignore_index": -(2**70)}),
+        ("distillation_loss", {"target": torch.tensor([0, 1, 2, 3]).to_sparse()}),
+        ("dkd_loss", {"ignore_index": None}),
+        ("dkd_loss", {"beta": 1e308}),
+        ("topk_kd_loss", {"indices": torch.ones(4, 2, dtype=torch.int64).to_sparse()}),
+        ("topk_kd_loss", {"tail": np.ones(2)}),
+        ("fused_linear_kd_loss", {"student_weight": logits(5, 3).to_sparse()}),
+        ("fused_linear_kd_loss", {"teacher_bias": 3}),
+        ("noise_mix", {"gamma": torch.ones(4).to_sparse()}),
+        ("noise_mse", {"prediction": torch.ones(4).to_sparse()}),
+        ("add_noise_embed", {"timesteps": torch.ones(2, dtype=torch.int64).to_sparse()}),
+        ("reparam_middle_loss", {"carry_gradient": np.ones(2)}),
+        ("denoise_step", {"guidance_scale": 1e308}),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_what_makes_no_sense_is_refused_by_name(name: str, change: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError), match=next(iter(change))):

@@ -17,6 +17,7 @@ import kdfast
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").rglob("*.md"))]
+API = ROOT / "docs" / "pages" / "api"
 # Indented fences (in tabs) count too; what they hold is dedented by the indent of the fence.
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w+)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
@@ -130,17 +131,42 @@ def test_the_readme_promises_no_method_that_is_not_there() -> None:
         assert not complete or names[name] in in_recipes, row[0]
 
 
-@pytest.mark.parametrize("name", ["functional", "nn", "diffusion", "replay", "data", "models", "methods"])
+MODULES = ["functional", "nn", "diffusion", "replay", "data", "models", "methods", "training"]
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_the_reference_lists_every_public_name(name: str) -> None:
     module = importlib.import_module(f"kdfast.{name}")
-    text = (ROOT / "docs" / "pages" / "api.md").read_text()
+    text = "".join(page.read_text() for page in API.glob("*.md"))
     listed = set(re.findall(rf"^::: kdfast\.{name}\.(?:\w+\.)*(\w+)$", text, re.MULTILINE))
     listed |= set(
         re.findall(rf"^::: kdfast\.{name}\.(\w+)\.", text, re.MULTILINE)
     )  # a module, by what is in it
     errors = {public for public in module.__all__ if hasattr(kdfast, public)}  # listed under kdfast.errors
     lacking = sorted(set(module.__all__) - errors - listed)
-    assert lacking == [], f"docs/pages/api.md lists none of these: ::: kdfast.{name}.NAME for {lacking}"
+    assert lacking == [], (
+        f"docs/pages/api/{name}.md lists none of these: ::: kdfast.{name}.NAME for {lacking}"
+    )
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_of_the_reference_has_its_page_with_its_names_alone(name: str) -> None:
+    text = (API / f"{name}.md").read_text()
+    assert text.startswith(f"# kdfast.{name}\n")
+    named = re.findall(r"^::: (.+)$", text, re.MULTILINE)
+    assert named == list(dict.fromkeys(named)) != []
+    assert {entry.split(".")[1] for entry in named} == {name}
+    assert f"({name}.md)" in (API / "index.md").read_text()
+
+
+def test_every_picture_is_shown_and_says_what_it_shows() -> None:
+    """For whoever cannot see it, or whose connection is slow."""
+    shown = [hit for page in PAGES for hit in re.findall(r"!\[([^]]*)\]\(([^)]+)\)", page.read_text())]
+    assert [path for words, path in shown if len(words.split()) < 3] == [], "pictures without alt text"
+    pictures = [path.name for path in (ROOT / "docs" / "pages" / "assets").iterdir()]
+    names = {Path(path).name for _, path in shown}
+    drawn = {".png", ".jpg", ".webp", ".svg"}
+    assert [name for name in pictures if Path(name).suffix in drawn and name not in names] == []
 
 
 @pytest.mark.xdist_group("docs")
@@ -164,6 +190,8 @@ def test_documentation_builds_without_a_warning_and_fetches_nothing(tmp_path: Pa
     assert result.returncode == 0, result.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) >= len(PAGES) - 1
+    quoted = [page.name for page in pages if "<blockquote>\n<blockquote>" in page.read_text()]
+    assert quoted == [], "a session at the prompt, taken for quotations: see docs/plain_roles.py"
     remote = re.compile(r"""<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)=["'](?:https?:)?//[^"']+""")
     assert [(page.name, hit) for page in pages for hit in remote.findall(page.read_text())] == []
     styles = [path.read_text() for path in (tmp_path / "site").rglob("*.css")]

@@ -27,7 +27,16 @@ from kdfast.functional import (
 )
 from tests.conftest import INTERPRETING, Target
 
-KINDS = ("reverse_kl", "jeffreys", "skew_forward_kl", "skew_reverse_kl", "total_variation", "alpha")
+KINDS = (
+    "reverse_kl",
+    "jeffreys",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "alpha",
+    "triangular",
+    "ab",
+)
 REDUCTIONS = ("batchmean", "mean", "sum", "rowmean", "none")
 SHAPES = [(0, 5), (1, 5), (3, 1), (4, 7), (2, 33), (2, 0, 4)]
 

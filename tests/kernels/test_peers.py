@@ -160,7 +160,9 @@ def test_trls_temperature_softens_and_half_is_symmetric(target: Target) -> None:
     assert not torch.isclose(generalized_jsd_loss(s, t, beta=0.1), generalized_jsd_loss(t, s, beta=0.1))
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize(
+    "kind", ["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "triangular", "ab"]
+)
 @pytest.mark.parametrize("rows, classes", [(2, 32000), (41, 1271)])
 def test_the_other_kinds_on_the_same_grid(target: Target, kind: Any, rows: int, classes: int) -> None:
     """DistillKit's and orda-kernel's kinds, at α = β = ½, from the same draws."""
@@ -177,5 +179,7 @@ def test_the_other_kinds_on_the_same_grid(target: Target, kind: Any, rows: int, 
         "jsd": (to(p, mixed) + to(q, mixed)) / 2,
         "skew_forward_kl": to(p, mixed),
         "skew_reverse_kl": to(q, mixed),
+        "triangular": 2 * (1 - (p + q - mixed).exp().sum(-1)).mean(),
+        "ab": 4 * (1 - ((p + q) / 2).exp().sum(-1)).mean(),  # four times the squared Hellinger distance
     }[kind]
     torch.testing.assert_close(divergence_loss(s, t, kind=kind).double().cpu(), want, rtol=1e-5, atol=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -129,7 +130,14 @@ class _FakeTorchvision(ModuleType):
         self.calls: list[tuple[str, dict[str, object]]] = []
 
     def list_models(self) -> list[str]:
-        return ["shufflenet_v2_x0_5", "shufflenet_v2_x1_0"]
+        return ["deeplabv3_resnet50", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0"]
+
+    def get_model_builder(self, name: str) -> Callable[..., nn.Module]:
+        def segmenter(*, weights: object = None, weights_backbone: object = "V1") -> nn.Module: ...
+
+        def classifier(*, weights: object = None) -> nn.Module: ...
+
+        return segmenter if name.startswith("deeplab") else classifier
 
     def get_model(self, name: str, **options: object) -> nn.Module:
         self.calls.append((name, options))
@@ -145,6 +153,14 @@ def test_torchvision_names_go_to_torchvision(monkeypatch: pytest.MonkeyPatch) ->
     assert models.calls == [
         ("shufflenet_v2_x1_0", {"weights": "IMAGENET1K_V1", "num_classes": 1000}),
         ("shufflenet_v2_x0_5", {"weights": None, "num_classes": 7}),
+    ]
+    models.calls.clear()
+    create_model("torchvision:deeplabv3_resnet50", 21)
+    create_model("torchvision:deeplabv3_resnet50", 21, weights_backbone="V2")
+    fresh: dict[str, object] = {"weights": None, "num_classes": 21}
+    assert [options for _, options in models.calls] == [
+        fresh | {"weights_backbone": None},  # or torchvision would fetch those
+        fresh | {"weights_backbone": "V2"},
     ]
     with pytest.raises(
         ValueError, match=r"torchvision has no model .*; did you mean torchvision:shufflenet_v2"

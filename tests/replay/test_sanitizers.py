@@ -16,7 +16,8 @@ COMPILER = shutil.which("c++")
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_stress_and_fuzz_under_sanitizers(sanitizers: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["replay_stress", "loops_stress"])
+def test_stress_and_fuzz_under_sanitizers(what: str, sanitizers: str, tmp_path: Path) -> None:
     flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pthread"]
     # One copy of each loop: sanitizers cannot run while the loader chooses between copies.
     flags += [
@@ -26,7 +27,7 @@ def test_stress_and_fuzz_under_sanitizers(sanitizers: str, tmp_path: Path) -> No
         f"-I{ROOT / 'csrc'}",
     ]
     program = tmp_path / "stress"
-    source = ROOT / "tests" / "cpp" / "replay_stress.cpp"
+    source = ROOT / "tests" / "cpp" / f"{what}.cpp"
     subprocess.run([str(COMPILER), *flags, str(source), "-o", str(program)], check=True)
     # The thread sanitizer ends children of a process with threads unless told otherwise, and misses their threads.
     settings = {**os.environ, "TSAN_OPTIONS": "die_after_fork=0:report_thread_leaks=0:halt_on_error=1"}

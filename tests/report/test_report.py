@@ -218,3 +218,44 @@ def test_figures_name_what_they_show() -> None:
 
 def test_a_name_cannot_break_out_of_a_figure() -> None:
     ElementTree.fromstring(bars({"a <b> & c": 0.5}, xlabel="x"))
+
+
+def test_a_run_prints_as_a_line(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "seed-0").mkdir(parents=True)
+    lines = [{"kind": "train", "step": 900, "loss": 1.0}, {"kind": "eval", "step": "odd"}, {"kind": "eval"}]
+    (folder / "seed-0" / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert repr(read_run(folder / "seed-0")) == f"Run('{folder}/seed-0': 900 steps, not finished)"
+    (folder / "metrics.json").write_text(json.dumps({"accuracy_mean": 0.975}))
+    assert repr(read_run(folder)) == f"Run('{folder}': accuracy 97.5 %, runs seed-0)"
+    (folder / "metrics.json").write_text(json.dumps({"images": 4}))
+    (folder / "seed-0" / "metrics.jsonl").unlink()
+    assert repr(read_run(folder)) == f"Run('{folder}': finished)"
+
+
+def test_a_runs_page_says_first_what_was_kept_and_last_what_it_was_told(tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    folder.mkdir()
+    metrics = {
+        "seed": 3,
+        "steps": 70,
+        "accuracy": 0.9,
+        "seconds": 12.0,
+        "teacher_accuracy": 0.96,
+        "share_kept": 0.9375,
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "recipe.yaml").write_text("lr: 0.003\nweights: null\naugment: [crop, flip]\nbatch_size: 32\n")
+    page = write_report([folder]).read_text()
+    cards = re.findall(r'<div class="card[^>]*><b>([^<]*)</b><span>([^<]*)', page)
+    wanted = [
+        ("90.0 %", "accuracy"),
+        ("96.0 %", "teacher accuracy"),
+        ("93.8 %", "share kept"),
+        ("12", "seconds"),
+    ]
+    assert cards == wanted
+    told = page[page.index("<h2>Recipe</h2>") :]
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", told) == [
+        "lr", "0.003", "augment", "crop, flip", "batch size", "32",
+    ]  # fmt: skip

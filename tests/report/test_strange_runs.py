@@ -91,6 +91,34 @@ def test_a_wrong_line_of_a_log_is_named(tmp_path: Path, log: str, message: str) 
         read_metrics(folder / "metrics.jsonl")
 
 
+@pytest.mark.parametrize(
+    "recipe, message",
+    [
+        ("a: &a8 [&a7 [&a6 [x, x], *a6, *a6], *a7, *a7]\n", "an anchor or alias"),
+        ("a: " + "[" * 3000, "nested too deep"),
+        ("a: !!int ''\n", "line 1"),
+        ("lr: 1\nlr: 2\n", "lr"),
+        ("x" * 200_000, "accepted: at most"),
+        ("x" * 2_000_000, "accepted: at most"),
+    ],
+    ids=["aliases", "deep", "empty", "twice", "long", "longer"],
+)
+def test_a_recipe_that_is_a_trap_is_named(tmp_path: Path, recipe: str, message: str) -> None:
+    folder = run(tmp_path / "a")
+    (folder / "recipe.yaml").write_text(recipe)
+    with pytest.raises(DataError, match=rf"recipe\.yaml: .*{message}"):
+        write_report([folder])
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.json"])
+def test_a_pipe_is_no_record(tmp_path: Path, name: str) -> None:
+    folder = run(tmp_path / "a")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(DataError, match=f"{name}: cannot be read: is a pipe"):
+        write_report([folder])
+
+
 def test_a_pipe_is_no_log(tmp_path: Path) -> None:
     folder = run(tmp_path / "a")
     (folder / "metrics.jsonl").unlink()

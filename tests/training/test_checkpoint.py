@@ -19,6 +19,7 @@ from kdfast.errors import CheckpointError
 from kdfast.models import create_model
 from kdfast.training import (
     ModelConfig,
+    TrainResult,
     files,
     latest_checkpoint,
     load_checkpoint,
@@ -255,3 +256,13 @@ def test_an_unreadable_model_is_named(saved: Path, spoil: object, message: str) 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere: does not exist"):
         load_model(tmp_path / "nowhere")
+
+
+def test_a_checkpoint_prints_as_a_line(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, {"model": {"w": torch.zeros(9)}, "rng": {}}, step=1200)
+    assert repr(load_checkpoint(path)) == f"Checkpoint('{path}': step 1,200, states model, rng)"
+
+
+def test_a_result_prints_as_a_line() -> None:
+    result = TrainResult(torch.nn.Sequential(torch.nn.Linear(2, 2)), {"accuracy": 0.5}, 1200, 48000, 3.25)
+    assert repr(result) == "TrainResult(Sequential: 1,200 steps, 48,000 images, 3.2 s, accuracy 0.5)"

@@ -21,7 +21,7 @@ def export(
         str,
         typer.Option(
             "--to",
-            help="safetensors, torchscript, torch.export or onnx.",
+            help="safetensors, torchscript, torch.export or onnx; shards: the images of an ssdkd run.",
             metavar="FORMAT",
             show_default=False,
         ),
@@ -29,11 +29,17 @@ def export(
     weights: Annotated[str, typer.Option(help="last, or best: the epoch that measured best.")] = "last",
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Directory for the files; by default RUN/export.", metavar="DIR"),
+        typer.Option(
+            "--out", help="Directory for the files; by default RUN/export, RUN/shards.", metavar="DIR"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a trained network as a file that runs without kdfast, with what prepares its images beside it."""
+    """Write a trained network as a file that runs without kdfast, with what prepares its images beside it.
+
+    With `--to shards`, write the images that an ssdkd run inverted, labelled, for other students: any recipe takes the
+    folder as `data`.
+    """
     from kdfast.experiments.export.config import ExportConfig
     from kdfast.experiments.export.run import run as write
 

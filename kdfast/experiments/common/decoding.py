@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from kdfast.data.labelled import LabelledImages
 from kdfast.data.segmentation import SegmentationFolder
+from kdfast.data.torch_loader import surviving
 from kdfast.errors import KDFastError
 
 __all__ = ["KEPT_BYTES", "Decoded", "automatic_workers", "decoded"]
@@ -106,7 +107,7 @@ class Decoded:
             collate_fn=_as_it_is,
             generator=torch.Generator(),
         )
-        for batch in loader:
+        for batch in surviving(loader):
             if isinstance(batch, KDFastError):
                 raise batch
             yield batch

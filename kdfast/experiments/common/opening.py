@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,8 @@ def say_closing(
         if best is not None and epoch is not None:
             speaker.say("", f"{folder / BEST}  (best: {percent(best)} after epoch {epoch:.0f})")
     speaker.say("time", f"{clock(metrics['seconds'])} for {metrics['steps']:,} steps")
-    speaker.say("next", f"kdfast export {folder} --to onnx")
+    # A format that torch alone writes: what stands here works as it stands.
+    speaker.say("next", f"kdfast export {shlex.quote(str(folder))} --to torch.export")
 
 
 def say_checked(speaker: Speaker, loss: float, *checked: str) -> None:

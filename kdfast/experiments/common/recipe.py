@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from kdfast.documents import shown
 from kdfast.errors import ConfigError, require
 from kdfast.experiments.common.tables import Table, check_table, is_table, open_recipe
-from kdfast.experiments.common.yaml import parse_yaml
+from kdfast.yaml_documents import parse_yaml
 
 T = TypeVar("T")
 
@@ -141,8 +141,10 @@ def assert_dataclass(schema: type) -> None:
 
 #: What pydantic says of Python's types, in a recipe's words.
 _PLAIN = {
-    "tuple_type": "a list, as in [layer3]",
-    "list_type": "a list, as in [layer3]",
+    "tuple_type": "a list, as in {}",
+    "list_type": "a list, as in {}",
+    "int_parsing": "a valid integer",
+    "float_parsing": "a valid number",
 }
 
 
@@ -156,9 +158,14 @@ def _problems(errors: Sequence[Mapping[str, Any]]) -> list[str]:
             found[location[0]] = f"{location[0]}: missing"
         else:
             accepted = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
-            accepted = _PLAIN.get(error["type"], accepted)
+            value = error["input"]
+            example = f"[{value}]" if isinstance(value, str) else "[a, b]"
+            accepted = _PLAIN.get(error["type"], accepted).replace("{}", example)
             # A value may be invalid as each of several types; the first says enough.
             found.setdefault(location[0], f"{location[0]}: got {shown(error['input'])}, accepted: {accepted}")
+    lacking = [name for name, problem in found.items() if problem == f"{name}: missing"]
+    if lacking:
+        found[""] = f"in a shell: {' '.join(f'{name}=VALUE' for name in lacking)}"
     return list(found.values())
 
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from kdfast.documents import read_text, shown
 from kdfast.errors import ConfigError, require
-from kdfast.experiments.common.yaml import MAX_RECIPE, parse_yaml
+from kdfast.yaml_documents import MAX_RECIPE, parse_yaml
 
 _KEYS = {
     *(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kdfast.errors import ConfigError, KDFastError, require
 from kdfast.experiments.common.networks import load_teacher
 from kdfast.experiments.export.config import ExportConfig
+from kdfast.experiments.export.shards import write_inverted
 from kdfast.models.outputs import logits_of
 from kdfast.training import files
 from kdfast.training.model_io import BEST, ModelConfig, save_weights
@@ -53,7 +54,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
     Returns:
         ``file``, ``preprocess``, ``bytes``, and ``difference``: the largest one between the network's logits and those
-        of the file as it was read back.
+        of the file as it was read back. Of ``shards``: ``folder``, ``images``, ``classes``.
 
     Raises:
         ConfigError: There are no best weights.
@@ -61,6 +62,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
         MissingExtraError: A package that the format needs is not installed.
         KDFastError: The file, read back, gives other logits.
     """
+    if config.to == "shards":
+        return write_inverted(config)
     source = config.run
     if config.weights == "best":
         source = str(Path(config.run) / BEST)

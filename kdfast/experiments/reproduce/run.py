@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +12,12 @@ from typing import Any
 from kdfast.errors import ConfigError, KDFastError
 from kdfast.experiments.common.results import METRICS, lock_run, out_directory, release_run
 from kdfast.experiments.common.tables import Table, load_table
-from kdfast.experiments.common.yaml import dump_yaml
 from kdfast.experiments.reproduce.config import ReproduceConfig
 from kdfast.experiments.reproduce.page import Row, write_page
 from kdfast.experiments.reproduce.plan import CELLS, Plan, Step, check_missing, differences, make_plan, shell
+from kdfast.report.runs import read_results
 from kdfast.training import files
+from kdfast.yaml_documents import dump_yaml
 
 #: What runs a command of kdfast, given its words after ``kdfast``; returns the exit status.
 Execute = Callable[[Sequence[str]], int]
@@ -136,13 +136,14 @@ def _report(work: _Work) -> dict[str, Any]:
 
 def _row(work: _Work, cell: str) -> Row:
     place = work.out / CELLS / cell / METRICS
-    metrics = json.loads(place.read_text()) if place.exists() else {}
+    metrics = read_results(place)
     found = {}
     for name in ("accuracy", "top5_accuracy", "miou"):
         value = metrics.get(f"{name}_mean", metrics.get(name))
         if isinstance(value, float):
             scale = 1 if name == "miou" else 100
-            found[name] = (scale * value, scale * float(metrics.get(f"{name}_std", 0.0)))
+            width = metrics.get(f"{name}_std", 0.0)
+            found[name] = (scale * value, scale * width if isinstance(width, float) else 0.0)
     seconds = metrics.get("seconds_mean", metrics.get("seconds"))
     seeds = metrics.get("seeds", [metrics["seed"]] if "seed" in metrics else [])
     return Row(cell, work.table.paper(cell), found, tuple(seeds), seconds, not work.small)
@@ -154,7 +155,7 @@ def _teachers(work: _Work) -> dict[str, Path]:
 
 
 def _accuracy(place: Path, metric: str) -> float | None:
-    value = json.loads((place / METRICS).read_text()).get(metric)
+    value = read_results(place / METRICS).get(metric)
     return float(value) if isinstance(value, (int, float)) else None
 
 

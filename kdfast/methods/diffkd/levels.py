@@ -12,6 +12,7 @@ from kdfast.methods.diffkd.config import Pair
 from kdfast.models import FeatureTaps
 from kdfast.models.layouts import Reading, reading_of
 from kdfast.models.maps import Resize, fit
+from kdfast.training.supervised import pixels_of
 
 __all__ = ["Level", "find_levels", "pair_names"]
 
@@ -104,7 +105,7 @@ def find_levels(
         ValueError: Student and teacher have different numbers of levels, or what is in a place is no map.
     """
     found = []
-    seen = [batch.get("pixel_values") if isinstance(batch, Mapping) else batch for batch in images]
+    seen = [pixels_of(batch) if isinstance(batch, Mapping) else batch for batch in images]
     for name, pair in zip(pair_names(pairs), pairs):
         own, other = taps[0].levels(pair.student), taps[1].levels(_taught(pair))
         if len(own) != len(other):

@@ -11,10 +11,14 @@ a gradient.
 
 from __future__ import annotations
 
-from typing import Any
+import contextvars
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
+from kdfast.backend import resolve
 from kdfast.kernels.linear import chunks_alive, default_chunk_rows
 from kdfast.ops.common.gradients import has_values
 from kdfast.ops.linear.chunks import autocasts, compute, definition
@@ -24,6 +28,7 @@ from kdfast.profiling import annotate
 __all__ = ["Job", "autocasts", "chunks_alive", "default_chunk_rows", "fused_linear_kd"]
 
 Tensor = torch.Tensor
+T = TypeVar("T")
 #: Stands where autograd keeps the tensor.
 _SAVED: Any = None
 
@@ -83,7 +88,35 @@ _ONCE = (
 @torch.library.custom_op("kdfast::fused_linear_kd", mutates_args=(), schema=SCHEMA)
 def fused_linear_kd_op(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``kdfast::fused_linear_kd``: loss and gradients of hidden states, weight and bias (empty if not needed)."""
-    return compute(job_of(given[:-4]), given[-4], given[-3:])
+    job, chunk_rows, needs = job_of(given[:-4]), given[-4], given[-3:]
+    if any(needs) and resolve(job.hidden, job.weight) == "reference":
+        return _apart(lambda: compute(job, chunk_rows, needs))
+    return compute(job, chunk_rows, needs)
+
+
+def _apart(call: Callable[[], T]) -> T:
+    """What a call returns, made in a thread of its own.
+
+    The reference differentiates by torch.func, which cannot work where torch.compile has put its own listener over the
+    ops that it runs (it looks whose memory their outputs are): torch leaves out torch.func's keys there, a thread at a
+    time.
+    """
+    made: list[T] = []
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                made.append(call())
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,))
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+    return made[0]
 
 
 @fused_linear_kd_op.register_fake

@@ -62,10 +62,10 @@ def _losses(job: Job, logits: Tensor, teacher: Tensor | None) -> list[tuple[RowL
                 return [(distillation, teacher, labelled._replace(divisor=row.divisor))]
             found.append((kl, teacher, row))
         elif job.kind == "jsd" and job.alike:
-            found.append((jsd, teacher, row._replace(options=(0.0, job.number))))
+            found.append((jsd, teacher, row._replace(options=tuple(job.numbers))))
         else:
             ratio, tensor = (1.0, job.ratio) if isinstance(job.ratio, Tensor) else (job.ratio, None)
-            options = (float(KINDS.index(job.kind)), job.number, ratio)
+            options = (float(KINDS.index(job.kind)), *job.numbers, ratio)
             found.append((divergence, teacher, row._replace(options=options, factor=tensor)))
     if (
         job.label is not None

@@ -28,7 +28,7 @@ class Job(NamedTuple):
         teacher_index: int64 ``[rows, k]`` or None.
         teacher_normalizer: ``[rows]`` or None.
         kind: One of :data:`kdfast.reference.pair.KINDS`.
-        number: Its β or α.
+        numbers: (α, β), as :func:`kdfast.functional.divergence.check_kind` has them.
         kd_weight: Of the divergence.
         smoothing: Of the labels.
         softcap: c of c·tanh(x/c), of the student's logits; 0: none.
@@ -53,7 +53,7 @@ class Job(NamedTuple):
     teacher_index: Tensor | None
     teacher_normalizer: Tensor | None
     kind: str
-    number: float
+    numbers: tuple[float, float]
     kd_weight: float
     smoothing: float
     softcap: float
@@ -123,7 +123,7 @@ def job_of(arguments: tuple[Any, ...]) -> Job:
 SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor? teacher_logits, Tensor? teacher_index, Tensor? teacher_normalizer, str kind, "
-    "float number, float kd_weight, float smoothing, float softcap, float teacher_softcap, bool bucket, "
+    "float[] numbers, float kd_weight, float smoothing, float softcap, float teacher_softcap, bool bucket, "
     "float temperature, Tensor? temperature_tensor, float ratio, Tensor? ratio_tensor, Tensor? row_weight, "
     "Tensor? mask, float divisor, Tensor? divisor_tensor, Tensor? label, Tensor? factor, SymInt chunk_rows, "
     "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)"

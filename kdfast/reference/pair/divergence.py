@@ -24,6 +24,8 @@ KINDS = (
     "skew_reverse_kl",
     "total_variation",
     "alpha",
+    "triangular",
+    "ab",
 )
 #: Stands for the logarithm of 0 where it is multiplied by 0.
 LEAST = -1e30
@@ -33,7 +35,7 @@ def divergence_rows(
     student: torch.Tensor,
     teacher: torch.Tensor,
     kind: str,
-    number: float,
+    numbers: tuple[float, float],
     temperature: torch.Tensor | float,
     ratio: torch.Tensor | float,
     dim: int,
@@ -44,7 +46,7 @@ def divergence_rows(
         student: Logits.
         teacher: Logits of the same shape.
         kind: One of :data:`KINDS`.
-        number: β of ``jsd``, α of the skew divergences and of ``alpha``.
+        numbers: (α, β): of ``ab`` both; of the others β alone, which is α of the skew divergences and of ``alpha``.
         temperature: T of the student.
         ratio: T over the teacher's temperature.
         dim: The class dimension, which is summed out.
@@ -59,7 +61,7 @@ def divergence_rows(
     no_q, no_p = log_q.detach() == -math.inf, log_p.detach() == -math.inf
     q, p = log_q.exp(), log_p.exp()
     log_q, log_p = log_q.masked_fill(no_q, LEAST), log_p.masked_fill(no_p, LEAST)
-    terms, infinite = _terms(kind, number, log_p, log_q, p, q, no_p & ~no_q, no_q & ~no_p)
+    terms, infinite = _terms(kind, numbers, log_p, log_q, p, q, no_p & ~no_q, no_q & ~no_p)
     rows = terms.sum(dim)
     if infinite is not None:
         rows = rows.masked_fill(infinite.any(dim), math.inf)
@@ -72,7 +74,7 @@ def _log_softmax(logits: torch.Tensor, temperature: torch.Tensor | float, dim: i
 
 def _terms(
     kind: str,
-    number: float,
+    numbers: tuple[float, float],
     log_p: torch.Tensor,
     log_q: torch.Tensor,
     p: torch.Tensor,
@@ -81,6 +83,7 @@ def _terms(
     only_p: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Terms of the sum, and which classes make it infinite."""
+    alpha, number = numbers
     if kind == "forward_kl":
         return p * (log_p - log_q), only_p
     if kind == "reverse_kl":
@@ -96,6 +99,12 @@ def _terms(
     if kind == "jsd":
         log_m = _mixture(log_p, log_q, number)
         return number * p * (log_p - log_m) + (1 - number) * q * (log_q - log_m), None
+    if kind == "triangular":
+        return (p - q) * ((log_p - log_q) / 2).tanh(), None
+    if kind == "ab":
+        both = alpha + number
+        powers = alpha / both * (both * log_p).exp() + number / both * (both * log_q).exp()
+        return (powers - (alpha * log_p + number * log_q).exp()) / (alpha * number), None
     delta = log_p - log_q
     above = p * ((number - 1) * delta.clamp(min=0)).exp()
     below = q * (number * delta.clamp(max=0)).exp()

@@ -24,6 +24,8 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "skew_reverse_kl", "alpha": 0.1},
     {"kind": "total_variation"},
     {"kind": "alpha", "alpha": 0.4},
+    {"kind": "triangular"},
+    {"kind": "ab", "alpha": 0.3, "beta": 0.6},
     {"kind": "forward_kl", "teacher_temperature": 1.3},
 ]
 
@@ -56,7 +58,8 @@ def divergence64(s: torch.Tensor, t: torch.Tensor, kind: str, beta: float, alpha
     def to(a: torch.Tensor, log_a: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         return (a * (log_a - m.log())).sum(-1)
 
-    mixed = beta * p + (1 - beta) * q
+    mixed, both = beta * p + (1 - beta) * q, alpha + beta
+    powers = (alpha * p**both + beta * q**both) / both
     return {
         "forward_kl": lambda: to(p, t, q),
         "reverse_kl": lambda: to(q, s, p),
@@ -66,6 +69,8 @@ def divergence64(s: torch.Tensor, t: torch.Tensor, kind: str, beta: float, alpha
         "skew_reverse_kl": lambda: to(q, s, (1 - alpha) * p + alpha * q),
         "total_variation": lambda: (p - q).abs().sum(-1) / 2,
         "alpha": lambda: ((p**alpha * q ** (1 - alpha)).sum(-1) - 1) / (alpha * (alpha - 1)),
+        "triangular": lambda: ((p - q) ** 2 / (p + q)).sum(-1),
+        "ab": lambda: (powers - p**alpha * q**beta).sum(-1) / (alpha * beta),
     }[kind]()
 
 

@@ -179,3 +179,12 @@ def test_long_rows_of_topk_take_several_blocks() -> None:
     assert topk_plan(1000, 50) == TopKPlan(1024, 64, 2, once=True)
     assert topk_plan(128_256, 50).block == 4096
     assert not topk_plan(128_256, 200).once  # too many pairs for the chip
+
+
+@pytest.mark.parametrize("kind", [losses_more.TRIANGULAR, losses_more.AB])
+@pytest.mark.parametrize("shape", [(65536, 1000), pytest.param((64, 32000), marks=pytest.mark.slow)])
+def test_the_other_divergences_do_not_spill(kind: int, shape: tuple[int, ...]) -> None:
+    for call in (run_student(kind, shape), run_pair(kind, shape, 1, BF16)):
+        (report,) = audit(call, 90)
+        assert report.spills == 0, report
+        assert report.widest_load == report.widest_store == 16, report

@@ -1,0 +1,138 @@
+// The loops over rows, pixels and normals under sanitizers: every width up to three vectors and some beyond,
+// rows side by side and apart, exact to the last byte of their memory, values that are no numbers; then eight
+// threads at once, whose results must be those of one. Exits 0 when all holds; a sanitizer ends the process
+// otherwise.
+#include <atomic>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <thread>
+
+#include "dead_leaves.hpp"
+#include "philox_normal.hpp"
+#include "row_losses.hpp"
+
+using namespace kdfast;
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Losses {
+  std::vector<float> loss, student, teacher;
+  bool operator==(const Losses& other) const {
+    const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
+      return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+    };
+    return same(loss, other.loss) && same(student, other.student) && same(teacher, other.teacher);
+  }
+};
+
+// Memory that ends with the last element, so that a read or a write past it is seen.
+std::vector<float> logits(std::mt19937& random, int64_t rows, int64_t classes, int64_t stride, int odd) {
+  std::vector<float> values(static_cast<size_t>(rows ? (rows - 1) * stride + classes : 0));
+  std::normal_distribution<float> normal(0.0F, 5.0F);
+  for (float& value : values) {
+    value = normal(random);
+    if (odd && random() % 20 == 0)
+      value = std::vector<float>{NAN, kInfinity, -kInfinity, 3e38F, -3e38F, 1e-40F}[random() % 6];
+  }
+  return values;
+}
+
+Losses losses(const std::vector<float>& s, int64_t s_stride, const std::vector<float>& t, int64_t t_stride,
+              int64_t rows, int64_t classes, float inverse, int wanted, int64_t threads) {
+  Losses out;
+  out.loss.resize(static_cast<size_t>(rows));
+  if (wanted & 1) out.student.resize(static_cast<size_t>(rows * classes));
+  if (wanted & 2) out.teacher.resize(static_cast<size_t>(rows * classes));
+  kl_rows(rows, classes, {s.data(), s_stride}, {t.data(), t_stride}, inverse, out.loss.data(),
+          {wanted & 1 ? out.student.data() : nullptr, classes},
+          {wanted & 2 ? out.teacher.data() : nullptr, classes}, threads);
+  return out;
+}
+
+int64_t rows_of_all_widths() {
+  std::mt19937 random(1);
+  int64_t calls = 0;
+  for (int round = 0; round < 40; ++round)
+    for (int64_t classes = 1; classes <= 50; ++classes, ++calls) {
+      const int64_t rows = random() % 4, s_stride = classes + random() % 3, t_stride = classes + random() % 3;
+      const auto s = logits(random, rows, classes, s_stride, round % 2);
+      const auto t = logits(random, rows, classes, t_stride, round % 4 == 3);
+      const float inverse = std::vector<float>{1.0F, 0.25F, 1e-18F, 1e18F}[random() % 4];
+      losses(s, s_stride, t, t_stride, rows, classes, inverse, static_cast<int>(random() % 4), 4);
+    }
+  return calls;
+}
+
+// Rows enough for threads of their own, by eight callers at once.
+bool threads_agree() {
+  std::mt19937 random(2);
+  const int64_t rows = 700, classes = 1003;
+  const auto s = logits(random, rows, classes, classes, 0), t = logits(random, rows, classes, classes, 0);
+  const Losses alone = losses(s, classes, t, classes, rows, classes, 0.5F, 3, 1);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> callers;
+  for (int index = 0; index < 8; ++index)
+    callers.emplace_back([&, index] {
+      for (int round = 0; round < 3; ++round)
+        wrong += !(losses(s, classes, t, classes, rows, classes, 0.5F, 3, 1 + index % 4) == alone);
+    });
+  for (std::thread& caller : callers) caller.join();
+  return wrong == 0;
+}
+
+std::vector<uint8_t> painted(uint64_t seed, int64_t image, int64_t height, int64_t width, int64_t limit,
+                             const LeafLaw& law) {
+  std::vector<uint8_t> covered, out(static_cast<size_t>(3 * height * width));
+  paint_leaves(seed, image, height, width, limit, law, covered, out.data());
+  return out;
+}
+
+int64_t images_of_all_sizes(const LeafLaw& law) {
+  std::mt19937_64 random(3);
+  int64_t images = 0;
+  for (int64_t height = 0; height <= 33; height += 1 + height / 8)
+    for (int64_t width = 0; width <= 33; width += 1 + width / 8)
+      for (int64_t limit : {0, 1, 7, 200}) {
+        painted(random(), static_cast<int64_t>(random() >> 1), height, width, limit, law);
+        ++images;
+      }
+  return images;
+}
+
+bool painters_agree(const LeafLaw& law) {
+  const auto alone = painted(5, 7, 64, 48, 300, law);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> painters;
+  for (int index = 0; index < 8; ++index)
+    painters.emplace_back([&] {
+      for (int round = 0; round < 10; ++round) wrong += painted(5, 7, 64, 48, 300, law) != alone;
+    });
+  for (std::thread& painter : painters) painter.join();
+  return wrong == 0;
+}
+
+// Counts that end inside a block of normals too.
+int64_t normals_of_all_counts() {
+  for (int64_t count = 0; count <= 200; ++count) {
+    std::vector<float> out(static_cast<size_t>(count));
+    normals(~uint64_t{0} - static_cast<uint64_t>(count), ~uint32_t{0}, count, out.data());
+  }
+  return 201;
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<float> radii{0.01F, 0.1F, 0.5F, 2.0F}, cumulative{0.4F, 0.8F, 0.95F, 1.0F};
+  const LeafLaw law{radii.data(), cumulative.data(), 4};
+  const int64_t calls = rows_of_all_widths(), images = images_of_all_sizes(law),
+                counts = normals_of_all_counts();
+  if (!threads_agree()) return std::puts("threads change what a row gets"), 1;
+  if (!painters_agree(law)) return std::puts("threads change what is painted"), 1;
+  std::printf("%lld calls of rows, %lld images, %lld runs of normals\n", static_cast<long long>(calls),
+              static_cast<long long>(images), static_cast<long long>(counts));
+  return 0;
+}
