@@ -126,23 +126,25 @@ def test_two_thousand_digits_take_less_than_a_minute_of_two_cores(digits_model: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_two_processes_write_what_one_does(digits_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_write_what_one_does(processes: int, digits_model: Path, tmp_path: Path) -> None:
     words = [
         "synth", "--weights", str(digits_model), "--images", "50", "--quiet", "--json",
         "steps=2", "batch_size=5", "samples_per_shard=10", "device=cpu",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     one = [sys.executable, "-m", "kdfast.cli", *words, "--out", str(tmp_path / "one")]
-    two = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "kdfast.cli",
-        *words, "--out", str(tmp_path / "two"),
+    several = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+        "-m", "kdfast.cli", *words, "--out", str(tmp_path / "several"),
     ]  # fmt: skip
-    for command in (one, two):
+    for command in (one, several):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    sets = [contents(tmp_path / name) for name in ("one", "two")]
-    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    sets = [contents(tmp_path / name) for name in ("one", "several")]
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "several")]
     for found in sets:
         found.pop("metrics.json")  # which holds times
+        found.pop(".run.lock")  # and this who wrote
     assert sets[0] == sets[1]
     assert metrics[0]["images"] == metrics[1]["images"] == 50
