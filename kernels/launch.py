@@ -21,6 +21,8 @@ MAX_GRID_Y = 65535
 
 #: Launches by kernel name since the process began (or since :func:`count_launches` was entered).
 launch_counts: Counter[str] = Counter()
+#: What Triton's hooks are by default: a chain that profilers add to.
+_CHAIN = getattr(knobs, "HookChain", None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
@@ -47,16 +49,6 @@ class _Ready(NamedTuple):
     rest: tuple[Any, ...]  # arguments after those
     driver: Any
     knobs: tuple[Any, ...]
-
-
-def _knobs() -> tuple[Any, ...]:
-    """What makes Triton compile another kernel of the same arguments."""
-    runtime = knobs.runtime
-    return runtime.debug, knobs.compilation.instrumentation_mode, runtime.add_stages_inspection_hook
-
-
-#: What hooks are by default: a chain that profilers add to.
-_CHAIN = getattr(knobs, "HookChain", None)
 
 
 class Launch:
@@ -105,7 +97,7 @@ class Launch:
                 return self(varying, further)
         compiled, run, (x, y, z), function, metadata, tail, rest, known, state = ready
         runtime = knobs.runtime
-        # Inline, as all of this is: a function's call takes as long as what it would do.
+        # What makes Triton compile another kernel of the same arguments.
         now = runtime.debug, knobs.compilation.instrumentation_mode, runtime.add_stages_inspection_hook
         if known is not active or state != now or self.kernel.pre_run_hooks:
             return self._by_triton(varying, further)
@@ -124,7 +116,8 @@ class Launch:
 
     def _by_triton(self, varying: tuple[Any, ...], further: tuple[Any, ...]) -> None:
         named = dict(zip(self.further, further, strict=True))
-        state = _knobs()
+        runtime = knobs.runtime
+        state = runtime.debug, knobs.compilation.instrumentation_mode, runtime.add_stages_inspection_hook
         compiled = launch(self.kernel, self.grid, *varying, *self.fixed, **named, **self.constants)
         # The interpreter compiles nothing; ROCm's compiler also looks at how much memory a pointer leads to.
         if compiled is None or compiled.metadata.target.backend != "cuda":
