@@ -48,6 +48,7 @@ TOO_LONG = (
     "test_a_hundred_thousand_rows_of_random_operations",
     "test_three_levels_are_bitwise_equal_to_the_core",
     "test_any_layout_gives_the_same_step",
+    "test_offsets_beyond_32_bits",  # gigabytes of logits; tests/kernels/test_widths.py follows the integers instead
     "shape1-1-dtype1-class_tuple",  # 40 classes of one pixel each in a program: 20 GB of unrolled IR
 )
 #: Tests whose launches others make as well: values that no address depends on, and the one launch that a count needs.
