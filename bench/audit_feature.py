@@ -48,8 +48,7 @@ def batch_norm(what: str, dtype: torch.dtype, *, channels_last: bool = False) ->
             norm.act(x, x, x, found, held, centre, **kind)
             norm.act_backward(x, x, x, found, held, centre, **grads, **kind)
         else:
-            grads = {"grad_x": x, "grad_weight": c[6], "grad_bias": c[7]}
             norm.statistics(x, found, held, mean=c[4], rstd=c[5], target=x, sums=sums)
-            norm.mse(x, x, found, held, centre, sums=sums, loss=meta(1), **grads)
+            norm.mse(x, x, found, held, centre, (x, c[6], c[7]), sums=sums, loss=meta(1))
 
     return call

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kdfast.commands import distill as distill
     from kdfast.commands import evaluate as evaluate
     from kdfast.commands import export as export
+    from kdfast.commands import label as label
     from kdfast.commands import select as select
     from kdfast.commands import synth as synth
     from kdfast.commands import teach as teach
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 _LAZY = ("data", "diffusion", "functional", "methods", "models", "nn", "replay")
 _BACKEND = ("get_backend", "set_backend", "use_backend")
 # What the command line does, without `report`: that name is a room's.
-_COMMANDS = ("data_report", "demo", "distill", "evaluate", "export", "select", "synth", "teach")
+_COMMANDS = ("data_report", "demo", "distill", "evaluate", "export", "label", "select", "synth", "teach")
 
 __all__ = [
     "BackendError",

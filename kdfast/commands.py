@@ -10,7 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["data_report", "demo", "distill", "evaluate", "export", "report", "select", "synth", "teach"]
+__all__ = [
+    "data_report",
+    "demo",
+    "distill",
+    "evaluate",
+    "export",
+    "label",
+    "report",
+    "select",
+    "synth",
+    "teach",
+]
 
 T = TypeVar("T")
 
@@ -151,6 +162,31 @@ def data_report(*, data: str | Path, teacher: str | Path, out: str | Path, **key
     from kdfast.experiments.data_report.run import run
 
     return run(_config(DataReportConfig, None, _looked(data, teacher, out, keys), "data-report"))
+
+
+def label(
+    *, data: str | Path, teacher: str | Path, out: str | Path | None = None, **keys: Any
+) -> dict[str, Any]:
+    """Store a teacher's outputs for a set of images, for ``distill(labels="stored")``; ``kdfast label``.
+
+    Args:
+        data: Shards, or real labelled images.
+        teacher: Directory of a trained network, or another spec.
+        out: Directory of the labels; None is that of the shards.
+        **keys: ``views``, ``augment``, ``top_k``, …
+
+    Returns:
+        ``images``, ``views``, ``bytes``, ``seconds``, ``images_per_second``, ``out``.
+
+    Raises:
+        ConfigError: A key is unknown or invalid, or ``out`` holds labels already.
+        DataError: The images cannot be used, or the teacher's outputs are not finite.
+    """
+    from kdfast.experiments.label.config import LabelConfig
+    from kdfast.experiments.label.run import run
+
+    values = {"data": str(data), "teacher": str(teacher), "out": None if out is None else str(out), **keys}
+    return run(_config(LabelConfig, None, values, "label"))
 
 
 def evaluate(

@@ -39,12 +39,12 @@ class _Ready(NamedTuple):
     """A compiled kernel, and what stays the same from launch to launch."""
 
     compiled: Any
-    programs: tuple[int, int, int]
     run: Any
+    programs: tuple[int, int, int]
     function: Any
     metadata: Any
-    tail: tuple[Any, ...]  # arguments after those that vary
-    slots: tuple[int, ...]  # where in all arguments the further varying ones go
+    tail: tuple[Any, ...]  # arguments between those that vary and the further ones
+    rest: tuple[Any, ...]  # arguments after those
     driver: Any
     knobs: tuple[Any, ...]
 
@@ -55,9 +55,8 @@ def _knobs() -> tuple[Any, ...]:
     return runtime.debug, knobs.compilation.instrumentation_mode, runtime.add_stages_inspection_hook
 
 
-def _listens(hook: Any) -> bool:
-    """Whether a hook of Triton's does anything: a profiler has added to its chain, or put its own there."""
-    return hook is not None and (type(hook) is not knobs.HookChain or bool(hook.calls))
+#: What hooks are by default: a chain that profilers add to.
+_CHAIN = getattr(knobs, "HookChain", None)
 
 
 class Launch:
@@ -73,7 +72,7 @@ class Launch:
         grid: Its programs.
         fixed: Arguments after those that vary.
         constants: Arguments by name, and the options of the launch.
-        further: Names of parameters that vary, too, and stand among or after the fixed ones.
+        further: Names of parameters that vary, too: neighbours, among or after the fixed ones.
         device: Where it runs.
     """
 
@@ -100,26 +99,26 @@ class Launch:
         if ready is None:  # before the driver is asked for: the interpreter has none
             with _guard(self.device):
                 return self._by_triton(varying, further)
-        active = driver.active
-        if self.device >= 0 and active.get_current_device() != self.device:
-            with _guard(self.device):
+        active, device = driver.active, self.device
+        if device >= 0 and active.get_current_device() != device:
+            with _guard(device):
                 return self(varying, further)
-        if ready.driver is not active or ready.knobs != _knobs() or self.kernel.pre_run_hooks:
+        compiled, run, (x, y, z), function, metadata, tail, rest, known, state = ready
+        runtime = knobs.runtime
+        # Inline, as all of this is: a function's call takes as long as what it would do.
+        now = runtime.debug, knobs.compilation.instrumentation_mode, runtime.add_stages_inspection_hook
+        if known is not active or state != now or self.kernel.pre_run_hooks:
             return self._by_triton(varying, further)
-        arguments: Any = (*varying, *ready.tail)
-        if further:
-            arguments = list(arguments)
-            for slot, value in zip(ready.slots, further):
-                arguments[slot] = value
-        stream = active.get_current_stream(max(self.device, 0))
-        runtime, about = knobs.runtime, None
+        arguments = (*varying, *tail, *further, *rest)
+        stream, about = active.get_current_stream(device if device >= 0 else 0), None
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-        if _listens(enter) or _listens(leave):
-            about = ready.compiled.launch_metadata(self.grid, stream, *arguments)
+        if enter is leave is None or (
+            type(enter) is type(leave) is _CHAIN and not enter.calls and not leave.calls
+        ):
+            enter = leave = None  # nobody listens
         else:
-            enter = leave = None
+            about = compiled.launch_metadata(self.grid, stream, *arguments)
         launch_counts[self.name] += 1
-        run, function, metadata, (x, y, z) = ready.run, ready.function, ready.metadata, ready.programs
         run(x, y, z, stream, function, metadata, about, enter, leave, *arguments)
         return None
 
@@ -132,11 +131,16 @@ class Launch:
             return
         given = dict(zip(self.kernel.arg_names, (*varying, *self.fixed)))
         given |= named | self.constants
-        tail = [given.get(p.name, p.default) for p in self.kernel.params[len(varying) :]]
-        slots = tuple(self.kernel.arg_names.index(name) for name in self.further)
+        tail = tuple([given.get(p.name, p.default) for p in self.kernel.params[len(varying) :]])
+        rest: tuple[Any, ...] = ()
+        if self.further:
+            at = [self.kernel.arg_names.index(name) for name in self.further]
+            begin, end = at[0], at[0] + len(at)
+            assert at == list(range(begin, end)), "neighbours, in their order"
+            tail, rest = tail[: begin - len(varying)], tail[end - len(varying) :]
         x, y, z = (*self.grid, 1, 1)[:3]
-        handles = compiled.run, compiled.function, compiled.packed_metadata
-        self._ready = _Ready(compiled, (x, y, z), *handles, tuple(tail), slots, driver.active, state)
+        handles = compiled.run, (x, y, z), compiled.function, compiled.packed_metadata
+        self._ready = _Ready(compiled, *handles, tail, rest, driver.active, state)
 
 
 def keeps(device: torch.device) -> bool:
@@ -321,7 +325,7 @@ def fresh_counters() -> Iterator[None]:
 
 
 _counters: dict[tuple[int | None, int], torch.Tensor] = {}
-_reductions: dict[tuple[int | None, int], tuple[torch.Tensor, torch.Tensor]] = {}
+_reductions: dict[tuple[int | None, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 #: More partial sums than this are memory of one launch.
 MAX_PARTIALS = 1 << 18
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -375,25 +379,26 @@ def arrival_counter(device: torch.device, count: int = 1) -> torch.Tensor:
             found = _captured_counter(device, count)
         return torch.zeros(count, dtype=torch.int32, device=device) if found is None else found
     key = (device.index, _stream(device))
-    if key not in _counters or _counters[key].numel() < count:
-        _counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
+    found = _counters.get(key)
+    if found is None or (count > 1 and found.numel() < count):
+        found = _counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
         with _taking:
             if device.index not in _graph_counters:
                 _graph_counters[device.index] = torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device)
-    return _counters[key]
+    return found
 
 
-def reduction(device: torch.device, programs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(memory for a float32 of each program, an arrival counter), for launches that sum.
+def reduction(device: torch.device, programs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(a float32 of each program, an arrival counter, what memory for their sum is like), for launches that sum.
 
-    Both are kept for a stream's next launch, which cannot begin before this one has summed.
+    All are kept for a stream's next launch, which cannot begin before this one has summed.
     """
     if programs > MAX_PARTIALS or not _lasting(device):
-        return torch.empty(programs, dtype=torch.float32, device=device), arrival_counter(device)
+        partial = torch.empty(programs, dtype=torch.float32, device=device)
+        return partial, arrival_counter(device), partial[0]
     key = (device.index, _stream(device))
     found = _reductions.get(key)
     if found is None or found[0].numel() < programs:
-        held = max(1024, 1 << (programs - 1).bit_length())
-        found = torch.empty(held, dtype=torch.float32, device=device), arrival_counter(device)
-        _reductions[key] = found
+        held = torch.empty(max(1024, 1 << (programs - 1).bit_length()), dtype=torch.float32, device=device)
+        found = _reductions[key] = held, arrival_counter(device), held[0]
     return found

@@ -14,6 +14,7 @@ from kdfast.cli.commands.doctor import doctor
 from kdfast.cli.commands.evaluate import evaluate
 from kdfast.cli.commands.export import export
 from kdfast.cli.commands.keys import keys
+from kdfast.cli.commands.label import label
 from kdfast.cli.commands.recipes import recipes
 from kdfast.cli.commands.report import report
 from kdfast.cli.commands.reproduce import reproduce
@@ -68,3 +69,4 @@ app.command()(report)
 app.command()(bench)
 app.command(cls=KeyedCommand)(select)
 app.command(cls=KeyedCommand)(data_report)
+app.command(cls=KeyedCommand)(label)

@@ -53,6 +53,9 @@ class ShardLoader(Closing):
         mean, std: Per channel, in units of [0, 1]; both or neither.
         num_workers: Decode threads (DALI; by default as many as there are CPUs, at most 8) or processes
             (torch; by default 0, which decodes in this one).
+        images: Take only so many, the first ones; ``None`` takes all.
+        records: Give the images' numbers in the set, int64 ``[B]``, in the labels' place: whoever keeps something of
+            each image (a teacher's outputs, say) finds it by them, and its label in :attr:`record_labels`.
 
     Raises:
         ShardError: The set is empty or damaged; the message names shard, key and fault.
@@ -81,6 +84,7 @@ class ShardLoader(Closing):
         std: Sequence[float] | None = None,
         num_workers: int | None = None,
         images: int | None = None,
+        records: bool = False,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error: got {on_error!r}; accepted: 'raise', 'skip'")
@@ -97,7 +101,7 @@ class ShardLoader(Closing):
             raise ValueError(f"images: got {images}; accepted: 1 to the set's {len(self._table)}, or None")
         self._count = len(self._table) if images is None else images
         self._schedule = Schedule(self._count, batch_size, shuffle, seed, rank, world_size, last_batch)
-        self._raise, self._augment = on_error == "raise", augment
+        self._raise, self._augment, self._records = on_error == "raise", augment, records
         # Augmentation comes before normalisation, so that one then is done after it.
         plain = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         self._after = channels if augment is not None and channels != plain else None
@@ -141,6 +145,16 @@ class ShardLoader(Closing):
     def labels(self) -> NDArray[np.int64]:
         """The classes that its images are of, int64, ascending, each once."""
         return np.unique(self._table.label[: self._count])
+
+    @property
+    def record_labels(self) -> NDArray[np.int64]:
+        """The label of each of the set's images, int64 ``[N]``, by its number."""
+        return self._table.label
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells the set from any other, and from itself once it is changed."""
+        return self._table.fingerprint
 
     @property
     def quarantined(self) -> list[Fault]:
@@ -202,7 +216,7 @@ class ShardLoader(Closing):
         if self._after is not None:
             mean, std = (constant(tuple(values), self._device).view(3, 1, 1) for values in self._after)
             images = (images - mean) / std
-        labels = torch.from_numpy(self._table.label[records])
+        labels = torch.from_numpy(records if self._records else self._table.label[records])
         return images, labels.to(self._device, non_blocking=True)
 
     def _quarantine(self, failures: list[tuple[int, str]]) -> None:

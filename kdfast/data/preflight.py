@@ -24,6 +24,9 @@ from kdfast.data.untar import TarFault, members
 from kdfast.documents import read_regular
 from kdfast.errors import ShardError
 
+#: Bytes of a label in digits, blanks and all.
+_DIGITS = 32
+
 
 class Content(NamedTuple):
     """What a shard holds, and how to see without reading it that this has not changed.
@@ -291,23 +294,35 @@ def _record(
     stream: BinaryIO, parts: Sequence[Member], measures: Measures, *, strict: bool
 ) -> tuple[int, int, int, int, int]:
     images = [part for part in parts if part.extension in EXTENSIONS]
-    labels = [part for part in parts if part.extension == "i32"]
+    labels = [part for part in parts if part.extension == "i32"] or [
+        part for part in parts if part.extension == "cls"
+    ]
     if faults := [f"its .{part.extension} {part.fault}" for part in (*images, *labels) if part.fault]:
         raise ValueError(faults[0])
     if len(images) != 1:
         raise ValueError(f"has {len(images)} images (.{', .'.join(EXTENSIONS)}); must have one")
     if not labels:
-        raise ValueError("has no label (.i32)")
-    if labels[0].size != 4:
+        raise ValueError("has no label (.i32, or WebDataset's .cls)")
+    if labels[0].extension == "i32" and labels[0].size != 4:
         raise ValueError(f"its label has {labels[0].size} bytes; an int32 has 4")
     image = images[0]
     if image.size > MAX_FILE_BYTES:
         raise ValueError(f"its image has {image.size} bytes, accepted: at most {MAX_FILE_BYTES}")
-    label = int.from_bytes(_read(stream, labels[0]), "little", signed=True)
+    label = _label(stream, labels[0])
     height, width = measures.of(image.offset, image.size, lambda: _read(stream, image))
     if strict:
         decode(_read(stream, image), strict=True)
     return image.offset, image.size, label, height, width
+
+
+def _label(stream: BinaryIO, member: Member) -> int:
+    """A label of our own shards, or one in digits, as WebDataset's own tools write them."""
+    if member.extension == "i32":
+        return int.from_bytes(_read(stream, member), "little", signed=True)
+    digits = _read(stream, member).strip() if member.size <= _DIGITS else b""
+    if not digits.isdigit() or len(digits) > 10 or int(digits) >= 2**31:
+        raise ValueError(f"its label (.cls) is no number from 0 to {2**31 - 1} in digits")
+    return int(digits)
 
 
 def _read(stream: BinaryIO, member: Member) -> bytes:

@@ -40,6 +40,9 @@ class ImageRecords(Protocol):
     def stored(self, indices: Sequence[int]) -> list[bytes] | torch.Tensor:
         """The images to write elsewhere: their files, or uint8 ``[B, 3, H, W]``."""
 
+    def contents(self) -> str:
+        """What tells the images, in their order, from any others."""
+
 
 class ShardRecords:
     """The images of a set of shards.
@@ -93,6 +96,10 @@ class ShardRecords:
         """The records' image files."""
         return [self._reader.read(int(index)) for index in indices]
 
+    def contents(self) -> str:
+        """See :class:`ImageRecords`."""
+        return self.fingerprint
+
     def close(self) -> None:
         """Close the shards."""
         self._reader.close()
@@ -120,6 +127,10 @@ class LabelledRecords:
     def stored(self, indices: Sequence[int]) -> torch.Tensor:
         """The images' pixels."""
         return torch.stack([self._dataset[index][0] for index in indices])
+
+    def contents(self) -> str:
+        """See :class:`ImageRecords`."""
+        return self._dataset.contents()
 
     def close(self) -> None:
         """Nothing is open."""

@@ -12,7 +12,7 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Record:
-    """One encoded sample: the image file, its label as little-endian int32, and optional JSON."""
+    """One encoded sample: the image file, its label (little-endian int32 in shards of our own), and optional JSON."""
 
     key: str
     image: bytes
@@ -41,11 +41,16 @@ class Member:
     fault: str = ""
 
 
-def pack(records: Iterable[Record], extension: str) -> tuple[memoryview, bytes]:
+def pack(records: Iterable[Record], extension: str, *, label: str = "i32") -> tuple[memoryview, bytes]:
     """Lay records out as a tar and describe it as a DALI index.
 
     The result depends on the records alone (no clock, no user), so that a resumed set is the same byte for
     byte.
+
+    Args:
+        records: The samples, in order.
+        extension: Of the images.
+        label: Of the labels.
 
     Returns:
         The tar, and the text of its index.
@@ -54,7 +59,7 @@ def pack(records: Iterable[Record], extension: str) -> tuple[memoryview, bytes]:
     samples: list[list[Member]] = []
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for record in records:
-            parts = [(extension, record.image), ("i32", record.label)]
+            parts = [(extension, record.image), (label, record.label)]
             if record.extra is not None:
                 parts.append(("json", record.extra))
             sample = []

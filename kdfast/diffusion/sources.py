@@ -39,6 +39,9 @@ class Sampling:
     seed: int
     paper_rng: bool
     mode: Mode
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str | None = None
 
     @property
     def guided(self) -> bool:
@@ -57,7 +60,8 @@ class ModelSource:
         sample_shape: Of one latent.
         sampling: How to sample.
         device: Where.
-        condition: The denoiser's tensors for these classes: of both halves, where there is guidance.
+        condition: The denoiser's tensors for these classes and the images' numbers in them: of both halves, where there
+            is guidance.
         denoiser: Calls the model with them; ``None`` for a class-conditional one.
         order: Which half is the conditional one.
     """
@@ -72,7 +76,7 @@ class ModelSource:
         sample_shape: tuple[int, ...],
         sampling: Sampling,
         device: torch.device,
-        condition: Callable[[Sequence[int]], Mapping[str, Tensor]] | None = None,
+        condition: Callable[[Sequence[int], Sequence[int]], Mapping[str, Tensor]] | None = None,
         denoiser: Denoiser | None = None,
         order: Order = "cond_uncond",
     ) -> None:
@@ -105,13 +109,13 @@ class ModelSource:
         if self._plan is None:
             return self._step_by_step(noise, classes, step_generators(*key, **options))
         rows = self._rows(len(classes))
-        padded = list(classes) + [classes[-1]] * (rows - len(classes))
+        padded, counted = ([*each, *[each[-1]] * (rows - len(each))] for each in (classes, indices))
         seeds = step_seeds(*key, **options) if self._plan.stochastic else torch.zeros(len(classes)).long()
         if rows > len(classes):
             spare = rows - len(classes)
             noise = torch.cat([noise, noise[-1:].expand(spare, *noise.shape[1:])])
             seeds = torch.cat([seeds, seeds[-1:].expand(spare)])
-        conditions = self._condition(padded)
+        conditions = self._condition(padded, counted)
         loop = self._loop(rows, conditions)
         return loop.run(noise, conditions, seeds=seeds.to(self.device, non_blocking=True))[: len(classes)]
 
@@ -163,7 +167,7 @@ class ModelSource:
             found = self._loops[rows] = SamplingLoop(step, self._mode)
         return found
 
-    def _labels(self, classes: Sequence[int]) -> Mapping[str, Tensor]:
+    def _labels(self, classes: Sequence[int], _: Sequence[int]) -> Mapping[str, Tensor]:
         labels = torch.tensor(list(classes)).to(self.device, non_blocking=True)
         if self._sampling.guided:
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
@@ -188,26 +192,29 @@ class ModelSource:
 
 
 class Prompts:
-    """A prompt for each class, encoded once by the pipeline's own encoder and kept on the device."""
+    """The prompts of each class, encoded once by the pipeline's own encoder and kept on the device."""
 
     def __init__(
-        self, pipe: Any, class_names: Sequence[str], template: str, *, guided: bool, device: torch.device
+        self, pipe: Any, texts: Texts, *, guided: bool, negative_prompt: str | None, device: torch.device
     ) -> None:
         self._pipe, self._guided, self._device = pipe, guided, device
-        self.texts = prompts_of(class_names, template)
-        self._embeds: dict[int, Tensor] = {}
+        self.texts, self._negative_prompt = texts, negative_prompt
+        self._embeds: dict[str, Tensor] = {}
         self._negative: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self, classes: Sequence[int]) -> Mapping[str, Tensor]:
-        """The embeddings of these classes' prompts, after those of the empty prompt where there is guidance."""
-        if missing := sorted({label for label in classes if label not in self._embeds}):
-            texts = [self.texts[label] for label in missing]
-            embeds, negative = self._pipe.encode_prompt(texts, self._device, 1, self._guided)
+    def __call__(self, classes: Sequence[int], indices: Sequence[int]) -> Mapping[str, Tensor]:
+        """The embeddings of these images' prompts, after those of the negative prompt where there is guidance."""
+        texts = self.texts.of(classes, indices)
+        if missing := [text for text in dict.fromkeys(texts) if text not in self._embeds]:
+            unwanted = None if self._negative_prompt is None else [self._negative_prompt] * len(missing)
+            embeds, negative = self._pipe.encode_prompt(
+                missing, self._device, 1, self._guided, negative_prompt=unwanted
+            )
             self._embeds.update(zip(missing, embeds))
             if self._guided and self._negative is None:
                 self._negative = negative[:1]
-        rows = torch.stack([self._embeds[label] for label in classes])
+        rows = torch.stack([self._embeds[text] for text in texts])
         if self._negative is not None:
             rows = torch.cat([self._negative.expand_as(rows), rows])
         return {"prompt": rows}
@@ -219,7 +226,7 @@ class PipelineSource:
     Nothing of it is fused or captured; resuming, sharding, seeds and overlap are those of every other set.
     """
 
-    def __init__(self, pipe: Any, sampling: Sampling, texts: Sequence[str] | None, num_classes: int) -> None:
+    def __init__(self, pipe: Any, sampling: Sampling, texts: Texts | None, num_classes: int) -> None:
         self.pipe, self._sampling, self.num_classes = pipe, sampling, num_classes
         self.scheduler = pipe.scheduler
         self.device = torch.device(pipe._execution_device)
@@ -233,6 +240,14 @@ class PipelineSource:
             "output_type": "np",
         }
         self._options = {name: value for name, value in options.items() if name in accepted}
+        asked = {name: getattr(sampling, name) for name in ("height", "width", "negative_prompt")}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if refused := [name for name in asked if name not in accepted]:
+            raise ConfigError(
+                f"{refused[0]}: got {asked[refused[0]]!r}, accepted: null, as {type(pipe).__name__} takes none"
+            )
+        self._unwanted = asked.pop("negative_prompt", None)
+        self._options |= asked
         pipe.set_progress_bar_config(disable=True)
 
     def draw(self, classes: Sequence[int], indices: Sequence[int], attempt: int) -> Tensor:
@@ -241,11 +256,13 @@ class PipelineSource:
         generators = step_generators(
             sampling.seed, classes, indices, attempt=attempt, paper_rng=sampling.paper_rng
         )
-        subject = (
+        subject: dict[str, list[Any]] = (
             {"class_labels": list(classes)}
             if self._texts is None
-            else {"prompt": [self._texts[label] for label in classes]}
+            else {"prompt": self._texts.of(classes, indices)}
         )
+        if self._unwanted is not None:
+            subject["negative_prompt"] = [self._unwanted] * len(classes)
         images = self.pipe(**subject, **self._options, generator=generators).images
         return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() * 2 - 1
 
@@ -263,19 +280,42 @@ class PipelineSource:
         return found
 
 
-def prompts_of(class_names: Sequence[str], template: str) -> list[str]:
-    """The prompt of each class.
+@dataclass(frozen=True)
+class Texts:
+    """What the prompts say.
+
+    Attributes:
+        prompts: By class, one of each template.
+    """
+
+    prompts: Sequence[Sequence[str]]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def of(self, classes: Sequence[int], indices: Sequence[int]) -> list[str]:
+        """The prompts of these images: a class's, in turn, by the images' numbers in it."""
+        return [
+            self.prompts[label][index % len(self.prompts[label])] for label, index in zip(classes, indices)
+        ]
+
+
+def prompts_of(class_names: Sequence[str], prompt: str | Sequence[str]) -> Texts:
+    """The prompts of each class.
 
     Raises:
-        ConfigError: A template without :data:`PLACEHOLDER`, or an empty name.
+        ConfigError: No template, one without :data:`PLACEHOLDER`, or an empty name.
     """
-    if PLACEHOLDER not in template:
+    templates = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not templates:
+        raise ConfigError(f"prompt: got none, accepted: a text with {PLACEHOLDER} in it, or several")
+    if lacking := [template for template in templates if PLACEHOLDER not in template]:
         raise ConfigError(
-            f"prompt: got {template!r}, accepted: a text with {PLACEHOLDER} in it, for the class"
+            f"prompt: got {lacking[0]!r}, accepted: a text with {PLACEHOLDER} in it, for the class"
         )
     if empty := [at for at, name in enumerate(class_names) if not name.strip()]:
         raise ConfigError(f"class_names: number {empty[0]} is empty, accepted: a name for each class")
-    return [template.replace(PLACEHOLDER, name.strip()) for name in class_names]
+    return Texts([[each.replace(PLACEHOLDER, name.strip()) for each in templates] for name in class_names])
 
 
 def fingerprint(*models: nn.Module) -> str:

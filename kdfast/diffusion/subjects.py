@@ -25,7 +25,7 @@ def make_source(
     num_classes: int | None,
     sample_shape: tuple[int, ...] | None,
     class_names: Sequence[str] | None,
-    prompt: str,
+    prompt: str | Sequence[str],
     device: torch.device | str | None,
 ) -> ModelSource | PipelineSource:
     """The source for a denoiser or a pipeline; arguments and refusals as :class:`kdfast.diffusion.Synthesizer`'s."""
@@ -79,6 +79,12 @@ def _class_source(
     device: torch.device | str | None,
 ) -> ModelSource:
     check_sampler(scheduler, sampling)
+    for name in ("height", "width", "negative_prompt"):
+        if (given := getattr(sampling, name)) is not None:
+            raise ConfigError(
+                f"{name}: got {given!r}, accepted: null; a class-conditional model takes no prompts, and makes images "
+                "of the size that it was trained on"
+            )
     classes = num_classes if num_classes is not None else _from_config(model, "num_embeds_ada_norm")
     shape = sample_shape if sample_shape is not None else _sample_shape(model)
     if device is not None:
@@ -92,17 +98,18 @@ def _class_source(
 
 
 def _text_source(
-    pipe: Any, scheduler: Any, sampling: Sampling, class_names: Sequence[str], prompt: str
+    pipe: Any, scheduler: Any, sampling: Sampling, class_names: Sequence[str], prompt: str | Sequence[str]
 ) -> ModelSource:
     check_sampler(scheduler, sampling)
     device = torch.device(pipe._execution_device)
-    return _TextSource(
+    prompts = Prompts(
         pipe,
-        scheduler,
-        sampling,
-        Prompts(pipe, class_names, prompt, guided=sampling.guided, device=device),
-        device,
+        prompts_of(class_names, prompt),
+        guided=sampling.guided,
+        negative_prompt=sampling.negative_prompt,
+        device=device,
     )
+    return _TextSource(pipe, scheduler, sampling, prompts, device)
 
 
 class _TextSource(ModelSource):
@@ -116,7 +123,7 @@ class _TextSource(ModelSource):
             scheduler,
             pipe.vae,
             num_classes=len(prompts.texts),
-            sample_shape=_sample_shape(pipe.unet),
+            sample_shape=_latent_shape(pipe, sampling),
             sampling=sampling,
             device=device,
             condition=prompts,
@@ -135,7 +142,7 @@ def _any_pipeline(
     sampling: Sampling,
     accepted: Any,
     class_names: Sequence[str] | None,
-    prompt: str,
+    prompt: str | Sequence[str],
     num_classes: int | None,
 ) -> PipelineSource:
     _check_numbers(pipe.scheduler, sampling)
@@ -192,6 +199,19 @@ def _from_config(model: torch.nn.Module, key: str) -> int:
     if value is None:
         raise ConfigError(f"num_classes: got None, and the model's config has no {key} to read it from")
     return int(value)
+
+
+def _latent_shape(pipe: Any, sampling: Sampling) -> tuple[int, int, int]:
+    """Of a latent: the model's own, or that of images of the size that was asked for."""
+    channels, *sides = _sample_shape(pipe.unet)
+    factor = int(pipe.vae_scale_factor)
+    for at, name in enumerate(("height", "width")):
+        asked = getattr(sampling, name)
+        if asked is not None:
+            if asked % factor:
+                raise ConfigError(f"{name}: got {asked}, accepted: a multiple of {factor}, the VAE's factor")
+            sides[at] = asked // factor
+    return channels, sides[0], sides[1]
 
 
 def _sample_shape(model: torch.nn.Module) -> tuple[int, int, int]:

@@ -67,7 +67,7 @@ class Synthesizer:
         num_classes: The null class has this number; ``None`` reads the model's ``num_embeds_ada_norm``.
         sample_shape: (C, H, W) of a latent; ``None`` reads the model's ``in_channels`` and ``sample_size``.
         class_names: For prompts: what each class is called.
-        prompt: Template of a prompt; ``CLASS`` stands for the name.
+        prompt: Template of a prompt; ``CLASS`` stands for the name. Of several each class's images take one in turn.
         num_inference_steps: T.
         guidance_scale: s ≥ 1; 1 leaves guidance out and halves the work.
         cfg_channels: Guide only the first so many channels; ``None`` guides all.
@@ -77,6 +77,8 @@ class Synthesizer:
         device: Where to sample; ``None`` leaves the model where it is.
         weights_id: What tells these weights from others, kept in the manifest; ``None`` hashes them.
         mode: How the loop runs: ``"graph"`` (CUDA), ``"compile"``, ``"eager"``, or ``"auto"``.
+        height, width: Of the images of a pipeline that takes prompts, in pixels; ``None`` takes its own.
+        negative_prompt: What guidance leads away from; ``None`` is the empty prompt.
 
     Raises:
         ConfigError: Guidance below 1, more steps than the model was trained on, a scheduler that cannot guide, a
@@ -96,7 +98,7 @@ class Synthesizer:
         num_classes: int | None = None,
         sample_shape: tuple[int, int, int] | None = None,
         class_names: Sequence[str] | None = None,
-        prompt: str = "A realistic photo of CLASS",
+        prompt: str | Sequence[str] = "A realistic photo of CLASS",
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
         cfg_channels: int | None = None,
@@ -106,10 +108,24 @@ class Synthesizer:
         device: torch.device | str | None = None,
         weights_id: str | None = None,
         mode: Mode = "auto",
+        height: int | None = None,
+        width: int | None = None,
+        negative_prompt: str | None = None,
     ) -> None:
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.cfg_channels, self.eta, self.seed, self.paper_rng = cfg_channels, eta, seed, paper_rng
-        sampling = Sampling(num_inference_steps, guidance_scale, cfg_channels, eta, seed, paper_rng, mode)
+        sampling = Sampling(
+            num_inference_steps,
+            guidance_scale,
+            cfg_channels,
+            eta,
+            seed,
+            paper_rng,
+            mode,
+            height,
+            width,
+            negative_prompt,
+        )
         self.source: ModelSource | PipelineSource = make_source(
             pipeline_or_model,
             scheduler,
@@ -123,7 +139,10 @@ class Synthesizer:
         )
         self.scheduler, self.num_classes = self.source.scheduler, self.source.num_classes
         self.device = self.source.device
-        self.prompt = None if class_names is None else prompt
+        template = prompt if isinstance(prompt, str) else list(prompt)
+        self.prompt = None if class_names is None else template
+        asked = {"height": height, "width": width, "negative_prompt": negative_prompt}
+        self._asked = {name: value for name, value in asked.items() if value is not None}
         self.class_names = None if class_names is None else tuple(class_names)
         self.weights_id = weights_id if weights_id is not None else fingerprint(*self.source.modules())
 
@@ -239,6 +258,7 @@ class Synthesizer:
             "dtype": str(self.source.dtype()).removeprefix("torch."),
             "classes": list(classes),
             **names,
+            **self._asked,
         }
 
     def _produce(

@@ -21,6 +21,7 @@ SCHEMAS = {
     "synth": "kdfast.experiments.synth.config:SynthConfig",
     "select": "kdfast.experiments.select.config:SelectConfig",
     "data-report": "kdfast.experiments.data_report.config:DataReportConfig",
+    "label": "kdfast.experiments.label.config:LabelConfig",
     "teach-generator": "kdfast.experiments.diffusion_model.config:DiffusionConfig",
     "demo": "kdfast.experiments.demo.config:DemoConfig",
 }

@@ -23,7 +23,8 @@ def check_tensor(name: str, value: Any, needed: str = "a tensor") -> None:
     """A tensor whose elements lie in memory one by one: not sparse, quantised or nested."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}; {needed} is needed")
-    check_dense(name, value)
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        check_dense(name, value)  # which says what it is
 
 
 def check_dense(name: str, value: torch.Tensor) -> None:
@@ -35,8 +36,10 @@ def check_dense(name: str, value: torch.Tensor) -> None:
 
 def check_floating(name: str, value: Any, needed: str = "a floating-point tensor") -> None:
     """A dense tensor of a floating-point dtype."""
-    check_tensor(name, value)
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_nested:
+        check_tensor(name, value)  # says what it is; a quantised one is not floating-point
     if not value.is_floating_point():
+        check_tensor(name, value)
         raise TypeError(f"{name}: got dtype {value.dtype}; {needed} is needed")
 
 
@@ -86,6 +89,22 @@ def check_logits(
     student: torch.Tensor, teacher: torch.Tensor, names: tuple[str, str] = ("student", "teacher")
 ) -> None:
     """Two floating-point tensors of one shape, at least 1-d, on one device."""
+    if not (  # in one look: this is on the way of every loss
+        isinstance(student, torch.Tensor)
+        and isinstance(teacher, torch.Tensor)
+        and student.layout is teacher.layout is torch.strided
+        and not student.is_nested
+        and not teacher.is_nested
+        and student.is_floating_point()
+        and teacher.is_floating_point()
+        and student.shape == teacher.shape
+        and student.dim()
+        and student.device == teacher.device
+    ):
+        _refuse_logits(student, teacher, names)
+
+
+def _refuse_logits(student: torch.Tensor, teacher: torch.Tensor, names: tuple[str, str]) -> None:
     for name, tensor in zip(names, (student, teacher), strict=True):
         check_tensor(name, tensor, "a tensor of logits")
         if not tensor.is_floating_point():
@@ -96,10 +115,9 @@ def check_logits(
         )
     if student.dim() == 0:
         raise ValueError(f"{names[0]}: got a 0-d tensor; logits need a class dimension")
-    if student.device != teacher.device:
-        raise ValueError(
-            f"{names[1]}: is on {teacher.device}; {names[0]} is on {student.device}, and they must match"
-        )
+    raise ValueError(
+        f"{names[1]}: is on {teacher.device}; {names[0]} is on {student.device}, and they must match"
+    )
 
 
 def refuse_distributed(name: str, tensor: torch.Tensor) -> None:
@@ -140,16 +158,15 @@ def check_dim(dim: int, tensor: torch.Tensor) -> int:
     """The class dimension as a non-negative index."""
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise TypeError(f"dim: got {type(dim).__name__}; an int is needed")
-    if not -tensor.dim() <= dim < tensor.dim():
-        raise ValueError(
-            f"dim: got {dim}; accepted: {-tensor.dim()} to {tensor.dim() - 1} for {tensor.dim()}-d logits"
-        )
-    return dim % tensor.dim()
+    dims = tensor.dim()
+    if not -dims <= dim < dims:
+        raise ValueError(f"dim: got {dim}; accepted: {-dims} to {dims - 1} for {dims}-d logits")
+    return dim % dims
 
 
 def check_temperature(temperature: float | torch.Tensor, logits: torch.Tensor) -> float | torch.Tensor:
     """A positive finite float, or a 0-d tensor on the logits' device (whose value is not read: no sync)."""
-    value = as_number(temperature)
+    value = temperature if type(temperature) is float else as_number(temperature)
     if isinstance(value, torch.Tensor):
         check_dense("temperature", value)
         if value.requires_grad:
@@ -219,7 +236,10 @@ def _one_a_row(name: str, value: torch.Tensor, rows: torch.Size, logits: torch.T
 
 def check_channels(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
     """One value a channel of ``x``, on its device."""
-    check_floating(name, value)
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_nested:
+        check_floating(name, value)
+    if not value.is_floating_point():
+        check_floating(name, value)  # which says so
     if value.shape != x.shape[1:2]:
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}; [{x.shape[1]}] is needed, one a channel of x"

@@ -70,17 +70,19 @@ def reparam_middle_loss(
         )
     if target.numel() == 0:
         raise ValueError(f"target: got shape {tuple(target.shape)}; the mean of no elements is not defined")
-    given = {"target": target, "u": u, "v": v, "permutation": permutation}
     if noise_scale is not None:
         check_floating("noise_scale", noise_scale)
-        given["noise_scale"] = noise_scale
-    for name, value in given.items():
-        check_tensor(name, value)
-        if value.device != branches.device:
+    check_tensor("permutation", permutation)  # the others are dense, being looked at above
+    device, heads = branches.device, branches.shape[:1]
+    given = [("target", target), ("u", u), ("v", v), ("permutation", permutation)]
+    if noise_scale is not None:
+        given.append(("noise_scale", noise_scale))
+    for name, value in given:
+        if value.device != device:
             raise ValueError(
                 f"{name}: is on {value.device}; branches is on {branches.device}, and they must match"
             )
-        if name != "target" and value.shape != branches.shape[:1]:
+        if name != "target" and value.shape != heads:
             raise ValueError(
                 f"{name}: got shape {tuple(value.shape)}; [{branches.shape[0]}] is needed, one value a branch"
             )
@@ -132,7 +134,7 @@ def noise_mix(x: Tensor, gamma: Tensor, *, seed: int | Tensor) -> Tensor:
         )
     if gamma.device != x.device:
         raise ValueError(f"gamma: is on {gamma.device}; x is on {x.device}, and they must match")
-    return ops.noise_mix(x, gamma.reshape(-1), _seed(seed, x))
+    return ops.noise_mix(x, gamma if gamma.dim() == 1 else gamma.reshape(-1), _seed(seed, x))
 
 
 @annotate("noise_mse")

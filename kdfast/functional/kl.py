@@ -158,6 +158,20 @@ def distillation_loss(
         divisor = divisor.to(compute_dtype(student, teacher))
     divisor = divisor / kd_weight if kd_weight else math.inf  # the factor is T² over this
     labels = None
+    if (
+        ce_weight
+        and target is not None
+        and mixed_target is None
+        and ops.launches(student, teacher, ignore_index)
+    ):
+        count = None
+        if reduction not in ("sum", "none"):  # counted on the device: no host sync
+            counts = target != ignore_index
+            counted = counts if reduction != "rowmean" or mask is None else counts & mask
+            count = counted.sum(dtype=torch.float32)
+        said = (target, count, float(label_smoothing), ce_weight, ignore_index)
+        factors = temperature, axis, row_weight, mask, divisor, reduction != "none"
+        return ops.counted_labels(student, teacher, *factors, said)
     if ce_weight and target is not None:
         dtype = compute_dtype(student, teacher)
         factor = label_factor(target, ignore_index, ce_weight, reduction, mask, dtype)

@@ -127,19 +127,15 @@ def dkd_loss(
     temperature = check_temperature(temperature, student)
     row_weight = check_rowwise("row_weight", row_weight, rows, student)
     mask = check_rowwise("mask", mask, rows, student)
-    counted = _check_target(target, ignore_index, rows, student, axis)
-    mask = counted if mask is None else mask & counted
-    divisor = reduction_divisor(reduction, student, axis, mask)
-    safe = target.masked_fill(~counted, 0)
-    row = Row((alpha, beta), axis, temperature, row_weight, mask, divisor, reduction != "none", safe)
-    return ops.dkd(student, teacher, row)
-
-
-def _check_target(
-    target: torch.Tensor, ignore_index: int, rows: torch.Size, logits: torch.Tensor, axis: int
-) -> torch.Tensor:
-    """Which rows have a target that is not ignored."""
     if not isinstance(target, torch.Tensor):
         raise TypeError(f"target: got {type(target).__name__}; a tensor is needed")
-    check_labels("target", target, rows, logits.shape[axis], ignore_index, logits)
-    return target != ignore_index
+    label = check_labels("target", target, rows, student.shape[axis], ignore_index, student)
+    row = Row((alpha, beta), axis, temperature, row_weight, mask, 1.0, reduction != "none", label)
+    if reduction != "rowmean" and ops.launches(student, teacher, ignore_index):
+        divisor = reduction_divisor(reduction, student, axis, mask)
+        return ops.dkd(
+            student, teacher, row._replace(options=(alpha, beta, float(ignore_index)), divisor=divisor)
+        )
+    row = ops.without_ignored(row, ignore_index)
+    row = row._replace(divisor=reduction_divisor(reduction, student, axis, row.mask))
+    return ops.dkd(student, teacher, row)

@@ -2,39 +2,65 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from kdfast.ops.common.closed import ClosedRows
-from kdfast.ops.common.row_loss import Grads, Row, register, two_options
+from kdfast.ops.common.row_loss import Grads, Launcher, Row, register, two_options
 from kdfast.reference import dist as reference
 
 __all__ = ["dist"]
 
 
-def _launch_dist(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    row: Row,
-    grads: Grads = (None, None),
-    upstream: torch.Tensor | None = None,
-    exit_if_one: bool = False,
-    want_loss: bool = True,
-) -> torch.Tensor:
-    from kdfast.kernels import dist as kernels
-    from kdfast.kernels.common.scale import Scale
+@functools.cache
+def _kernels() -> Any:
+    from kdfast.kernels import dist
 
-    out: torch.Tensor = kernels.dist(
-        student,
-        teacher,
-        *two_options(row),
-        Scale(row.temperature, row.divisor, None, None),
-        reduce=want_loss,
-        grad_student=grads[0],
-        grad_teacher=grads[1],
-        upstream=upstream,
-        exit_if_one=exit_if_one,
-    )
-    return out
+    return dist
+
+
+class _Launcher(Launcher):
+    """Three launches for the loss, one for gradients: what the loss knew of rows and columns is kept for a backward."""
+
+    def __call__(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        row: Row,
+        grads: Grads = (None, None),
+        upstream: torch.Tensor | None = None,
+        exit_if_one: bool = False,
+        want_loss: bool = True,
+        fresh: bool = True,
+    ) -> torch.Tensor:
+        options = {"reduce": want_loss, "upstream": upstream, "exit_if_one": exit_if_one, "fresh": fresh}
+        out: torch.Tensor = _kernels().run(student, teacher, *_factors(row), grads, **options)[0]
+        return out
+
+    def begin(
+        self, student: torch.Tensor, teacher: torch.Tensor, row: Row, grads: Grads
+    ) -> tuple[torch.Tensor, Any]:
+        found: tuple[torch.Tensor, Any] = _kernels().run(student, teacher, *_factors(row), grads, fresh=True)
+        return found
+
+    def again(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        row: Row,
+        grads: Grads,
+        upstream: torch.Tensor,
+        exit_if_one: bool,
+        kept: Any,
+    ) -> None:
+        options = {"reduce": False, "upstream": upstream, "exit_if_one": exit_if_one, "fresh": True}
+        _kernels().run(student, teacher, *_factors(row), grads, **options, values=kept)
+
+
+def _factors(row: Row) -> tuple[Any, ...]:
+    return (*two_options(row), _kernels().Scale(row.temperature, row.divisor, None, None))
 
 
 def _dist_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
@@ -46,4 +72,4 @@ def _closed(row: Row) -> ClosedRows:
     return lambda s, t, *needs: reference.dist_closed(s, t, *options, temperature, *needs)
 
 
-dist = register("dist", _dist_reference, _launch_dist, _closed)
+dist = register("dist", _dist_reference, _Launcher(), _closed)

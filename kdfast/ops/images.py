@@ -5,6 +5,7 @@ Its gradient is the same op with ``transposed`` turned, so gradients can be diff
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -37,6 +38,13 @@ class Crop(NamedTuple):
     transposed: bool = False
 
 
+@functools.cache
+def _kernels() -> Any:
+    from kdfast.kernels import images
+
+    return images
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether an image batch lies as NHWC and not also as NCHW."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
@@ -50,8 +58,7 @@ def _empty(x: Tensor, crop: Crop) -> Tensor:
 
 def _run(x: Tensor, offsets: Tensor, flips: Tensor, gain: Tensor, bias: Tensor | None, crop: Crop) -> Tensor:
     if crop.dtype != torch.float64 and resolve(x) == "triton":
-        from kdfast.kernels import images as kernels
-
+        kernels = _kernels()
         out = _empty(x, crop)
         kernels.crop_flip(x, out, offsets, flips, gain, bias, crop.padding, transposed=crop.transposed)
         return out

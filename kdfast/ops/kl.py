@@ -9,19 +9,33 @@ import torch
 
 from kdfast.ops.common.closed import ClosedRows
 from kdfast.ops.common.gradients import Value, join_value, split_value, takes_reference
-from kdfast.ops.common.row_loss import Row, register, row_launcher
+from kdfast.ops.common.row_loss import Row, launches, register, row_launcher
 from kdfast.reference import kl as reference
 from kdfast.reference.common import compute_dtype
 
 Labels = reference.Labels
 
-__all__ = ["Labels", "distillation", "kd_kl", "kd_statistics", "kl"]
+__all__ = ["Labels", "counted_labels", "distillation", "kd_kl", "kd_statistics", "kl", "launches"]
 
 
 def _labels(row: Row) -> Labels | None:
-    if row.label is None or row.factor is None:
+    if row.label is None:
         return None
-    return Labels(row.label, row.factor, row.second, row.second_factor, row.options[0])
+    factor = row.factor
+    if len(row.options) > 1:
+        factor = _factors(row)
+    assert factor is not None
+    return Labels(row.label, factor, row.second, row.second_factor, row.options[0])
+
+
+def _factors(row: Row) -> torch.Tensor:
+    """Each row's factor, of what :func:`counted_labels` says."""
+    _, weight, ignore = row.options
+    assert row.label is not None
+    counts = row.label != int(ignore)
+    if row.factor is None:
+        return counts * torch.tensor(weight, device=row.label.device)
+    return counts * (weight / row.factor.clamp(min=1.0))
 
 
 @functools.cache
@@ -36,8 +50,16 @@ def _launch(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
     kernels = _kernels()
     if row.label is None:
         return kernels.PLAIN, (), ()
-    labels = kernels.Labels(row.label, row.factor, row.second, row.second_factor, row.options[0])
-    return kernels.LABELS, labels, (1 if row.second is None else 2,)
+    label, factor, second, second_factor = row[7:]
+    if len(row.options) > 1:
+        smoothing, weight, ignore = row.options
+        return (
+            kernels.LABELS,
+            (label, factor, None, None, smoothing, weight),
+            (1, int(ignore), factor is not None),
+        )
+    further = (label, factor, second, second_factor, row.options[0], 0.0)
+    return kernels.LABELS, further, (1 if second is None else 2, None, False)
 
 
 def _reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
@@ -86,16 +108,33 @@ def kd_kl(
         reduce: Sum the rows.
         labels: Add w times the cross-entropy with these; tensors of one value a row, contiguous.
     """
-    row = Row((), dim, temperature, row_weight, mask, divisor, reduce)
     if labels is None:
-        return kl(student, teacher, row)
-    label, factor, second, second_factor, smoothing = labels
+        return kl(student, teacher, Row((), dim, temperature, row_weight, mask, divisor, reduce))
+    *given, smoothing = labels
+    row = Row((smoothing,), dim, temperature, row_weight, mask, divisor, reduce, *given)
+    return distillation(student, teacher, row)
+
+
+def counted_labels(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    temperature: Value,
+    dim: int,
+    row_weight: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    divisor: Value,
+    reduce: bool,
+    labels: tuple[torch.Tensor, torch.Tensor | None, float, float, int],
+) -> torch.Tensor:
+    """:func:`kd_kl` with the labels' cross-entropy, on the Triton backend, where the kernel finds each row's factor.
+
+    ``labels``: the classes; over how many rows the cross-entropy is averaged, 0-d, or None for its sum; smoothing; its
+    weight; which class is ignored.
+    """
+    label, count, smoothing, weight, ignore = labels
+    options = (smoothing, weight, float(ignore))
     return distillation(
-        student,
-        teacher,
-        row._replace(
-            options=(smoothing,), label=label, factor=factor, second=second, second_factor=second_factor
-        ),
+        student, teacher, Row(options, dim, temperature, row_weight, mask, divisor, reduce, label, count)
     )
 
 
@@ -103,7 +142,8 @@ def kd_statistics(
     student: torch.Tensor, teacher: torch.Tensor, temperature: Value, dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(KL without T², teacher's class, its probability at T = 1, agreement) of each row; no gradient."""
-    student, teacher = student.detach(), teacher.detach()
+    if student.requires_grad or teacher.requires_grad:
+        student, teacher = student.detach(), teacher.detach()
     if not torch.compiler.is_compiling():
         return _statistics(student, teacher, temperature, dim)
     found: tuple[torch.Tensor, ...] = kd_statistics_op(student, teacher, *split_value(temperature), dim)
@@ -117,16 +157,18 @@ def _statistics(
     """Below autograd and the dispatcher: the reference, or one launch."""
     if takes_reference(student, teacher):
         return reference.kd_statistics(student, teacher, temperature, dim)
-    kernels = _kernels()
+    kernels, device = _kernels(), student.device
     shape = student.shape[:dim] + student.shape[dim + 1 :]
-    statistics = kernels.Statistics(
-        student.new_empty(shape, dtype=torch.int64),
-        student.new_empty(shape, dtype=torch.float32),
-        student.new_empty(shape, dtype=torch.bool),
+    probability = torch.empty(shape, dtype=torch.float32, device=device)
+    statistics = (
+        torch.empty(shape, dtype=torch.int64, device=device),
+        probability,
+        torch.empty(shape, dtype=torch.bool, device=device),
     )
     # The kernel's factor is T² over a divisor: T² takes it away again.
     scale = kernels.Scale(temperature, temperature * temperature, None, None)
-    kl: torch.Tensor = kernels.kd_kl(student, teacher, dim, scale, reduce=False, statistics=statistics)
+    reads, rows = (student, teacher), kernels.Wanted(True, False)
+    kl: torch.Tensor = kernels.STATISTICS(reads, (None, None), dim, scale, rows, None, statistics)
     return (kl, *statistics)
 
 

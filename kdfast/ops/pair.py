@@ -8,20 +8,26 @@ from typing import Any
 import torch
 
 from kdfast.ops.common.closed import ClosedRows
-from kdfast.ops.common.row_loss import Launcher, Row, register, row_launcher, two_options
+from kdfast.ops.common.row_loss import Row, launches, register, row_launcher, two_options
 from kdfast.reference import pair as reference
 from kdfast.reference.common import finish, without_masked
 from kdfast.reference.pair import LEAST_BETA, dkd_closed, jsd_closed
 
-__all__ = ["divergence", "dkd", "jsd"]
+__all__ = ["divergence", "dkd", "jsd", "launches", "without_ignored"]
 
 
-def _launch_pair(kind: str) -> Launcher:
-    def arguments(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
-        kernels = _kernels()
-        return kernels.PAIR, *kernels.pair_arguments(getattr(kernels, kind), row.label, *row.options)
+@row_launcher
+def _launch_jsd(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+    kernels = _kernels()
+    return kernels.PAIR, (None, 0.0, row.options[1], 1.0, None), (kernels.JSD, False, False, None)
 
-    return row_launcher(arguments)
+
+@row_launcher
+def _launch_dkd(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+    kernels = _kernels()
+    alpha, beta, *others = row.options
+    ignore = int(others[0]) if others else None
+    return kernels.PAIR, (row.label, alpha, beta, 1.0, None), (kernels.DKD, False, False, ignore)
 
 
 @functools.cache
@@ -38,10 +44,21 @@ def _jsd_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> to
 
 
 def _dkd_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
+    alpha, beta, *others = row.options
+    if others:
+        row = without_ignored(row, int(others[0]))
     assert row.label is not None
     student, teacher = without_masked(row.mask, row.dim, student, teacher)
-    rows = reference.dkd_rows(student, teacher, row.label, *two_options(row), row.temperature, row.dim)
+    rows = reference.dkd_rows(student, teacher, row.label, alpha, beta, row.temperature, row.dim)
     return finish(rows, row.temperature, row.weight, row.mask, row.divisor, row.reduce)
+
+
+def without_ignored(row: Row, ignore: int) -> Row:
+    """With the mask False where the target is ``ignore``, and targets that can be looked up."""
+    assert row.label is not None
+    counted = row.label != ignore
+    mask = counted if row.mask is None else row.mask & counted
+    return row._replace(mask=mask, label=row.label.masked_fill(~counted, 0))
 
 
 def _jsd_closed(row: Row) -> ClosedRows | None:
@@ -57,8 +74,8 @@ def _dkd_closed(row: Row) -> ClosedRows:
     return lambda s, t, *needs: dkd_closed(s, t, target, *two_options(row), row.temperature, row.dim, *needs)
 
 
-jsd = register("jsd", _jsd_reference, _launch_pair("JSD"), _jsd_closed)
-dkd = register("dkd", _dkd_reference, _launch_pair("DKD"), _dkd_closed)
+jsd = register("jsd", _jsd_reference, _launch_jsd, _jsd_closed)
+dkd = register("dkd", _dkd_reference, _launch_dkd, _dkd_closed)
 
 
 def _divergence(row: Row) -> tuple[int, tuple[float, float], torch.Tensor | float]:

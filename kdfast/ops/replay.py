@@ -7,6 +7,7 @@ First-in-first-out buffers live wholly on their device. The other evictions choo
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,13 @@ __all__ = ["add", "on_kernels", "rebuild", "remove", "sample", "update"]
 _INTERPRETING = interpreting()
 
 Affine = tuple[torch.Tensor, torch.Tensor]
+
+
+@functools.cache
+def _kernels() -> Any:
+    from kdfast.kernels import replay
+
+    return replay
 
 
 def on_kernels(state: ReplayState) -> bool:
@@ -40,8 +48,7 @@ def sample(
         )
     if not on_kernels(state):
         return reference.sample(state, batch_size, beta, stratified, affine)
-    from kdfast.kernels import replay as kernels
-
+    kernels = _kernels()
     layout = (state.layout.offsets, state.layout.counts)
     with state.turns:
         state.follow()
@@ -66,8 +73,7 @@ def update(
     if not on_kernels(state):
         reference.update(state, index, priority, generation, largest)
         return
-    from kdfast.kernels import replay as kernels
-
+    kernels = _kernels()
     layout = (state.layout.offsets, state.layout.counts)
     rule = (state.rule.alpha, state.rule.eps, state.rule.scale)
     with state.turns:
@@ -98,8 +104,7 @@ def add(
 def _add_on_kernels(
     state: ReplayState, samples: torch.Tensor, labels: torch.Tensor | None, priority: torch.Tensor | None
 ) -> torch.Tensor:
-    from kdfast.kernels import replay as kernels
-
+    kernels = _kernels()
     layout = (state.layout.offsets, state.layout.counts)
     rule = (state.rule.alpha, state.rule.eps, state.rule.scale)
     memory = (*_update_state(state), state.labels, state.class_counts, state.order, state.rows)
@@ -125,8 +130,7 @@ def rebuild(state: ReplayState) -> None:
     if not on_kernels(state):
         reference.rebuild(state)
         return
-    from kdfast.kernels import replay as kernels
-
+    kernels = _kernels()
     with state.turns:
         state.follow()
         state.foreign_writes = True

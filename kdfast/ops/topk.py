@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from kdfast.ops.common.closed import ClosedRows
-from kdfast.ops.common.row_loss import Grads, Row, register
+from kdfast.ops.common.row_loss import Launcher, Row, register
 from kdfast.reference import topk as reference
 from kdfast.reference.common import finish, without_masked
 
 __all__ = ["topk"]
 
 
-def _launch_topk(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    row: Row,
-    grads: Grads = (None, None),
-    upstream: torch.Tensor | None = None,
-    exit_if_one: bool = False,
-    want_loss: bool = True,
-    fresh: bool = True,
-) -> torch.Tensor:
-    from kdfast.kernels import topk as kernels
-    from kdfast.kernels.common.scale import Scale
+@functools.cache
+def _kernels() -> Any:
+    from kdfast.kernels import topk
 
-    out: torch.Tensor = kernels.topk(
-        student,
-        row.label,
-        teacher.contiguous(),
-        row.factor,
-        Scale(row.temperature, row.divisor, row.weight, row.mask),
-        bucket=bool(row.options[0]),
-        reduce=row.reduce and want_loss,
-        want_rows=want_loss and not row.reduce,
-        grad_student=grads[0],
-        upstream=upstream,
-        exit_if_one=exit_if_one,
+    return topk
+
+
+def _arguments(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> tuple[Any, ...]:
+    kernels = _kernels()
+    further, options = kernels.topk_arguments(
+        student, row.label, teacher.contiguous(), row.factor, row.options[0] != 0.0
     )
-    return out
+    # It reads the student alone; of what was kept of the teacher there is no gradient.
+    return kernels.TOPK, (student,), further, options
 
 
 def _topk_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
@@ -54,4 +44,4 @@ def _closed(row: Row) -> ClosedRows:
     return lambda s, t, need, _: reference.topk_closed(s, label, t, factor, bucket, row.temperature, need)
 
 
-topk = register("topk_kd", _topk_reference, _launch_topk, _closed)
+topk = register("topk_kd", _topk_reference, Launcher(_arguments), _closed)

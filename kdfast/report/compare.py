@@ -26,6 +26,8 @@ _FACTS = (
     "schedule",
     "seed",
 )
+#: Of what made it.
+_MADE = ("kdfast", "commit", "torch", "device", "date")
 #: Where work happens, and how often it is written down: not what a run is.
 WHERE_AND_WHEN = frozenset(
     (
@@ -56,17 +58,25 @@ def results(runs: Sequence[Run], names: Sequence[str]) -> tuple[tuple[str, ...],
 
 
 def facts(runs: Sequence[Run], names: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Head and rows of what each run was told: the usual keys, and those that differ. Empty without recipes."""
+    """Head and rows of what each run was told (the usual keys, and those that differ) and what made it.
+
+    Empty where neither is known.
+    """
     recipes = [run.recipe for run in runs]
     chosen = [key for key in _FACTS if any(key in recipe for recipe in recipes)]
     chosen += [key for key in differing(recipes) if key not in chosen]
-    if not chosen:
+    made = [key for key in _MADE if any(key in run.provenance for run in runs)]
+    if not chosen and not made:
         return (), ()
     rows = tuple(
-        (name, *(_said(_seeds(run) if key == "seed" else recipe.get(key)) for key in chosen))
+        (
+            name,
+            *(_said(_seeds(run) if key == "seed" else recipe.get(key)) for key in chosen),
+            *(_said(run.provenance.get(key)) for key in made),
+        )
         for name, run, recipe in zip(names, runs, recipes)
     )
-    return ("run", *(key.replace("_", " ") for key in chosen)), rows
+    return ("run", *(key.replace("_", " ") for key in (*chosen, *made))), rows
 
 
 def told(run: Run) -> tuple[tuple[str, str], ...]:

@@ -286,7 +286,7 @@ def _comparison(runs: Sequence[Run]) -> Page:
 
 
 def _curve_figures(runs: Mapping[str, Run]) -> list[Figure]:
-    """Accuracy over epochs and loss over steps, for the runs that logged them."""
+    """Accuracy over epochs, loss and the attack's success over steps, for the runs that logged them."""
     figures = []
     accuracy = {name: run.series("eval", "accuracy", against="epoch") for name, run in runs.items()}
     if accuracy := {name: curve for name, curve in accuracy.items() if curve[0]}:
@@ -298,6 +298,10 @@ def _curve_figures(runs: Mapping[str, Run]) -> list[Figure]:
         figures.append(
             Figure("Training loss", svg=plots.curves(losses, xlabel="step", ylabel="loss", log=positive))
         )
+    found = {name: run.series("train", "attack_success") for name, run in runs.items()}
+    if found := {name: curve for name, curve in found.items() if curve[0]}:
+        svg = plots.curves(found, xlabel="step", ylabel="images with a pair", percent=True)
+        figures.append(Figure("Attack: images that a pair at the boundary was found for", svg=svg))
     return figures
 
 

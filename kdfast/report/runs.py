@@ -17,6 +17,7 @@ from kdfast.yaml_documents import MAX_RECIPE, parse_yaml
 METRICS = "metrics.json"
 LOG = "metrics.jsonl"
 RECIPE = "recipe.yaml"
+PROVENANCE = "provenance.json"
 
 
 def _number(value: Any) -> float:
@@ -35,6 +36,7 @@ class Run:
         log: The lines of ``metrics.jsonl``, in order.
         children: Runs in its subdirectories (a demo has five).
         told: ``recipe.yaml``, key by key; empty if there is none, or nothing to read it with.
+        made: ``provenance.json``: releases, commit, device, date; empty if there is none.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Run:
     log: tuple[dict[str, Any], ...]
     children: tuple[Run, ...] = ()
     told: Mapping[str, Any] = field(default_factory=dict)
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Where it is, how far it came and what it reached."""
@@ -57,6 +60,11 @@ class Run:
     def recipe(self) -> Mapping[str, Any]:
         """What it was told, or its seeds' runs were."""
         return self.told or next((child.told for child in self.children if child.told), {})
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What made it, or the first of its seeds' runs."""
+        return self.made or next((child.made for child in self.children if child.made), {})
 
     def series(self, kind: str, key: str, *, against: str = "step") -> tuple[list[float], list[float]]:
         """One curve of the log.
@@ -100,7 +108,8 @@ def read_run(path: str | Path) -> Run:
 def _read(folder: Path) -> Run:
     children = [_read(child) for child in sorted(folder.iterdir()) if child.is_dir() and _has_metrics(child)]
     metrics, told = read_results(folder / METRICS), _recipe(folder / RECIPE)
-    return Run(folder, _name(folder), metrics, _log(folder / LOG), tuple(children), told)
+    made = read_results(folder / PROVENANCE)
+    return Run(folder, _name(folder), metrics, _log(folder / LOG), tuple(children), told, made)
 
 
 def _name(folder: Path) -> str:
@@ -113,7 +122,7 @@ def _has_metrics(folder: Path) -> bool:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What a ``metrics.json`` holds; nothing where there is none.
+    """What a ``metrics.json``, or a record of what made it, holds; nothing where there is none.
 
     Raises:
         DataError: It cannot be read, or holds no object.

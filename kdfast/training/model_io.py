@@ -109,12 +109,25 @@ def load_model_config(path: str | Path) -> ModelConfig:
 def _read_config(folder: Path) -> ModelConfig:
     document = read_json(folder / CONFIG)
     document.pop("kdfast", None)
+    return config_of(document, folder / CONFIG)
+
+
+def config_of(document: Mapping[str, Any], place: str | Path) -> ModelConfig:
+    """A config from its fields, as somebody's file has them.
+
+    Args:
+        document: Name and value of each field.
+        place: What to call it in messages.
+
+    Raises:
+        CheckpointError: A field is unknown, missing or invalid; the message names it.
+    """
     known = {f.name for f in fields(ModelConfig)}
     if unknown := sorted(document.keys() - known):
-        raise CheckpointError(f"{folder / CONFIG}: has unknown keys {shown(', '.join(unknown))[1:-1]}")
+        raise CheckpointError(f"{place}: has unknown keys {shown(', '.join(unknown))[1:-1]}")
     if missing := sorted({"model", "num_classes", "image_size"} - document.keys()):
-        raise CheckpointError(f"{folder / CONFIG}: lacks {', '.join(missing)}")
-    entry = Fields(document, folder / CONFIG, CheckpointError)
+        raise CheckpointError(f"{place}: lacks {', '.join(missing)}")
+    entry = Fields(dict(document), place, CheckpointError)
     channels = entry.integer("in_channels", 1, _MOST) if "in_channels" in entry else 3
     given: dict[str, Any] = {}
     for name, positive in (("mean", False), ("std", True)):

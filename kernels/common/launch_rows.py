@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..launch import Kept, Launch, RowLayout, as_rows, reduction, traits
+from ..launch import Kept, Launch, RowLayout, as_rows, keeps, reduction
 from .plan import TilePlan
 from .scale import Scale, value_and_pointer
 
@@ -145,8 +145,14 @@ class Wanted(NamedTuple):
     exit_if_one: bool = False
 
 
+#: The fields of a Scale, as a tuple that takes less to make.
+Factors = tuple[torch.Tensor | float, torch.Tensor | float, torch.Tensor | None, torch.Tensor | None]
 #: Types of arguments that decide about nothing but themselves.
 _NUMBERS = frozenset((type(None), float))
+
+
+#: Backwards that a forward keeps: of one upstream gradient's kind, mostly.
+MAX_AFTER = 8
 
 
 class RowLaunches:
@@ -155,10 +161,11 @@ class RowLaunches:
     Args:
         plan: ``(rows, *options)`` to a :class:`RowPlan`.
         further: Parameters that only this family's kernels have, and that vary from call to call.
+        reads: Logit tensors that they read.
     """
 
-    def __init__(self, plan: Callable[..., RowPlan], further: tuple[str, ...] = ()) -> None:
-        self.plan, self.further = plan, further
+    def __init__(self, plan: Callable[..., RowPlan], further: tuple[str, ...] = (), reads: int = 2) -> None:
+        self.plan, self.further, self.reads = plan, further, reads
         self.kept = Kept()
 
     def __call__(
@@ -166,7 +173,7 @@ class RowLaunches:
         reads: tuple[torch.Tensor, ...],
         gradients: tuple[torch.Tensor | None, ...],
         dim: int,
-        scale: Scale,
+        scale: Scale | Factors,
         want: Wanted,
         upstream: torch.Tensor | None = None,
         further: tuple[Any, ...] = (),
@@ -190,36 +197,97 @@ class RowLaunches:
         Returns:
             The sum, 0-d, when it is wanted, else one float32 value a row, or nothing of meaning.
         """
-        student = reads[0]
-        scale = scale.on(student.device)
-        others = (scale.weight, scale.mask, upstream, scale.temperature, scale.divisor, *further)
-        kinds: tuple[Any, ...] = tuple(map(type, others))
+        return self.run(reads, gradients, dim, scale, want, upstream, further, options, fresh)[0]
+
+    def run(
+        self,
+        reads: tuple[torch.Tensor, ...],
+        gradients: tuple[torch.Tensor | None, ...],
+        dim: int,
+        scale: Scale | Factors,
+        want: Wanted,
+        upstream: torch.Tensor | None,
+        further: tuple[Any, ...],
+        options: tuple[Any, ...],
+        fresh: bool,
+    ) -> tuple[torch.Tensor, _RowCall | None]:
+        """The same, and what :meth:`again` takes of it, or None where each call is planned anew."""
+        student, device = reads[0], reads[0].device
+        temperature, divisor, weight, mask = scale
+        if not (type(temperature) is type(divisor) is float):
+            temperature, divisor, weight, mask = scale = Scale(*scale).on(device)
+        # What a compiled kernel depends on of all that it is given; written out, since every call comes by here.
+        others = (weight, mask, upstream, temperature, divisor, *further)
+        kinds: Any = tuple(map(type, others))
         if not _NUMBERS.issuperset(kinds):
-            kinds = tuple(map(traits, others))
-        lies: Any = tuple([(x.dtype, x.stride(), x.data_ptr() & 15) for x in reads])
+            kinds = tuple(
+                [
+                    (x.dtype, x.dim() == 0, x.data_ptr() & 15) if isinstance(x, torch.Tensor) else type(x)
+                    for x in others
+                ]
+            )
+        lies = tuple([(x.dtype, x.stride(), x.data_ptr() & 15) for x in reads])
         absent: Any = tuple([x is None for x in gradients])
         if not fresh and not all(absent):
             written = [None if x is None else (x.dtype, x.stride(), x.data_ptr() & 15) for x in gradients]
             absent = (*written, in_place(reads, gradients))
-        key = (student.shape, student.get_device(), dim, want, options, kinds, lies, absent)
+        key = (student.shape, device, dim, want, options, kinds, lies, absent)
         call = self.kept.get(key)
         if call is None:
             if student.numel() == 0:
-                return _nothing(student, dim, want, scale)
+                return _nothing(student, dim, want, divisor), None
             at = rows_of(reads, gradients, dim)
             call = _RowCall(self, at, dim, want, others, options)
             if at.copied:
                 out = call(at.tensors, scale, upstream, further)
                 at.copy_back()
-                return out
-            call = self.kept.keep(key, call, student.device)
-        return call((*reads, *gradients), scale, upstream, further)
+                return out, None
+            call = self.kept.keep(key, call, device)
+        return call((*reads, *gradients), scale, upstream, further), call
+
+    def again(
+        self,
+        call: _RowCall,
+        reads: tuple[torch.Tensor, ...],
+        gradients: tuple[torch.Tensor | None, ...],
+        dim: int,
+        scale: Factors,
+        upstream: torch.Tensor,
+        further: tuple[Any, ...],
+        options: tuple[Any, ...],
+        exit_if_one: bool,
+    ) -> None:
+        """A backward's launch, after :meth:`run` gave ``call`` for the same arguments; the gradients are fresh.
+
+        Only what may have changed is looked at: hooks of autograd may have laid out logits anew, or moved them.
+        """
+        if not (type(scale[0]) is type(scale[1]) is float):
+            scale = Scale(*scale).on(reads[0].device)
+        key = (
+            reads[0].shape,
+            tuple([(x.dtype, x.stride(), x.data_ptr() & 15) for x in reads]),
+            upstream.dtype,
+            upstream.dim(),
+            upstream.data_ptr() & 15,
+            exit_if_one,
+            tuple([x.data_ptr() & 15 for x in (*scale, *further) if isinstance(x, torch.Tensor)]),
+        )
+        found = call.after.get(key)
+        if found is not None:
+            found((*reads, *gradients), scale, upstream, further)
+            return
+        want = Wanted(False, False, exit_if_one)
+        _, found = self.run(reads, gradients, dim, scale, want, upstream, further, options, True)
+        if found is not None and keeps(reads[0].device):
+            if len(call.after) >= MAX_AFTER:
+                call.after.clear()
+            call.after[key] = found
 
 
-def _nothing(student: torch.Tensor, dim: int, want: Wanted, scale: Scale) -> torch.Tensor:
+def _nothing(student: torch.Tensor, dim: int, want: Wanted, divisor: Any) -> torch.Tensor:
     """The result where there are no logits: 0 a row; their sum is 0 over the divisor: 0/0 is NaN, as in torch."""
     if want.total:
-        return student.new_zeros((), dtype=torch.float32).div_(scale.divisor)
+        return student.new_zeros((), dtype=torch.float32).div_(divisor)
     return student.new_zeros(student.shape[:dim] + student.shape[dim + 1 :], dtype=torch.float32)
 
 
@@ -232,7 +300,7 @@ def in_place(reads: Sequence[torch.Tensor | None], gradients: Sequence[torch.Ten
 class _RowCall:
     """One geometry of a family: what is launched, and the memory that it needs. It holds no tensor."""
 
-    __slots__ = ("apart", "before", "device", "launch", "programs", "rows", "total", "width")
+    __slots__ = ("after", "apart", "before", "device", "launch", "programs", "rows", "total", "width")
 
     def __init__(
         self,
@@ -255,6 +323,7 @@ class _RowCall:
             "EARLY_EXIT": want.exit_if_one and single,
             "enable_fp_fusion": True,
         }
+        self.after: dict[Any, _RowCall] = {}
         self.device, self.programs, self.total = student.device, plan.grid, want.total
         self.apart = plan.apart and want.total
         shape = student.shape[:dim] + student.shape[dim + 1 :]
@@ -292,26 +361,27 @@ class _RowCall:
     def __call__(
         self,
         tensors: tuple[torch.Tensor | None, ...],
-        scale: Scale,
+        scale: Scale | Factors,
         upstream: torch.Tensor | None,
         further: tuple[Any, ...],
     ) -> torch.Tensor:
-        device = self.device
+        temperature, divisor, weight, mask = scale
         rows = loss = partial = counter = temperature_ptr = divisor_ptr = None
         if self.rows is not None:
-            rows = torch.empty(self.rows, dtype=torch.float32, device=device)
+            rows = torch.empty(self.rows, dtype=torch.float32, device=self.device)
         if self.total:
-            # An address even where nothing is written to it: without it a cluster's kernel spills on sm_100.
-            loss = torch.empty_strided((), (), dtype=torch.float32, device=device)
-            if not self.apart:
-                partial, counter = reduction(device, self.programs[0])
-        weight, mask, temperature, divisor = scale.weight, scale.mask, scale.temperature, scale.divisor
+            if self.apart:
+                # An address even where nothing is written to it: without it a cluster's kernel spills on sm_100.
+                loss = torch.empty((), dtype=torch.float32, device=self.device)
+            else:
+                partial, counter, one = reduction(self.device, self.programs[0])
+                loss = torch.empty_like(one)  # memory like other memory is made soonest
         if type(temperature) is not float:
             temperature, temperature_ptr = value_and_pointer(temperature)
         if type(divisor) is not float:
             divisor, divisor_ptr = value_and_pointer(divisor)
         if self.before is not None:
-            sums = torch.empty((*self.programs, self.width), dtype=torch.float32, device=device)
+            sums = torch.empty((*self.programs, self.width), dtype=torch.float32, device=self.device)
             self.before((*tensors[:2], sums, upstream, temperature, temperature_ptr))
             further = (*further, sums)
         self.launch(

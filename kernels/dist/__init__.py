@@ -10,12 +10,14 @@ A row's mean is 1/V. A column's moments are merged from tiles by Chan's formula,
 
 Bytes moved, N = elements of one logit tensor: 2N for the rows, 2N for the columns (a column is complete only
 when every row's softmax is), 3N for the student's gradient or 4N for both: 4N, 7N, 8N. Where a program reads its
-rows twice, the second time is from the cache.
+rows twice, the second time is from the cache. A row's six values and a column's five are kept for the backward, which
+so reads 2N where the forward has not written what it asks for, and nothing where it has.
 
 Launch plan: tiles of about 2048 elements; a column's rows are split over programs until some 512 of them are busy:
 dist_plan in plan.py. Bodies: bodies.py.
 """
 
-from .launch import dist
+from ..common.scale import Scale
+from .launch import Values, dist, run
 
-__all__ = ["dist"]
+__all__ = ["Scale", "Values", "dist", "run"]

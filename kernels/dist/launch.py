@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 
-from ..common.launch_rows import rows_of
+from ..common.launch_rows import Rows, in_place, rows_of
 from ..common.scale import Scale, value_and_pointer
-from ..launch import arrival_counter, device_guard, launch
+from ..launch import Kept, Launch, reduction, traits
 from . import bodies
 from .plan import dist_plan
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+class Values(NamedTuple):
+    """What the loss knows of rows and of columns, and its gradient needs: float32 ``[6 · rows]`` and ``[5 · V]``."""
+
+    row: torch.Tensor
+    column: torch.Tensor
 
 
 def dist(
@@ -42,60 +53,152 @@ def dist(
     Returns:
         The 0-d loss when ``reduce``, else None.
     """
-    scale = scale.on(student.device)
-    at = rows_of((student, teacher), (grad_student, grad_teacher), student.dim() - 1)
-    student, teacher, grad_student, grad_teacher = at.tensors
-    num_rows, num_classes = at.num_rows, at.num_classes
-    plan = dist_plan(num_rows, num_classes)
-    column_groups = triton.cdiv(num_classes, plan.columns)
-    row_values = student.new_empty(6, num_rows, dtype=torch.float32)
-    parts = student.new_empty(plan.splits, 5, num_classes, dtype=torch.float32)
-    column_values = student.new_empty(5, num_classes, dtype=torch.float32)
-    loss = student.new_empty((), dtype=torch.float32) if reduce else None
-    temperature, divisor = value_and_pointer(scale.temperature), value_and_pointer(scale.divisor)
-    common = {
-        "V": num_classes,
-        "T_PTR": isinstance(scale.temperature, torch.Tensor),
-        "EARLY_EXIT": exit_if_one,
-        "num_warps": plan.num_warps,
-        "enable_fp_fusion": True,
-    }
-    divisor_ptr = isinstance(scale.divisor, torch.Tensor)
-    row_tile = {"UNIT": at.unit, "ROWS": plan.rows, "BLOCK": plan.block}
-    row_grid = (triton.cdiv(num_rows, plan.rows),)
-    with device_guard(student):
-        launch(
-            bodies.dist_rows_kernel,
-            row_grid,
-            student, teacher, row_values, upstream, *temperature, num_rows, at.layout.inner, *at.strides[:6],
-            **row_tile, **common,
-        )  # fmt: skip
-        launch(
+    grads = (grad_student, grad_teacher)
+    return run(
+        student, teacher, beta, gamma, scale, grads, reduce=reduce, upstream=upstream, exit_if_one=exit_if_one
+    )[0]
+
+
+def run(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    beta: float,
+    gamma: float,
+    scale: Scale,
+    gradients: Tensors = (None, None),
+    *,
+    reduce: bool = True,
+    upstream: torch.Tensor | None = None,
+    exit_if_one: bool = False,
+    fresh: bool = False,
+    values: Values | None = None,
+) -> tuple[torch.Tensor | None, Values | None]:
+    """:func:`dist`, and the values that spare a later call for gradients of the same logits all but its last launch.
+
+    Args:
+        student: Like the next ones, as of :func:`dist`.
+        teacher: See above.
+        beta: See above.
+        gamma: See above.
+        scale: See above.
+        gradients: Of student and teacher; None where it is not wanted.
+        reduce: Write the loss; not with ``values``.
+        upstream: One value that multiplies the gradients.
+        exit_if_one: Do nothing if it is 1.
+        fresh: Whether the gradients are ``torch.empty_like`` of what they belong to.
+        values: What an earlier call gave back.
+
+    Returns:
+        The loss or None; values, None where strides had too many groups for a launch without copies.
+    """
+    temperature, divisor, *_ = scale = scale.on(student.device)
+    reads = (student, teacher)
+    lies = tuple([(x.dtype, x.stride(), x.data_ptr() & 15) for x in reads])
+    written: Any = tuple([x is None for x in gradients])
+    if not (fresh or all(written)):
+        given = [None if x is None else (x.dtype, x.stride(), x.data_ptr() & 15) for x in gradients]
+        written = (*given, in_place(reads, gradients))
+    kinds = traits(temperature), traits(divisor), traits(upstream)
+    key = (student.shape, student.device, lies, written, kinds, reduce, exit_if_one)
+    call = _KEPT.get(key)
+    tensors: Tensors = (*reads, *gradients)
+    if call is None:
+        at = rows_of(reads, gradients, student.dim() - 1)
+        call = _Call(at, kinds, reduce, exit_if_one)
+        if at.copied:
+            loss, _ = call(at.tensors, beta, gamma, scale, upstream, None)
+            at.copy_back()
+            return loss, None
+        call = _KEPT.keep(key, call, student.device)
+    found: tuple[torch.Tensor | None, Values] = call(tensors, beta, gamma, scale, upstream, values)
+    return found
+
+
+_KEPT = Kept()
+
+
+class _Call:
+    """One geometry: what is launched, and the memory that it needs. It holds no tensor."""
+
+    __slots__ = ("columns", "device", "gradient", "groups", "merge", "reduce", "rows", "sizes")
+
+    def __init__(self, at: Rows, kinds: tuple[Any, Any, Any], reduce: bool, exit_if_one: bool) -> None:
+        student, _, grad_student, grad_teacher = at.tensors
+        assert student is not None
+        num_rows, num_classes = at.num_rows, at.num_classes
+        plan = dist_plan(num_rows, num_classes)
+        self.groups = groups = triton.cdiv(num_classes, plan.columns)
+        self.sizes = 6 * num_rows, plan.splits * 5 * num_classes, 5 * num_classes
+        self.device, self.reduce = student.device, reduce
+        numbers = float, int
+        common = {
+            "V": num_classes,
+            "T_PTR": kinds[0] not in numbers,
+            "EARLY_EXIT": exit_if_one,
+            "num_warps": plan.num_warps,
+            "enable_fp_fusion": True,
+        }
+        divisor = {"DIVISOR_PTR": kinds[1] not in numbers}
+        tile = {"UNIT": at.unit, "ROWS": plan.rows, "BLOCK": plan.block}
+        row_grid = (triton.cdiv(num_rows, plan.rows),)
+        rows, strides = (num_rows, at.layout.inner), at.strides
+
+        def launch(kernel: Any, grid: tuple[int, ...], fixed: tuple[int, ...], **own: Any) -> Launch:
+            return Launch(kernel, grid, fixed, own | common, self.device)
+
+        self.rows = launch(bodies.dist_rows_kernel, row_grid, (*rows, *strides[:6]), **tile)
+        self.columns = launch(
             bodies.dist_columns_kernel,
-            (column_groups, plan.splits),
-            student, teacher, row_values, parts, upstream, *temperature,
-            num_rows, at.layout.inner, plan.rows_per_split, *at.strides[:6],
-            UNIT=at.unit, ROWS=plan.tile_rows, COLUMNS=plan.columns, **common,
-        )  # fmt: skip
-        launch(
+            (groups, plan.splits),
+            (*rows, plan.rows_per_split, *strides[:6]),
+            UNIT=at.unit,
+            ROWS=plan.tile_rows,
+            COLUMNS=plan.columns,
+        )
+        self.merge = launch(
             bodies.dist_merge_kernel,
-            (column_groups,),
-            row_values, parts, column_values,
-            student.new_empty(column_groups, dtype=torch.float32) if reduce else None,
-            arrival_counter(student.device) if reduce else None,
-            loss, upstream, *temperature, *divisor, float(beta), float(gamma),
-            num_rows, plan.rows_per_split, plan.splits,
-            COLUMNS=plan.columns, DIVISOR_PTR=divisor_ptr, REDUCE=reduce, **common,
-        )  # fmt: skip
+            (groups,),
+            (num_rows, plan.rows_per_split, plan.splits),
+            COLUMNS=plan.columns,
+            REDUCE=reduce,
+            **divisor,
+        )
+        self.gradient: Launch | None = None
         if grad_student is not None or grad_teacher is not None:
-            launch(
+            wanted = {"GRAD_S": grad_student is not None, "GRAD_T": grad_teacher is not None}
+            upstream = {"UPSTREAM": kinds[2] is not type(None)}
+            self.gradient = launch(
                 bodies.dist_gradient_kernel,
                 row_grid,
-                student, teacher, grad_student, grad_teacher, row_values, column_values, upstream,
-                *temperature, *divisor, float(beta), float(gamma), num_rows, at.layout.inner,
-                *at.strides,
-                DIVISOR_PTR=divisor_ptr, UPSTREAM=upstream is not None,
-                GRAD_S=grad_student is not None, GRAD_T=grad_teacher is not None, **row_tile, **common,
-            )  # fmt: skip
-    at.copy_back()
-    return loss
+                (*rows, *strides),
+                **tile,
+                **divisor,
+                **wanted,
+                **upstream,
+            )
+
+    def __call__(
+        self,
+        tensors: Tensors,
+        beta: float,
+        gamma: float,
+        scale: Scale,
+        upstream: torch.Tensor | None,
+        values: Values | None,
+    ) -> tuple[torch.Tensor | None, Values]:
+        temperature, divisor = value_and_pointer(scale.temperature), value_and_pointer(scale.divisor)
+        factors = (*temperature, *divisor, float(beta), float(gamma))
+        loss = partial = counter = None
+        if values is None:
+            row, parts, column = (torch.empty(size, dtype=torch.float32, device=self.device) for size in self.sizes)
+            values = Values(row, column)
+            reads = tensors[:2]
+            if self.reduce:
+                partial, counter, one = reduction(self.device, self.groups)
+                loss = torch.empty_like(one)
+            self.rows((*reads, row, upstream, *temperature))
+            self.columns((*reads, row, parts, upstream, *temperature))
+            self.merge((row, parts, column, partial, counter, loss, upstream, *factors))
+        if self.gradient is not None:
+            self.gradient((*tensors, *values, upstream, *factors))
+        return loss, values

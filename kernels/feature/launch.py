@@ -80,7 +80,7 @@ def reparam_middle(
     )
     geometry = (count, shape, tuple(operands), heads, branches.itemsize, *told)
     found = _RECURSION.find(branches.device, geometry, (*inputs, *others))
-    memory = (None, None) if loss is None else reduction(branches.device, found.grid[0])
+    memory = (None, None) if loss is None else reduction(branches.device, found.grid[0])[:2]
     found((*inputs, *memory, *others))
 
 

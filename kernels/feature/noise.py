@@ -52,7 +52,7 @@ def noise_mse(
     strides = (prediction.stride(), None if grad is None else grad.stride())
     geometry = (prediction.shape, strides, isinstance(seed, torch.Tensor), exit_if_one)
     found = _MSE.find(prediction.device, geometry, (prediction, grad, upstream, loss, seed))
-    memory = (None, None) if loss is None else reduction(prediction.device, found.grid[0])
+    memory = (None, None) if loss is None else reduction(prediction.device, found.grid[0])[:2]
     found((prediction, grad, upstream, loss, *memory, seed))
 
 

@@ -38,7 +38,18 @@ and 32 for both reads of a bfloat16 row that is read twice (34 in float32), in 6
 Launch plans: plan.py. Kernel bodies: the files named after them.
 """
 
+from ..common.launch_rows import Wanted
 from ..common.scale import Scale
-from .launch import LABELS, PLAIN, STATISTICS, Labels, Statistics, kd_kl
+from .launch import LABELS, PLAIN, STATISTICS, Labels, Statistics, kd_kl, label_arguments
 
-__all__ = ["LABELS", "PLAIN", "STATISTICS", "Labels", "Scale", "Statistics", "kd_kl"]
+__all__ = [
+    "LABELS",
+    "PLAIN",
+    "STATISTICS",
+    "Labels",
+    "Scale",
+    "Statistics",
+    "Wanted",
+    "kd_kl",
+    "label_arguments",
+]

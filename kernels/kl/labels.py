@@ -1,7 +1,8 @@
 """What rides on the KL pass: cross-entropy with hard labels, and the statistics that replay needs.
 
 With z the student's logits at temperature 1, two labels a row (mixup, Zhang et al. 2018) with factors f₁, f₂, which
-hold weight, λ, divisor and 0 for ignored rows, and smoothing ε (Szegedy et al. 2016, Eq. 7):
+hold weight, λ, divisor and 0 for ignored rows (of one label, the weight and how many rows count will do), and
+smoothing ε (Szegedy et al. 2016, Eq. 7):
 
     CE       = f·(LSE(z) - ε·mean(z)) - (1-ε)·(f₁·z_y₁ + f₂·z_y₂)        f = f₁ + f₂
     ∂CE/∂z   = f·(softmax(z) - ε/V) - (1-ε)·(f₁·[c = y₁] + f₂·[c = y₂])
@@ -16,10 +17,19 @@ from ..common.rows import row_factor
 
 
 @triton.jit
-def label_of(label_ptr, factor_ptr, s_row, s_class, rows, counts, row_scale, V: tl.constexpr):
+def label_of(
+    label_ptr, factor_ptr, label_weight, s_row, s_class, rows, counts, row_scale, V: tl.constexpr,
+    IGNORE: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
     """(label, factor, the label's logit) of each row; NaN for a label that is no class."""
-    factor = tl.load(factor_ptr + rows, mask=counts, other=0.0).to(tl.float32) * row_scale
     label = tl.load(label_ptr + rows, mask=counts, other=0)
+    if IGNORE is None:
+        factor = tl.load(factor_ptr + rows, mask=counts, other=0.0).to(tl.float32)
+    else:
+        if COUNTED:  # where nothing counts, the loss is 0
+            label_weight = label_weight / tl.maximum(tl.load(factor_ptr).to(tl.float32), 1.0)
+        factor = tl.where(counts & (label != IGNORE), label_weight, 0.0)
+    factor *= row_scale
     used = counts & (factor != 0.0)
     known = used & (label >= 0) & (label < V)
     logit = tl.load(s_row + label * s_class, mask=known, other=0.0).to(tl.float32)
@@ -29,19 +39,32 @@ def label_of(label_ptr, factor_ptr, s_row, s_class, rows, counts, row_scale, V: 
 
 @triton.jit
 def labels_of(
-    label_ptr, factor_ptr, second_label_ptr, second_factor_ptr, s_row, s_class, rows, valid, counts,
+    label_ptr, factor_ptr, second_label_ptr, second_factor_ptr, label_weight, s_row, s_class, rows, valid, counts,
     weight_ptr, upstream_ptr, V: tl.constexpr, LABELS: tl.constexpr, WEIGHT: tl.constexpr, UPSTREAM: tl.constexpr,
+    IGNORE: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """:func:`label_of` of each row's labels; without a second one, its factor is 0."""
     plain = 1.0
     if UPSTREAM == 1:
         plain = tl.load(upstream_ptr).to(tl.float32)
     weight, _ = row_factor(rows, valid, weight_ptr, None, upstream_ptr, plain, WEIGHT, False, UPSTREAM)
-    label, first, logit = label_of(label_ptr, factor_ptr, s_row, s_class, rows, counts, weight, V)
+    label, first, logit = label_of(
+        label_ptr, factor_ptr, label_weight, s_row, s_class, rows, counts, weight, V, IGNORE, COUNTED
+    )
     second_label, second, second_logit = label, first * 0.0, logit
     if LABELS == 2:
         second_label, second, second_logit = label_of(
-            second_label_ptr, second_factor_ptr, s_row, s_class, rows, counts, weight, V
+            second_label_ptr,
+            second_factor_ptr,
+            label_weight,
+            s_row,
+            s_class,
+            rows,
+            counts,
+            weight,
+            V,
+            IGNORE,
+            COUNTED,
         )
     return label, first, logit, second_label, second, second_logit
 

@@ -24,13 +24,17 @@ class Labels(NamedTuple):
 
     ``label`` is int64, one a row; ``factor`` its float32 factor in the loss, 0 where it is ignored. ``second``
     and ``second_factor`` are the same for the other label of a mixed sample, or None. All contiguous.
+
+    With ``ignore``, a class, the factor is ``weight`` where the label is another, over ``factor``, 0-d, if given.
     """
 
     label: torch.Tensor
-    factor: torch.Tensor
+    factor: torch.Tensor | None
     second: torch.Tensor | None
     second_factor: torch.Tensor | None
     smoothing: float
+    weight: float = 0.0
+    ignore: int | None = None
 
 
 class Statistics(NamedTuple):
@@ -78,12 +82,19 @@ def kd_kl(
     scale = scale.on(student.device)
     family, further, options = PLAIN, (), ()
     if labels is not None:
-        family, further, options = LABELS, labels, (1 if labels.second is None else 2,)
+        family, (further, options) = LABELS, label_arguments(labels)
     elif statistics is not None:
         family, further = STATISTICS, statistics
     want = Wanted(want_rows or not reduce, reduce, exit_if_one)
     gradients = (grad_student, grad_teacher)
     return family((student, teacher), gradients, dim, scale, want, upstream, further, options)
+
+
+def label_arguments(labels: Labels) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(what varies of a launch beside its rows, what its plan depends on)."""
+    *further, ignore = labels
+    counted = ignore is not None and labels.factor is not None
+    return tuple(further), (1 if labels.second is None else 2, ignore, counted)
 
 
 def _plan(at: Rows, *, plain: bool) -> KLPlan:
@@ -145,8 +156,10 @@ def _kernel(plan: KLPlan, at: Rows) -> tuple[Any, dict[str, Any]]:
 
 PLAIN = RowLaunches(_planned)
 LABELS = RowLaunches(
-    lambda at, kinds: _planned(at, stored={"LABELS": kinds}),
-    ("label_ptr", "factor_ptr", "second_label_ptr", "second_factor_ptr", "smoothing"),
+    lambda at, kinds, ignore, counted: _planned(
+        at, stored={"LABELS": kinds, "IGNORE": ignore, "COUNTED": counted}
+    ),
+    ("label_ptr", "factor_ptr", "second_label_ptr", "second_factor_ptr", "smoothing", "label_weight"),
 )
 STATISTICS = RowLaunches(
     lambda at: _planned(at, stored={"STATS": True}), ("class_ptr", "probability_ptr", "agreement_ptr")

@@ -18,9 +18,10 @@ def kd_kl_two_pass_kernel(
     T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr, WEIGHT: tl.constexpr, MASK: tl.constexpr,
     UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
     STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
-    label_ptr=None, factor_ptr=None, second_label_ptr=None, second_factor_ptr=None, smoothing=0.0,
+    label_ptr=None, factor_ptr=None, second_label_ptr=None, second_factor_ptr=None, smoothing=0.0, label_weight=0.0,
     class_ptr=None, probability_ptr=None, agreement_ptr=None,
-    LABELS: tl.constexpr = 0, STATS: tl.constexpr = False, RARE: tl.constexpr = True,
+    LABELS: tl.constexpr = 0, IGNORE: tl.constexpr = None, COUNTED: tl.constexpr = False,
+    STATS: tl.constexpr = False, RARE: tl.constexpr = True,
 ):  # fmt: skip
     """Rows that do not fit on the chip: read once for the log-sum-exps, once more for loss and gradients."""
     if finished(upstream_ptr, EARLY_EXIT):
@@ -43,8 +44,9 @@ def kd_kl_two_pass_kernel(
     ce, peak, inv_total, label, second_label, first, second = 0.0, 0.0, 0.0, 0, 0, 0.0, 0.0
     if LABELS > 0:
         label, first, logit, second_label, second, second_logit = labels_of(
-            label_ptr, factor_ptr, second_label_ptr, second_factor_ptr, s_row, s_class, row, row < num_rows, counts,
-            weight_ptr, upstream_ptr, V, LABELS, WEIGHT, UPSTREAM,
+            label_ptr, factor_ptr, second_label_ptr, second_factor_ptr, label_weight, s_row, s_class,
+            row, row < num_rows, counts,
+            weight_ptr, upstream_ptr, V, LABELS, WEIGHT, UPSTREAM, IGNORE, COUNTED,
         )  # fmt: skip
         total = tl.sum(total_acc * tl.exp2((s_peak - s_max) * 1.4426950408889634), axis=0)
         peak, inv_total = s_max, 1.0 / total

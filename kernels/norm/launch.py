@@ -207,12 +207,10 @@ def mse(
     m: Matrix,
     norm: Any,
     centre: tuple[torch.Tensor, torch.Tensor],
+    grads: tuple[torch.Tensor | None, ...] = (None, None, None),
     *,
     sums: torch.Tensor | None,
     loss: torch.Tensor | None = None,
-    grad_x: torch.Tensor | None = None,
-    grad_weight: torch.Tensor | None = None,
-    grad_bias: torch.Tensor | None = None,
     upstream: torch.Tensor | None = None,
     exit_if_one: bool = False,
     count: bool = True,
@@ -225,21 +223,19 @@ def mse(
         m: The matrix.
         norm: As for :func:`statistics`.
         centre: As for :func:`act`.
+        grads: Of x, laid out as it is, of weight and of bias.
         sums: Of :func:`statistics`, where gradients are wanted.
         loss: 0-d float32.
-        grad_x: Laid out as x.
-        grad_weight: ``[C]``.
-        grad_bias: ``[C]``.
         upstream: Gradient of the loss, 0-d; None: 1.
         exit_if_one: Do nothing if ``upstream`` is 1: the gradients are there already.
         count: Count the batch in training.
     """
     tracked = norm.num_batches_tracked if norm.training and count else None
     varying = (
-        x, target, grad_x, grad_weight, grad_bias, upstream, *centre, norm.weight, norm.bias, sums, tracked, loss,
+        x, target, *grads, upstream, *centre, norm.weight, norm.bias, sums, tracked, loss,
     )  # fmt: skip
     found = _MSE.find(x.device, (m, norm.eps, norm.training, exit_if_one), varying)
-    found((*varying, *((None, None) if loss is None else reduction(x.device, found.grid[0]))))
+    found((*varying, *((None, None) if loss is None else reduction(x.device, found.grid[0])[:2])))
 
 
 def _planned_mse(m: Matrix, eps: float, training: bool, exit_if_one: bool) -> Planned:

@@ -47,8 +47,14 @@ class Matrix(NamedTuple):
 
 def matrix(x: torch.Tensor) -> Matrix | None:
     """The matrix that ``x`` ``[B, C, …]`` is, or None where it has to be copied first."""
-    batch, channels = x.shape[:2]
-    span = math.prod(x.shape[2:])
+    return _matrix(x.shape, x.stride())
+
+
+@functools.lru_cache(maxsize=512)
+def _matrix(shape: torch.Size, strides: tuple[int, ...]) -> Matrix | None:
+    x = torch.empty_strided(shape, strides, device="meta")
+    batch, channels = shape[:2]
+    span = math.prod(shape[2:])
     if span > 1 and x.is_contiguous():
         return Matrix(batch, channels, span)
     if x.movedim(1, -1).is_contiguous():

@@ -69,11 +69,12 @@ def pair_tile_kernel(
     ROWS: tl.constexpr, WIDTH: tl.constexpr, INNER_ONE: tl.constexpr, T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr,
     WEIGHT: tl.constexpr, MASK: tl.constexpr, UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr,
     GRAD_S: tl.constexpr, GRAD_T: tl.constexpr, STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
-    RARE: tl.constexpr = True,
+    RARE: tl.constexpr = True, IGNORE: tl.constexpr = None,
 ):  # fmt: skip
     """Rows whose class dimension fits in registers: one read of each logit, one write of each gradient."""
     if finished(upstream_ptr, EARLY_EXIT):
         return
+    SOME: tl.constexpr = MASK or IGNORE is not None  # rows may not count
 
     rows, valid, outer, within, classes = tile_rows(num_rows, inner, LAYOUT, CHUNKS, ROWS, WIDTH, INNER_ONE)
     scale, counts, inv_t, k = row_scale(
@@ -92,6 +93,8 @@ def pair_tile_kernel(
     is_target = live
     if KIND == 1:
         target = tl.load(target_ptr + rows, mask=valid, other=0)
+        if IGNORE is not None:
+            counts = counts & (target != IGNORE)
         is_target = classes == per_row(target, LAYOUT)
 
     s = others(s_ptr + s_at, live, is_target, KIND)
@@ -157,20 +160,20 @@ def pair_tile_kernel(
         divergence = over_classes(term, LAYOUT, False)
         if GRAD_S:
             _store_tile(
-                gs_ptr, gs_at, w_s, q, 1.0, g, beta, s_slope, is_target, keep, live, LAYOUT, KIND, MASK
+                gs_ptr, gs_at, w_s, q, 1.0, g, beta, s_slope, is_target, keep, live, LAYOUT, KIND, SOME
             )
         if GRAD_T:
             _store_tile(
-                gt_ptr, gt_at, w_t, p, 1.0, g_t, beta, t_slope, is_target, keep, live, LAYOUT, KIND, MASK
+                gt_ptr, gt_at, w_t, p, 1.0, g_t, beta, t_slope, is_target, keep, live, LAYOUT, KIND, SOME
             )
     else:
         if GRAD_S:
             _store_tile(
-                gs_ptr, gs_at, w_s, q, s_one, g_q, beta, s_slope, is_target, keep, live, LAYOUT, KIND, MASK
+                gs_ptr, gs_at, w_s, q, s_one, g_q, beta, s_slope, is_target, keep, live, LAYOUT, KIND, SOME
             )
         if GRAD_T:
             _store_tile(
-                gt_ptr, gt_at, w_t, p, t_one, g_p, beta, t_slope, is_target, keep, live, LAYOUT, KIND, MASK
+                gt_ptr, gt_at, w_t, p, t_one, g_p, beta, t_slope, is_target, keep, live, LAYOUT, KIND, SOME
             )
     if KIND == 1:
         divergence = binary + beta * divergence
@@ -276,11 +279,12 @@ def pair_loop_kernel(
     THREADS: tl.constexpr, VECTOR: tl.constexpr, ALONG: tl.constexpr,
     T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr, WEIGHT: tl.constexpr, MASK: tl.constexpr,
     UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
-    STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr, RARE: tl.constexpr = True,
+    STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr, RARE: tl.constexpr = True, IGNORE: tl.constexpr = None,
 ):  # fmt: skip
     """Rows that do not fit on the chip: log-sum-exps, then the row's sums, then its gradients."""
     if finished(upstream_ptr, EARLY_EXIT):
         return
+    SOME: tl.constexpr = MASK or IGNORE is not None  # rows may not count
     row = tl.program_id(0)
     outer, within = in_strides(row // inner, row % inner, UNIT)
     scale, counts, inv_t, k = row_scale(
@@ -294,6 +298,8 @@ def pair_loop_kernel(
     target = row * 0
     if KIND == 1:
         target = tl.load(target_ptr + row)
+        if IGNORE is not None:
+            counts = counts & (target != IGNORE)
 
     s_peak, s_acc = no_logits([THREADS])
     t_peak, t_acc = no_logits([THREADS])
@@ -341,7 +347,7 @@ def pair_loop_kernel(
     none = (0.0, 0.0)
     divergence, s_total, t_total = _walk(
         walked, strides, target, g, g_t, ratio, counts, of_row, alpha, beta, none, none,
-        V, THREADS, VECTOR, ALONG, KIND, RATIO, False, False, False, MASK,
+        V, THREADS, VECTOR, ALONG, KIND, RATIO, False, False, False, SOME,
     )  # fmt: skip
     g_s = g
     g_both = g_t
@@ -356,17 +362,17 @@ def pair_loop_kernel(
     if nearly:
         divergence, s_total, t_total = _walk(
             walked, strides, target, g, g_t, ratio, counts, of_row, alpha, beta, none, none,
-            V, THREADS, VECTOR, ALONG, KIND, RATIO, True, False, False, MASK,
+            V, THREADS, VECTOR, ALONG, KIND, RATIO, True, False, False, SOME,
         )  # fmt: skip
         if GRAD_S or GRAD_T:
             _walk(
                 walked, strides, target, g, g_t, ratio, counts, of_row, alpha, beta, (s_total, t_total),
-                (s_slope, t_slope), V, THREADS, VECTOR, ALONG, KIND, RATIO, True, GRAD_S, GRAD_T, MASK,
+                (s_slope, t_slope), V, THREADS, VECTOR, ALONG, KIND, RATIO, True, GRAD_S, GRAD_T, SOME,
             )  # fmt: skip
     elif GRAD_S or GRAD_T:
         _walk(
             walked, strides, target, g_s, g_both, ratio, counts, of_row, alpha, beta, (s_total, t_total),
-            (s_slope, t_slope), V, THREADS, VECTOR, ALONG, KIND, RATIO, False, GRAD_S, GRAD_T, MASK,
+            (s_slope, t_slope), V, THREADS, VECTOR, ALONG, KIND, RATIO, False, GRAD_S, GRAD_T, SOME,
         )  # fmt: skip
     if KIND == 1:
         divergence = binary + beta * divergence

@@ -61,15 +61,25 @@ def pair_loss(
 
 
 def pair_arguments(
-    kind: int, target: torch.Tensor | None, alpha: float, beta: float, ratio: torch.Tensor | float = 1.0
+    kind: int,
+    target: torch.Tensor | None,
+    alpha: float,
+    beta: float,
+    ratio: torch.Tensor | float = 1.0,
+    ignore: int | None = None,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """(what varies of a launch beside its rows, what its plan depends on)."""
+    """(what varies of a launch beside its rows, what its plan depends on).
+
+    ``ignore``: rows of this target do not count.
+    """
+    if type(ratio) is float:
+        return (target, float(alpha), float(beta), ratio, None), (kind, ratio != 1.0, False, ignore)
     value, pointer = value_and_pointer(ratio)
     further = (target, float(alpha), float(beta), value, pointer)
-    return further, (kind, pointer is not None or value != 1.0, pointer is not None)
+    return further, (kind, pointer is not None or value != 1.0, pointer is not None, ignore)
 
 
-def _planned(at: Rows, kind: int, ratio: bool, ratio_ptr: bool) -> RowPlan:
+def _planned(at: Rows, kind: int, ratio: bool, ratio_ptr: bool, ignore: int | None) -> RowPlan:
     student, teacher, *_ = at.tensors
     plan = pair_plan(
         at.num_classes,
@@ -79,7 +89,13 @@ def _planned(at: Rows, kind: int, ratio: bool, ratio_ptr: bool) -> RowPlan:
         both=None not in at.given,
     )
     loop = plan.regime == "loop"
-    told = {"KIND": kind, "RATIO": ratio, "RATIO_PTR": ratio_ptr, "num_warps": plan.num_warps}
+    told = {
+        "KIND": kind,
+        "RATIO": ratio,
+        "RATIO_PTR": ratio_ptr,
+        "IGNORE": ignore,
+        "num_warps": plan.num_warps,
+    }
     own = loop_sizes(plan, at) if loop else tile_sizes(plan, at.layout)
     kernel = bodies.pair_loop_kernel if loop else bodies.pair_tile_kernel
     return RowPlan(kernel, tile_grid(plan, at.layout), own | told)

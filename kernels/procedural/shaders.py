@@ -122,7 +122,7 @@ def render(
         antialias: Samples a pixel and side.
         dtype: torch.uint8 or torch.float32.
     """
-    out = values.new_empty((program.shape[0], 3, height, width), dtype=dtype)
+    out = torch.empty((program.shape[0], 3, height, width), dtype=dtype, device=values.device)
     geometry = (program.shape[0], codes.shape[1], height, width, antialias, dtype)
     _SHADERS(codes.device, geometry, (codes, values, rates, program, time, out))
     return out

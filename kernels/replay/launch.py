@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,10 +31,11 @@ def _levels(offsets: tuple[int, ...], counts: tuple[int, ...]) -> dict[str, int]
 
 def words(rows: torch.Tensor) -> torch.Tensor:
     """Rows as ``[n, words]`` of int32 where they divide into that, else bytes, so that copies are wide."""
-    flat = rows.reshape(rows.shape[0], -1).view(torch.uint8)
+    flat = rows.reshape(rows.shape[0], -1)
+    width = flat.shape[1] * flat.itemsize
     # Rows of no elements have nothing to widen, and no stride that divides.
-    aligned = flat.shape[1] > 0 and flat.shape[1] % 4 == 0 and flat.data_ptr() % 4 == 0
-    return flat.view(torch.int32) if aligned else flat
+    aligned = width > 0 and width % 4 == 0 and flat.data_ptr() % 4 == 0
+    return flat.view(torch.int32 if aligned else torch.uint8)
 
 
 def sample(
@@ -133,8 +134,7 @@ _SAMPLE = Launches(bodies.replay_sample, _planned_sample)
 _UPDATE = Launches(bodies.replay_update, _planned_update)
 
 
-@dataclass(frozen=True)
-class _Gather:
+class _Gather(NamedTuple):
     """A copy of rows: words when they stay as they are, elements when they are normalised."""
 
     source: torch.Tensor

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from ..common.launch_rows import RowLaunches, RowPlan, Rows, Wanted
@@ -37,13 +40,29 @@ def topk(
     Returns:
         The 0-d loss when ``reduce``, else one float32 value a row.
     """
-    k = index.shape[-1]
-    if k > 1 and student.numel() and not topk_plan(student.shape[-1], k).once:
-        index = _once(index, logits)
+    further, options = topk_arguments(student, index, logits, normalizer, bucket)
     want = Wanted(want_rows or not reduce, reduce, exit_if_one)
-    options = (k, bucket, normalizer is not None)
-    further = (index, logits, normalizer)
     return TOPK((student,), (grad_student,), student.dim() - 1, scale, want, upstream, further, options)
+
+
+def topk_arguments(
+    student: torch.Tensor,
+    index: torch.Tensor,
+    logits: torch.Tensor,
+    normalizer: torch.Tensor | None,
+    bucket: bool,
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(what varies of a launch beside its rows, what its plan depends on)."""
+    k = index.shape[-1]
+    if k > 1 and not _compares(student.shape[-1], k) and student.numel():
+        index = _once(index, logits)
+    return (index, logits, normalizer), (k, bucket, normalizer is not None)
+
+
+@functools.lru_cache(maxsize=512)
+def _compares(num_classes: int, k: int) -> bool:
+    """Whether the kernel itself sees to it that each class counts once."""
+    return topk_plan(num_classes, k).once if num_classes else True
 
 
 def _planned(at: Rows, k: int, bucket: bool, normalizer: bool) -> RowPlan:
@@ -53,7 +72,7 @@ def _planned(at: Rows, k: int, bucket: bool, normalizer: bool) -> RowPlan:
     return RowPlan(bodies.topk_kernel, (at.num_rows,), constants)
 
 
-TOPK = RowLaunches(_planned, ("index_ptr", "logit_ptr", "normalizer_ptr"))
+TOPK = RowLaunches(_planned, ("index_ptr", "logit_ptr", "normalizer_ptr"), reads=1)
 
 
 def _once(index: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ COMMANDS = {
     "teach": ["teach", "--data", "digits", "--out", "OUT", "model=resnet8", "device=cpu"],
     "synth": ["synth", "--source", "noise", "--images", "8", "--out", "OUT"],
     "select": ["select", "SET", "TEACHER", "budget=4", "--out", "OUT"],
+    "label": ["label", "SET", "TEACHER", "--out", "OUT"],
     "data-report": ["data-report", "SET", "TEACHER", "--out", "OUT"],
     "eval": ["eval", "TEACHER", "--data", "digits", "--out", "OUT"],
     "bench": ["bench", "--quick", "--suite", "losses", "--out", "OUT"],

@@ -64,7 +64,7 @@ BAD_RECORDS = {
     "flipped png": (replaced("001.jpg", png("flipped")), "fails its checksum"),
     "truncated png": (replaced("001.jpg", png("short")), "no IEND chunk: it is truncated"),
     "16-bit png": (replaced("001.jpg", png("16 bits")), "16 bits a channel"),
-    "missing label": (without("001.i32"), r"has no label \(.i32\)"),
+    "missing label": (without("001.i32"), r"has no label \(.i32, or WebDataset's .cls\)"),
     "missing image": (without("001.jpg"), "has 0 images"),
     "short label": (replaced("001.i32", b"\1\0"), "its label has 2 bytes"),
     "negative label": (replaced("001.i32", label(-1)), r"label -1 is outside \[0, 2147483648\)"),

@@ -18,6 +18,8 @@ from kdfast.experiments.distill.run import run as distill
 from kdfast.experiments.teach.config import TeachConfig
 from kdfast.experiments.teach.run import run as teach
 from kdfast.training import load_model, load_model_config
+from kdfast.training.provenance import _commit
+from kdfast.version import __version__
 from tests.data.test_splits import classes_of
 
 SHORT: dict[str, Any] = {"batch_size": 16, "tensorboard": False, "lr": 0.01}
@@ -135,3 +137,14 @@ def test_a_refused_resumption_leaves_the_recipe_alone(tmp_path: Path, changed: d
     assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
     again = teach(teach_config(data, epochs=1), tmp_path / "run", resume=True, progress=False)
     assert again["steps"] == 1
+
+
+def test_a_run_says_what_made_it(taught: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    made = json.loads((taught[2] / "provenance.json").read_text())
+    assert made["kdfast"] == __version__
+    assert made["torch"] == torch.__version__
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", made["date"])
+    assert made["device"].startswith("cpu, ")
+    # Of a checkout its commit; of an installed package there is none.
+    assert re.fullmatch(r"[0-9a-f]{12}\+?", made.get("commit", "0" * 12))
+    assert _commit(tmp_path) == ""

@@ -80,7 +80,15 @@ def test_everything_is_made_in_order_and_set_beside_the_paper(table: Path) -> No
     assert result["results"]["one"]["difference"] == {"accuracy": 1.5}
     assert result["results"]["two"]["ours"] == {"accuracy": 52.0}
     page = Path(result["report"]).read_text()
-    for text in ("50.50", "+1.50", "-8.00", "lr: not in the paper", "it contradicts itself", "2 of 2"):
+    for text in (
+        "50.50",
+        "+1.50",
+        "-8.00",
+        "not in the paper",
+        "it contradicts itself",
+        "2 of 2",
+        "one seed each",
+    ):
         assert text in page, text
     assert json.loads(Path("out/reproduce.json").read_text())["cells"]["one"]["seeds"] == [0]
     again = Fake()
@@ -130,6 +138,7 @@ def test_a_miniature_says_so(table: Path) -> None:
     result = run(config(table, scale="small", cells=("one",)), Fake())
     page = Path(result["report"]).read_text()
     assert "This is a miniature, not the paper&#39;s experiment" in page
+    assert "resnet8 from t-resnet8" in page
     assert "difference" not in page
     assert result["results"]["one"]["difference"] == {}
     assert "epochs: 1" in Path("out/cells/one.yaml").read_text()

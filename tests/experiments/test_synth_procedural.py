@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from kdfast.cli.app import app
 from kdfast.data import ShardLoader, read_manifest, surrogate
 from kdfast.data.surrogate.leaves import leaves as draw_leaves
 from kdfast.errors import ConfigError, DataError, MissingExtraError, ShardError
@@ -145,11 +147,36 @@ def test_a_stopped_run_resumes_to_the_same_set(tmp_path: Path, source: str) -> N
 
 def test_a_finished_set_grows(tmp_path: Path) -> None:
     synth.run(config(tmp_path, "shaders", programs=20))
-    synth.run(config(tmp_path, "shaders", programs=20, images=18, resume=True))
+    first = (tmp_path / "shard-000000.tar").read_bytes()
+    synth.run(config(tmp_path, "shaders", programs=20, images=18, extend=True))
+    assert (tmp_path / "shard-000000.tar").read_bytes() == first
+    assert read_manifest(tmp_path).num_samples == 18
+    assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 18
     assert torch.equal(images_of(tmp_path), surrogate.shaders(18, (8, 8), programs=20))
     assert len(surrogate.load_programs(tmp_path / "programs.json")) == 18
     with pytest.raises(ShardError, match="antialias is 2 there, 1 here"):
-        synth.run(config(tmp_path, "shaders", programs=20, antialias=1, images=20, resume=True))
+        synth.run(config(tmp_path, "shaders", programs=20, antialias=1, images=20, extend=True))
+
+
+def test_a_set_grows_on_purpose_only(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"extend: got true, but .* holds no set yet"):
+        synth.run(config(tmp_path, "noise", extend=True))
+    synth.run(config(tmp_path, "noise"))
+    before = files(tmp_path)
+    for size in (13, 15):
+        with pytest.raises(ConfigError, match=rf"images: got {size}, accepted: 14, .* --extend grows it"):
+            synth.run(config(tmp_path, "noise", images=size, resume=True))
+    for size in (13, 14):
+        with pytest.raises(ConfigError, match=rf"images: got {size}, accepted with extend: above 14"):
+            synth.run(config(tmp_path, "noise", images=size, extend=True))
+    assert files(tmp_path) == before
+    words = ["--out", str(tmp_path), "--images", "20", "--extend", "-q", "noise=uniform", "image_size=8"]
+    words += ["samples_per_shard=6", "batch_size=4", "image_format=png"]
+    result = CliRunner().invoke(app, ["synth", "--source", "noise", *words])
+    assert result.exit_code == 0, result.output
+    whole = config(tmp_path / "whole", "noise", images=20)
+    synth.run(whole)
+    assert torch.equal(images_of(tmp_path), images_of(tmp_path / "whole"))
 
 
 def test_every_flag_changes_the_images(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ KNOWN: dict[tuple[str, str, str], str] = {
     ("methods/kdiffusion/schedule.py", "_ends", "tensor"): "once, when the method is made",
     ("methods/ssdkd/generator.py", "Generator.__init__", "to"): "once",
     ("methods/ssdkd/method.py", "SSDKD.load_state_dict", "cpu"): "when a checkpoint is read",
-    ("methods/ssdkd/shards.py", "write_shards", "cpu"): "images on their way to a file",
+    ("methods/ssdkd/shards.py", "_held", "cpu"): "images on their way to a file",
     ("methods/surrogate.py", "SurrogateKD.normalise", "to"): "on the first batch of a device",
     ("ops/common/closed.py", "_Closed.backward", "item"): "of host memory only",
     (

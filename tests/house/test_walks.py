@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 import venv
@@ -12,51 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from kdfast.errors import ConfigError
-from kdfast.experiments.common.recipe import check_keys, load_recipe, parse_overrides
-from kdfast.experiments.distill.config import DistillConfig
-from kdfast.experiments.distill.methods import METHODS, get_method
-from kdfast.experiments.keys import SCHEMAS, keys_of_command
-
 ROOT = Path(__file__).parents[2]
 WALKS = ROOT / "tests" / "walks"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").rglob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: What a newcomer would not know what to do about.
 FROWN = re.compile(r"Traceback|Warning\b|\bwarnings?\.warn|deprecated", re.IGNORECASE)
 #: Sections whose lines are run, in order, in an empty folder.
 RUN = [("README.md", "## In a shell"), ("docs/pages/quickstart.md", "## From nothing to a student")]
-
-
-def commands() -> list[pytest.ParameterSet]:
-    """Every line of README and the pages that calls ``kdfast`` with keys."""
-    found = []
-    for page in PAGES:
-        for block in BLOCK.findall(page.read_text()):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words[:1] == ["kdfast"] and words[1] in SCHEMAS and "..." not in line and "…" not in line:
-                    found.append(pytest.param(words[1:], id=f"{page.name}: {' '.join(words[:4])}"))
-    return found
-
-
-@pytest.mark.parametrize("words", commands())
-def test_every_line_of_the_pages_has_keys_that_exist(words: list[str]) -> None:
-    values = parse_overrides([word for word in words[1:] if re.match(r"\w+=", word)])
-    if "--recipe" in words and (ROOT / words[words.index("--recipe") + 1]).is_file():
-        values = load_recipe(ROOT / words[words.index("--recipe") + 1]) | values
-    if words[0] == "distill":
-        names = [values["method"]] if "method" in values else METHODS
-        schemas = [DistillConfig, *(get_method(name).CONFIG for name in names)]
-        check_keys(values, *schemas, source="the page")
-        return
-    known = {key.name for key in keys_of_command(words[0])}
-    assert set(values) <= known, f"unknown keys: {sorted(set(values) - known)}"
-
-
-def test_a_line_with_an_unknown_key_would_be_found() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'epochs'"):
-        test_every_line_of_the_pages_has_keys_that_exist(["distill", "epoch=3"])
 
 
 @pytest.fixture(scope="module")

@@ -231,6 +231,16 @@ def test_normalisations_do_not_pile_up() -> None:
     assert len(buffer._affine) <= 64
 
 
+def test_normalisations_that_a_graph_may_read_are_kept() -> None:
+    """On a GPU no table is forgotten: a captured graph would go on reading its memory."""
+    buffer = PrioritizedReplayBuffer(2, (3, 2, 2))
+    buffer._state.__dict__["on_cpu"] = False
+    first = buffer._normalization((0.25, 1.0))
+    for k in range(100):
+        buffer._normalization((1 + k / 1000, 1.0))
+    assert buffer._normalization((0.25, 1.0)) is first
+
+
 def test_rings_and_histograms_refuse_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="num_classes: got -3"):
         _C.RingSlots(5, "fifo", -3)

@@ -57,6 +57,23 @@ def test_what_each_run_was_told() -> None:
     assert facts([made("a", {})], ["a"]) == ((), ())
 
 
+def test_what_made_each_run() -> None:
+    """Releases, commit and date stand in columns of their own; a run of before there was a record has dashes."""
+    record = {
+        "kdfast": "0.1.0",
+        "commit": "abc123+",
+        "torch": "2.13.0",
+        "date": "2026-01-02T03:04:05Z",
+        "x": 1,
+    }
+    one = Run(Path("a"), "a", {}, (), (), {"method": "kd"}, record)
+    seeds = Run(Path("b"), "b", {}, (), (Run(Path("c"), "c", {}, (), (), {"method": "kd"}, record),))
+    head, rows = facts([one, seeds, made("old", {}, method="kd")], ["a", "b", "old"])
+    assert head == ("run", "method", "kdfast", "commit", "torch", "date")
+    assert rows[0][1:] == rows[1][1:] == ("kd", "0.1.0", "abc123+", "2.13.0", "2026-01-02T03:04:05Z")
+    assert rows[2] == ("old", "kd", "–", "–", "–", "–")
+
+
 def test_the_page_of_several_is_in_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, value in (("a", 0.5), ("b", 0.75)):
@@ -73,5 +90,5 @@ def test_the_page_of_several_is_in_none_of_them(tmp_path: Path, monkeypatch: pyt
     assert left == {"metrics.json", "recipe.yaml"}, before
     assert report(["a"])[0] == Path("a/report.html")
     (tmp_path / "a" / "recipe.yaml").write_text("a: [")
-    with pytest.raises(DataError, match=r"recipe\.yaml: cannot be read as YAML"):
+    with pytest.raises(DataError, match=r"recipe\.yaml: is not YAML"):
         read_run("a")

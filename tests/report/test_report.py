@@ -122,6 +122,15 @@ def test_a_run_in_progress_has_a_page(tmp_path: Path) -> None:
     assert "svg" in Page(write_report([run]).read_text()).tags
 
 
+def test_an_attacks_success_is_a_curve(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", {"accuracy": 0.9})
+    title = "Attack: images that a pair at the boundary was found for"
+    assert title not in write_report([run]).read_text()
+    lines = [{"kind": "train", "step": n, "loss": 1.0, "attack_success": n / 4} for n in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert title in write_report([run]).read_text()
+
+
 def test_several_runs_are_compared(tmp_path: Path) -> None:
     runs = [a_run(tmp_path / name, {"accuracy": value}) for name, value in (("soft", 0.98), ("hard", 0.9))]
     page = Page(write_report(runs, tmp_path / "out" / "both.html").read_text())

@@ -15,13 +15,16 @@ from kdfast.cli.values import config_of, show
 @guarded
 def export(
     run: Annotated[
-        str, typer.Argument(help="Directory of a finished run.", metavar="RUN", show_default=False)
+        str,
+        typer.Argument(
+            help="Directory of a finished run, or of a set of shards.", metavar="RUN", show_default=False
+        ),
     ],
     to: Annotated[
         str,
         typer.Option(
             "--to",
-            help="safetensors, torchscript, torch.export or onnx; shards: the images of an ssdkd run.",
+            help="safetensors, torchscript, torch.export, onnx; shards (of ssdkd); of a set folder or webdataset.",
             metavar="FORMAT",
             show_default=False,
         ),
@@ -35,7 +38,7 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a trained network as a file that runs without kdfast, with what prepares its images beside it.
+    """Write a trained network as a file that runs without kdfast, or a set of shards as files that others read.
 
     With `--to shards`, write the images that an ssdkd run inverted, labelled, for other students: any recipe takes the
     folder as `data`.

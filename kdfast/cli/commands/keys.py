@@ -15,7 +15,11 @@ from kdfast.cli.options import AsJson
 @guarded
 def keys(
     command: Annotated[
-        str, typer.Argument(help="teach, distill, synth, select, data-report or demo.", metavar="COMMAND")
+        str,
+        typer.Argument(
+            help="teach, distill, synth, select, data-report, label, teach-generator or demo.",
+            metavar="COMMAND",
+        ),
     ],
     method: Annotated[
         str | None, typer.Argument(help="For distill: one method's own keys.", metavar="METHOD")

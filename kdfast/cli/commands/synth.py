@@ -27,6 +27,10 @@ def synth(
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="How many.", show_default=False)] = None,
     resume: Resume = False,
+    extend: Annotated[
+        bool,
+        typer.Option("--extend", help="Grow the finished set in --out to --images; what is there stays."),
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     overrides: Overrides = None,
@@ -36,5 +40,6 @@ def synth(
     from kdfast.experiments.synth.run import run
 
     options = {"source": source, "weights": weights, "folder": folder, "images": images, "out": str(out)}
-    options |= {"resume": resume, "progress": not quiet}
+    # Flags that were not given leave the recipe its say.
+    options |= {"resume": resume or None, "extend": extend or None, "progress": not quiet}
     show(run(config_of(SynthConfig, recipe, overrides, command="synth", **options)), as_json)

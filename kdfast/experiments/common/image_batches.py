@@ -36,6 +36,7 @@ class ImageBatches:
         world_size: Of so many.
         workers: Decoding processes, for sets that are not in memory: 0 decodes in this one, None chooses.
         device: Where a set in memory is put.
+        records: Give the images' numbers in the data set, int64 ``[B]``, in the labels' place.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class ImageBatches:
         world_size: int = 1,
         workers: int | None = None,
         device: torch.device | str = "cpu",
+        records: bool = False,
     ) -> None:
-        self._dataset, self._augment, self._shuffle = dataset, augment, shuffle
+        self._dataset, self._augment, self._shuffle, self._records = dataset, augment, shuffle, records
         self._batch_size, self._seed, self._rank, self._world, self._workers = (
             batch_size,
             seed,
@@ -125,7 +127,7 @@ class ImageBatches:
                 else:
                     images = self._augment(images, generator)
             self._batch = number + 1
-            yield (images - self._mean) / self._std, labels
+            yield (images - self._mean) / self._std, rows[number - first] if self._records else labels
         self._epoch, self._batch = self._epoch + 1, 0
 
     def _order(self) -> torch.Tensor:

@@ -90,10 +90,15 @@ def load_teacher(
         network, described = _theirs(source, prefix)
     else:
         network, described = load_model(source), load_model_config(source)
-    return network.eval(), _told(described, keys)
+    return network.eval(), told(described, keys)
 
 
-def _told(described: ModelConfig, keys: TeacherKeys) -> ModelConfig:
+def told(described: ModelConfig, keys: TeacherKeys) -> ModelConfig:
+    """What feeds a network, with what was said of it going before what it says of itself.
+
+    Raises:
+        ConfigError: ``class_names`` cannot be read, or is of another number of classes.
+    """
     given = {
         name: value for name in ("mean", "std", "crop_pct") if (value := getattr(keys, name)) is not None
     }

@@ -20,6 +20,7 @@ from kdfast.training import files
 from kdfast.training.checkpoint import latest_checkpoint
 from kdfast.training.config import TrainResult
 from kdfast.training.model_io import BEST, ModelConfig, save_model, save_weights
+from kdfast.training.provenance import PROVENANCE, provenance
 from kdfast.training.trainer import Trainer
 
 RECIPE = "recipe.yaml"
@@ -153,6 +154,7 @@ def close_run(
     metrics["seconds"] = round(result.seconds, 3)
     if trainer.accelerator.is_main_process:
         save_model(folder, result.model, model)
+        files.write_json(folder / PROVENANCE, provenance(trainer.accelerator.device))
         files.write_json(folder / METRICS, metrics)
         release_run(folder)
     trainer.accelerator.wait_for_everyone()

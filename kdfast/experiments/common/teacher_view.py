@@ -31,15 +31,13 @@ Each = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LookRecipe(TeacherKeys):
+class ViewRecipe(TeacherKeys):
     """The part of a recipe that says what a teacher looks at, and how.
 
     Attributes:
         data: A directory of shards, or real labelled images: ``digits``, a folder, ``hf:NAME``.
         teacher: Directory of a trained network, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``, or
             ``FILE.py:FACTORY``.
-        out: Directory of the results.
-        regime: Augmentation whose effect on the teacher's predictions is measured.
         split: Of labelled images: ``train``, ``val``, ``test`` or ``all``; by default the train split, or all of a
             folder without splits.
         label_column: Which class column to use, where ``hf:`` data has several.
@@ -53,8 +51,6 @@ class LookRecipe(TeacherKeys):
 
     data: str
     teacher: str
-    out: str
-    regime: Literal["none", "standard", "high", "extreme"] = "high"
     split: SplitName | None = None
     label_column: str | None = None
     seed: Seed = 0
@@ -63,6 +59,19 @@ class LookRecipe(TeacherKeys):
     loader: Literal["dali", "torch"] = "dali"
     on_error: Literal["raise", "skip"] = "raise"
     progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookRecipe(ViewRecipe):
+    """The same where it looks at augmented images too.
+
+    Attributes:
+        out: Directory of the results.
+        regime: Augmentation whose effect on the teacher's predictions is measured.
+    """
+
+    out: str
+    regime: Literal["none", "standard", "high", "extreme"] = "high"
 
 
 class Teacher:
@@ -148,7 +157,7 @@ class View:
 
 
 def open_images(
-    config: LookRecipe, *, image_size: int, device: torch.device
+    config: ViewRecipe, *, image_size: int, device: torch.device
 ) -> ShardRecords | LabelledRecords:
     """The images of ``config.data``: shards, or real labelled images.
 

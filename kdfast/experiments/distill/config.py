@@ -26,6 +26,8 @@ class DistillConfig(TrainingRecipe, TeacherKeys):
             a folder without splits (a fifth of each class where ``data`` is the same folder); ``None`` measures
             nothing.
         label_column: Which class column to use, where ``hf:`` data has several.
+        labels_from: Where ``kdfast label`` stored the teacher's outputs for ``data``: the student learns from those,
+            and the teacher is not loaded. ``labels=stored`` is short for the directory of ``data`` itself.
         data_images: Take only so many: of shards the first ones, so that one large set serves several sizes; of real
             images as many of each class, kept in memory.
         image_size: Side the networks see; by default the teacher's.
@@ -41,6 +43,7 @@ class DistillConfig(TrainingRecipe, TeacherKeys):
     data: str | None = None
     test_data: str | None = None
     label_column: str | None = None
+    labels_from: str | None = None
     data_images: Count | None = None
     image_size: Count | None = None
     load_size: Count | None = None

@@ -20,7 +20,13 @@ from kdfast.training.model_io import ModelConfig
 
 
 def open_training_data(
-    config: DistillConfig, model: ModelConfig, accelerator: Any, stack: ExitStack, *, labelled: bool = True
+    config: DistillConfig,
+    model: ModelConfig,
+    accelerator: Any,
+    stack: ExitStack,
+    *,
+    labelled: bool = True,
+    records: bool = False,
 ) -> ShardLoader | ImageBatches:
     """Full batches, shuffled by the recipe's seed, this process's share of them.
 
@@ -30,6 +36,7 @@ def open_training_data(
         accelerator: For device and rank.
         stack: Closes the loader.
         labelled: Whether labels count. If not, images of anything will do: Aircraft for a teacher of Pets.
+        records: Batches of images and their numbers, instead of their labels.
 
     Raises:
         DataError: The data cannot be used, or has other classes than the teacher.
@@ -42,6 +49,7 @@ def open_training_data(
         "world_size": accelerator.num_processes,
         "mean": model.mean,
         "std": model.std,
+        "records": records,
     }
     source = str(config.data)
     size = config.load_size or model.image_size
@@ -69,6 +77,11 @@ def open_training_data(
     else:
         dataset = _labelled(config, source, size, model if labelled else None)
         if config.data_images is not None:
+            if records:
+                raise DataError(
+                    f"data_images: got {config.data_images} of {source}, accepted with stored labels: null (of shards "
+                    "the first so many)"
+                )
             dataset = some_of(dataset, config.data_images, config.seed)
     return ImageBatches(dataset, config.batch_size, workers=config.workers, **common)
 

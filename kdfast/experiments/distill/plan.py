@@ -12,12 +12,13 @@ A method is one line of :data:`kdfast.experiments.distill.methods.METHODS` and o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
+from kdfast.experiments.common.synthetic_set import describe
 from kdfast.experiments.distill.config import DistillConfig
 from kdfast.training.batches import Loss
 from kdfast.training.model_io import ModelConfig
@@ -83,6 +84,16 @@ class Plan:
     facts: Callable[[], Mapping[str, Any]] = _nothing
     leave: Callable[[Path], None] = _leave_nothing
     normalised: bool = True
+
+
+def settings_of(setting: Setting) -> dict[str, Any]:
+    """What ``kdfast report`` plots accuracies against: the method's keys, the set's facts, and both networks' names.
+
+    Read before training, while the set is there.
+    """
+    config = setting.config
+    networks = {"student": config.student, "teacher": config.teacher}
+    return {**asdict(setting.method), **describe(config.data), **networks}
 
 
 def uses_labels(method: Any, config: Any) -> bool:

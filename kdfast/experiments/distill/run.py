@@ -10,7 +10,7 @@ from typing import Any
 
 from kdfast.errors import ConfigError
 from kdfast.experiments.common.held_out import Evaluator, held_out, splits_itself
-from kdfast.experiments.common.networks import at_side, build_network, load_teacher
+from kdfast.experiments.common.networks import at_side, build_network, load_teacher, told
 from kdfast.experiments.common.opening import Speaker, parameters_of, say_checked, say_closing, say_training
 from kdfast.experiments.common.recipe import build_config, check_keys
 from kdfast.experiments.common.results import (
@@ -25,6 +25,7 @@ from kdfast.experiments.distill.config import DistillConfig
 from kdfast.experiments.distill.data import open_training_data
 from kdfast.experiments.distill.methods import METHODS, get_method
 from kdfast.experiments.distill.plan import Setting, uses_labels
+from kdfast.experiments.distill.stored import StoredBatches, StoredTeacher, open_stored, with_labels
 from kdfast.experiments.distill.teacher import measure_teacher, say_distillation, share_kept
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
@@ -44,6 +45,7 @@ def parse(values: Mapping[str, Any], *, source: str = "recipe") -> tuple[Distill
         check_keys(values, DistillConfig, *(get_method(each).CONFIG for each in METHODS), source=source)
         raise ConfigError(f"{source}: method: got {name!r}, accepted: {', '.join(METHODS)}")
     method = get_method(name)
+    values = with_labels(values, source=source)
     check_keys(values, DistillConfig, method.CONFIG, source=source)
     config = build_config(DistillConfig, values, source=source)
     if config.data is None and method.NEEDS_DATA:
@@ -84,15 +86,21 @@ def run(
         CheckpointError: The teacher cannot be read.
         TrainingInterrupted: On Ctrl-C, after a checkpoint.
     """
-    teacher, taught = load_teacher(config.teacher, config, image_size=config.image_size)
-    fed_at = at_side(taught, config.image_size, config.crop_pct)
+    stored = open_stored(config, method_config)
+    if stored is None:
+        teacher, taught = load_teacher(config.teacher, config, image_size=config.image_size)
+    else:
+        teacher, taught = StoredTeacher(), told(stored.described, config)
+    # Stored labels are of images of one size, which may not be the teacher's.
+    side = config.image_size or (None if stored is None else stored.image_size)
+    fed_at = at_side(taught, side, config.crop_pct)
     described = replace(fed_at, model=config.student, options=config.model_options())
     accelerator = make_accelerator(config.device, config.precision)
     rank = (accelerator.process_index, accelerator.num_processes)
     whole = not splits_itself(config.data, config.test_data)
     test = held_out(config.test_data, described, config.label_column, task=config.task, whole=whole)
     # Before the seed is set: measuring draws random numbers.
-    known = measure_teacher(teacher.to(accelerator.device), taught, config, test, rank)
+    known = {} if stored else measure_teacher(teacher.to(accelerator.device), taught, config, test, rank)
     seed_everything(config.seed)
     student = build_network(described).to(accelerator.device)
     teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
@@ -103,9 +111,16 @@ def run(
     )
     with ExitStack() as stack:
         plan = get_method(config.method).build(setting)
-        fed = described if plan.normalised else replace(described, mean=(0.0,) * 3, std=(1.0,) * 3)
+        plain = not plan.normalised or stored is not None
+        fed = replace(described, mean=(0.0,) * 3, std=(1.0,) * 3) if plain else described
         labelled = uses_labels(get_method(config.method), method_config)
-        batches = plan.batches or open_training_data(mine, fed, accelerator, stack, labelled=labelled)
+        batches = plan.batches or open_training_data(
+            mine, fed, accelerator, stack, labelled=labelled, records=stored is not None
+        )
+        step = plan.step
+        if stored is not None and isinstance(teacher, StoredTeacher):
+            form = (described.mean, described.std) if plan.normalised else None
+            step = StoredBatches(stored, batches, teacher, plan.step, form)
         evaluator = None
         if test is not None:
             evaluator = Evaluator(test, described, batch_size=256, trainer_rank=rank, workers=config.workers)
@@ -114,7 +129,7 @@ def run(
             folder = open_run(out, config, method_config, resume=resume, main=accelerator.is_main_process)
         trainer = Trainer(
             plan.model,
-            plan.step,
+            step,
             config.trainer_config(progress=progress),
             out=folder,
             evaluate=None if evaluator is None else lambda model: evaluator(plan.student(model)),
@@ -124,14 +139,18 @@ def run(
         )
         speaker = Speaker(progress and talk and accelerator.is_main_process)
         networks = {
-            "teacher": (config.teacher, parameters_of(teacher)),
+            "teacher": (
+                config.teacher,
+                parameters_of(teacher) if stored is None else stored.teacher_parameters,
+            ),
             "student": (config.student, parameters_of(student)),
         }
         say_distillation(speaker, config, batches, test, described.image_size, networks, known)
         say_training(speaker, config, trainer.steps_of(batches), accelerator)
         if folder is None:
             loss = trainer.dry_run(batches)
-            seen = "the test images, by the teacher" if known else "no test_data, so nothing will be measured"
+            measured = "the test images, by the teacher" if known else "the test images"
+            seen = "no test_data, so nothing will be measured" if test is None else measured
             say_checked(speaker, loss, "every key of the recipe", "teacher, student and data", seen)
             return {"loss": loss}
         result = trainer.fit(batches, resume=resume)

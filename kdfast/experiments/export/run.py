@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast.data.manifest import is_shard_folder
 from kdfast.errors import ConfigError, KDFastError, require
 from kdfast.experiments.common.networks import load_teacher
-from kdfast.experiments.export.config import ExportConfig
+from kdfast.experiments.export.config import IMAGES, ExportConfig
+from kdfast.experiments.export.images import export_images
 from kdfast.experiments.export.shards import write_inverted
 from kdfast.models.outputs import logits_of
 from kdfast.training import files
@@ -62,6 +64,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
         MissingExtraError: A package that the format needs is not installed.
         KDFastError: The file, read back, gives other logits.
     """
+    if is_shard_folder(config.run) or config.to in IMAGES:
+        return export_images(config)
     if config.to == "shards":
         return write_inverted(config)
     source = config.run

@@ -26,6 +26,7 @@ class Row:
         seeds: The seeds.
         seconds: Of a student's training, on average.
         comparable: Whether the paper's value is of the same experiment, which a miniature's is not.
+        trained: Of a miniature, which networks stand for the cell's.
     """
 
     cell: str
@@ -34,6 +35,7 @@ class Row:
     seeds: tuple[int, ...] = ()
     seconds: float | None = None
     comparable: bool = True
+    trained: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it; ``difference`` is ours less the paper's."""
@@ -74,16 +76,16 @@ def write_page(
     metrics = [m for m in _NAMES if any(m in row.paper or m in row.ours for row in rows)]
     metrics = [m for m in metrics if m == table.metric or any(m in row.paper for row in rows)]
     finished = sum(bool(row.ours) for row in rows)
-    lead = (
-        f"{table.source}: {table.title}. {finished} of {len(rows)} cells are finished, {seeds} seed(s) each."
-    )
-    head = ["cell"]
+    each = "one seed" if seeds == 1 else f"{seeds} seeds"
+    lead = f"{table.source}: {table.title}. {finished} of {len(rows)} cells are finished, {each} each."
+    head = ["cell", "trained"] if small else ["cell"]
     for metric in metrics:
         # A miniature's difference from the paper would be read as one.
         head += [f"paper, {_NAMES[metric]}", "ours", *(() if small else ("difference",))]
     body = tuple(
         (
             row.cell,
+            *((row.trained,) if small else ()),
             *(word for metric in metrics for word in _words(row, metric)[: 2 if small else 3]),
             _seeds(row),
             _time(row),
@@ -92,7 +94,7 @@ def write_page(
     )
     findings = [Finding("note", "What differs from the paper", text) for text in differs]
     if small:
-        findings[0] = Finding("poor", "This is a miniature, not the paper's experiment", differs[0])
+        findings[0] = Finding("note", "This is a miniature, not the paper's experiment", differs[0])
     tables = [Rows("Cells", body, (*head, "seeds", "time"), numbers=True)]
     if teachers:
         known = tuple(
@@ -101,6 +103,8 @@ def write_page(
             if v is not None
         )
         tables.append(Rows("Teachers", known, ("teacher", table.metric), numbers=True))
+    if table.ours:
+        tables.append(Rows("What the paper does not give, and is ours", tuple(table.ours.items())))
     if table.notes:
         tables.append(Rows("Notes", tuple((str(n), note) for n, note in enumerate(table.notes, 1))))
     title = f"{table.name}, in miniature" if small else table.name

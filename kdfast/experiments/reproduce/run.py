@@ -146,7 +146,10 @@ def _row(work: _Work, cell: str) -> Row:
             found[name] = (scale * value, scale * width if isinstance(width, float) else 0.0)
     seconds = metrics.get("seconds_mean", metrics.get("seconds"))
     seeds = metrics.get("seeds", [metrics["seed"]] if "seed" in metrics else [])
-    return Row(cell, work.table.paper(cell), found, tuple(seeds), seconds, not work.small)
+    recipe = work.plan.recipes[cell]
+    teacher = Path(str(recipe.get("teacher"))).name
+    trained = f"{recipe.get('student')} from {teacher}" if work.small else ""
+    return Row(cell, work.table.paper(cell), found, tuple(seeds), seconds, not work.small, trained)
 
 
 def _teachers(work: _Work) -> dict[str, Path]:
@@ -171,7 +174,6 @@ def _differs(work: _Work) -> list[str]:
         for need in work.table.needs(recipe, small=work.small):
             if need.path in work.plan.found:
                 differs += differences(need, work.plan.found[need.path])
-    differs += [f"{key}: {why}" for key, why in work.table.ours.items()]
     return list(dict.fromkeys(differs))
 
 

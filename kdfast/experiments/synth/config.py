@@ -27,7 +27,12 @@ class SynthConfig:
         random_weights: Take the configs in ``weights`` and leave the networks untrained (for benchmarks).
         class_names: For pipelines that take prompts: the classes' names in the order of their labels, or a text file
             with one a line.
-        prompt: The prompt, with ``CLASS`` where the name goes.
+        prompt: The prompt, with ``CLASS`` where the name goes; of several each class's images take one in turn.
+        negative_prompt: For pipelines that take prompts: what guidance leads away from.
+        height: Of their images, in pixels; by default what the pipeline makes.
+        width: Likewise.
+        allow_pickle: Read weights that are there as ``.bin`` alone, which are pickles, by torch's restricted reader; by
+            default only safetensors are read.
         sampler: ``ddim``, the ancestral ``ddpm`` that the paper's images were made with, ``dpm_solver``
             (DPM-Solver++, good from 10 steps on), ``euler``, ``euler_ancestral``, ``lcm``, or the model's ``own`` (flow
             matching has no other).
@@ -60,6 +65,8 @@ class SynthConfig:
         scorer: ``module:callable`` that gives each image a number, such as ImageReward's; kept in ``scores.jsonl``.
         device: ``auto`` takes the GPU if there is one.
         resume: Go on where an earlier run stopped.
+        extend: Grow a finished set to ``images``; those that are there stay, and the set is the one that a single run
+            makes.
         progress: Show a progress bar.
     """
 
@@ -69,7 +76,11 @@ class SynthConfig:
     weights: str | None = None
     random_weights: bool = False
     class_names: tuple[str, ...] | str | None = None
-    prompt: str = "A realistic photo of CLASS"
+    prompt: str | tuple[str, ...] = "A realistic photo of CLASS"
+    negative_prompt: str | None = None
+    height: Count | None = None
+    width: Count | None = None
+    allow_pickle: bool = False
     sampler: Literal["ddim", "ddpm", "dpm_solver", "euler", "euler_ancestral", "lcm", "own"] = "ddim"
     steps: Count = 50
     guidance_scale: Annotated[float, at.Ge(1), at.Lt(math.inf)] = 2.0
@@ -99,6 +110,7 @@ class SynthConfig:
     scorer: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: bool = False
+    extend: bool = False
     progress: bool = True
 
     @property
@@ -112,6 +124,12 @@ class SynthConfig:
             raise ConfigError("weights: missing; source=diffusion needs a folder with a diffusion model")
         if self.source == "glsl" and self.folder is None:
             raise ConfigError("folder: missing; source=glsl needs a folder with GLSL fragment shaders")
+        for name in ("negative_prompt", "height", "width"):
+            if self.source != "diffusion" and (given := getattr(self, name)) is not None:
+                instead = (
+                    "null" if name == "negative_prompt" else "null (image_size is the side of its images)"
+                )
+                raise ConfigError(f"{name}: got {given!r} for source={self.source}, accepted: {instead}")
         if self.folder is not None and self.source != "glsl":
             raise ConfigError(
                 f"folder: got {self.folder}, but source={self.source} reads none; accepted with glsl"

@@ -66,6 +66,9 @@ def load_generator(config: SynthConfig, device: torch.device) -> Synthesizer:
         vae=vae,
         class_names=class_names(config),
         prompt=config.prompt,
+        negative_prompt=config.negative_prompt,
+        height=config.height,
+        width=config.width,
         num_inference_steps=config.steps,
         guidance_scale=config.guidance_scale,
         cfg_channels=config.cfg_channels,
@@ -133,9 +136,10 @@ def _pipeline(root: Path, config: SynthConfig, device: torch.device) -> tuple[An
         raise ConfigError(
             f"random_weights: got true for the pipeline in {root}, accepted: a transformer's folder, or DiTPipeline's"
         )
+    safe = _only_safetensors(root, config)
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(root), local_files_only=True, use_safetensors=True, torch_dtype=_DTYPES[config.precision]
+            str(root), local_files_only=True, use_safetensors=safe, torch_dtype=_DTYPES[config.precision]
         )
     except _BROKEN as error:
         raise CheckpointError(f"weights {root}: cannot be read: {' '.join(str(error).split())}") from error
@@ -199,13 +203,14 @@ def _scheduler(config: SynthConfig, folder: Path, model: Any) -> Any:
 
 def _network(kind: Any, folder: Path, config: SynthConfig) -> Any:
     """One of diffusers' networks from safetensors; unlike diffusers, never with part of its weights left random."""
+    safe = config.random_weights or _only_safetensors(folder, config)
     try:
         if config.random_weights:
             return _random(kind, folder, config)
         network, found = kind.from_pretrained(
             str(folder),
             output_loading_info=True,
-            use_safetensors=True,
+            use_safetensors=safe,
             local_files_only=True,
             torch_dtype=_DTYPES[config.precision],
         )
@@ -215,6 +220,24 @@ def _network(kind: Any, folder: Path, config: SynthConfig) -> Any:
         raise CheckpointError(f"weights {folder}: is damaged: {error}") from error
     _complete(folder, found)
     return network
+
+
+def _only_safetensors(folder: Path, config: SynthConfig) -> bool | None:
+    """True, or None where weights that are pickles may be read too (by torch's restricted reader, as diffusers does).
+
+    Raises:
+        CheckpointError: There are pickles alone, and nobody said that they may be read.
+    """
+    if config.allow_pickle:
+        return None
+    for file in sorted(folder.rglob("*.bin")):
+        if not any(file.parent.glob("*.safetensors")) and (file.parent / "config.json").exists():
+            raise CheckpointError(
+                f"weights {file}: is a pickle, which can run code when it is read, and there are no safetensors beside "
+                "it; allow_pickle=true reads it by torch's restricted reader, or save the model again with diffusers "
+                "(save_pretrained writes safetensors)"
+            )
+    return True
 
 
 def _random(kind: Any, folder: Path, config: SynthConfig) -> Any:

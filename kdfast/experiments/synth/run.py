@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kdfast.data.manifest import is_shard_folder, read_manifest
 from kdfast.data.writer import ShardWriteError
 from kdfast.diffusion.notes import SCORES, noted
 from kdfast.documents import Fields
-from kdfast.errors import DataError
+from kdfast.errors import ConfigError, DataError
 from kdfast.experiments.common.results import METRICS, writing
 from kdfast.experiments.synth import procedural as synth_procedural
 from kdfast.experiments.synth.config import SynthConfig
@@ -41,6 +43,7 @@ def run(config: SynthConfig) -> dict[str, Any]:
 
 def _run(config: SynthConfig, accelerator: Any, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
+    config = _going_on(config, folder)
     with Progress(enabled=config.progress and accelerator.is_main_process) as progress:
         bar = _Bar(progress)
         faults: list[str] = []
@@ -62,6 +65,31 @@ def _run(config: SynthConfig, accelerator: Any, folder: Path) -> dict[str, Any]:
     if complete and (written or not (folder / METRICS).exists()):
         files.write_json(folder / METRICS, metrics)
     return metrics
+
+
+def _going_on(config: SynthConfig, folder: Path) -> SynthConfig:
+    """What is there is grown on purpose only, and never passed for a set of another size.
+
+    Raises:
+        ConfigError: ``extend`` without a smaller set, or ``resume`` of a finished set of another size.
+    """
+    found = read_manifest(folder) if is_shard_folder(folder) else None
+    held = 0 if found is None else found.num_samples
+    if config.extend:
+        if not held:
+            raise ConfigError(
+                f"extend: got true, but {folder} holds no set yet; accepted: false, which begins one"
+            )
+        if held >= config.images:
+            raise ConfigError(
+                f"images: got {config.images}, accepted with extend: above {held:,}, which {folder} holds already"
+            )
+        return replace(config, resume=True)
+    if config.resume and found is not None and found.complete and held != config.images:
+        raise ConfigError(
+            f"images: got {config.images}, accepted: {held:,}, which {folder} holds, a finished set; --extend grows it"
+        )
+    return config
 
 
 def _sampled(config: SynthConfig, folder: Path) -> dict[str, Any]:

@@ -181,18 +181,22 @@ def _like(name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: is on {value.device}; x is on {x.device}, and they must match")
 
 
+#: What a norm holds a value a channel of.
+_CHANNELS = ("weight", "bias", "running_mean", "running_var")
+
+
 def _norm(x: Tensor, norm: BatchNorm) -> BatchNorm:
     """The batch norm's arguments, checked."""
     check_bool("training", norm.training)
     check_floating("x", x)
     if x.dim() < 2 or x.shape[1] == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}; [B, C, …] with at least one channel is needed")
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        value = getattr(norm, name)
+    held = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    for name, value in zip(_CHANNELS, held):
         if value is not None:
             check_channels(name, value, x)
-    for name in ("running_mean", "running_var"):
-        if getattr(norm, name) is not None and getattr(norm, name).requires_grad:
+    for name, value in (("running_mean", norm.running_mean), ("running_var", norm.running_var)):
+        if value is not None and value.requires_grad:
             raise ValueError(f"{name}: requires grad; statistics are buffers")
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError("running_mean, running_var: got one of them; both or neither are needed")

@@ -89,11 +89,11 @@ def _target(
     for name, value in (("average_mean", average_mean), ("average_var", average_var)):
         if value is not None:
             _check_channels(name, value, x)
-    share = _share(average_share, x)
     check_bool("squared", squared)
     if average_mean is None:
+        _check_share(average_share, x)
         return ops.Target(running_mean, running_var, None, None, None, squared)
-    return ops.Target(running_mean, running_var, average_mean, average_var, share, squared)
+    return ops.Target(running_mean, running_var, average_mean, average_var, _share(average_share, x), squared)
 
 
 def _check_input(x: Tensor) -> None:
@@ -108,13 +108,20 @@ def _check_channels(name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
 
 
+def _check_share(share: float | Tensor, x: Tensor) -> None:
+    if not isinstance(share, Tensor):
+        check_real("average_share", share, 0, 1)
+        return
+    check_floating("average_share", share)
+    if share.numel() != 1 or share.device != x.device or share.requires_grad:
+        raise ValueError(
+            f"average_share: got shape {tuple(share.shape)} on {share.device}, requires_grad="
+            f"{share.requires_grad}; a number, or a 0-d tensor on {x.device} without gradient, is needed"
+        )
+
+
 def _share(share: float | Tensor, x: Tensor) -> Tensor:
+    _check_share(share, x)
     if isinstance(share, Tensor):
-        check_floating("average_share", share)
-        if share.numel() != 1 or share.device != x.device or share.requires_grad:
-            raise ValueError(
-                f"average_share: got shape {tuple(share.shape)} on {share.device}, requires_grad="
-                f"{share.requires_grad}; a number, or a 0-d tensor on {x.device} without gradient, is needed"
-            )
         return share.reshape(())
-    return torch.full((), check_real("average_share", share, 0, 1), dtype=torch.float32, device=x.device)
+    return torch.full((), float(share), dtype=torch.float32, device=x.device)

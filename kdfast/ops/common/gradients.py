@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,10 @@ from kdfast.backend import resolve
 #: A host float, or a 0-d tensor that is read on the device.
 Value = torch.Tensor | float
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Asked for at every call: three look-ups each time would show.
+_transforms = torch._C._are_functorch_transforms_active
+_unwrapped = torch._C._functorch.unwrap_if_dead  # a transform's tensor that was kept after it is over
+_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_plain(student: torch.Tensor, teacher: torch.Tensor) -> bool:
@@ -24,14 +29,37 @@ def is_plain(student: torch.Tensor, teacher: torch.Tensor) -> bool:
     return has_values(student) and type(teacher) in _PLAIN
 
 
+def are_plain(first: torch.Tensor, *others: torch.Tensor) -> bool:
+    """:func:`is_plain` of any number of tensors."""
+    for tensor in others:
+        if type(tensor) not in _PLAIN:
+            return False
+    return has_values(first)
+
+
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether a tensor's numbers may be looked at: nothing traces, transforms or fakes them."""
     return (
         not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()  # the only way to tell, and what torch itself asks
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        and not _transforms()  # the only way to tell, and what torch itself asks
+        and _mode(_PROXY) is None
         and type(tensor) in _PLAIN
     )
+
+
+def apply(function: Any, *arguments: Any) -> Any:
+    """``function.apply(*arguments)``, where no transform of torch.func is active in less time.
+
+    ``torch.autograd.Function.apply`` goes through all arguments with a generator, for as long as a launch takes.
+    """
+    if _transforms():
+        return function.apply(*arguments)
+    return _apply(function)(*[_unwrapped(x) if isinstance(x, torch.Tensor) else x for x in arguments])
+
+
+@functools.cache
+def _apply(function: Any) -> Any:
+    return super(torch.autograd.Function, function).apply
 
 
 def save(ctx: Any, *tensors: torch.Tensor) -> None:
@@ -40,13 +68,21 @@ def save(ctx: Any, *tensors: torch.Tensor) -> None:
     Autograd refuses to save those, since they have no version that would tell of a change. They require no grad, so
     that to hold them makes no circle.
     """
-    ctx.unversioned = [x if x.is_inference() else None for x in tensors]
-    ctx.save_for_backward(*(None if x.is_inference() else x for x in tensors))
+    for tensor in tensors:
+        if tensor.is_inference():
+            ctx.unversioned = [x if x.is_inference() else None for x in tensors]
+            ctx.save_for_backward(*(None if x.is_inference() else x for x in tensors))
+            return
+    ctx.unversioned = None
+    ctx.save_for_backward(*tensors)
 
 
 def saved(ctx: Any) -> tuple[torch.Tensor, ...]:
     """What :func:`save` was given."""
-    pairs = zip(ctx.saved_tensors, ctx.unversioned, strict=True)
+    found: tuple[torch.Tensor, ...] = ctx.saved_tensors
+    if ctx.unversioned is None:
+        return found
+    pairs = zip(found, ctx.unversioned, strict=True)
     return tuple(other if tensor is None else tensor for tensor, other in pairs)
 
 

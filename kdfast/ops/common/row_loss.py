@@ -23,6 +23,7 @@ from kdfast.ops.common.closed import ClosedRows, Factors, Form, closed_loss, usa
 from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import (
     Value,
+    apply,
     differentiable_gradients,
     empty_gradients,
     join_value,
@@ -34,7 +35,7 @@ from kdfast.ops.common.gradients import (
 from kdfast.profiling import annotate
 from kdfast.reference.common import compute_dtype
 
-__all__ = ["Row", "RowLoss", "flatten", "register", "row_launcher", "two_options"]
+__all__ = ["Launcher", "Row", "RowLoss", "flatten", "launches", "register", "row_launcher", "two_options"]
 
 Tensor = torch.Tensor
 
@@ -70,10 +71,19 @@ class Row(NamedTuple):
 
     def contiguous(self) -> Row:
         """The same with every tensor contiguous, as the kernels want it."""
-        if self.weight is None and self.mask is None and self.label is None:
+        for value in (self.weight, self.mask, *self[7:]):
+            if value is not None and not value.is_contiguous():
+                break
+        else:
             return self
         values = (x.contiguous() if isinstance(x, Tensor) else x for x in self)
         return Row._make(values)
+
+
+def launches(student: Tensor, teacher: Tensor, ignore: int) -> bool:
+    """Whether a loss of these is launched here and now, and may leave it to the kernel which labels are ignored."""
+    known = -(2**31) <= ignore < 2**31  # travels as a float
+    return known and not torch.compiler.is_compiling() and not takes_reference(student, teacher)
 
 
 def two_options(row: Row) -> tuple[float, float]:
@@ -109,8 +119,112 @@ def _row(flat: tuple[Any, ...]) -> Row:
 
 Reference = Callable[[Tensor, Tensor, Row], Tensor]
 Grads = tuple[Tensor | None, Tensor | None]
-Launcher = Callable[..., Tensor]
 Gradients = Callable[[Tensor, Tensor, Tensor, Row], tuple[Tensor, Tensor]]
+
+
+#: Gradients that are not wanted.
+_NEITHER = (None, None)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """What row losses share, imported when the Triton backend first runs."""
+    from kdfast.kernels.common import launch_rows
+
+    return launch_rows
+
+
+class Launcher:
+    """How a loss of two logit tensors is launched.
+
+    Args:
+        arguments: ``(student, teacher, row)`` to its RowLaunches, the logits that they read, their further values, and
+            options.
+    """
+
+    def __init__(self, arguments: Callable[[Tensor, Tensor, Row], tuple[Any, ...]] | None = None) -> None:
+        self.arguments: Any = arguments
+
+    def __call__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        row: Row,
+        grads: Grads = _NEITHER,
+        upstream: Tensor | None = None,
+        exit_if_one: bool = False,
+        want_loss: bool = True,
+        fresh: bool = True,
+    ) -> Tensor:
+        """Launch once.
+
+        Args:
+            student: Logits.
+            teacher: Logits, or what stands in their place.
+            row: What it is called with.
+            grads: Written, memory like the logits', or None.
+            upstream: Multiplies loss and gradients.
+            exit_if_one: Whether nothing is to be done if that is 1.
+            want_loss: Whether the loss itself is wanted.
+            fresh: Whether the gradients are ``torch.empty_like`` of what they belong to (False: they may lie in the
+                memory of the logits).
+        """
+        launches, reads, further, options = self.arguments(student, teacher, row)
+        _, dim, temperature, weight, mask, divisor, reduce, *_ = row
+        out: Tensor = launches(
+            reads,
+            grads[: len(reads)],
+            dim,
+            (temperature, divisor, weight, mask),
+            _wanted(want_loss, reduce, exit_if_one),
+            upstream,
+            further,
+            options,
+            fresh=fresh,
+        )
+        return out
+
+    def begin(self, student: Tensor, teacher: Tensor, row: Row, grads: Grads) -> tuple[Tensor, Any]:
+        """The forward's launch, and what the backward's takes from it."""
+        launches, reads, further, options = self.arguments(student, teacher, row)
+        _, dim, temperature, weight, mask, divisor, reduce, *_ = row
+        scale = (temperature, divisor, weight, mask)
+        want = _wanted(True, reduce, False)
+        out, call = launches.run(reads, grads[: len(reads)], dim, scale, want, None, further, options, True)
+        return out, None if call is None else (launches, call, dim, scale, further, options)
+
+    def again(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        row: Row,
+        grads: Grads,
+        upstream: Tensor,
+        exit_if_one: bool,
+        kept: Any,
+    ) -> None:
+        """The backward's launch."""
+        if kept is None:
+            self(student, teacher, row, grads, upstream, exit_if_one, False)
+            return
+        launches, call, dim, scale, further, options = kept
+        reads = (student, teacher) if launches.reads == 2 else (student,)
+        launches.again(call, reads, grads[: len(reads)], dim, scale, upstream, further, options, exit_if_one)
+
+
+def row_launcher(arguments: Callable[[Row], tuple[Any, tuple[Any, ...], tuple[Any, ...]]]) -> Launcher:
+    """The launcher of a loss of two logit tensors, from ``row -> (its RowLaunches, their further values, options)``."""
+
+    def whole(student: Tensor, teacher: Tensor, row: Row) -> tuple[Any, ...]:
+        launches, further, options = arguments(row)
+        return launches, (student, teacher), further, options
+
+    return Launcher(whole)
+
+
+@functools.cache
+def _wanted(loss: bool, reduce: bool, exit_if_one: bool) -> Any:
+    return _kernels().Wanted(loss and not reduce, loss and reduce, exit_if_one)
 
 
 @dataclass(frozen=True)
@@ -119,7 +233,7 @@ class RowLoss:
 
     Attributes:
         reference: ``(student, teacher, row) -> rows or their sum``, differentiable.
-        launcher: As :func:`row_launcher` makes them.
+        launcher: On the Triton backend.
         op: The registered op, ``kdfast::NAME``.
         function: The eager path.
         closed: The reference in fewer passes, as :attr:`kdfast.ops.common.closed.Form.closed`; None where it has none.
@@ -144,72 +258,31 @@ class RowLoss:
         row = row.contiguous()
         if torch.compiler.is_compiling():
             out: Tensor = self.op(student, teacher, *flatten(row))
-        elif torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-            out = self.function.apply(student, teacher, self, row)
+        elif (student.requires_grad or teacher.requires_grad) and torch.is_grad_enabled():
+            out = apply(self.function, student, teacher, self, row)
         else:
             out = self.launcher(student, teacher, row)
         return out
 
 
-#: Gradients that are not wanted.
-_NEITHER = (None, None)
-
-
-@functools.cache
-def _kernels() -> Any:
-    """What row losses share, imported when the Triton backend first runs."""
-    from kdfast.kernels.common import launch_rows
-
-    return launch_rows
-
-
-def row_launcher(arguments: Callable[[Row], tuple[Any, tuple[Any, ...], tuple[Any, ...]]]) -> Launcher:
-    """The launcher of a loss of two logit tensors, from ``row -> (its RowLaunches, their further values, options)``.
-
-    It takes ``(student, teacher, row)``, then: the gradients that are written, memory like the logits', or None; an
-    upstream gradient; whether nothing is to be done if that is 1; whether the loss itself is wanted; whether the
-    gradients are ``torch.empty_like`` of what they belong to (False: they may lie in the memory of the logits).
-    """
-
-    def launcher(
-        student: Tensor,
-        teacher: Tensor,
-        row: Row,
-        grads: Grads = _NEITHER,
-        upstream: Tensor | None = None,
-        exit_if_one: bool = False,
-        want_loss: bool = True,
-        fresh: bool = True,
-    ) -> Tensor:
-        launches, further, options = arguments(row)
-        kernels = _kernels()
-        scale = kernels.Scale(row.temperature, row.divisor, row.weight, row.mask)
-        want = kernels.Wanted(want_loss and not row.reduce, want_loss and row.reduce, exit_if_one)
-        out: Tensor = launches(
-            (student, teacher), grads, row.dim, scale, want, upstream, further, options, fresh=fresh
-        )
-        return out
-
-    return launcher
-
-
 def _forward(ctx: Any, student: Tensor, teacher: Tensor, loss: RowLoss, row: Row) -> Tensor:
-    ctx.loss, ctx.row = loss, row
     save(ctx, student, teacher)
-    ctx.grads = grads = empty_gradients(ctx.needs_input_grad, student, teacher) if row.reduce else None
-    return loss.launcher(student, teacher, row, grads or _NEITHER)
+    grads = empty_gradients(ctx.needs_input_grad, student, teacher) if row.reduce else None
+    out, kept = loss.launcher.begin(student, teacher, row, grads or _NEITHER)
+    ctx.called, ctx.grads = (loss, row, kept), grads
+    return out
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     student, teacher = saved(ctx)
-    loss, row = ctx.loss, ctx.row
+    loss, row, kept = ctx.called
     if torch.is_grad_enabled():  # create_graph=True: the reference differentiates to any order
         needs = ctx.needs_input_grad[:2]
         out = loss.reference(student, teacher, row)
         return (*differentiable_gradients(out, (student, teacher), needs, upstream), None, None)
     first, ctx.grads = ctx.grads, None
     grads = first or empty_gradients(ctx.needs_input_grad, student, teacher)
-    loss.launcher(student, teacher, row, grads, upstream.contiguous(), first is not None, False)
+    loss.launcher.again(student, teacher, row, grads, upstream.contiguous(), first is not None, kept)
     return (*grads, None, None)
 
 

@@ -6,6 +6,7 @@ whose backward is an op too. With create_graph=True the gradients come from the 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from kdfast.backend import resolve
 from kdfast.ops.common.counters import fresh_counters
-from kdfast.ops.common.gradients import differentiable_gradients
+from kdfast.ops.common.gradients import apply, differentiable_gradients
 from kdfast.ops.common.layouts import laid_out_as
 from kdfast.reference import feature as reference
 from kdfast.reference.common import compute_dtype
@@ -22,6 +23,13 @@ __all__ = ["noise_mix", "reparam_middle"]
 
 #: More branches than this take the reference; kernels/feature says the same.
 MAX_BRANCHES = 64
+
+
+@functools.cache
+def _kernels() -> Any:
+    from kdfast.kernels import feature
+
+    return feature
 
 
 class Recursion(NamedTuple):
@@ -49,18 +57,31 @@ def _fused(branches: Tensor, target: Tensor) -> bool:
 
 
 def _for_kernel(call: Recursion) -> Recursion:
-    def ready(value: Tensor) -> Tensor:
-        return value.to(torch.float32).contiguous()
-
-    noise = None if call.noise_scale is None else ready(call.noise_scale)
-    permutation = call.permutation.contiguous()
-    return call._replace(u=ready(call.u), v=ready(call.v), permutation=permutation, noise_scale=noise)
+    u, v, permutation, noise_scale, seed, carry = call
+    for value in (u, v, noise_scale):
+        if value is not None and not (value.dtype == torch.float32 and value.is_contiguous()):
+            break
+    else:
+        if permutation.is_contiguous():
+            return call
+    noise = None if noise_scale is None else noise_scale.to(torch.float32).contiguous()
+    u, v = u.to(torch.float32).contiguous(), v.to(torch.float32).contiguous()
+    return Recursion(u, v, permutation.contiguous(), noise, seed, carry)
 
 
 def _launch(branches: Tensor, target: Tensor, call: Recursion, **outputs: Any) -> None:
-    from kdfast.kernels import feature as kernels
-
-    kernels.reparam_middle(branches, target, **call._asdict(), **outputs)
+    u, v, permutation, noise_scale, seed, carry = call
+    _kernels().reparam_middle(
+        branches,
+        target,
+        u=u,
+        v=v,
+        permutation=permutation,
+        noise_scale=noise_scale,
+        seed=seed,
+        carry=carry,
+        **outputs,
+    )
 
 
 def _differentiable(
@@ -74,6 +95,12 @@ def _differentiable(
     return found
 
 
+def _outputs(branches: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    loss = torch.empty((), dtype=torch.float32, device=branches.device)
+    same = target.dtype == branches.dtype
+    return loss, torch.empty_like(target) if same else torch.empty_like(target, dtype=branches.dtype)
+
+
 class _Reparam(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -82,8 +109,7 @@ class _Reparam(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(branches, target)
         ctx.call = call
-        loss = branches.new_empty((), dtype=torch.float32)
-        mean = torch.empty_like(target, dtype=branches.dtype)
+        loss, mean = _outputs(branches, target)
         ctx.grad = torch.empty_like(branches) if early else None
         _launch(branches, target, call, loss=loss, mean=mean, grad=ctx.grad)
         if early:
@@ -131,10 +157,9 @@ def reparam_middle(
         return loss, mean if mean_needs_grad else mean.detach()
     call = _for_kernel(call)
     if torch.is_grad_enabled() and branches.requires_grad:
-        out = _Reparam.apply(branches, target, call, not mean_needs_grad)  # type: ignore[no-untyped-call]
+        out = apply(_Reparam, branches, target, call, not mean_needs_grad)
         return cast("tuple[Tensor, Tensor]", out)
-    loss = branches.new_empty((), dtype=torch.float32)
-    mean = torch.empty_like(target, dtype=branches.dtype)
+    loss, mean = _outputs(branches, target)
     _launch(branches, target, call, loss=loss, mean=mean)
     return loss, mean
 
@@ -158,8 +183,7 @@ class _NoiseMix(torch.autograd.Function):
 
 
 def _mix(x: Tensor, gamma: Tensor, seed: int | Tensor) -> Tensor:
-    from kdfast.kernels import feature as kernels
-
+    kernels = _kernels()
     z = torch.empty_like(x)
     kernels.noise_mix(x, gamma.contiguous(), z, seed)
     return z
@@ -168,8 +192,7 @@ def _mix(x: Tensor, gamma: Tensor, seed: int | Tensor) -> Tensor:
 def _mix_backward(
     upstream: Tensor, x: Tensor, gamma: Tensor, seed: int | Tensor, need_x: bool, need_gamma: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    from kdfast.kernels import feature as kernels
-
+    kernels = _kernels()
     grad_x = torch.empty_like(x) if need_x else None
     grad_gamma = kernels.noise_mix_backward(
         upstream, x, gamma.contiguous(), seed, grad_x=grad_x, want_gamma=need_gamma
@@ -185,7 +208,7 @@ def noise_mix(x: Tensor, gamma: Tensor, seed: int | Tensor) -> Tensor:
     if resolve(x, gamma) == "reference":
         return reference.noise_mix(x, gamma, seed)
     if torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad):
-        return cast(Tensor, _NoiseMix.apply(x, gamma, seed))  # type: ignore[no-untyped-call]
+        return cast(Tensor, apply(_NoiseMix, x, gamma, seed))
     return _mix(x, gamma, seed)
 
 

@@ -6,6 +6,7 @@ create_graph=True the gradients come from the reference, differentiable again.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -13,12 +14,19 @@ from torch import Tensor
 
 from kdfast.backend import resolve
 from kdfast.ops.common.counters import fresh_counters
-from kdfast.ops.common.gradients import differentiable_gradients
+from kdfast.ops.common.gradients import apply, differentiable_gradients
 from kdfast.ops.common.layouts import laid_out_as
 from kdfast.reference import feature as reference
 from kdfast.reference.common import compute_dtype
 
 __all__ = ["add_noise_embed", "noise_mse"]
+
+
+@functools.cache
+def _kernels() -> Any:
+    from kdfast.kernels.feature import noise
+
+    return noise
 
 
 def noise_mse(prediction: Tensor, seed: int | Tensor) -> Tensor:
@@ -29,7 +37,7 @@ def noise_mse(prediction: Tensor, seed: int | Tensor) -> Tensor:
     if resolve(prediction) == "reference":
         return reference.noise_mse(prediction, seed)
     if wants:
-        return cast(Tensor, _NoiseMSE.apply(prediction, seed))  # type: ignore[no-untyped-call]
+        return cast(Tensor, apply(_NoiseMSE, prediction, seed))
     return _mse(prediction, seed, None)
 
 
@@ -42,7 +50,7 @@ def add_noise_embed(
     if resolve(x, embedding) == "reference":
         return reference.add_noise_embed(x, timesteps, alphas_cumprod, embedding, seed)
     if torch.is_grad_enabled() and embedding is not None and embedding.requires_grad:
-        out = _AddNoise.apply(x, timesteps, alphas_cumprod, embedding, seed)  # type: ignore[no-untyped-call]
+        out = apply(_AddNoise, x, timesteps, alphas_cumprod, embedding, seed)
         return cast(Tensor, out)
     return _noised(x, timesteps, alphas_cumprod, embedding, seed)
 
@@ -52,8 +60,7 @@ def _split(seed: int | Tensor) -> tuple[int, Tensor | None]:
 
 
 def _mse(prediction: Tensor, seed: int | Tensor, grad: Tensor | None) -> Tensor:
-    from kdfast.kernels.feature import noise as kernels
-
+    kernels = _kernels()
     loss = prediction.new_empty((), dtype=torch.float32)
     kernels.noise_mse(prediction, seed, loss=loss, grad=grad)
     return loss
@@ -62,8 +69,7 @@ def _mse(prediction: Tensor, seed: int | Tensor, grad: Tensor | None) -> Tensor:
 def _noised(
     x: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, embedding: Tensor | None, seed: int | Tensor
 ) -> Tensor:
-    from kdfast.kernels.feature import noise as kernels
-
+    kernels = _kernels()
     found = kernels.layout(x)
     if found is None:
         x = x.contiguous()
@@ -77,8 +83,7 @@ def _noised(
 
 
 def _embedding_gradient(upstream: Tensor, timesteps: Tensor, embedding: Tensor) -> Tensor:
-    from kdfast.kernels.feature import noise as kernels
-
+    kernels = _kernels()
     found = kernels.layout(upstream)
     if found is None:
         upstream = upstream.contiguous()
@@ -99,8 +104,7 @@ class _NoiseMSE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
-        from kdfast.kernels.feature import noise as kernels
-
+        kernels = _kernels()
         (prediction,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             loss = reference.noise_mse(prediction, ctx.seed)
@@ -158,8 +162,7 @@ def _mse_backward_op(upstream: Tensor, prediction: Tensor, seed: int, seed_tenso
     key = seed if seed_tensor is None else seed_tensor
     grad = torch.empty_like(prediction)
     if resolve(prediction) == "triton":
-        from kdfast.kernels.feature import noise as kernels
-
+        kernels = _kernels()
         kernels.noise_mse(prediction, key, grad=grad, upstream=upstream)
         return grad
     error = reference.noise_error(prediction, key)

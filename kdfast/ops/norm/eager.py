@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backend import resolve
-from kdfast.ops.common.gradients import differentiable_gradients
+from kdfast.ops.common.gradients import apply, differentiable_gradients
 from kdfast.ops.norm import registered
 from kdfast.ops.norm.launch import (
     Act,
@@ -50,31 +50,44 @@ def bn_act(
     if resolve(x, residual, norm.weight) == "reference":
         return reference.bn_act_tracked(x, residual, norm, *act)
     tensors = (x, residual, norm.weight, norm.bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return cast(Tensor, _Act.apply(*tensors, norm, act))  # type: ignore[no-untyped-call]
+    if _recorded(*tensors):
+        return cast(Tensor, apply(_Act, *tensors, norm, act))
     return launch_act(x, residual, norm, act)[0]
 
 
 def bn_mse(x: Tensor, target: Tensor, norm: BatchNorm) -> Tensor:
     """``mean((BN(x) − target)²)``; arguments are checked by the caller."""
     if torch.compiler.is_compiling():
-        gradients = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, norm.weight, norm.bias)
-        )
+        gradients = _recorded(x, norm.weight, norm.bias)
         loss, stats, *_ = registered.bn_mse(x, target, *_flat(norm), gradients)
         reference.track(norm, stats[0], stats[2])
         return cast(Tensor, loss)
     if resolve(x, target, norm.weight) == "reference":
         return reference.bn_mse_tracked(x, target, norm)
-    tensors = (x, norm.weight, norm.bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return cast(Tensor, _MSE.apply(x, target, norm.weight, norm.bias, norm))  # type: ignore[no-untyped-call]
+    if _recorded(x, norm.weight, norm.bias):
+        return cast(Tensor, apply(_MSE, x, target, norm.weight, norm.bias, norm))
     return launch_mse(x, target, norm, (False, False, False)).loss
 
 
 def _flat(norm: BatchNorm) -> tuple[Any, ...]:
     """As the registered ops take it."""
     return (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, norm.eps)
+
+
+def _unpacked(norm: BatchNorm, weight: Tensor | None, bias: Tensor | None) -> BatchNorm:
+    """With what autograd has saved, which hooks may have packed and unpacked."""
+    if norm.weight is weight and norm.bias is bias:
+        return norm
+    return norm._replace(weight=weight, bias=bias)
+
+
+def _recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to know."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 class _Act(torch.autograd.Function):
@@ -98,7 +111,7 @@ class _Act(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, residual, weight, bias, y, *centre = ctx.saved_tensors
-        norm: BatchNorm = ctx.norm._replace(weight=weight, bias=bias)
+        norm = _unpacked(ctx.norm, weight, bias)
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             return (*_act_twice(grad, x, residual, norm, ctx.act, needs, ctx.residual), None, None)
@@ -138,7 +151,7 @@ class _MSE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, target, weight, bias, sums, *centre = ctx.saved_tensors
-        norm: BatchNorm = ctx.norm._replace(weight=weight, bias=bias)
+        norm = _unpacked(ctx.norm, weight, bias)
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
         if torch.is_grad_enabled():
             loss = reference.bn_mse(x, target, norm)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -21,20 +21,29 @@ class Act(NamedTuple):
     carry: float
 
 
+@functools.cache
+def _kernels() -> Any:
+    from kdfast.kernels import norm
+
+    return norm
+
+
 def _laid_out(x: Tensor, *others: Tensor | None) -> tuple[Any, Tensor, list[Tensor | None]]:
     """x's matrix, x, and the others laid out as x is; what fits already is not copied."""
-    from kdfast.kernels import norm as kernels
-
+    kernels = _kernels()
     found = kernels.matrix(x)
     if found is None:
         x = x.contiguous()
         found = kernels.matrix(x)
     assert found is not None
+    strides = x.stride()
     return (
         found,
         x,
         [
-            t if t is None or _same_layout(t, x) else torch.empty_like(x, dtype=t.dtype).copy_(t)
+            t
+            if t is None or t.stride() == strides or _same_layout(t, x)
+            else torch.empty_like(x, dtype=t.dtype).copy_(t)
             for t in others
         ],
     )
@@ -49,25 +58,38 @@ def _same_layout(tensor: Tensor, x: Tensor) -> bool:
 
 def _ready(norm: BatchNorm) -> BatchNorm:
     """Channel values as the kernels read them."""
-    weight, bias = (None if t is None else t.contiguous() for t in (norm.weight, norm.bias))
+    weight, bias = norm.weight, norm.bias
+    if (weight is None or weight.is_contiguous()) and (bias is None or bias.is_contiguous()):
+        return norm
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     return norm._replace(weight=weight, bias=bias)
 
 
-def _running(norm: BatchNorm, launch: Callable[[BatchNorm], None]) -> None:
-    """Launch with running statistics that lie densely; those that do not are copied there and back."""
-    held = (norm.running_mean, norm.running_var)
-    dense = [None if t is None else t.contiguous() for t in held]
-    launch(norm._replace(running_mean=dense[0], running_var=dense[1]))
-    for mine, used in zip(held, dense, strict=True):
-        if norm.training and mine is not None and used is not None and used is not mine:
-            mine.copy_(used)
+def _dense(norm: BatchNorm) -> BatchNorm:
+    """With running statistics that lie densely, as the kernels read and write them: itself where they do."""
+    held = mean, var = norm.running_mean, norm.running_var
+    if mean is None or var is None or (mean.is_contiguous() and var.is_contiguous()):
+        return norm
+    mean, var = (t.contiguous() for t in held if t is not None)
+    return norm._replace(running_mean=mean, running_var=var)
+
+
+def _put_back(norm: BatchNorm, used: BatchNorm) -> None:
+    """Copy the statistics that were updated in :func:`_dense` memory to where they belong."""
+    if used is norm or not norm.training:
+        return
+    pairs = (norm.running_mean, used.running_mean), (norm.running_var, used.running_var)
+    for mine, theirs in pairs:
+        if mine is not None and theirs is not None and theirs is not mine:
+            mine.copy_(theirs)
 
 
 def _centre(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """Memory for μ and r in training, else the running mean and variance."""
     if norm.training:
-        stats = x.new_empty((2, x.shape[1]), dtype=torch.float32)
-        return stats[0], stats[1]
+        channels, device = x.shape[1], x.device
+        mean = torch.empty(channels, dtype=torch.float32, device=device)
+        return mean, torch.empty_like(mean)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     return norm.running_mean.contiguous(), norm.running_var.contiguous()
@@ -77,16 +99,18 @@ def launch_act(
     x: Tensor, residual: Tensor | None, norm: BatchNorm, act: Act, var: Tensor | None = None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """y, x as it was read, and μ with r (or the running statistics)."""
-    from kdfast.kernels import norm as kernels
-
+    kernels = _kernels()
     found, x, (residual,) = _laid_out(x, residual)
     norm, centre = _ready(norm), _centre(x, norm)
-    y = torch.empty_like(x, dtype=x.dtype if residual is None else residual.dtype)
+    alike = residual is None or residual.dtype == x.dtype
+    y = torch.empty_like(x) if alike or residual is None else torch.empty_like(x, dtype=residual.dtype)
     if x.numel() == 0:
         return y, x, centre
     if norm.training:
-        _running(norm, lambda n: kernels.statistics(x, found, n, mean=centre[0], rstd=centre[1], var=var))
-    kernels.act(x, residual, y, found, norm, centre, **act._asdict())
+        used = _dense(norm)
+        kernels.statistics(x, found, used, mean=centre[0], rstd=centre[1], var=var)
+        _put_back(norm, used)
+    kernels.act(x, residual, y, found, norm, centre, relu=act.relu, scale=act.scale, carry=act.carry)
     return y, x, centre
 
 
@@ -101,8 +125,7 @@ def launch_act_backward(
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, residual, weight and bias, None where ``needs`` has no need."""
-    from kdfast.kernels import norm as kernels
-
+    kernels = _kernels()
     found, x, (grad_in, y) = _laid_out(x, grad, y)
     norm = _ready(norm)
     grad_x = torch.empty_like(x) if needs[0] else None
@@ -126,7 +149,9 @@ def launch_act_backward(
         grad_residual=None if passed else grad_residual,
         grad_weight=grad_weight,
         grad_bias=grad_bias,
-        **act._asdict(),
+        relu=act.relu,
+        scale=act.scale,
+        carry=act.carry,
     )
     return grad_x, grad if passed else grad_residual, grad_weight, grad_bias
 
@@ -146,24 +171,20 @@ def launch_mse(
     x: Tensor, target: Tensor, norm: BatchNorm, needs: tuple[bool, ...], var: Tensor | None = None
 ) -> Error:
     """The error of a batch norm's output, with the gradients that ``needs`` names."""
-    from kdfast.kernels import norm as kernels
-
+    kernels = _kernels()
     found, x, (aligned,) = _laid_out(x, target)
     assert aligned is not None
     norm, centre = _ready(norm), _centre(x, norm)
-    loss = x.new_empty((), dtype=torch.float32)
+    loss = torch.empty((), dtype=torch.float32, device=x.device)
     wants_sums = needs[1] or needs[2] or (needs[0] and norm.training)
-    sums = x.new_empty(2 * x.shape[1], dtype=torch.float32) if wants_sums else None
+    sums = torch.empty(2 * x.shape[1], dtype=torch.float32, device=x.device) if wants_sums else None
     if norm.training or wants_sums:
-        written = dict(zip(("mean", "rstd"), centre, strict=True)) if norm.training else {}
-        _running(
-            norm,
-            lambda n: kernels.statistics(
-                x, found, n, var=var, target=aligned if wants_sums else None, sums=sums, **written
-            ),
-        )
+        mean, rstd = centre if norm.training else (None, None)
+        used, compared = _dense(norm), aligned if wants_sums else None
+        kernels.statistics(x, found, used, mean=mean, rstd=rstd, var=var, target=compared, sums=sums)
+        _put_back(norm, used)
     grads = _buffers(x, norm, needs)
-    kernels.mse(x, aligned, found, norm, centre, sums=sums, loss=loss, **_named(grads))
+    kernels.mse(x, aligned, found, norm, centre, grads, sums=sums, loss=loss)
     return Error(loss, x, aligned, centre, sums, grads)
 
 
@@ -177,10 +198,6 @@ def _buffers(
     )
 
 
-def _named(grads: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
-    return dict(zip(("grad_x", "grad_weight", "grad_bias"), grads, strict=True))
-
-
 def launch_mse_backward(
     upstream: Tensor,
     x: Tensor,
@@ -192,8 +209,7 @@ def launch_mse_backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradients: those ``first`` made for an upstream gradient of 1, corrected if it is another, or new ones."""
-    from kdfast.kernels import norm as kernels
-
+    kernels = _kernels()
     found, x, (aligned,) = _laid_out(x, target)
     grads = _buffers(x, norm, needs) if first is None else first
     kernels.mse(
@@ -202,10 +218,10 @@ def launch_mse_backward(
         found,
         _ready(norm),
         centre,
+        grads,
         sums=sums,
         upstream=upstream,
         exit_if_one=first is not None,
         count=False,
-        **_named(grads),
     )
     return grads

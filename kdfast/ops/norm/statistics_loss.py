@@ -6,6 +6,7 @@ op too. With create_graph=True the gradient comes from the reference, differenti
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,12 +14,19 @@ from torch import Tensor
 
 from kdfast.backend import resolve
 from kdfast.ops.common.counters import fresh_counters
-from kdfast.ops.common.gradients import differentiable_gradients, is_plain
+from kdfast.ops.common.gradients import apply, differentiable_gradients, is_plain
 from kdfast.ops.common.layouts import laid_out_as
 from kdfast.reference.common import compute_dtype
 from kdfast.reference.norm import statistics_loss as reference
 
 __all__ = ["Target", "bn_statistics", "bn_statistics_through"]
+
+
+@functools.cache
+def _kernels() -> Any:
+    from kdfast.kernels.norm import statistics_loss
+
+    return statistics_loss
 
 
 class Target(NamedTuple):
@@ -56,8 +64,7 @@ def _forward(x: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """Loss and ``[4, C]`` (mean, var, the gradient's coefficients) of a dense x."""
     if resolve(x) == "reference":
         return reference.bn_statistics_closed(x, *target[:5], squared=target.squared)
-    from kdfast.kernels.norm import statistics_loss as kernels
-
+    kernels = _kernels()
     tensors = (None if tensor is None else tensor.contiguous() for tensor in target[:5])
     found = kernels.bn_statistics(x, *tensors, squared=target.squared)
     return cast("tuple[Tensor, Tensor]", found)
@@ -66,8 +73,7 @@ def _forward(x: Tensor, target: Target) -> tuple[Tensor, Tensor]:
 def _backward(x: Tensor, stats: Tensor, upstream: Tensor, through: Tensor | None) -> Tensor:
     if resolve(x) == "reference":
         return reference.bn_statistics_gradient(x, stats, upstream, through)
-    from kdfast.kernels.norm import statistics_loss as kernels
-
+    kernels = _kernels()
     grad = torch.empty_like(x)
     if through is not None and (through.stride() != x.stride() or through.dtype != x.dtype):
         through = torch.empty_like(x).copy_(through)
@@ -79,7 +85,9 @@ class _Statistics(torch.autograd.Function):
     """Loss, mean and var; and x again, for who uses it on: then its gradient passes through this one's backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, target: Target, through: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         dense = _dense(x)
         loss, stats = _forward(dense, target)
@@ -87,33 +95,33 @@ class _Statistics(torch.autograd.Function):
         ctx.target = target
         mean, var = stats[0].clone(), stats[1].clone()
         ctx.mark_non_differentiable(mean, var)
-        return loss, mean, var, x.view_as(x)
+        return loss, mean, var, x.view_as(x) if through else None
 
     @staticmethod
     def backward(
         ctx: Any, upstream: Tensor | None, _: Any, __: Any, through: Tensor | None
-    ) -> tuple[Any, None]:
+    ) -> tuple[Any, None, None]:
         if upstream is None:
-            return through, None
+            return through, None, None
         x, stats = ctx.saved_tensors
         if torch.is_grad_enabled():
             loss, *_rest = reference.bn_statistics(x, *ctx.target[:5], squared=ctx.target.squared)
             (grad,) = differentiable_gradients(loss, (x,), (True,), upstream)
-            return grad if through is None or grad is None else grad + through, None
-        return _backward(x, stats, upstream, through), None
+            return grad if through is None or grad is None else grad + through, None, None
+        return _backward(x, stats, upstream, through), None, None
 
 
 def bn_statistics(x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
     """``(loss, mean, var)`` of ``[N, C, …]`` with elements; mean and var carry no gradient. Checked by the caller."""
-    return _statistics(x, target)[:3]
+    return _statistics(x, target, through=False)[:3]
 
 
 def bn_statistics_through(x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(loss, mean, var, x)``: whatever follows takes this x, so that both gradients of it are one launch's."""
-    return _statistics(x, target)
+    return _statistics(x, target, through=True)
 
 
-def _statistics(x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _statistics(x: Tensor, target: Target, *, through: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if torch.compiler.is_compiling():
         loss, stats = torch.ops.kdfast.bn_statistics(x, *target)
         return loss, stats[0].detach(), stats[1].detach(), x
@@ -121,7 +129,7 @@ def _statistics(x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, Tens
         loss, mean, var = reference.bn_statistics(x, *target[:5], squared=target.squared)
         return loss, mean.detach(), var.detach(), x
     if torch.is_grad_enabled() and x.requires_grad:
-        return cast("tuple[Tensor, Tensor, Tensor, Tensor]", _Statistics.apply(x, target))  # type: ignore[no-untyped-call]
+        return cast("tuple[Tensor, Tensor, Tensor, Tensor]", apply(_Statistics, x, target, through))
     loss, stats = _forward(_dense(x), target)
     return loss, stats[0], stats[1], x
 

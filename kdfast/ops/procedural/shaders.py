@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdfast.backend import resolve
+from kdfast.ops.common.gradients import are_plain
 from kdfast.reference.procedural import shaders as reference
 
 __all__ = ["render_shaders"]
@@ -19,15 +21,23 @@ _SCHEMA = (
 )
 
 
+@functools.cache
+def _kernels() -> Any:
+    from kdfast.kernels.procedural import shaders
+
+    return shaders
+
+
 @torch.library.custom_op("kdfast::render_shaders", mutates_args=(), schema=_SCHEMA)
 def _render_op(*flat: Any) -> Tensor:
     *arguments, as_float = flat
-    arguments.append(torch.float32 if as_float else torch.uint8)
+    return _render(*arguments, torch.float32 if as_float else torch.uint8)
+
+
+def _render(*arguments: Any) -> Tensor:
     if resolve(*arguments[:5]) == "reference":
         return reference.render(*arguments)
-    from kdfast.kernels.procedural import shaders as kernels
-
-    images: Tensor = kernels.render(*arguments)
+    images: Tensor = _kernels().render(*arguments)
     return images
 
 
@@ -51,6 +61,10 @@ def render_shaders(
     dtype: torch.dtype,
 ) -> Tensor:
     """Images ``[B, 3, height, width]``; arguments are checked by the caller."""
+    given = codes, values, rates, program, time
+    plain = are_plain(*given) and not any([x.requires_grad for x in given])
+    if plain:  # the dispatcher takes as long as everything else
+        return _render(*given, height, width, antialias, dtype)
     out: Tensor = _render_op(
         codes, values, rates, program, time, height, width, antialias, dtype == torch.float32
     )

@@ -302,17 +302,28 @@ def test_dkd_parts_recompose_the_kl(target: Target) -> None:
     )
 
 
-def test_dkd_ignores_rows(target: Target) -> None:
-    s, t = logits(5, 6, device=target.device)
+@pytest.mark.parametrize("reduction", ["rowmean", "batchmean", "sum", "none"])
+@pytest.mark.parametrize("classes_", [6, 9000])  # in registers, and read again and again
+@pytest.mark.parametrize("ignore", [-100, 3])
+def test_dkd_ignores_rows(target: Target, reduction: Any, classes_: int, ignore: int) -> None:
+    s, t = logits(5, classes_, device=target.device)
     s[1] = math.nan
+    y = torch.tensor([0, ignore, 2, 5, ignore], device=s.device)
+    mask = torch.tensor([True, True, False, True, True], device=s.device)
     s.requires_grad_()
-    y = classes(5, below=6, device=target.device)
-    y[1] = -100
-    loss = dkd_loss(s, t, y, reduction="rowmean")
-    (grad,) = both_gradients(loss, s)
-    keep = [0, 2, 3, 4]
-    torch.testing.assert_close(loss, dkd_loss(s[keep], t[keep], y[keep]))
-    assert torch.equal(grad[1], torch.zeros_like(grad[1]))
+    loss = dkd_loss(s, t, y, reduction=reduction, ignore_index=ignore, mask=mask)
+    (grad,) = both_gradients(loss.sum(), s)
+    keep, out = [0, 3], [1, 2, 4]
+    kept = s.detach()[keep].requires_grad_()
+    wanted = dkd_loss(kept, t[keep], y[keep], reduction=reduction)
+    (wanted_grad,) = both_gradients(wanted.sum(), kept)
+    if reduction == "none":
+        assert torch.equal(loss[out], torch.zeros_like(loss[out]))
+        loss = loss[keep]
+    share = 2 / 5 if reduction == "batchmean" else 1.0  # batchmean counts rows that are left out
+    torch.testing.assert_close(loss, wanted * share)
+    torch.testing.assert_close(grad[keep], wanted_grad * share)
+    assert torch.equal(grad[out], torch.zeros_like(grad[out]))
 
 
 @pytest.mark.parametrize("where", ["student", "teacher"])

@@ -386,8 +386,10 @@ def test_a_large_update_is_sorted_and_a_small_one_compared(
     scores = torch.randn(200, generator=generator).mul(2).round().to(target.device)  # many are equal
     scores[::17], scores[5::31] = float("nan"), float("inf")
     made = torch.randint(0, 2, (200,), generator=generator).to(target.device) if checked else None
-    found = []
-    for limit in (0, 1 << 14):
+    found, sorts, sorting = [], [], launch._beaten
+    monkeypatch.setattr(launch, "_beaten", lambda *given: sorts.append(len(given[2])) or sorting(*given))
+    assert launch.COMPARED <= 1 << 14  # a launch that compares more rows each with each takes seconds
+    for limit in (199, 200):
         monkeypatch.setattr(launch, "COMPARED", limit)
         state = filled(torch.linspace(0, 3, 12, device=target.device))
         ops.update(
@@ -398,5 +400,6 @@ def test_a_large_update_is_sorted_and_a_small_one_compared(
             largest,
         )
         found.append([state.meta, state.leaves, state.sums, state.delta])
+    assert sorts == [200]
     for sorted_, compared in zip(*found, strict=True):
         assert torch.equal(sorted_, compared)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from kdfast.errors import DataError
-from kdfast.experiments.common.synthetic_set import describe, shard_classes
-from kdfast.experiments.distill.plan import Plan, Setting
+from kdfast.experiments.common.synthetic_set import shard_classes
+from kdfast.experiments.distill.plan import Plan, Setting, settings_of
 from kdfast.methods.dmkd import DMKD, DMKDConfig
 
 CONFIG = DMKDConfig
@@ -34,9 +32,7 @@ def build(setting: Setting) -> Plan:
                 f"data {data}: has {found} classes, accepted: the teacher's {setting.num_classes}"
             )
     method = DMKD(teacher=setting.teacher, config=config)
-    # What `kdfast report` plots accuracies against, known now, while the set is there.
-    settings = {**asdict(config), **describe(data), "student": setting.config.student}
-    settings["teacher"] = setting.config.teacher
+    settings = settings_of(setting)
     return Plan(
         setting.student,
         lambda model, batch: method.step(batch, model),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kdfast.errors import ConfigError, DataError
 from kdfast.experiments.common.synthetic_set import shard_classes
-from kdfast.experiments.distill.plan import Plan, Setting
+from kdfast.experiments.distill.plan import Plan, Setting, settings_of
 from kdfast.methods.surrogate import SurrogateKD, SurrogateKDConfig
 
 CONFIG = SurrogateKDConfig
@@ -44,4 +44,10 @@ def build(setting: Setting) -> Plan:
     method = SurrogateKD(
         teacher=setting.teacher, config=config, mean=setting.described.mean, std=setting.described.std
     )
-    return Plan(setting.student, lambda model, batch: method.step_with_parts(batch, model), normalised=False)
+    settings = settings_of(setting)
+    return Plan(
+        setting.student,
+        lambda model, batch: method.step_with_parts(batch, model),
+        facts=lambda: {"settings": settings},
+        normalised=False,
+    )
