@@ -21,9 +21,9 @@ started=$(date +%s)
 kdfast teach --data flowers --out runs/flowers/teacher \
   model=resnet14 image_size=24 epochs=50 batch_size=32 \
   optimizer=adamw lr=0.003 schedule=cosine augment=[crop,flip]
-kdfast distill --out runs/flowers/student method=kd \
+kdfast distill --out runs/flowers/student method=fitnet \
   teacher=runs/flowers/teacher student=resnet8 \
-  data=flowers test_data=flowers epochs=50 batch_size=32 \
+  data=flowers test_data=flowers epochs=30 batch_size=32 \
   optimizer=adamw lr=0.003 schedule=cosine augment=[crop,flip] 2>said
 cat said
 echo "first student after $(($(date +%s) - started)) seconds, of them computing:"
