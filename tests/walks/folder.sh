@@ -21,9 +21,9 @@ started=$(date +%s)
 kdfast teach --data flowers --out runs/flowers/teacher \
   model=resnet14 image_size=24 epochs=50 batch_size=32 \
   optimizer=adamw lr=0.003 schedule=cosine augment=[crop,flip]
-kdfast distill --out runs/flowers/student method=kd \
+kdfast distill --out runs/flowers/student method=fitnet \
   teacher=runs/flowers/teacher student=resnet8 \
-  data=flowers test_data=flowers epochs=50 batch_size=32 \
+  data=flowers test_data=flowers epochs=30 batch_size=32 \
   optimizer=adamw lr=0.003 schedule=cosine augment=[crop,flip] 2>said
 cat said
 echo "first student after $(($(date +%s) - started)) seconds, of them computing:"
@@ -37,7 +37,7 @@ import json
 
 metrics = json.load(open("runs/flowers/student/metrics.json"))
 print({name: metrics[name] for name in ("teacher_accuracy", "best_accuracy", "share_kept")})
-assert metrics["teacher_accuracy"] > 0.5, "one in six is chance"
+assert min(metrics["teacher_accuracy"], metrics["best_accuracy"]) > 0.5, "one in six is chance"
 CODE
 test "$(kdfast eval runs/flowers/student --data flowers/val -q --json | grep -o '"images": [0-9]*')" = '"images": 240'
 kdfast export runs/flowers/student --to torch.export --weights best
