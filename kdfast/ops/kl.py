@@ -34,7 +34,7 @@ def _factors(row: Row) -> torch.Tensor:
     assert row.label is not None
     counts = row.label != int(ignore)
     if row.factor is None:
-        return counts * torch.tensor(weight, device=row.label.device)
+        return counts.float() * weight
     return counts * (weight / row.factor.clamp(min=1.0))
 
 

@@ -75,6 +75,7 @@ def test_a_taught_network_is_left_whole(teacher: Path) -> None:
         "metrics.json",
         "metrics.jsonl",
         "model.safetensors",
+        "provenance.json",
         "best.safetensors",
         "recipe.yaml",
     }
