@@ -91,7 +91,7 @@ def child(work: Callable[[], object], folder: Path, at: int = 0, later: float = 
 
 def unmeasured(document: Any) -> Any:
     if isinstance(document, dict):
-        known = {k: v for k, v in document.items() if not any(word in k for word in MEASURED)}
+        known = {k: v for k, v in document.items() if k != "date" and not any(word in k for word in MEASURED)}
         return {key: unmeasured(value) for key, value in known.items()}
     return [unmeasured(one) for one in document] if isinstance(document, list) else document
 
