@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,7 +80,11 @@ def test_a_loader_that_is_dropped_in_mid_epoch_keeps_nothing(
     before = descriptors(), len(multiprocessing.active_children())
     for _ in range(4):
         use()
-    assert (descriptors(), len(multiprocessing.active_children())) == before
+    # No more than before, once its workers and their threads are gone, which takes a moment on a busy machine.
+    end = time.monotonic() + 30
+    while descriptors() > before[0] or len(multiprocessing.active_children()) > before[1]:
+        assert time.monotonic() < end, (descriptors(), multiprocessing.active_children(), before)
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("kind", ["dali", "torch"])
