@@ -36,10 +36,13 @@ def check_dense(name: str, value: torch.Tensor) -> None:
 
 def check_floating(name: str, value: Any, needed: str = "a floating-point tensor") -> None:
     """A dense tensor of a floating-point dtype."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_nested:
-        check_tensor(name, value)  # says what it is; a quantised one is not floating-point
-    if not value.is_floating_point():
-        check_tensor(name, value)
+    if not (  # in one look, like check_channels: this is on the way of every call
+        isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and not value.is_nested
+        and value.is_floating_point()
+    ):
+        check_tensor(name, value)  # a quantised one is not floating-point either
         raise TypeError(f"{name}: got dtype {value.dtype}; {needed} is needed")
 
 
@@ -236,10 +239,13 @@ def _one_a_row(name: str, value: torch.Tensor, rows: torch.Size, logits: torch.T
 
 def check_channels(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
     """One value a channel of ``x``, on its device."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_nested:
-        check_floating(name, value)
-    if not value.is_floating_point():
-        check_floating(name, value)  # which says so
+    if not (
+        isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and not value.is_nested
+        and value.is_floating_point()
+    ):
+        check_floating(name, value)  # says which it is not
     if value.shape != x.shape[1:2]:
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}; [{x.shape[1]}] is needed, one a channel of x"

@@ -54,18 +54,8 @@ def labels_of(
     second_label, second, second_logit = label, first * 0.0, logit
     if LABELS == 2:
         second_label, second, second_logit = label_of(
-            second_label_ptr,
-            second_factor_ptr,
-            label_weight,
-            s_row,
-            s_class,
-            rows,
-            counts,
-            weight,
-            V,
-            IGNORE,
-            COUNTED,
-        )
+            second_label_ptr, second_factor_ptr, label_weight, s_row, s_class, rows, counts, weight, V, IGNORE, COUNTED
+        )  # fmt: skip
     return label, first, logit, second_label, second, second_logit
 
 
