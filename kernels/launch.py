@@ -16,6 +16,8 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
+from .keys import launch_key
+
 #: What CUDA allows along the second grid dimension; programs loop over what is beyond.
 MAX_GRID_Y = 65535
 
@@ -141,13 +143,6 @@ def keeps(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def traits(value: Any) -> Any:
-    """What a compiled kernel depends on of an argument: of a number or None, its type alone."""
-    if not isinstance(value, torch.Tensor):
-        return type(value)
-    return value.dtype, value.dim() == 0, value.data_ptr() & 15
-
-
 #: Geometries that a family keeps: as many shapes as a training run has, not as many as a server sees.
 MAX_KEPT = 512
 _keeping = threading.Lock()
@@ -204,12 +199,7 @@ class Launches:
             geometry: All that the plan depends on, hashable.
             varying: Values of the kernel's first parameters; memory made for this call may be left out.
         """
-        # What Triton would compile another kernel for, of all that varies.
-        kinds = [
-            None if x is None else (x.dtype, x.data_ptr() & 15) if isinstance(x, torch.Tensor) else number_traits(x)
-            for x in varying
-        ]  # fmt: skip
-        key = (device, geometry, tuple(kinds))
+        key = (device, geometry, launch_key((), varying))
         found: Launch | None = self.kept.get(key)
         if found is None:
             grid, fixed, constants = self.plan(*geometry)
@@ -226,14 +216,6 @@ class Launches:
     ) -> None:
         """Launch once; ``further``: values of the parameters of that name."""
         self.find(device, geometry, varying)(varying, further)
-
-
-def number_traits(value: Any) -> Any:
-    """What Triton may compile for: an integer's width, whether 16 divides it, whether it is 1."""
-    if type(value) is not int:
-        return type(value)
-    width = 32 if -(2**31) <= value < 2**31 else 64 if value < 2**63 else 65
-    return width, value & 15 == 0, value == 1
 
 
 def forget() -> None:
