@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "fast_call.hpp"
+
 namespace kdfast {
 
 // DLPack's C exchange (dlpack.h, version 1): how torch tells of a tensor without an object of Python's for
@@ -155,26 +157,12 @@ inline const dlpack::Exchange* exchange_of(PyObject* type) {
   return found != nullptr && found->version.major == 1 && found->view != nullptr ? found : nullptr;
 }
 
-// launch_key(whole, kinds) for tensors of this class: a plain function of Python's, since pybind11's own way
-// to one takes longer than the key.
+// launch_key(whole, kinds) for tensors of this class.
 inline pybind11::object launch_key_of(const pybind11::type& type) {
-  static PyMethodDef method = {
-      "launch_key",
-      reinterpret_cast<PyCFunction>(
-          reinterpret_cast<void*>(+[](PyObject* self, PyObject* const* given, Py_ssize_t count) -> PyObject* {
-            if (count != 2) {
-              PyErr_SetString(PyExc_TypeError, "launch_key: two tuples are needed");
-              return nullptr;
-            }
-            const void* keys = PyCapsule_GetPointer(self, nullptr);
-            return static_cast<const LaunchKeys*>(keys)->key(given[0], given[1]);
-          })),
-      METH_FASTCALL, "Bytes that are equal where a plan and a compiled kernel are."};
-  auto* const object =
-      reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());  // kept for good, as the function is
-  const pybind11::capsule keys(new LaunchKeys(object, exchange_of(type.ptr())),
-                               [](void* pointer) { delete static_cast<LaunchKeys*>(pointer); });
-  return pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&method, keys.ptr(), nullptr));
+  static PyMethodDef definition = {"launch_key", nullptr, 0,
+                                   "Bytes that are equal where a plan and a compiled kernel are."};
+  auto* const object = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());  // kept for good, as the key is
+  return fast_call<LaunchKeys, &LaunchKeys::key>(definition, new LaunchKeys(object, exchange_of(type.ptr())));
 }
 
 }  // namespace kdfast

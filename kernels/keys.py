@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["launch_key"]
+__all__ = ["extension", "launch_key"]
 
 
 def python_key(whole: tuple[torch.Tensor | None, ...], kinds: tuple[Any, ...]) -> Hashable:
@@ -32,16 +32,18 @@ def _kind(value: Any) -> Hashable:
     return width, value & 15 == 0, value == 1
 
 
-def _found() -> Callable[[tuple[Any, ...], tuple[Any, ...]], Hashable]:
+def _extension() -> Any:
     try:
-        extension = importlib.import_module("kdfast._C")
+        return importlib.import_module("kdfast._C")
     except ImportError:
-        return python_key
-    made: Callable[[tuple[Any, ...], tuple[Any, ...]], Hashable] = extension.launch_key_of(torch.Tensor)
-    return made
+        return None
 
 
+#: ``kdfast._C``, or None where it was not built.
+extension = _extension()
 #: ``launch_key(whole, kinds)``: equal where plans and compiled kernels are. ``whole``: tensors (or None) whose device,
 #: shape, strides, dtype and place within 16 bytes all count; ``kinds``: further arguments, of which only counts what a
 #: kernel is compiled for: of a tensor its dtype, that place and whether it is 0-d, of a number or None its type.
-launch_key = _found()
+launch_key: Callable[[tuple[Any, ...], tuple[Any, ...]], Hashable] = (
+    python_key if extension is None else extension.launch_key_of(torch.Tensor)
+)

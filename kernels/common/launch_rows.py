@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..keys import launch_key
-from ..launch import Kept, Launch, RowLayout, as_rows, reduction
+from ..launch import Kept, Launch, reduction
+from .layout import RowLayout, as_rows
 from .plan import TilePlan
 from .scale import Scale, value_and_pointer
 

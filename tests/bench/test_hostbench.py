@@ -66,6 +66,16 @@ def _arguments(student: torch.Tensor, teacher: torch.Tensor) -> tuple[Any, ...]:
     return tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in given)
 
 
+@pytest.fixture(params=["extension", "python"])
+def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches by ``kdfast._C``, and as without it."""
+    if request.param == "python":
+        monkeypatch.setattr(launching, "extension", None)
+    else:
+        pytest.importorskip("kdfast._C")
+
+
+@pytest.mark.usefixtures("direct")
 @pytest.mark.parametrize("shape", [(8, 10), (3, 10, 4)])
 def test_a_direct_launch_is_the_one_that_triton_would_make(shape: tuple[int, ...]) -> None:
     whole = torch.randn(*shape[:-1], shape[-1] + 4)
@@ -77,6 +87,7 @@ def test_a_direct_launch_is_the_one_that_triton_would_make(shape: tuple[int, ...
             assert _arguments(student, student.clone()) == by_triton
 
 
+@pytest.mark.usefixtures("direct")
 def test_hooks_of_profilers_are_called_and_knobs_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, heard = torch.randn(4, 6), torch.randn(4, 6), []
     with pretended():

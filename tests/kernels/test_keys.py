@@ -110,4 +110,4 @@ def test_what_a_tensor_raises_is_raised() -> None:
 
 def test_without_the_extension_keys_are_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kdfast._C", None)
-    assert keys._found() is keys.python_key
+    assert keys._extension() is None
