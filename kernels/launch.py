@@ -228,11 +228,28 @@ class Launches:
         """
         key = (device, geometry, launch_key((), varying))
         found: Launch | None = self.kept.get(key)
+        return self._keep(key, device, geometry) if found is None else found
+
+    def find_by(
+        self,
+        tensors: tuple[torch.Tensor | None, ...],
+        varying: tuple[Any, ...],
+        told: tuple[Any, ...],
+        geometry: Callable[[], tuple[Any, ...]],
+    ) -> Launch:
+        """The same where ``geometry`` follows from ``tensors``, the first of them given, and ``told``."""
+        key = (launch_key(tensors, varying), told)
+        found: Launch | None = self.kept.get(key)
         if found is None:
-            grid, fixed, constants = self.plan(*geometry)
-            found = Launch(self.kernel, grid, fixed, constants, device, self.further)
-            self.kept.keep(key, found, device)
+            assert tensors[0] is not None
+            return self._keep(key, tensors[0].device, geometry())
         return found
+
+    def _keep(self, key: Any, device: torch.device, geometry: tuple[Any, ...]) -> Launch:
+        grid, fixed, constants = self.plan(*geometry)
+        made = Launch(self.kernel, grid, fixed, constants, device, self.further)
+        self.kept.keep(key, made, device)
+        return made
 
     def __call__(
         self,
