@@ -281,12 +281,11 @@ def bn_statistics(
     Returns:
         The loss, 0-d, and ``[4, C]``: mean, var, a, b; all float32.
     """
-    sizes = _geometry(x)
-    channels = sizes[1]
+    channels = x.shape[1]
     loss = torch.empty((), dtype=torch.float32, device=x.device)
     stats = torch.empty((4, channels), dtype=torch.float32, device=x.device)
     varying = (x, running_mean, running_var, average_mean, average_var, share, stats, loss, mean, var)
-    found = _FORWARD.find(x.device, (sizes, x.itemsize, squared), varying)
+    found = _FORWARD.find_by(varying, (), (squared,), lambda: (_geometry(x), x.itemsize, squared))
     found((*varying, *reduction(x.device, 2 * found.grid[1] * channels)[:2]))
     return loss, stats
 
@@ -331,7 +330,8 @@ def bn_statistics_backward(
         through: Gradient that is added, dense as x, or None.
         grad: Written, dense as x.
     """
-    _BACKWARD(x.device, (_geometry(x), x.itemsize), (x, through, upstream, stats, grad))
+    varying = (x, through, upstream, stats, grad)
+    _BACKWARD.find_by(varying, (), (), lambda: (_geometry(x), x.itemsize))(varying)
 
 
 def _planned_backward(sizes: tuple[int, int, int, bool], itemsize: int) -> Planned:
