@@ -281,12 +281,11 @@ def bn_statistics(
     Returns:
         The loss, 0-d, and ``[4, C]``: mean, var, a, b; all float32.
     """
-    channels = x.shape[1]
-    loss = torch.empty((), dtype=torch.float32, device=x.device)
-    stats = torch.empty((4, channels), dtype=torch.float32, device=x.device)
-    varying = (x, running_mean, running_var, average_mean, average_var, share, stats, loss, mean, var)
-    found = _FORWARD.find_by(varying, (), (squared,), lambda: (_geometry(x), x.itemsize, squared))
-    found((*varying, *reduction(x.device, 2 * found.grid[1] * channels)[:2]))
+    channels, given = x.shape[1], (x, running_mean, running_var, average_mean, average_var, share)
+    found = _FORWARD.find_by((*given, mean, var), (), (squared,), lambda: (_geometry(x), x.itemsize, squared))
+    partial, counter, one = reduction(x.device, 2 * found.grid[1] * channels)
+    loss, stats = torch.empty_like(one), one.new_empty((4, channels))
+    found((*given, stats, loss, mean, var, partial, counter))
     return loss, stats
 
 
