@@ -8,6 +8,7 @@ import importlib.util
 import pkgutil
 import platform
 import re
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -60,24 +61,37 @@ class Report:
     def as_text(self) -> str:
         """For a terminal."""
         width = max(map(len, (*self.versions, *self.ops, *self.extras)))
-        lines = [*(f"  {name:<{width}}  {value}" for name, value in self.versions.items()), "", "Ops"]
+        lines = [
+            line for name, value in self.versions.items() for line in _wrapped(f"  {name:<{width}}  ", value)
+        ]
+        lines += ["", "Ops"]
         for name, backends in self.ops.items():
-            lines.append(
-                f"  {name:<{width}}  " + " · ".join(f"{dev}: {how}" for dev, how in backends.items())
+            lines += _wrapped(
+                f"  {name:<{width}}  ", " · ".join(f"{dev}: {how}" for dev, how in backends.items())
             )
         lines += ["", "Extras"]
         for name, packages in self.extras.items():
             shown = ", ".join(f"{package} {version or 'missing'}" for package, version in packages.items())
-            lines.append(f"  {name:<{width}}  {shown}")
-        lines += [
-            "",
-            *(f"! {problem}" for problem in self.problems),
-            *(f"- {remark}" for remark in self.remarks),
-        ]
+            lines += _wrapped(f"  {name:<{width}}  ", shown)
+        lines.append("")
+        for mark, said in (("! ", self.problems), ("- ", self.remarks)):
+            lines += [line for one in said for line in _wrapped(mark, one)]
         if self.command:
             lines += ["", "All that is missing, in one command:", f"  {self.command}", ""]
         lines.append("The core works." if self.healthy else "The core is broken.")
         return "\n".join(lines)
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    """Lines of at most 80 columns behind a label; words are kept whole, as paths and commands must be."""
+    return textwrap.wrap(
+        text,
+        80,
+        initial_indent=label,
+        subsequent_indent=" " * len(label),
+        break_long_words=False,
+        break_on_hyphens=False,
+    ) or [label.rstrip()]
 
 
 def run() -> Report:

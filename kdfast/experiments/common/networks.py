@@ -67,7 +67,7 @@ def build_network(config: ModelConfig) -> nn.Module:
 
 
 def load_teacher(
-    source: str, keys: TeacherKeys | None = None, *, image_size: int | None = None
+    source: str, keys: TeacherKeys | None = None, *, image_size: int | None = None, key: str = "teacher"
 ) -> tuple[nn.Module, ModelConfig]:
     """A trained network and what feeds it. How many classes it has, it says itself; no data set is asked.
 
@@ -75,6 +75,7 @@ def load_teacher(
         source: A run's folder, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME`` or ``FILE.py:FACTORY``.
         keys: What goes before what the network says of itself.
         image_size: For ``FILE.py:FACTORY``: the side of its images, where nothing else says it.
+        key: Of the recipe, that named it.
 
     Raises:
         CheckpointError: It cannot be read, or the weights do not fit.
@@ -89,6 +90,11 @@ def load_teacher(
         )
     elif (prefix := next((p for p in THEIRS if source.startswith(p)), None)) is not None:
         network, described = _theirs(source, prefix)
+    elif not Path(source).exists():
+        raise CheckpointError(
+            f"{key} {source}: does not exist; accepted: a run's folder, timm:NAME, torchvision:NAME, hf:NAME, or "
+            "FILE.py:FACTORY with weights=FILE"
+        )
     else:
         network, described = load_model(source), load_model_config(source)
     return network.eval(), told(described, keys)

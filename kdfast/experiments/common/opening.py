@@ -157,7 +157,8 @@ def say_closing(
         known = metrics.get(f"teacher_{name}")
         if "share_kept" in metrics:
             score += f", {percent(metrics['share_kept'])} of the teacher's"
-        size = f"{millions(student[1])} ({teacher[1] / max(student[1], 1):.3g}× fewer)"
+        fewer = teacher[1] / max(student[1], 1)
+        size = f"{millions(student[1])} ({fewer:.3g}× fewer)" if fewer >= 1.05 else size
         of_teacher = "" if known is None or name is None else f"{SCORES[name]} {percent(known)}"
         rows = [
             ("teacher", teacher[0], f"{millions(teacher[1])} parameters", of_teacher),

@@ -50,7 +50,7 @@ def run(config: EvalConfig, *, progress: bool = True) -> dict[str, Any]:
 
 def _measure(config: EvalConfig, *, progress: bool) -> dict[str, Any]:
     device = make_accelerator(config.device).device
-    model, taught = load_teacher(config.checkpoint, config, image_size=config.image_size)
+    model, taught = load_teacher(config.checkpoint, config, image_size=config.image_size, key="checkpoint")
     model_config = at_side(taught, config.image_size, config.crop_pct)
     model.to(device)
     variance, settings = ProbabilityVariance(), describe(config.data)

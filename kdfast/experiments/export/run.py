@@ -75,7 +75,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
             raise ConfigError(
                 f"--weights: got best, accepted: last; {config.run} holds no {BEST} (a run with test images has one)"
             )
-    network, described = load_teacher(source)
+    network, described = load_teacher(source, key="run")
     network = network.cpu().eval().requires_grad_(False)
     if config.out is None and not Path(config.run).is_dir():
         raise ConfigError(f"--out: missing; {config.run} is no directory to put the files into")
