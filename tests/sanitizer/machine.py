@@ -100,11 +100,13 @@ def widened(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def pretend(capability: int) -> Callable[[], None]:
-    """Give ``torch.cuda`` those answers, and ``torch`` a GPU's matrix products; returns what undoes it."""
+    """Give ``torch.cuda`` those answers, and ``torch`` a GPU's products and pinned memory; returns what undoes it."""
     wanted: dict[tuple[Any, str], Any] = {
         (torch.cuda, name): answer for name, answer in answers(capability).items()
     }
     wanted |= {(torch, name): widened(getattr(torch, name)) for name in ("mm", "addmm")}
+    # All memory is the host's; what a driver would lock is a copy, so that a write to either is not seen in the other.
+    wanted |= {(torch.Tensor, "pin_memory"): lambda tensor, device=None: tensor.clone()}
     missing = object()
     before = {(owner, name): getattr(owner, name, missing) for owner, name in wanted}
     for (owner, name), answer in wanted.items():
