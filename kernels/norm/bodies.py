@@ -124,7 +124,9 @@ def bn_statistics_kernel(
         t_shift = tl.sum(_load(t_ptr, offset, reads, live), axis=1) / here
         t1 = tl.zeros([BC, BM], tl.float32)
         td = tl.zeros([BC, BM], tl.float32)
-    for step in range(begin, end):
+    # Copies to shared memory run three tiles ahead, or two of x and two of t: a load at a time waits out its latency.
+    AHEAD: tl.constexpr = 3 if t_ptr is None else 2
+    for step in tl.range(begin, end, num_stages=AHEAD + 1):
         offset, reads, live = _tile(step, c, rows, C, SPAN, BM, WINDOW, WIDE)
         d = tl.where(live, _load(x_ptr, offset, reads, live) - shift[:, None], 0.0)
         d1 += d
