@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ..common.reduce import reduce_last
+from ..common.walk import window
 
 
 @triton.jit
@@ -43,10 +44,8 @@ def _tile(
         live = known & (m < rows)[None, :]
         return m[None, :] * C + c[:, None], live, live
     elif WINDOW:  # a channel's SPAN values, read from 8 elements' boundary on, so that loads stay wide
-        first = (c * SPAN) // 8 * 8
-        at = first[:, None] + lanes[None, :]
-        ahead = at - (c * SPAN)[:, None]
-        return step * (C * SPAN) + at, known & (at < C * SPAN), known & (ahead >= 0) & (ahead < SPAN)
+        at, reads, live = window(c, lanes, C, SPAN)
+        return step * (C * SPAN) + at, reads, live
     else:
         CHUNKS: tl.constexpr = (SPAN + BM - 1) // BM
         s = (step % CHUNKS) * BM + lanes
