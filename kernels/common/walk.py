@@ -65,3 +65,13 @@ def offset_of(c0, c1, c2, c3, c4, c5, S: tl.constexpr, NDIM: tl.constexpr):
     if NDIM > 5:
         offset = c5 * S[5] + offset
     return offset
+
+
+@triton.jit
+def window(c, lanes, C: tl.constexpr, SPAN: tl.constexpr):
+    """Channels' SPAN values, read from 8 elements' boundary on: offsets, lanes to load, lanes that count."""
+    first = (c * SPAN) // 8 * 8
+    at = first[:, None] + lanes[None, :]
+    ahead = at - (c * SPAN)[:, None]
+    known = (c < C)[:, None]
+    return at, known & (at < C * SPAN), known & (ahead >= 0) & (ahead < SPAN)

@@ -12,7 +12,8 @@ whose upstream gradient is 1; dE X and E, which begins at zero.
 
 Launch plan: x_t as blocks of a sample, contiguous or channels_last, which read 16 bytes a thread; there the
 channel is a division by a compile-time constant. L walks over any strides (common/strided.py). dE: the first sample
-of a timestep sums for all that share it, in the batch's order, so that results repeat bit by bit. Channels_last
+of a timestep sums for all that share it, in the batch's order, so that results repeat bit by bit; a program finds
+them in one load of up to 1024 timesteps. Channels_last
 costs four times the Philox work, since neighbours in memory are not neighbours in the numbering. Bodies:
 noise_bodies.py.
 """
@@ -151,15 +152,20 @@ def embedding_gradient(
 
 
 def _planned_embedding(found: Layout, sizes: tuple[int, int]) -> Planned:
-    positions = min(256, 1 << max(0, found.span - 1).bit_length())
-    channels = max(1, min(64, 1024 // positions, 1 << max(0, found.channels - 1).bit_length()))
+    # As norm's: channels whose values begin anywhere are read from the 16 bytes before.
+    wide = found.span % 8 != 0 and 8 < found.span <= 249 and found.channels * found.span % 8 == 0
+    window = not found.last and wide
+    positions = min(256, 1 << max(0, found.span - 1 + 7 * window).bit_length())
+    # 2048 elements: few programs, whose latencies come after one another, in registers for seven a multiprocessor.
+    channels = max(1, min(64, 2048 // positions, 1 << max(0, found.channels - 1).bit_length()))
     constants = {
         "C": found.channels,
         "SPAN": found.span,
         "LAST": found.last,
         "BC": channels,
         "BM": positions,
-        "BB": 1024,
+        "BB": min(1024, 1 << max(0, sizes[0] - 1).bit_length()),
+        "WINDOW": window,
         "WIDE": sizes[0] * found.channels * found.span >= 2**31 - 2**16,
         "num_warps": 4,
         "enable_fp_fusion": True,

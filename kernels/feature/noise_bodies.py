@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..common.normal import normal_at, normal_run
 from ..common.reduce import reduce_last
-from ..common.walk import locate, offset_of
+from ..common.walk import locate, offset_of, window
 from .bodies import key_of, normals
 
 
@@ -79,7 +79,7 @@ def add_noise_embed_kernel(
 def embedding_gradient_kernel(
     g_ptr, t_ptr, grad_ptr, batch, rows,
     C: tl.constexpr, SPAN: tl.constexpr, LAST: tl.constexpr,
-    BC: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr, WIDE: tl.constexpr,
+    BC: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Σ of g over all samples of one timestep and all their positions, by the first sample that has it."""
     BLOCKS: tl.constexpr = (C + BC - 1) // BC
@@ -87,29 +87,32 @@ def embedding_gradient_kernel(
     t = tl.load(t_ptr + first)
     if (t < 0) | (t >= rows):
         return
-    earlier = tl.full([BB], 0, tl.int32)
-    for start in range(0, first, BB):
-        at = start + tl.arange(0, BB)
-        others = tl.load(t_ptr + at, mask=at < first, other=-1)
-        earlier += (others == t).to(tl.int32)
-    if tl.sum(earlier, axis=0) > 0:
-        return
     c = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
     lanes = tl.arange(0, BM)
     row_at = c
     if WIDE:
         row_at, lanes = row_at.to(tl.int64), lanes.to(tl.int64)
     total = tl.zeros([BC, BM], tl.float32)
-    for b in range(first, batch):
-        if tl.load(t_ptr + b) == t:
+    # BB timesteps at once, then from one sample that has this one to the next; nothing where an earlier one has it.
+    own = True
+    for start in range(0, batch, BB):
+        at = start + tl.arange(0, BB)
+        shares = tl.load(t_ptr + at, mask=at < batch, other=-1) == t
+        b = tl.min(tl.where(shares, at, batch), axis=0)
+        own = own & (b >= first)
+        b = tl.where(own, b, batch)
+        while b < batch:
             base = (b.to(tl.int64) if WIDE else b) * (C * SPAN)
             for begin in range(0, SPAN, BM):
-                s = begin + lanes
-                if LAST:
-                    at = s[None, :] * C + row_at[:, None]
+                if WINDOW:
+                    offset, reads, live = window(row_at, lanes, C, SPAN)
                 else:
-                    at = row_at[:, None] * SPAN + s[None, :]
-                live = (c < C)[:, None] & (s < SPAN)[None, :]
-                total += tl.load(g_ptr + base + at, mask=live, other=0).to(tl.float32)
+                    s = begin + lanes
+                    offset = s[None, :] * C + row_at[:, None] if LAST else row_at[:, None] * SPAN + s[None, :]
+                    live = (c < C)[:, None] & (s < SPAN)[None, :]
+                    reads = live
+                g = tl.load(g_ptr + base + offset, mask=reads, other=0).to(tl.float32)
+                total += tl.where(live, g, 0.0)
+            b = tl.min(tl.where(shares & (at > b), at, batch), axis=0)
     row = tl.sum(total, axis=1).to(grad_ptr.dtype.element_ty)
-    tl.store(grad_ptr + t.to(tl.int64) * C + c, row, mask=c < C)
+    tl.store(grad_ptr + t.to(tl.int64) * C + c, row, mask=(c < C) & own)

@@ -20,7 +20,9 @@ Bytes moved, X = bytes of x (R of the residual, without one 0):
 Launch plan. Two launches, because every value of a channel is needed before the first result. Statistics: a
 program takes some channels over some tiles, stores partial sums, and the last to arrive for those channels
 combines all of them in a fixed order, so that results repeat bit by bit; sums are taken about the first tile's
-mean. Where a channel's span in memory is odd (7×7 = 49), it is read from the 8 elements' boundary before it on,
+mean. While a tile is summed, the next three (or two, each of x and of t) are copied to shared memory. channels_last
+takes 16 to 64 channels a program: as many programs as fill a GPU, whose last one still combines them in 40 registers.
+Where a channel's span in memory is odd (7×7 = 49), it is read from the 8 elements' boundary before it on,
 which keeps 16-byte loads. Apply: x is a matrix [rows, W] with W = C·H·W' (contiguous) or C (channels_last), so
 that a program's columns keep their channels over all its rows: channel values are loaded once, everything else
 moves 16 bytes a thread. Bodies: bodies.py.

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ..common.reduce import reduce_last
+from ..common.walk import window
 
 
 @triton.jit
@@ -43,10 +44,8 @@ def _tile(
         live = known & (m < rows)[None, :]
         return m[None, :] * C + c[:, None], live, live
     elif WINDOW:  # a channel's SPAN values, read from 8 elements' boundary on, so that loads stay wide
-        first = (c * SPAN) // 8 * 8
-        at = first[:, None] + lanes[None, :]
-        ahead = at - (c * SPAN)[:, None]
-        return step * (C * SPAN) + at, known & (at < C * SPAN), known & (ahead >= 0) & (ahead < SPAN)
+        at, reads, live = window(c, lanes, C, SPAN)
+        return step * (C * SPAN) + at, reads, live
     else:
         CHUNKS: tl.constexpr = (SPAN + BM - 1) // BM
         s = (step % CHUNKS) * BM + lanes
@@ -124,7 +123,9 @@ def bn_statistics_kernel(
         t_shift = tl.sum(_load(t_ptr, offset, reads, live), axis=1) / here
         t1 = tl.zeros([BC, BM], tl.float32)
         td = tl.zeros([BC, BM], tl.float32)
-    for step in range(begin, end):
+    # Copies to shared memory run three tiles ahead, or two of x and two of t: a load at a time waits out its latency.
+    AHEAD: tl.constexpr = 3 if t_ptr is None else 2
+    for step in tl.range(begin, end, num_stages=AHEAD + 1):
         offset, reads, live = _tile(step, c, rows, C, SPAN, BM, WINDOW, WIDE)
         d = tl.where(live, _load(x_ptr, offset, reads, live) - shift[:, None], 0.0)
         d1 += d

@@ -79,10 +79,13 @@ class ReducePlan:
 def reduce_plan(m: Matrix) -> ReducePlan:
     """Tiles of 1024 with wide loads; enough programs for a large GPU, 64 a channel block at most."""
     size, warps = (TILE, 4) if m.numel >= SMALL else (256, 1)
-    window = False
+    window, most = False, MAX_PARTS
     if m.span == 1:
-        channels = min(64, next_power(m.channels))
+        # The last program holds parts x channels partial sums: 2048 leave the registers for eight programs a
+        # multiprocessor. 16 channels are a sector of 32 bytes.
+        channels = min(next_power(m.channels), 16 if m.channels < 512 else 32 if m.channels < 2048 else 64)
         positions = size // channels
+        most = 2048 // channels
         steps = -(-m.rows // positions)
     else:
         window = m.span % 8 != 0 and 8 < m.span <= size - 7 and m.width % 8 == 0
@@ -90,7 +93,7 @@ def reduce_plan(m: Matrix) -> ReducePlan:
         channels = min(max(1, size // positions), next_power(m.channels))
         steps = m.rows * (1 if window else -(-m.span // positions))
     blocks = -(-m.channels // channels)
-    parts = max(1, min(MAX_PARTS, steps, 1024 // blocks))
+    parts = max(1, min(most, steps, 1024 // blocks))
     per = -(-steps // parts)
     return ReducePlan(channels, positions, window, steps, per, -(-steps // per), warps)
 

@@ -15,10 +15,10 @@ about (d/σ)² units in the last place.
 Bytes moved, X = bytes of the input: X forward; backward 2X, or 3X with g, which saves autograd its sum (3X).
 
 Launch plan: one launch each way. Forward, a program sums one channel's planes of some samples (NCHW) or a block of
-channels of some pixels (NHWC); the program that finishes last adds the partial sums in a fixed order and does the
-rest, so results are the same bit for bit every time. Planes that do not begin at 16 bytes (7 × 7) are read from the
-16 bytes before, by whole groups. Backward walks planes (their coefficients loaded once a row), or where these are
-unaligned, and for NHWC, all elements in the order of memory.
+channels of some pixels (NHWC), three tiles copied to shared memory ahead of the one that is summed; the program that
+finishes last adds the partial sums in a fixed order and does the rest, so results are the same bit for bit every time.
+Planes that do not begin at 16 bytes (7 × 7) are read from the 16 bytes before, by whole groups. Backward walks planes
+(their coefficients loaded once a row), or where these are unaligned, and for NHWC, all elements in the order of memory.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class StatisticsPlan:
         width: Pixels of a plane (NCHW) or channels (NHWC) of a tile.
         window: Elements of 16 bytes where planes begin anywhere and are read from the 16 bytes before; else 0.
         splits: Programs that share a channel.
+        stages: Of the loop over tiles: one more than are copied ahead; 1 where enough programs hide each other's loads.
         finish_rows: Partial sums that the last program adds at once,
         finish_width: of that many channels.
     """
@@ -52,6 +53,7 @@ class StatisticsPlan:
     width: int
     window: int
     splits: int
+    stages: int
     finish_rows: int
     finish_width: int
 
@@ -69,7 +71,7 @@ def statistics_plan(samples: int, channels: int, plane: int, itemsize: int, nhwc
     window = 0
     if nhwc:
         width = min(triton.next_power_of_2(channels), 64)
-        blocks, length, programs = triton.cdiv(channels, width), samples * plane, ROW_PROGRAMS
+        blocks, length, programs, chunks = triton.cdiv(channels, width), samples * plane, ROW_PROGRAMS, 1
     else:
         group = 16 // itemsize
         # Whole groups must not reach past the end of the tensor.
@@ -77,12 +79,15 @@ def statistics_plan(samples: int, channels: int, plane: int, itemsize: int, nhwc
             window = group
         width = min(triton.next_power_of_2(plane + max(0, window - 1)), 1024)
         blocks, length, programs = channels, samples, PLANE_PROGRAMS
+        chunks = triton.cdiv(plane + max(0, window - 1), width)
     rows = min(2048 // width, triton.next_power_of_2(length))
     splits = max(1, min(triton.cdiv(programs, blocks), triton.cdiv(length, rows)))
+    steps = triton.cdiv(length, rows * splits) * chunks
+    stages = 1 if blocks * splits > 2 * PLANE_PROGRAMS else min(4, steps + 1)
     finish_rows = min(triton.next_power_of_2(splits), 64)
     # Eight channels a thread: with sixteen the last program's registers, which all others have to hold, doubled.
     finish_width = min(triton.next_power_of_2(channels), 4096 // finish_rows, 1024)
-    return StatisticsPlan(rows, width, window, splits, finish_rows, finish_width)
+    return StatisticsPlan(rows, width, window, splits, stages, finish_rows, finish_width)
 
 
 @triton.jit
@@ -156,7 +161,7 @@ def bn_statistics_kernel(
     stats_ptr, loss_ptr, mean_out_ptr, var_out_ptr, partial_ptr, counter_ptr, samples, channels, inverse_n,
     PLANE: tl.constexpr, NHWC: tl.constexpr, WIDE: tl.constexpr, SQUARED: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
-    FINISH_ROWS: tl.constexpr, FINISH_WIDTH: tl.constexpr,
+    FINISH_ROWS: tl.constexpr, FINISH_WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program's partial sums; in the program that finishes last, everything that follows from them."""
     block, split = tl.program_id(0), tl.program_id(1)
@@ -169,7 +174,7 @@ def bn_statistics_kernel(
         c = block * WIDTH + lane
         shift = tl.load(mean_ptr + c, mask=c < channels, other=0).to(tl.float32)
         pixels = samples.to(tl.int64) * PLANE if WIDE else samples * PLANE
-        for start in range(split * ROWS, pixels, SPLITS * ROWS):
+        for start in tl.range(split * ROWS, pixels, SPLITS * ROWS, num_stages=STAGES):
             row = (start + tl.arange(0, ROWS))[:, None]
             live = (row < pixels) & (c < channels)
             x = tl.load(x_ptr + row * channels + c, mask=live, other=0).to(tl.float32)
@@ -183,25 +188,27 @@ def bn_statistics_kernel(
         tl.store(at + SPLITS * channels, tl.sum(second, axis=0), mask=c_at < channels)
     else:
         shift = tl.load(mean_ptr + block).to(tl.float32)
-        for start in range(split * ROWS, samples, SPLITS * ROWS):
-            row = (start + tl.arange(0, ROWS))[:, None]
+        CHUNKS: tl.constexpr = (PLANE + (WINDOW - 1 if WINDOW > 0 else 0) + WIDTH - 1) // WIDTH
+        # One loop over planes and their chunks: what is copied ahead is the innermost loop's.
+        tiles = tl.cdiv(samples - split * ROWS, SPLITS * ROWS) * CHUNKS
+        for tile in tl.range(0, tiles, num_stages=STAGES):
+            row = (split * ROWS + tile // CHUNKS * (SPLITS * ROWS) + tl.arange(0, ROWS))[:, None]
             if WIDE:
                 row = row.to(tl.int64)
             begin = (row * channels + block) * PLANE
-            for chunk in range(0, PLANE + (WINDOW - 1 if WINDOW > 0 else 0), WIDTH):
-                if WINDOW > 0:
-                    # Whole groups of 16 bytes, from the one that the plane begins in; then only its own elements.
-                    head = begin % WINDOW
-                    group = chunk + lane // WINDOW * WINDOW
-                    live = (row < samples) & (group < PLANE + head)
-                    x = tl.load(x_ptr + begin // WINDOW * WINDOW + chunk + lane, mask=live, other=0)
-                    live = live & (chunk + lane >= head) & (chunk + lane < PLANE + head)
-                else:
-                    live = (row < samples) & (chunk + lane < PLANE)
-                    x = tl.load(x_ptr + begin + chunk + lane, mask=live, other=0)
-                x = tl.where(live, x.to(tl.float32) - shift, 0.0)
-                first += x
-                second += x * x
+            at = tile % CHUNKS * WIDTH + lane
+            if WINDOW > 0:
+                # Whole groups of 16 bytes, from the one that the plane begins in; then only its own elements.
+                head = begin % WINDOW
+                live = (row < samples) & (at // WINDOW * WINDOW < PLANE + head)
+                x = tl.load(x_ptr + begin // WINDOW * WINDOW + at, mask=live, other=0)
+                live = live & (at >= head) & (at < PLANE + head)
+            else:
+                live = (row < samples) & (at < PLANE)
+                x = tl.load(x_ptr + begin + at, mask=live, other=0)
+            x = tl.where(live, x.to(tl.float32) - shift, 0.0)
+            first += x
+            second += x * x
         at = partial_ptr + split * channels + block
         tl.store(at, tl.sum(tl.sum(first, axis=1), axis=0))
         tl.store(at + SPLITS * channels, tl.sum(tl.sum(second, axis=1), axis=0))
@@ -301,6 +308,7 @@ def _planned(sizes: tuple[int, int, int, bool], itemsize: int, squared: bool) ->
         "WIDTH": plan.width,
         "WINDOW": plan.window,
         "SPLITS": plan.splits,
+        "STAGES": plan.stages,
         "FINISH_ROWS": plan.finish_rows,
         "FINISH_WIDTH": plan.finish_width,
         "num_warps": 4,

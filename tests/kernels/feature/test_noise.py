@@ -134,6 +134,36 @@ def test_rows_that_no_sample_has_get_no_gradient(target: Target) -> None:
     torch.testing.assert_close(grad, want)
 
 
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        (
+            (6, 16, 7, 7),
+            torch.contiguous_format,
+        ),  # 49 values from any boundary on: read from the 16 bytes before
+        ((6, 16, 7, 7), torch.channels_last),
+        ((5, 3, 3, 3), torch.contiguous_format),  # 27 elements of a sample: no boundary is kept
+        ((3, 2, 18, 18), torch.contiguous_format),  # more positions than a tile has
+        ((1100, 3), torch.contiguous_format),  # more samples than a program reads timesteps at once
+    ],
+)
+def test_the_embedding_gets_every_sample_of_its_timestep(
+    target: Target, shape: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    upstream = torch.randn(shape, generator=generator).to(target.device)
+    upstream = upstream.contiguous(memory_format=layout)
+    # One that every second sample has, and some that few have.
+    timesteps = torch.randint(0, 9, shape[:1], generator=generator).to(target.device)
+    timesteps[::2] = 4
+    embedding = torch.zeros(9, shape[1], device=target.device, requires_grad=True)
+    (grad,) = torch.autograd.grad(run(upstream, timesteps, embedding), embedding, upstream)
+    each = upstream.double().flatten(2).sum(2) if len(shape) > 2 else upstream.double()
+    want = torch.zeros(9, shape[1], dtype=torch.float64, device=target.device)
+    want.index_add_(0, timesteps, each)
+    torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.3])
 def test_a_second_backward_finds_the_gradient_again(target: Target, factor: float) -> None:
     prediction = torch.randn(2, 3, 4, device=target.device, requires_grad=True)
