@@ -178,9 +178,8 @@ class RowLaunches:
         upstream: torch.Tensor | None = None,
         further: tuple[Any, ...] = (),
         options: tuple[Any, ...] = (),
-        *,
         fresh: bool = False,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, _RowCall | None]:
         """Launch once.
 
         Args:
@@ -195,23 +194,9 @@ class RowLaunches:
             fresh: Whether the gradients are ``torch.empty_like`` of what they belong to.
 
         Returns:
-            The sum, 0-d, when it is wanted, else one float32 value a row, or nothing of meaning.
+            The sum, 0-d, when it is wanted, else one float32 value a row, or nothing of meaning; and what :meth:`again`
+            takes of this call, or None where each is planned anew.
         """
-        return self.run(reads, gradients, dim, scale, want, upstream, further, options, fresh)[0]
-
-    def run(
-        self,
-        reads: tuple[torch.Tensor, ...],
-        gradients: tuple[torch.Tensor | None, ...],
-        dim: int,
-        scale: Scale | Factors,
-        want: Wanted,
-        upstream: torch.Tensor | None,
-        further: tuple[Any, ...],
-        options: tuple[Any, ...],
-        fresh: bool,
-    ) -> tuple[torch.Tensor, _RowCall | None]:
-        """The same, and what :meth:`again` takes of it, or None where each call is planned anew."""
         student, device = reads[0], reads[0].device
         temperature, divisor, weight, mask = scale
         if not (type(temperature) is type(divisor) is float):
@@ -257,7 +242,7 @@ class RowLaunches:
         options: tuple[Any, ...],
         exit_if_one: bool,
     ) -> None:
-        """A backward's launch, after :meth:`run` gave ``call`` for the same arguments; the gradients are fresh.
+        """A backward's launch, after a forward's gave ``call`` for the same arguments; the gradients are fresh.
 
         Only what may have changed is looked at: hooks of autograd may have laid out logits anew, or moved them.
         """
@@ -277,7 +262,7 @@ class RowLaunches:
             found((*reads, *gradients), scale, upstream, further)
             return
         want = Wanted(False, False, exit_if_one)
-        _, found = self.run(reads, gradients, dim, scale, want, upstream, further, options, True)
+        _, found = self(reads, gradients, dim, scale, want, upstream, further, options, True)
         if found is not None and keeps(reads[0].device):
             if len(call.after) >= MAX_AFTER:
                 call.after.clear()

@@ -180,8 +180,8 @@ class Launcher:
             upstream,
             further,
             options,
-            fresh=fresh,
-        )
+            fresh,
+        )[0]
         return out
 
     def begin(self, student: Tensor, teacher: Tensor, row: Row, grads: Grads) -> tuple[Tensor, Any]:
@@ -190,7 +190,7 @@ class Launcher:
         _, dim, temperature, weight, mask, divisor, reduce, *_ = row
         scale = (temperature, divisor, weight, mask)
         want = _wanted(True, reduce, False)
-        out, call = launches.run(reads, grads[: len(reads)], dim, scale, want, None, further, options, True)
+        out, call = launches(reads, grads[: len(reads)], dim, scale, want, None, further, options, True)
         return out, None if call is None else (launches, call, dim, scale, further, options)
 
     def again(
