@@ -61,7 +61,7 @@ def _step(dtype: torch.dtype, *, guided: bool, noise: bool = False, seeds: int =
             table,
             meta(1, dtype=torch.int64),
             dtype=dtype,
-            guidance=denoise.Guidance(4.0) if guided else denoise.NO_GUIDANCE,
+            guidance=(4.0, True, None) if guided else denoise.NO_GUIDANCE,
             seed=seed if noise else None,
         )
 

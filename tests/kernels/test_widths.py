@@ -181,9 +181,8 @@ def test_distance_of_statistics(name: str, last: bool) -> None:
 @of_shapes
 @in_layouts
 def test_features(name: str, last: bool) -> None:
-    x = images_of(name, last)
-    found, seed = noise.layout(x), meta(1, dtype=INT64)
-    assert found is not None
+    x, found = noise.laid_out(images_of(name, last))
+    seed = meta(1, dtype=INT64)
     batch, channels = x.shape[:2]
     timesteps, table = meta(batch, dtype=INT64), meta(1000, dtype=F32)
 
@@ -222,7 +221,7 @@ def test_denoising(name: str, last: bool, doubled: bool) -> None:
     if doubled and batch == 1:
         return
     output = meta(2 * half, 2 * channels, height, width).to(memory_format=layout)
-    guidance = denoise.Guidance(4.0, True, 1)
+    guidance = (4.0, True, 1)
 
     def call() -> None:
         denoise.denoise_step(
