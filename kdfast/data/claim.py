@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdfast.data.codec import measure
+from kdfast.data.codec import extension, measure
 from kdfast.data.manifest import MANIFEST, Manifest, ShardInfo, read_manifest
 from kdfast.errors import ShardError
 
@@ -127,7 +127,7 @@ def _checked_files(files: Sequence[bytes], image_format: str) -> Sequence[bytes]
             measure(data)
         except ValueError as error:
             raise ValueError(f"images: the file at row {row} {error}") from None
-        if (data[:2] == b"\xff\xd8") != (image_format == "jpg"):
+        if extension(data) != image_format:
             raise ValueError(
                 f"images: the file at row {row} is of another format than this {image_format} set"
             )

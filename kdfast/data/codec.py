@@ -6,29 +6,36 @@ import functools
 import io
 import struct
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast.data.headers import MAX_FILE_BYTES, MAX_PIXELS, Header, is_jpeg, read_header
+from kdfast.data.headers import MAX_FILE_BYTES, MAX_PIXELS, Header, extension, is_jpeg, read_header
 from kdfast.errors import require
 
-__all__ = ["EXTENSIONS", "MAX_FILE_BYTES", "MAX_PIXELS", "Image", "decode", "encoder", "measure"]
+__all__ = [
+    "EXTENSIONS", "FORMATS", "MAX_FILE_BYTES", "MAX_PIXELS", "Image", "ImageFormat", "decode", "encoder", "extension",
+    "measure",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 Image = NDArray[np.uint8]
 
-EXTENSIONS = ("jpg", "jpeg", "png")
+#: What is written.
+ImageFormat = Literal["jpg", "png", "webp"]
+FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)
+#: What is read, by the name's end.
+EXTENSIONS = (*FORMATS, "jpeg")
 
 
 def encoder(image_format: str, quality: int) -> Callable[[Image], bytes]:
     """A function from an image, uint8 ``[H, W, 3]``, to a file's bytes.
 
     JPEG is baseline and 4:4:4 with the accurate DCT: with no chroma to upsample, every decoder gives the same
-    pixels.
+    pixels. WebP has one decoder everywhere (libwebp); it is lossless at quality 100, and below it lossy and 4:2:0.
 
     Raises:
         MissingExtraError: The codec is not installed.
@@ -36,6 +43,9 @@ def encoder(image_format: str, quality: int) -> Callable[[Image], bytes]:
     if image_format == "png":
         require("PIL", extra="dali", feature="writing PNG shards")
         return _encode_png
+    if image_format == "webp":
+        require("PIL", extra="dali", feature="writing WebP shards")
+        return functools.partial(_encode_webp, quality=quality)
     jpeg = require("simplejpeg", extra="dali", feature="writing JPEG shards")
     return functools.partial(
         jpeg.encode_jpeg, quality=quality, colorspace="RGB", colorsubsampling="444", fastdct=False
@@ -51,8 +61,20 @@ def _encode_png(image: Image) -> bytes:
     return buffer.getvalue()
 
 
+def _encode_webp(image: Image, quality: int) -> bytes:
+    from PIL import Image as pil
+
+    buffer = io.BytesIO()
+    lossless = quality == 100
+    # Of a lossless picture, the quality is the effort.
+    pil.fromarray(image).save(
+        buffer, "WEBP", lossless=lossless, quality=20 if lossless else quality, method=2
+    )
+    return buffer.getvalue()
+
+
 def decode(data: bytes, *, strict: bool = False) -> Image:
-    """Decode a JPEG or PNG file to RGB, upright as its EXIF orientation says: uint8 ``[H, W, 3]``.
+    """Decode a JPEG, PNG or WebP file to RGB, upright as its EXIF orientation says: uint8 ``[H, W, 3]``.
 
     Args:
         data: The file's bytes.
@@ -74,12 +96,12 @@ def decode(data: bytes, *, strict: bool = False) -> Image:
 
 
 def _decode_pil(data: bytes, header: Header) -> Image:
-    require("PIL", extra="dali", feature="decoding PNG, CMYK and EXIF-rotated images")
+    require("PIL", extra="dali", feature="decoding PNG, WebP, CMYK and EXIF-rotated images")
     from PIL import Image as pil
     from PIL import ImageOps
 
     try:
-        with pil.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        with pil.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             if image.size != (header.width, header.height):
                 raise ValueError(f"its header says {header.width}x{header.height}, Pillow {image.size}")
             upright = ImageOps.exif_transpose(image)
@@ -110,7 +132,8 @@ def measure(data: bytes) -> tuple[int, int]:
     """Height and width of the upright image, from headers alone.
 
     A JPEG must start with SOI, hold a frame and a scan, and reach EOI (what cameras write behind it does not matter);
-    a PNG's chunks must be whole, with their checksums, up to IEND, and hold what its colours need.
+    a PNG's chunks must be whole, with their checksums, up to IEND, and hold what its colours need; a WebP must be one
+    still picture, and as long as it says.
 
     Raises:
         ValueError: It is no such image, is visibly damaged, or has more than :data:`MAX_PIXELS`; the message says how.

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from kdfast.data.codec import decode, encoder
 from kdfast.data.decoder import Decoded, DecoderConfig
-from kdfast.data.headers import is_grey_jpeg
+from kdfast.data.headers import is_grey_jpeg, is_turned_webp
 from kdfast.data.reader import RecordLost, RecordReader
 from kdfast.errors import ShardError, require
 
@@ -119,9 +119,14 @@ class _Batch:
         for record in self.records.tolist():
             try:
                 data = self.clean.get(record) or reader.read(record)
-                if record not in self.clean and is_grey_jpeg(data):
+                if record in self.clean:
+                    pass
+                elif is_grey_jpeg(data):
                     # DALI takes some damage of these that it refuses in others.
                     decode(data, strict=True)
+                elif is_turned_webp(data):
+                    # DALI ends over them.
+                    data = self.clean[record] = encoder("png", 100)(decode(data, strict=True))
             except ShardError as error:
                 lost.append((record, error.reason if isinstance(error, RecordLost) else str(error)))
             except ValueError as error:

@@ -1,4 +1,4 @@
-"""What JPEG and PNG files say of themselves before anything is decoded: size, channels, orientation, visible damage."""
+"""What JPEG, PNG and WebP files say of themselves before anything is decoded: size, orientation, visible damage."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ _STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 #: Bit depths by colour type (grey, RGB, palette, grey and alpha, RGB and alpha), without 16 bits a channel.
 _DEPTHS = {0: (1, 2, 4, 8), 2: (8,), 3: (1, 2, 4, 8), 4: (8,), 6: (8,)}
+
+
+#: The flag of VP8X without which decoders pass over an EXIF chunk.
+_WEBP_EXIF = 0x08
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,16 @@ def is_jpeg(data: bytes) -> bool:
     return data[:2] == b"\xff\xd8"
 
 
+def is_webp(data: bytes) -> bool:
+    """Whether the bytes begin as a WebP does."""
+    return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+
+
+def extension(data: bytes) -> str:
+    """The name's end that fits a file which has been measured: ``jpg``, ``png`` or ``webp``."""
+    return "jpg" if is_jpeg(data) else "webp" if is_webp(data) else "png"
+
+
 def is_grey_jpeg(data: bytes) -> bool:
     """Whether this is a JPEG of one channel; for files whose header has been read before."""
     position = 2
@@ -64,11 +78,16 @@ def is_grey_jpeg(data: bytes) -> bool:
     return False
 
 
+def is_turned_webp(data: bytes) -> bool:
+    """Whether this is a WebP that its EXIF orientation turns; for files whose header has been read before."""
+    return is_webp(data) and read_header(data).orientation != 1
+
+
 def read_header(data: bytes) -> Header:
-    """Read a JPEG's or PNG's header, and look through its segments or chunks to its end.
+    """Read a JPEG's, PNG's or WebP's header, and look through its segments or chunks to its end.
 
     Raises:
-        ValueError: It is neither, is visibly damaged, or too large; the message says how.
+        ValueError: It is none of them, is visibly damaged, or too large; the message says how.
     """
     if not data:
         raise ValueError("has 0 bytes")
@@ -78,7 +97,9 @@ def read_header(data: bytes) -> Header:
         return _png(data)
     if is_jpeg(data):
         return _jpeg(data)
-    raise ValueError(f"is neither JPEG nor PNG (it starts with {data[:4].hex()})")
+    if is_webp(data):
+        return _webp(data)
+    raise ValueError(f"is neither JPEG nor PNG nor WebP (it starts with {data[:4].hex()})")
 
 
 def _sized(what: str, height: int, width: int) -> None:
@@ -205,3 +226,58 @@ def _png_header(body: bytes) -> tuple[int, int, int]:
     if compression or filtering or interlace > 1:
         raise ValueError(f"PNG has methods {compression}, {filtering}, {interlace}, which there are not")
     return height, width, colours
+
+
+def _webp(data: bytes) -> Header:
+    """Walk the RIFF container: one still picture, lossy (VP8) or lossless (VP8L), and what describes it."""
+    end = 8 + int.from_bytes(data[4:8], "little")
+    if end > len(data):
+        raise ValueError(f"WebP says that it has {end} bytes and has {len(data)}: it is truncated")
+    position, exif, flags = 12, 1, 0
+    canvas: tuple[int, int] | None = None
+    frame: tuple[int, int] | None = None
+    while position + 8 <= end:
+        kind, length = (
+            data[position : position + 4],
+            int.from_bytes(data[position + 4 : position + 8], "little"),
+        )
+        body = data[position + 8 : position + 8 + length]
+        if position + 8 + length > end:
+            raise ValueError(f"WebP chunk {kind!r} at byte {position} runs past the end: it is truncated")
+        if kind == b"VP8X" and position == 12:
+            if length != 10:
+                raise ValueError(f"WebP header (VP8X) has {length} bytes; it has 10")
+            flags = body[0]
+            canvas = 1 + int.from_bytes(body[7:10], "little"), 1 + int.from_bytes(body[4:7], "little")
+        elif kind in (b"ANIM", b"ANMF"):
+            raise ValueError("WebP is an animation; only one still picture is accepted")
+        elif kind in (b"VP8 ", b"VP8L"):
+            if frame is not None:
+                raise ValueError("WebP has a second picture")
+            frame = _webp_frame(kind, body)
+        elif kind == b"EXIF" and flags & _WEBP_EXIF:
+            exif = _orientation(body.removeprefix(b"Exif\0\0"))
+        position += 8 + length + length % 2
+    if frame is None:
+        raise ValueError("WebP holds no picture (VP8 or VP8L): it is truncated")
+    if canvas not in (None, frame):
+        raise ValueError(f"WebP has a canvas of {canvas} and a picture of {frame}: they must be of one size")
+    return Header(*frame, 3, exif)
+
+
+def _webp_frame(kind: bytes, body: bytes) -> tuple[int, int]:
+    if kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        if len(body) < 5 or body[0] != 0x2F or bits >> 29:
+            raise ValueError("WebP picture (VP8L) does not begin as one does")
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    else:
+        tag = int.from_bytes(body[:3], "little")
+        # A key frame (bit 0), that is shown (bit 4), and its first partition's 19 bits of length.
+        if len(body) < 10 or tag & 1 or not tag >> 4 & 1 or body[3:6] != b"\x9d\x01\x2a":
+            raise ValueError("WebP picture (VP8) does not begin as one does")
+        if tag >> 5 > len(body) - 10:
+            raise ValueError("WebP picture (VP8) is shorter than it says: it is truncated")
+        width, height = (int.from_bytes(body[at : at + 2], "little") & 0x3FFF for at in (6, 8))
+    _sized("WebP", height, width)
+    return height, width

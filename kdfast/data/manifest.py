@@ -47,8 +47,8 @@ class Manifest:
     """The contents of ``manifest.json``.
 
     Attributes:
-        image_format: ``"jpg"`` or ``"png"``.
-        quality: JPEG quality; ``None`` for PNG.
+        image_format: ``"jpg"``, ``"png"`` or ``"webp"``.
+        quality: Of JPEG and WebP; ``None`` for PNG.
         samples_per_shard: Images in every shard but the last.
         num_classes: Labels are in ``[0, num_classes)``; ``None`` if nobody said.
         shuffle_seed: Seed of the order inside a shard; ``None`` for the written order.
@@ -145,7 +145,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         if twice := [known for known, count in names.items() if count > 1]:
             raise ShardError(f"{path}: lists {twice[0]} {names[twice[0]]} times")
     return Manifest(
-        image_format=document.choice("image_format", "jpg", "png"),
+        image_format=document.choice("image_format", "jpg", "png", "webp"),
         quality=document.optional("quality", lambda name: document.integer(name, 1, 100)),
         samples_per_shard=document.integer("samples_per_shard", 1),
         num_classes=classes,

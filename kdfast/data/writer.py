@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from kdfast.closing import Closing
 from kdfast.data.claim import OURS, changed, checked, claim
-from kdfast.data.codec import encoder
+from kdfast.data.codec import FORMATS, ImageFormat, encoder
 from kdfast.data.manifest import JOURNAL, MANIFEST, Manifest, ShardInfo
 from kdfast.data.tar import Record, pack
 from kdfast.data.untar import members
@@ -56,8 +56,8 @@ class ShardWriter(Closing):
     Args:
         directory: Created if missing.
         samples_per_shard: Images a shard; the last may hold fewer.
-        image_format: ``"jpg"`` (baseline, 4:4:4) or ``"png"`` (lossless).
-        quality: JPEG quality, 1 to 100.
+        image_format: ``"jpg"`` (baseline, 4:4:4), ``"png"`` (lossless) or ``"webp"`` (4:2:0; lossless at quality 100).
+        quality: Of JPEG and WebP, 1 to 100.
         num_classes: Labels must be in ``[0, num_classes)``; ``None`` accepts any non-negative int32.
         resume: Continue the set in ``directory``; an empty directory starts a new one.
         metadata: JSON-able facts kept in the manifest (generator config, seed, class names). A set can only
@@ -77,7 +77,7 @@ class ShardWriter(Closing):
         directory: str | os.PathLike[str],
         *,
         samples_per_shard: int = 1000,
-        image_format: Literal["jpg", "png"] = "jpg",
+        image_format: ImageFormat = "jpg",
         quality: int = 95,
         num_classes: int | None = None,
         resume: bool = False,
@@ -86,8 +86,8 @@ class ShardWriter(Closing):
         num_workers: int | None = None,
         first_sample: int = 0,
     ) -> None:
-        if image_format not in ("jpg", "png"):
-            raise ValueError(f"image_format: got {image_format!r}; accepted: 'jpg', 'png'")
+        if image_format not in FORMATS:
+            raise ValueError(f"image_format: got {image_format!r}; accepted: {str(FORMATS)[1:-1]}")
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard: got {samples_per_shard}; must be at least 1")
         if not 1 <= quality <= 100:
@@ -107,7 +107,7 @@ class ShardWriter(Closing):
         self._encode = encoder(image_format, quality)
         settings = Manifest(
             image_format=image_format,
-            quality=quality if image_format == "jpg" else None,
+            quality=quality if image_format != "png" else None,
             samples_per_shard=samples_per_shard,
             num_classes=num_classes,
             shuffle_seed=shuffle_seed,

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from kdfast.data.codec import ImageFormat
 from kdfast.data.writer import ShardWriter
 from kdfast.diffusion.loop import Mode
 from kdfast.diffusion.notes import REFUSED, SCORES, Scores, note, noted
@@ -176,7 +177,7 @@ class Synthesizer:
         classes: Sequence[int] | None = None,
         batch_size: int = 64,
         samples_per_shard: int = 1000,
-        image_format: Literal["jpg", "png"] = "jpg",
+        image_format: ImageFormat = "jpg",
         quality: int = 95,
         resume: bool = False,
         rank: int = 0,
@@ -195,8 +196,8 @@ class Synthesizer:
             classes: Which classes to make; ``None`` for all.
             batch_size: Images sampled at a time.
             samples_per_shard: Images a shard.
-            image_format: ``"jpg"`` or ``"png"``.
-            quality: JPEG quality.
+            image_format: ``"jpg"``, ``"png"`` or ``"webp"``.
+            quality: Of JPEG and WebP.
             resume: Continue what an earlier call began.
             rank: This process's number, from 0.
             world_size: How many processes share the work.

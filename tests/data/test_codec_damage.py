@@ -63,10 +63,13 @@ FORMATS = {
     "PNG interlaced": interlaced(8, 2),
     "PNG interlaced palette of 2 bits": interlaced(2, 3),
     "PNG interlaced grey of 4 bits": interlaced(4, 0),
+    **{f"WebP {mode}": encoded(mode, "WEBP") for mode in ("RGB", "RGBA")},
+    "WebP lossless": encoded("RGB", "WEBP", lossless=True),
+    "WebP turned": turned("WEBP", 6),
 }
 SEEDS = list(FORMATS.values())
-#: What is neither, for both loaders to refuse.
-OTHERS = {kind: encoded("RGB", kind) for kind in ("GIF", "BMP", "TIFF", "WEBP")} | {
+#: What is none of them, for both loaders to refuse.
+OTHERS = {kind: encoded("RGB", kind) for kind in ("GIF", "BMP", "TIFF")} | {
     "PNG of 16 bits": encoded("I;16", "PNG")
 }
 BOMBS = {

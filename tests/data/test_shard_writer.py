@@ -322,7 +322,7 @@ def test_refuses_bad_images_and_labels(
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"image_format": "webp"}, ValueError, "image_format: got 'webp'"),
+        ({"image_format": "gif"}, ValueError, "image_format: got 'gif'; accepted: 'jpg', 'png', 'webp'"),
         ({"samples_per_shard": 0}, ValueError, "samples_per_shard: got 0"),
         ({"quality": 101}, ValueError, "quality: got 101"),
         ({"num_classes": 0}, ValueError, "num_classes: got 0"),

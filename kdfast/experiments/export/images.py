@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from kdfast.data.codec import extension
 from kdfast.data.manifest import is_shard_folder, read_manifest
 from kdfast.data.matching import shard_class_names
 from kdfast.data.records import ShardRecords
@@ -65,18 +66,18 @@ def _as_folder(records: ShardRecords, out: Path, data: str) -> None:
     for number, key in enumerate(records.table.keys):
         (image,) = records.stored([number])
         name = f"{Path(key).name}-{number}" if "/" in key else key
-        (out / folders[records.labels[number]] / f"{name}.{_extension(image)}").write_bytes(image)
+        (out / folders[records.labels[number]] / f"{name}.{extension(image)}").write_bytes(image)
 
 
 def _as_webdataset(records: ShardRecords, out: Path, data: str) -> None:
-    """Tars of ``KEY.jpg`` (or ``.png``) and ``KEY.cls``, a number in digits, with the index that DALI reads."""
+    """Tars of ``KEY.jpg`` (``.png``, ``.webp``) and ``KEY.cls``, a number in digits, with the index that DALI reads."""
     a_tar = min(read_manifest(data).samples_per_shard, len(records.labels)) or _A_TAR
     for first in range(0, len(records.labels), a_tar):
         numbers = range(first, min(first + a_tar, len(records.labels)))
         images = records.stored(numbers)
-        kind = _extension(images[0])
-        if any(_extension(image) != kind for image in images):
-            raise ConfigError(f"--to: got webdataset for {data}, which mixes JPEG and PNG; accepted: folder")
+        kind = extension(images[0])
+        if any(extension(image) != kind for image in images):
+            raise ConfigError(f"--to: got webdataset for {data}, which mixes image formats; accepted: folder")
         made = [
             Record(records.table.keys[n], image, str(int(records.labels[n])).encode())
             for n, image in zip(numbers, images, strict=True)
@@ -84,10 +85,6 @@ def _as_webdataset(records: ShardRecords, out: Path, data: str) -> None:
         tar, index = pack(made, kind, label="cls")
         write_atomic(out / f"{first // a_tar:06d}.idx", index)
         write_atomic(out / f"{first // a_tar:06d}.tar", tar)
-
-
-def _extension(image: bytes) -> str:
-    return "jpg" if image[:2] == b"\xff\xd8" else "png"
 
 
 def _fit(name: str) -> bool:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdfast.data import ShardWriter, relative_entropy, select_balanced, select_long_tail
-from kdfast.data.codec import decode
+from kdfast.data.codec import decode, extension
 from kdfast.data.records import LabelledRecords, ShardRecords
 from kdfast.disk import write_atomic
 from kdfast.documents import read_regular
@@ -218,7 +218,8 @@ def _select(work: _Work, name: str, rows: Rows) -> dict[str, Any]:
 
 def _write(work: _Work, folder: Path, chosen: Rows, labels: Rows, facts: Mapping[str, Any]) -> None:
     config, images = work.config, work.images
-    kind = "png" if isinstance(images, ShardRecords) and _is_png(images, chosen) else "jpg"
+    # Files stay as they are.
+    kind = extension(images.stored(chosen[:1].tolist())[0]) if isinstance(images, ShardRecords) else "jpg"
     metadata = {
         "generator": "selection",
         "data": Path(config.data).name,
@@ -250,17 +251,11 @@ def _write(work: _Work, folder: Path, chosen: Rows, labels: Rows, facts: Mapping
             task.advance(len(extra))
 
 
-def _is_png(images: ShardRecords, chosen: Rows) -> bool:
-    return images.stored(chosen[:1].tolist())[0][:2] != b"\xff\xd8"
-
-
 def _one_format(stored: list[bytes] | torch.Tensor, kind: str) -> Any:
     """Files as they are; where a set mixes formats, those of the other one are encoded anew."""
-    if isinstance(stored, torch.Tensor) or all(
-        (file[:2] == b"\xff\xd8") == (kind == "jpg") for file in stored
-    ):
+    if isinstance(stored, torch.Tensor) or all(extension(file) == kind for file in stored):
         return stored
     from kdfast.data.codec import encoder
 
     encode = encoder(kind, 95)
-    return [file if (file[:2] == b"\xff\xd8") == (kind == "jpg") else encode(decode(file)) for file in stored]
+    return [file if extension(file) == kind else encode(decode(file)) for file in stored]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import annotated_types as at
 
+from kdfast.data.codec import ImageFormat
 from kdfast.errors import ConfigError
 from kdfast.experiments.common.bounds import Count, Positive, Seed
 
@@ -57,8 +58,8 @@ class SynthConfig:
         seed: Same seed, same images.
         batch_size: Images sampled at a time.
         samples_per_shard: Images a shard.
-        image_format: ``jpg`` or ``png``.
-        quality: JPEG quality.
+        image_format: ``jpg``, ``png`` or ``webp``.
+        quality: Of JPEG and WebP (lossless at 100).
         precision: Of the networks: ``fp32``, ``bf16`` or ``fp16``.
         mode: The sampling loop as one CUDA ``graph``, with the denoiser through torch's ``compile``, or ``eager``;
             ``auto`` is ``graph`` on a GPU.
@@ -103,7 +104,7 @@ class SynthConfig:
     seed: Seed = 0
     batch_size: Count = 64
     samples_per_shard: Count = 1000
-    image_format: Literal["jpg", "png"] = "jpg"
+    image_format: ImageFormat = "jpg"
     quality: Annotated[int, at.Ge(1), at.Le(100)] = 95
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     mode: Literal["auto", "graph", "compile", "eager"] = "auto"

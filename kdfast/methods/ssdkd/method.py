@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdfast.capture import step_state
+from kdfast.data.codec import ImageFormat
 from kdfast.errors import CheckpointError, KDFastError
 from kdfast.functional import KDStatistics, kd_kl_div, kd_statistics
 from kdfast.methods.ssdkd.capture import CapturedLoss, CapturedStep, bare, capturable, optimizer_capturable
@@ -344,12 +345,11 @@ class SSDKD(Learning):
         directory: str | os.PathLike[str],
         *,
         samples_per_shard: int = 1000,
-        image_format: Literal["jpg", "png"] = "png",
+        image_format: ImageFormat = "png",
     ) -> int:
         """Write the images that the buffer holds as labelled shards: a training set for other students.
 
-        Labels are the teacher's classes (of a segmentation an image's most frequent one); grey images get three
-        channels. A :class:`kdfast.data.ShardLoader` reads it, and any recipe takes the folder as ``data``.
+        Labels are the teacher's classes (of a segmentation the most frequent one); grey images get three channels.
 
         Args:
             directory: Of the set, empty or new.
