@@ -101,13 +101,13 @@ class Case(NamedTuple):
 
     Attributes:
         name: What is called.
-        target: Microseconds that it may take on a machine whose ``torch.add`` takes 0.9.
+        target: Microseconds that it may take on a machine whose ``torch.add`` takes 0.9; None where none is set.
         launches: At most so many.
         make: The call, its tensors made.
     """
 
     name: str
-    target: float
+    target: float | None
     launches: int
     make: Callable[[], Callable[[], object]]
 
@@ -172,9 +172,9 @@ def main() -> None:
                 call()
             mine, unit = least(call, options.repeat), least(add, options.repeat)
             calls, launches = python_calls(call), sum(counts.values())
+        target = "–" if case.target is None else f"{case.target:.0f}"
         print(
-            f"{case.name:40} {mine:7.1f} {case.target:7.0f} {mine / unit:12.1f} {launches:9} {calls:6}",
-            flush=True,
+            f"{case.name:40} {mine:7.1f} {target:>7} {mine / unit:12.1f} {launches:9} {calls:6}", flush=True
         )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from bench.hostbench import Case
 from kdfast import functional as F
+from kdfast.functional.divergence import Kind
 
 Call = Callable[[], object]
 
@@ -131,6 +132,31 @@ def _shaders() -> Call:
     return lambda: F.render_shaders(codes, values, values, program, time, (32, 32))
 
 
+def _divergence(kind: Kind, **options: Any) -> Callable[[], Call]:
+    return _loss(lambda s, t, y: F.divergence_loss(s, t, kind=kind, temperature=2.0, **options))
+
+
+def _topk() -> Call:
+    student, teacher = _logits()
+    kept = teacher.topk(16)
+    return lambda: torch.autograd.grad(
+        F.topk_kd_loss(student, kept.indices, kept.values, temperature=2.0), student
+    )
+
+
+def _linear(**options: Any) -> Callable[[], Call]:
+    """A head of one chunk: what stands on the host beside its products."""
+
+    def make() -> Call:
+        hidden, weight = (torch.randn(128, 32, requires_grad=True), torch.randn(100, 32, requires_grad=True))
+        known = torch.randn(128, 48), torch.randn(100, 48)
+        return lambda: torch.autograd.grad(
+            F.fused_linear_kd_loss(hidden, weight, *known, temperature=2.0, **options), (hidden, weight)
+        )
+
+    return make
+
+
 CASES = (
     Case("kd_kl_div f+b", 35, 2, _loss(lambda s, t, y: F.kd_kl_div(s, t, 4.0))),
     Case("jsd_loss f+b", 35, 2, _loss(lambda s, t, y: F.jsd_loss(s, t, temperature=2.0))),
@@ -155,6 +181,13 @@ CASES = (
     Case("reparam_middle_loss f+b", 45, 2, _reparam),
     Case("bn_statistics_loss f+b", 45, 2, _bn_statistics),
     Case("dist_loss f+b", 60, 5, _loss(lambda s, t, y: F.dist_loss(s, t))),
+    Case("divergence_loss forward_kl f+b", 35, 2, _divergence("forward_kl")),
+    Case("divergence_loss reverse_kl f+b", 35, 2, _divergence("reverse_kl")),
+    Case("divergence_loss alpha f+b", 35, 2, _divergence("alpha")),
+    Case("divergence_loss, T of the teacher f+b", 35, 2, _divergence("reverse_kl", teacher_temperature=3.0)),
+    Case("topk_kd_loss f+b", 35, 2, _topk),
+    Case("fused_linear_kd_loss f+b", None, 1, _linear()),
+    Case("fused_linear_kd_loss reverse_kl f+b", None, 1, _linear(kind="reverse_kl")),
     Case("crop_flip_normalize", 15, 1, _crop),
     Case("render_shaders", 15, 1, _shaders),
 )

@@ -1,7 +1,9 @@
-// kdfast._C: the bookkeeping of prioritized replay, and what a CPU computes in one pass where operators take
-// many.
+// kdfast._C: the bookkeeping of prioritized replay, what a CPU computes in one pass where operators take
+// many, and the keys of launches.
 #include "bound.hpp"
 #include "dead_leaves.hpp"
+#include "direct_launch.hpp"
+#include "launch_key.hpp"
 #include "philox_normal.hpp"
 #include "row_losses.hpp"
 
@@ -165,6 +167,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("sweep_snapshot", &sweep_temporaries, py::arg("path"),
              "Remove what killed writers of this path left; returns how many files.");
   module.def("decode_snapshot", &views, py::arg("data"), "Sections of a snapshot in memory, likewise.");
+
+  module.def("direct_launch", &direct_launch, py::arg("told"),
+             "launch(varying, further) of one kernel on one geometry.");
+  module.def("launch_key_of", &launch_key_of, py::arg("type"),
+             "launch_key(tensors, arguments) for tensors of this class.");
 
   module.def(
       "normals",

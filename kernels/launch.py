@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
 from triton.runtime import driver
+
+from .keys import extension, launch_key
 
 #: What CUDA allows along the second grid dimension; programs loop over what is beyond.
 MAX_GRID_Y = 65535
@@ -68,7 +70,7 @@ class Launch:
         device: Where it runs.
     """
 
-    __slots__ = ("_ready", "constants", "device", "fixed", "further", "grid", "kernel", "name")
+    __slots__ = ("_direct", "_ready", "constants", "device", "fixed", "further", "grid", "kernel", "name")
 
     def __init__(
         self,
@@ -84,9 +86,17 @@ class Launch:
         # Triton launches on the current device; -1: there is no other.
         self.device = device.index if device.type == "cuda" and device.index is not None else -1
         self._ready: _Ready | None = None
+        #: The same in C++, where it was built: it does nothing and returns False where anything is out of the ordinary.
+        self._direct: Callable[[tuple[Any, ...], tuple[Any, ...]], bool] | None = None
 
     def __call__(self, varying: tuple[Any, ...], further: tuple[Any, ...] = ()) -> None:
         """Launch with these values of the first parameters, and of those named ``further``."""
+        if self._direct is not None and self._direct(varying, further):
+            launch_counts[self.name] += 1
+        else:
+            self._run(varying, further)
+
+    def _run(self, varying: tuple[Any, ...], further: tuple[Any, ...]) -> None:
         ready = self._ready
         if ready is None:  # before the driver is asked for: the interpreter has none
             with _guard(self.device):
@@ -94,7 +104,7 @@ class Launch:
         active, device = driver.active, self.device
         if device >= 0 and active.get_current_device() != device:
             with _guard(device):
-                return self(varying, further)
+                return self._run(varying, further)
         compiled, run, (x, y, z), function, metadata, tail, rest, known, state = ready
         runtime = knobs.runtime
         # What makes Triton compile another kernel of the same arguments.
@@ -134,18 +144,30 @@ class Launch:
         x, y, z = (*self.grid, 1, 1)[:3]
         handles = compiled.run, (x, y, z), compiled.function, compiled.packed_metadata
         self._ready = _Ready(compiled, *handles, tail, rest, driver.active, state)
+        self._direct = None if extension is None else extension.direct_launch(self._told(self._ready))
+
+    def _told(self, ready: _Ready) -> dict[str, Any]:
+        """What ``kdfast._C`` is told of a launch."""
+        return {
+            "driver": driver,
+            "active": ready.driver,
+            "runtime": knobs.runtime,
+            "compilation": knobs.compilation,
+            "kernel": self.kernel,
+            "chain": _CHAIN,
+            "run": ready.run,
+            "state": ready.knobs,
+            "programs": ready.programs,
+            "compiled": (ready.function, ready.metadata),
+            "tail": ready.tail,
+            "rest": ready.rest,
+            "device": self.device,
+        }
 
 
 def keeps(device: torch.device) -> bool:
     """Whether launches on ``device`` are kept by geometry: the interpreter's, and those for no device, never are."""
     return device.type == "cuda"
-
-
-def traits(value: Any) -> Any:
-    """What a compiled kernel depends on of an argument: of a number or None, its type alone."""
-    if not isinstance(value, torch.Tensor):
-        return type(value)
-    return value.dtype, value.dim() == 0, value.data_ptr() & 15
 
 
 #: Geometries that a family keeps: as many shapes as a training run has, not as many as a server sees.
@@ -204,18 +226,30 @@ class Launches:
             geometry: All that the plan depends on, hashable.
             varying: Values of the kernel's first parameters; memory made for this call may be left out.
         """
-        # What Triton would compile another kernel for, of all that varies.
-        kinds = [
-            None if x is None else (x.dtype, x.data_ptr() & 15) if isinstance(x, torch.Tensor) else number_traits(x)
-            for x in varying
-        ]  # fmt: skip
-        key = (device, geometry, tuple(kinds))
+        key = (device, geometry, launch_key((), varying))
+        found: Launch | None = self.kept.get(key)
+        return self._keep(key, device, geometry) if found is None else found
+
+    def find_by(
+        self,
+        tensors: tuple[torch.Tensor | None, ...],
+        varying: tuple[Any, ...],
+        told: tuple[Any, ...],
+        geometry: Callable[[], tuple[Any, ...]],
+    ) -> Launch:
+        """The same where ``geometry`` follows from ``tensors``, the first of them given, and ``told``."""
+        key = (launch_key(tensors, varying), told)
         found: Launch | None = self.kept.get(key)
         if found is None:
-            grid, fixed, constants = self.plan(*geometry)
-            found = Launch(self.kernel, grid, fixed, constants, device, self.further)
-            self.kept.keep(key, found, device)
+            assert tensors[0] is not None
+            return self._keep(key, tensors[0].device, geometry())
         return found
+
+    def _keep(self, key: Any, device: torch.device, geometry: tuple[Any, ...]) -> Launch:
+        grid, fixed, constants = self.plan(*geometry)
+        made = Launch(self.kernel, grid, fixed, constants, device, self.further)
+        self.kept.keep(key, made, device)
+        return made
 
     def __call__(
         self,
@@ -226,14 +260,6 @@ class Launches:
     ) -> None:
         """Launch once; ``further``: values of the parameters of that name."""
         self.find(device, geometry, varying)(varying, further)
-
-
-def number_traits(value: Any) -> Any:
-    """What Triton may compile for: an integer's width, whether 16 divides it, whether it is 1."""
-    if type(value) is not int:
-        return type(value)
-    width = 32 if -(2**31) <= value < 2**31 else 64 if value < 2**63 else 65
-    return width, value & 15 == 0, value == 1
 
 
 def forget() -> None:
@@ -266,41 +292,13 @@ def _guard(index: int) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-class RowLayout(NamedTuple):
-    """Rows as ``outer × inner``, and for each tensor its strides (outer, inner, class) in elements."""
+class _Compiled(threading.local):
+    """Whether a registered op runs on this thread."""
 
-    outer: int
-    inner: int
-    strides: list[tuple[int, int, int]]
+    fresh = False
 
 
-def as_rows(tensors: Sequence[torch.Tensor], dim: int) -> RowLayout | None:
-    """View tensors of one shape as rows over dimension ``dim`` without copying any.
-
-    Neighbouring dimensions merge where every tensor allows it, in logical order, so that row ``r`` is
-    ``(r // inner, r % inner)`` in each. None when more than two groups are left.
-    """
-    shape = tensors[0].shape
-    groups: list[tuple[int, list[int]]] = []  # size, stride of each tensor
-    for axis, size in enumerate(shape):
-        if axis == dim or size == 1:
-            continue
-        strides = [tensor.stride(axis) for tensor in tensors]
-        if groups and groups[-1][1] == [stride * size for stride in strides]:
-            groups[-1] = (groups[-1][0] * size, strides)
-        else:
-            groups.append((size, strides))
-    if len(groups) > 2:
-        return None
-    class_strides = [tensor.stride(dim) if shape[dim] > 1 else 1 for tensor in tensors]
-    none = (1, [0] * len(tensors))
-    if len(groups) == 1 and min(class_strides) != 1:
-        groups = [none, *groups]  # classes lie across: the one group is what neighbours in memory
-    (outer, outer_strides), (inner, inner_strides) = (*groups, none, none)[:2]
-    return RowLayout(outer, inner, list(zip(outer_strides, inner_strides, class_strides)))
-
-
-_compiled = threading.local()
+_compiled = _Compiled()
 
 
 @contextlib.contextmanager
@@ -310,7 +308,7 @@ def fresh_counters() -> Iterator[None]:
     Its first run may direct every allocation into the memory pool of a CUDA graph (torch.compile with
     mode="reduce-overhead"), and nothing in there may outlive the call.
     """
-    before, _compiled.fresh = getattr(_compiled, "fresh", False), True
+    before, _compiled.fresh = _compiled.fresh, True
     try:
         yield
     finally:
@@ -318,7 +316,9 @@ def fresh_counters() -> Iterator[None]:
 
 
 _counters: dict[tuple[int | None, int], torch.Tensor] = {}
-_reductions: dict[tuple[int | None, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+_Memory = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+#: Of each stream: how many floats and counters there are, and the memory.
+_reductions: dict[tuple[int | None, int], tuple[int, int, _Memory]] = {}
 #: More partial sums than this are memory of one launch.
 MAX_PARTIALS = 1 << 18
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -333,8 +333,7 @@ def _stream(device: torch.device) -> int:
 
 def _lasting(device: torch.device) -> bool:
     """Whether memory may be kept for later launches."""
-    kept = keeps(device) and not getattr(_compiled, "fresh", False)
-    return kept and not torch.cuda.is_current_stream_capturing()
+    return keeps(device) and not _compiled.fresh and not torch.cuda.is_current_stream_capturing()
 
 
 #: Counters of a device that captured calls take for good, in int32: 256 KB, 16 bytes a call at least.
@@ -381,17 +380,20 @@ def arrival_counter(device: torch.device, count: int = 1) -> torch.Tensor:
     return found
 
 
-def reduction(device: torch.device, programs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(a float32 of each program, an arrival counter, what memory for their sum is like), for launches that sum.
+def reduction(device: torch.device, partials: int, counters: int = 1) -> _Memory:
+    """(float32 memory, arrival counters, what memory for one sum is like), for launches that sum.
 
-    All are kept for a stream's next launch, which cannot begin before this one has summed.
+    There are ``partials`` floats and ``counters`` counters at least. All are kept for a stream's next launch, which
+    cannot begin before this one has summed.
     """
-    if programs > MAX_PARTIALS or not _lasting(device):
-        partial = torch.empty(programs, dtype=torch.float32, device=device)
-        return partial, arrival_counter(device), partial[0]
+    if partials > MAX_PARTIALS or not _lasting(device):
+        partial = torch.empty(partials, dtype=torch.float32, device=device)
+        return partial, arrival_counter(device, counters), partial[0]
     key = (device.index, _stream(device))
     found = _reductions.get(key)
-    if found is None or found[0].numel() < programs:
-        held = torch.empty(max(1024, 1 << (programs - 1).bit_length()), dtype=torch.float32, device=device)
-        found = _reductions[key] = held, arrival_counter(device), held[0]
-    return found
+    if found is None or found[0] < partials or found[1] < counters:
+        size, count = (1024, 1) if found is None else found[:2]
+        size, count = max(size, 1 << (partials - 1).bit_length()), max(count, counters)
+        held = torch.empty(size, dtype=torch.float32, device=device)
+        found = _reductions[key] = size, count, (held, arrival_counter(device, count), held[0])
+    return found[2]

@@ -290,7 +290,7 @@ def check_labels(
 ) -> torch.Tensor | None:
     """int64 classes, one a row. Their values are looked at on the CPU only, where that does not wait for a GPU."""
     ignored: Any = ignore_index
-    if isinstance(ignored, bool) or not isinstance(ignored, numbers.Integral):
+    if type(ignored) is not int and (isinstance(ignored, bool) or not isinstance(ignored, numbers.Integral)):
         raise TypeError(f"ignore_index: got {type(ignore_index).__name__}; an int is needed")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: got {shown(ignore_index)}; accepted: -2⁶³ to 2⁶³ − 1")
@@ -355,6 +355,8 @@ def check_factor(name: str, value: float | torch.Tensor) -> float:
 
 def check_between(name: str, value: float | torch.Tensor, least: float, most: float) -> float:
     """A finite number from ``least`` to ``most``; one of numpy's or a 0-d tensor in host memory is read."""
+    if type(value) is float and least <= value <= most and -_LARGEST <= value <= _LARGEST:
+        return value  # nearly always, and at once
     number = as_number(value)
     if isinstance(number, torch.Tensor):
         raise ValueError(

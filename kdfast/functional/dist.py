@@ -62,4 +62,6 @@ def dist_loss(
         )
     temperature = check_temperature(temperature, student)
     row = Row((beta, gamma), student.dim() - 1, temperature, None, None, 1.0, True)
-    return ops.dist(student.movedim(axis, -1), teacher.movedim(axis, -1), row)
+    if axis != row.dim:  # a view is an operator, forward and backward
+        student, teacher = student.movedim(axis, -1), teacher.movedim(axis, -1)
+    return ops.dist(student, teacher, row)

@@ -129,12 +129,14 @@ def dkd_loss(
     if not isinstance(target, torch.Tensor):
         raise TypeError(f"target: got {type(target).__name__}; a tensor is needed")
     label = check_labels("target", target, rows, student.shape[axis], ignore_index, student)
-    row = Row((alpha, beta), axis, temperature, row_weight, mask, 1.0, reduction != "none", label)
     if reduction != "rowmean" and ops.launches(student, teacher, ignore_index):
-        divisor = reduction_divisor(reduction, student, axis, mask)
-        return ops.dkd(
-            student, teacher, row._replace(options=(alpha, beta, float(ignore_index)), divisor=divisor)
+        options, divisor = (
+            (alpha, beta, float(ignore_index)),
+            reduction_divisor(reduction, student, axis, mask),
         )
+        row = Row(options, axis, temperature, row_weight, mask, divisor, reduction != "none", label)
+        return ops.dkd(student, teacher, row)
+    row = Row((alpha, beta), axis, temperature, row_weight, mask, 1.0, reduction != "none", label)
     row = ops.without_ignored(row, ignore_index)
     row = row._replace(divisor=reduction_divisor(reduction, student, axis, row.mask))
     return ops.dkd(student, teacher, row)

@@ -13,11 +13,11 @@ from kdfast.functional._checks import (
     check_temperature,
     check_tensor,
     elsewhere,
+    on_host,
     savable,
 )
 from kdfast.functional._reduction import Reduction, reduction_divisor
 from kdfast.ops import topk as ops
-from kdfast.ops.common.gradients import has_values
 from kdfast.ops.common.row_loss import Row
 from kdfast.profiling import annotate
 
@@ -157,7 +157,7 @@ def _check_indices(
         raise ValueError(
             f"{second}: requires grad; a cached teacher gets no gradient, pass {second}.detach()"
         )
-    if indices.device.type == "cpu" and has_values(indices) and bool((indices >= shape[-1]).any()):
+    if on_host(indices) and bool((indices >= shape[-1]).any()):
         raise ValueError(
             f"{first}: got class {int(indices.max())}; accepted: 0 to {shape[-1] - 1}, or -1 to pad"
         )

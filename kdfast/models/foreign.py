@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,28 @@ def is_own(name: str) -> bool:
     return _OWN.fullmatch(name) is not None
 
 
+def find_own(name: str, what: str = "model") -> Callable[..., Any]:
+    """What ``FILE.py:NAME`` names; the file is run once.
+
+    Raises:
+        ValueError: There is no such file, or nothing of that name in it that can be called.
+    """
+    match = _OWN.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{what}: got {name!r}, accepted: FILE.py:FACTORY")
+    path = Path(match["file"]).resolve()
+    if not path.is_file():
+        raise ValueError(f"{what} {name!r}: {path} is no file")
+    module = _import(path)
+    found: Callable[..., Any] | None = getattr(module, match["factory"], None)
+    if not callable(found):
+        known = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
+        raise ValueError(
+            f"{what} {name!r}: {path.name} has no {match['factory']!r}; it has {known or 'none'}"
+        )
+    return found
+
+
 def create_own(
     name: str, num_classes: int | None, in_channels: int, options: Mapping[str, object]
 ) -> nn.Module:
@@ -37,17 +59,7 @@ def create_own(
         ValueError: There is no such file or factory, or it returns no module.
         TypeError: It does not take the options.
     """
-    match = _OWN.fullmatch(name)
-    if match is None:
-        raise ValueError(f"model: got {name!r}, accepted: FILE.py:FACTORY")
-    path = Path(match["file"]).resolve()
-    if not path.is_file():
-        raise ValueError(f"model {name!r}: {path} is no file")
-    module = _import(path)
-    factory = getattr(module, match["factory"], None)
-    if not callable(factory):
-        known = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
-        raise ValueError(f"model {name!r}: {path.name} has no {match['factory']!r}; it has {known or 'none'}")
+    factory = find_own(name)
     given = dict(options)
     offered = {"in_channels": in_channels} | ({} if num_classes is None else {"num_classes": num_classes})
     taken = inspect.signature(factory).parameters

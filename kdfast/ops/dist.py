@@ -42,21 +42,22 @@ class _Launcher(Launcher):
     def begin(
         self, student: torch.Tensor, teacher: torch.Tensor, row: Row, grads: Grads
     ) -> tuple[torch.Tensor, Any]:
-        found: tuple[torch.Tensor, Any] = _kernels().run(student, teacher, *_factors(row), grads, fresh=True)
-        return found
+        factors = _factors(row)
+        out, values = _kernels().run(student, teacher, *factors, grads, fresh=True)
+        return out, (factors, values)
 
     def again(
         self,
         student: torch.Tensor,
         teacher: torch.Tensor,
-        row: Row,
         grads: Grads,
         upstream: torch.Tensor,
         exit_if_one: bool,
         kept: Any,
     ) -> None:
+        factors, values = kept
         options = {"reduce": False, "upstream": upstream, "exit_if_one": exit_if_one, "fresh": True}
-        _kernels().run(student, teacher, *_factors(row), grads, **options, values=kept)
+        _kernels().run(student, teacher, *factors, grads, **options, values=values)
 
 
 def _factors(row: Row) -> tuple[Any, ...]:

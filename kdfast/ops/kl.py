@@ -116,7 +116,7 @@ def _statistics(
     # The kernel's factor is T² over a divisor: T² takes it away again.
     scale = kernels.Scale(temperature, temperature * temperature, None, None)
     reads, rows = (student, teacher), kernels.Wanted(True, False)
-    kl: torch.Tensor = kernels.STATISTICS(reads, (None, None), dim, scale, rows, None, statistics)[0]
+    kl: torch.Tensor = kernels.STATISTICS(reads, (None, None), dim, scale, rows, None, statistics, fresh=True)
     return (kl, *statistics)
 
 

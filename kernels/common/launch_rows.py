@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..launch import Kept, Launch, RowLayout, as_rows, keeps, reduction
+from ..keys import launch_key
+from ..launch import Kept, Launch, reduction
+from .layout import RowLayout, as_rows
 from .plan import TilePlan
 from .scale import Scale, value_and_pointer
 
@@ -147,12 +149,6 @@ class Wanted(NamedTuple):
 
 #: The fields of a Scale, as a tuple that takes less to make.
 Factors = tuple[torch.Tensor | float, torch.Tensor | float, torch.Tensor | None, torch.Tensor | None]
-#: Types of arguments that decide about nothing but themselves.
-_NUMBERS = frozenset((type(None), float))
-
-
-#: Backwards that a forward keeps: of one upstream gradient's kind, mostly.
-MAX_AFTER = 8
 
 
 class RowLaunches:
@@ -178,8 +174,9 @@ class RowLaunches:
         upstream: torch.Tensor | None = None,
         further: tuple[Any, ...] = (),
         options: tuple[Any, ...] = (),
+        *,
         fresh: bool = False,
-    ) -> tuple[torch.Tensor, _RowCall | None]:
+    ) -> torch.Tensor:
         """Launch once.
 
         Args:
@@ -194,79 +191,29 @@ class RowLaunches:
             fresh: Whether the gradients are ``torch.empty_like`` of what they belong to.
 
         Returns:
-            The sum, 0-d, when it is wanted, else one float32 value a row, or nothing of meaning; and what :meth:`again`
-            takes of this call, or None where each is planned anew.
+            The sum, 0-d, when it is wanted, else one float32 value a row, or nothing of meaning.
         """
         student, device = reads[0], reads[0].device
         temperature, divisor, weight, mask = scale
         if not (type(temperature) is type(divisor) is float):
             temperature, divisor, weight, mask = scale = Scale(*scale).on(device)
-        # What a compiled kernel depends on of all that it is given; written out, since every call comes by here.
         others = (weight, mask, upstream, temperature, divisor, *further)
-        kinds: Any = tuple(map(type, others))
-        if not _NUMBERS.issuperset(kinds):
-            kinds = tuple(
-                [
-                    (x.dtype, x.dim() == 0, x.data_ptr() & 15) if isinstance(x, torch.Tensor) else type(x)
-                    for x in others
-                ]
-            )
-        lies = tuple([(x.dtype, x.stride(), x.data_ptr() & 15) for x in reads])
-        absent: Any = tuple([x is None for x in gradients])
-        if not fresh and not all(absent):
-            written = [None if x is None else (x.dtype, x.stride(), x.data_ptr() & 15) for x in gradients]
-            absent = (*written, in_place(reads, gradients))
-        key = (student.shape, device, dim, want, options, kinds, lies, absent)
+        if fresh:
+            key: Any = (launch_key(reads, (*gradients, *others)), dim, want, options)
+        else:
+            key = (launch_key((*reads, *gradients), others), in_place(reads, gradients), dim, want, options)
         call = self.kept.get(key)
         if call is None:
             if student.numel() == 0:
-                return _nothing(student, dim, want, divisor), None
+                return _nothing(student, dim, want, divisor)
             at = rows_of(reads, gradients, dim)
             call = _RowCall(self, at, dim, want, others, options)
             if at.copied:
                 out = call(at.tensors, scale, upstream, further)
                 at.copy_back()
-                return out, None
+                return out
             call = self.kept.keep(key, call, device)
-        return call((*reads, *gradients), scale, upstream, further), call
-
-    def again(
-        self,
-        call: _RowCall,
-        reads: tuple[torch.Tensor, ...],
-        gradients: tuple[torch.Tensor | None, ...],
-        dim: int,
-        scale: Factors,
-        upstream: torch.Tensor,
-        further: tuple[Any, ...],
-        options: tuple[Any, ...],
-        exit_if_one: bool,
-    ) -> None:
-        """A backward's launch, after a forward's gave ``call`` for the same arguments; the gradients are fresh.
-
-        Only what may have changed is looked at: hooks of autograd may have laid out logits anew, or moved them.
-        """
-        if not (type(scale[0]) is type(scale[1]) is float):
-            scale = Scale(*scale).on(reads[0].device)
-        key = (
-            reads[0].shape,
-            tuple([(x.dtype, x.stride(), x.data_ptr() & 15) for x in reads]),
-            upstream.dtype,
-            upstream.dim(),
-            upstream.data_ptr() & 15,
-            exit_if_one,
-            tuple([x.data_ptr() & 15 for x in (*scale, *further) if isinstance(x, torch.Tensor)]),
-        )
-        found = call.after.get(key)
-        if found is not None:
-            found((*reads, *gradients), scale, upstream, further)
-            return
-        want = Wanted(False, False, exit_if_one)
-        _, found = self(reads, gradients, dim, scale, want, upstream, further, options, True)
-        if found is not None and keeps(reads[0].device):
-            if len(call.after) >= MAX_AFTER:
-                call.after.clear()
-            call.after[key] = found
+        return call((*reads, *gradients), scale, upstream, further)
 
 
 def _nothing(student: torch.Tensor, dim: int, want: Wanted, divisor: Any) -> torch.Tensor:
@@ -285,7 +232,7 @@ def in_place(reads: Sequence[torch.Tensor | None], gradients: Sequence[torch.Ten
 class _RowCall:
     """One geometry of a family: what is launched, and the memory that it needs. It holds no tensor."""
 
-    __slots__ = ("after", "apart", "before", "device", "launch", "programs", "rows", "total", "width")
+    __slots__ = ("apart", "before", "device", "launch", "programs", "rows", "total", "width")
 
     def __init__(
         self,
@@ -308,7 +255,6 @@ class _RowCall:
             "EARLY_EXIT": want.exit_if_one and single,
             "enable_fp_fusion": True,
         }
-        self.after: dict[Any, _RowCall] = {}
         self.device, self.programs, self.total = student.device, plan.grid, want.total
         self.apart = plan.apart and want.total
         shape = student.shape[:dim] + student.shape[dim + 1 :]

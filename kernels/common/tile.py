@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..launch import RowLayout
+from .layout import RowLayout
 from .plan import TilePlan
 from .reduce import reduce_last
 

@@ -9,7 +9,8 @@ import triton
 
 from ..common.launch_rows import Rows, in_place, rows_of
 from ..common.scale import Scale, value_and_pointer
-from ..launch import Kept, Launch, reduction, traits
+from ..keys import launch_key
+from ..launch import Kept, Launch, reduction
 from . import bodies
 from .plan import dist_plan
 
@@ -57,18 +58,16 @@ def run(
     """
     temperature, divisor, *_ = scale = scale.on(student.device)
     reads = (student, teacher)
-    lies = tuple([(x.dtype, x.stride(), x.data_ptr() & 15) for x in reads])
-    written: Any = tuple([x is None for x in gradients])
-    if not (fresh or all(written)):
-        given = [None if x is None else (x.dtype, x.stride(), x.data_ptr() & 15) for x in gradients]
-        written = (*given, in_place(reads, gradients))
-    kinds = traits(temperature), traits(divisor), traits(upstream)
-    key = (student.shape, student.device, lies, written, kinds, reduce, exit_if_one)
+    others = (temperature, divisor, upstream)
+    if fresh:
+        key: Any = (launch_key(reads, (*gradients, *others)), reduce, exit_if_one)
+    else:
+        key = (launch_key((*reads, *gradients), others), in_place(reads, gradients), reduce, exit_if_one)
     call = _KEPT.get(key)
     tensors: Tensors = (*reads, *gradients)
     if call is None:
         at = rows_of(reads, gradients, student.dim() - 1)
-        call = _Call(at, kinds, reduce, exit_if_one)
+        call = _Call(at, others, reduce, exit_if_one)
         if at.copied:
             loss, _ = call(at.tensors, beta, gamma, scale, upstream, None)
             at.copy_back()
@@ -86,7 +85,7 @@ class _Call:
 
     __slots__ = ("columns", "device", "gradient", "groups", "merge", "reduce", "rows", "sizes")
 
-    def __init__(self, at: Rows, kinds: tuple[Any, Any, Any], reduce: bool, exit_if_one: bool) -> None:
+    def __init__(self, at: Rows, others: tuple[Any, Any, Any], reduce: bool, exit_if_one: bool) -> None:
         student, _, grad_student, grad_teacher = at.tensors
         assert student is not None
         num_rows, num_classes = at.num_rows, at.num_classes
@@ -94,15 +93,15 @@ class _Call:
         self.groups = groups = triton.cdiv(num_classes, plan.columns)
         self.sizes = 6 * num_rows, plan.splits * 5 * num_classes, 5 * num_classes
         self.device, self.reduce = student.device, reduce
-        numbers = float, int
+        temperature, divisor, upstream = others
         common = {
             "V": num_classes,
-            "T_PTR": kinds[0] not in numbers,
+            "T_PTR": isinstance(temperature, torch.Tensor),
             "EARLY_EXIT": exit_if_one,
             "num_warps": plan.num_warps,
             "enable_fp_fusion": True,
         }
-        divisor = {"DIVISOR_PTR": kinds[1] not in numbers}
+        divisor = {"DIVISOR_PTR": isinstance(divisor, torch.Tensor)}
         tile = {"UNIT": at.unit, "ROWS": plan.rows, "BLOCK": plan.block}
         row_grid = (triton.cdiv(num_rows, plan.rows),)
         rows, strides = (num_rows, at.layout.inner), at.strides
@@ -130,7 +129,6 @@ class _Call:
         self.gradient: Launch | None = None
         if grad_student is not None or grad_teacher is not None:
             wanted = {"GRAD_S": grad_student is not None, "GRAD_T": grad_teacher is not None}
-            upstream = {"UPSTREAM": kinds[2] is not type(None)}
             self.gradient = launch(
                 bodies.dist_gradient_kernel,
                 row_grid,
@@ -138,7 +136,7 @@ class _Call:
                 **tile,
                 **divisor,
                 **wanted,
-                **upstream,
+                UPSTREAM=upstream is not None,
             )
 
     def __call__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..common.plan import BlockPlan
@@ -62,24 +64,24 @@ def reparam_middle(
         upstream: Gradient of ``loss``, 0-d; None: 1.
         exit_if_one: Do nothing if ``upstream`` is 1: the gradients are there already.
     """
-    count, shape = branches.shape[0], tuple(target.shape)
     if target.numel() == 0:
         return
-    operands = [
-        branches.stride()[1:],
-        target.stride(),
-        None if mean is None else mean.stride(),
-        None if grad is None else grad.stride()[1:],
-        None if grad_mean is None else grad_mean.stride(),
-    ]
-    heads = (branches.stride(0), 0 if grad is None else grad.stride(0))
     told = (noise_scale is not None, isinstance(seed, torch.Tensor), carry, exit_if_one)
-    inputs, others = (
-        (branches, target, mean, grad, grad_mean, upstream, loss),
-        (u, v, noise_scale, permutation, seed),
-    )
-    geometry = (count, shape, tuple(operands), heads, branches.itemsize, *told)
-    found = _RECURSION.find(branches.device, geometry, (*inputs, *others))
+
+    def geometry() -> tuple[Any, ...]:
+        operands = (
+            branches.stride()[1:],
+            target.stride(),
+            None if mean is None else mean.stride(),
+            None if grad is None else grad.stride()[1:],
+            None if grad_mean is None else grad_mean.stride(),
+        )
+        heads = (branches.stride(0), 0 if grad is None else grad.stride(0))
+        return (branches.shape[0], tuple(target.shape), operands, heads, branches.itemsize, *told)
+
+    inputs = (branches, target, mean, grad, grad_mean, upstream, loss)
+    others = (u, v, noise_scale, permutation, seed)
+    found = _RECURSION.find_by(inputs, others, told, geometry)
     memory = (None, None) if loss is None else reduction(branches.device, found.grid[0])[:2]
     found((*inputs, *memory, *others))
 

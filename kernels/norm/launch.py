@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..launch import Launches, Planned, arrival_counter, reduction
+from ..launch import Launches, Planned, reduction
 from .bodies import (
     bn_act_backward_kernel,
     bn_act_kernel,
@@ -83,8 +83,7 @@ def statistics(
 
 def _parts(x: torch.Tensor, m: Matrix, grid: tuple[int, ...], each: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for partial sums of a launch over channels, and its counters."""
-    partial = torch.empty(each * grid[1] * m.channels, dtype=torch.float32, device=x.device)
-    return partial, arrival_counter(x.device, grid[0])
+    return reduction(x.device, each * grid[1] * m.channels, grid[0])[:2]
 
 
 def _planned_statistics(m: Matrix, momentum: float, eps: float, training: bool, cumulative: bool) -> Planned:

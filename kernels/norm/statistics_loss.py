@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import MAX_GRID_Y, Launches, Planned, arrival_counter
+from ..launch import MAX_GRID_Y, Launches, Planned, reduction
 
 #: Programs that a forward launch aims at: a few for each multiprocessor.
 PLANE_PROGRAMS, ROW_PROGRAMS = 512, 256
@@ -88,7 +88,7 @@ def statistics_plan(samples: int, channels: int, plane: int, itemsize: int, nhwc
 @triton.jit
 def _finish(
     partial_ptr, mean_ptr, var_ptr, average_mean_ptr, average_var_ptr, share_ptr, stats_ptr, loss_ptr,
-    channels, inverse_n, SPLITS: tl.constexpr, SQUARED: tl.constexpr,
+    mean_out_ptr, var_out_ptr, channels, inverse_n, SPLITS: tl.constexpr, SQUARED: tl.constexpr,
     FINISH_ROWS: tl.constexpr, FINISH_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Statistics, loss and gradient coefficients from the programs' partial sums ``[2, SPLITS, channels]``."""
@@ -123,6 +123,9 @@ def _finish(
         var_square += tl.sum(tl.where(live, s * s, 0.0), axis=0)
         tl.store(stats_ptr + c, running_mean + d, mask=live)
         tl.store(stats_ptr + channels + c, var, mask=live)
+        if mean_out_ptr is not None:
+            tl.store(mean_out_ptr + c, running_mean + d, mask=live)
+            tl.store(var_out_ptr + c, var, mask=live)
         tl.store(stats_ptr + 2 * channels + c, r, mask=live)
         tl.store(stats_ptr + 3 * channels + c, s, mask=live)
     # r and s become a and b, now that their norms are known.
@@ -150,7 +153,7 @@ def _finish(
 @triton.jit(do_not_specialize=["inverse_n", "samples"])
 def bn_statistics_kernel(
     x_ptr, mean_ptr, var_ptr, average_mean_ptr, average_var_ptr, share_ptr,
-    stats_ptr, loss_ptr, partial_ptr, counter_ptr, samples, channels, inverse_n,
+    stats_ptr, loss_ptr, mean_out_ptr, var_out_ptr, partial_ptr, counter_ptr, samples, channels, inverse_n,
     PLANE: tl.constexpr, NHWC: tl.constexpr, WIDE: tl.constexpr, SQUARED: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
     FINISH_ROWS: tl.constexpr, FINISH_WIDTH: tl.constexpr,
@@ -208,7 +211,7 @@ def bn_statistics_kernel(
     if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
         _finish(
             partial_ptr, mean_ptr, var_ptr, average_mean_ptr, average_var_ptr, share_ptr, stats_ptr, loss_ptr,
-            channels, inverse_n, SPLITS, SQUARED, FINISH_ROWS, FINISH_WIDTH,
+            mean_out_ptr, var_out_ptr, channels, inverse_n, SPLITS, SQUARED, FINISH_ROWS, FINISH_WIDTH,
         )  # fmt: skip
         tl.store(counter_ptr, 0)
 
@@ -259,6 +262,8 @@ def bn_statistics(
     share: torch.Tensor | None,
     *,
     squared: bool,
+    mean: torch.Tensor | None = None,
+    var: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward once.
 
@@ -270,18 +275,17 @@ def bn_statistics(
         average_var: Likewise.
         share: k, 0-d, or None for 0.
         squared: Squared norms.
+        mean: Written where given, float32 ``[C]``: the batch's, once more; with ``var``.
+        var: Likewise.
 
     Returns:
         The loss, 0-d, and ``[4, C]``: mean, var, a, b; all float32.
     """
-    sizes = _geometry(x)
-    channels = sizes[1]
-    loss = torch.empty((), dtype=torch.float32, device=x.device)
-    stats = torch.empty((4, channels), dtype=torch.float32, device=x.device)
-    varying = (x, running_mean, running_var, average_mean, average_var, share)
-    found = _FORWARD.find(x.device, (sizes, x.itemsize, squared), varying)
-    partial = torch.empty((2, found.grid[1], channels), dtype=torch.float32, device=x.device)
-    found((*varying, stats, loss, partial, arrival_counter(x.device)))
+    channels, given = x.shape[1], (x, running_mean, running_var, average_mean, average_var, share)
+    found = _FORWARD.find_by((*given, mean, var), (), (squared,), lambda: (_geometry(x), x.itemsize, squared))
+    partial, counter, one = reduction(x.device, 2 * found.grid[1] * channels)
+    loss, stats = torch.empty_like(one), one.new_empty((4, channels))
+    found((*given, stats, loss, mean, var, partial, counter))
     return loss, stats
 
 
@@ -325,7 +329,8 @@ def bn_statistics_backward(
         through: Gradient that is added, dense as x, or None.
         grad: Written, dense as x.
     """
-    _BACKWARD(x.device, (_geometry(x), x.itemsize), (x, through, upstream, stats, grad))
+    varying = (x, through, upstream, stats, grad)
+    _BACKWARD.find_by(varying, (), (), lambda: (_geometry(x), x.itemsize))(varying)
 
 
 def _planned_backward(sizes: tuple[int, int, int, bool], itemsize: int) -> Planned:

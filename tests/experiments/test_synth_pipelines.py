@@ -260,6 +260,8 @@ def test_a_pipelines_folder_that_is_broken_is_named(text_folder: Path, tmp_path:
         ({"scorer": "kdfast.nothing:x"}, "scorer: got 'kdfast.nothing:x', which cannot be imported"),
         ({"scorer": "kdfast:nothing"}, "cannot be imported"),
         ({"scorer": "kdfast:__version__"}, "is a str and not callable"),
+        ({"scorer": "none.py:score"}, "scorer 'none.py:score': .*none.py is no file"),
+        ({"scorer": f"{__file__}:NAMES"}, "has no 'NAMES'; it has "),
         ({"class_names": "/none/names.txt"}, "names.txt: cannot be read: No such file"),
     ],
 )  # fmt: skip
@@ -332,6 +334,32 @@ def test_scores_survive_resuming_and_ranks(dit_folder: Path, tmp_path: Path) -> 
     assert (tmp_path / "grown" / "scores.jsonl").read_text() == wanted
     assert (tmp_path / "ranks" / "scores.jsonl").read_text() == wanted
     assert whole.score == pytest.approx(sum(json.loads(line)["score"] for line in wanted.splitlines()) / 10)
+
+
+def test_a_file_of_ones_own_and_a_trained_network_score(dit_folder: Path, tmp_path: Path) -> None:
+    from kdfast.models import create_model
+    from kdfast.training.model_io import ModelConfig, save_model
+
+    (tmp_path / "judge.py").write_text("def dark(images, labels): return -images.float().mean((1, 2, 3))")
+    synth.run(config(dit_folder, tmp_path / "set", scorer=f"{tmp_path / 'judge.py'}:dark", classes=(3, 4)))
+    images, labels = pictures(tmp_path / "set")
+    scores = [entry["score"] for entry in noted(tmp_path / "set" / "scores.jsonl")]
+    assert scores == pytest.approx([-float(image.mean() * 255) for image in images], rel=1e-4)
+
+    network = create_model("resnet8", 5)
+    side = images.shape[-1] // 2  # it sees them smaller
+    described = ModelConfig("resnet8", 5, side, (0.5,) * 3, (0.25,) * 3)
+    save_model(tmp_path / "teacher", network.eval(), described)
+    taught = str(tmp_path / "teacher")
+    synth.run(config(dit_folder, tmp_path / "again", scorer=taught, classes=(3, 4)))
+    shown = torch.nn.functional.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        sure = network((shown - 0.5) / 0.25).softmax(1)[range(len(labels)), list(labels)]
+    scores = [entry["score"] for entry in noted(tmp_path / "again" / "scores.jsonl")]
+    assert scores == pytest.approx(sure.tolist(), rel=1e-4)
+    with pytest.raises(ConfigError, match="scorer: got teacher of 5 classes, accepted: one that knows all 6"):
+        synth.run(config(dit_folder, tmp_path / "new", scorer=taught, classes=(3, 5)))
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,25 @@ def test_a_counter_is_kept_in_eager_calls_alone(on_a_gpu: torch.device) -> None:
     assert len(launch._counters) == 1
 
 
+def test_memory_for_sums_is_kept_and_grows_with_what_is_asked(on_a_gpu: torch.device) -> None:
+    partial, counters, _ = first = launch.reduction(on_a_gpu, 7)
+    assert partial.numel() >= 7
+    assert launch.reduction(on_a_gpu, partial.numel()) is first
+    assert launch.reduction(on_a_gpu, partial.numel() + 1)[0].numel() > partial.numel()
+    partial, counters, one = grown = launch.reduction(on_a_gpu, 7, 5)
+    assert counters.numel() >= 5
+    assert not counters.any()
+    assert one.dim() == 0
+    assert launch.reduction(on_a_gpu, 7, 4) is launch.reduction(on_a_gpu, 2) is grown
+    with launch.fresh_counters():
+        fresh = launch.reduction(on_a_gpu, 7, 5)
+    assert fresh[0] is not partial
+    assert fresh[1].numel() >= 5
+    # More than may be kept is one launch's.
+    assert launch.reduction(on_a_gpu, launch.MAX_PARTIALS + 1)[0].numel() == launch.MAX_PARTIALS + 1
+    assert launch.reduction(on_a_gpu, 7) is grown
+
+
 def captured(monkeypatch: pytest.MonkeyPatch, capturing: bool = True) -> None:
     """Say that the current stream is being captured, or no longer."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)

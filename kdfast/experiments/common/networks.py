@@ -29,7 +29,8 @@ from kdfast.models.pretrained import (
 from kdfast.training.checkpoint import read_tensors
 from kdfast.training.model_io import CONFIG, ModelConfig, load_model, load_model_config, plain_names
 
-_THEIRS = {"timm:": pretrained_timm, "torchvision:": pretrained_torchvision, "hf:": pretrained_hugging_face}
+#: How names of others' networks begin.
+THEIRS = {"timm:": pretrained_timm, "torchvision:": pretrained_torchvision, "hf:": pretrained_hugging_face}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def load_teacher(
         raise ConfigError(
             f"weights: got {keys.weights} for teacher {source}, accepted: none; it is for FILE.py:FACTORY"
         )
-    elif (prefix := next((p for p in _THEIRS if source.startswith(p)), None)) is not None:
+    elif (prefix := next((p for p in THEIRS if source.startswith(p)), None)) is not None:
         network, described = _theirs(source, prefix)
     else:
         network, described = load_model(source), load_model_config(source)
@@ -119,7 +120,7 @@ def told(described: ModelConfig, keys: TeacherKeys) -> ModelConfig:
 
 def _theirs(source: str, prefix: str) -> tuple[nn.Module, ModelConfig]:
     try:
-        found: Pretrained = _THEIRS[prefix](source.removeprefix(prefix))
+        found: Pretrained = THEIRS[prefix](source.removeprefix(prefix))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except (OSError, RuntimeError) as error:

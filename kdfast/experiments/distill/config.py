@@ -17,7 +17,8 @@ class DistillConfig(TrainingRecipe, TeacherKeys):
     Attributes:
         method: ``dmkd``, ``surrogate``, ``ssdkd``, ``diffkd``, ``kdiffusion``, or a baseline: ``kd``, ``dkd``,
             ``dist``, ``fitnet``, ``at``, ``rkd``.
-        teacher: Directory of a trained network, or ``timm:NAME`` or ``torchvision:NAME`` for theirs with its weights.
+        teacher: Directory of a trained network, ``timm:NAME``, ``torchvision:NAME`` or ``hf:NAME`` for theirs with its
+            weights, or ``FILE.py:FACTORY`` with ``weights``.
         student: Network to train, by its name for :func:`kdfast.models.create_model`: ``resnet8``, ``wrn_16_1``, …
         task: ``classification``, or ``segmentation``, for which data are images beside PNG masks.
         data: What to train on: a directory of shards, or real labelled images (``digits``, a folder, ``hf:NAME``):

@@ -63,7 +63,8 @@ class SynthConfig:
         precision: Of the networks: ``fp32``, ``bf16`` or ``fp16``.
         mode: The sampling loop as one CUDA ``graph``, with the denoiser through torch's ``compile``, or ``eager``;
             ``auto`` is ``graph`` on a GPU.
-        scorer: ``module:callable`` that gives each image a number, such as ImageReward's; kept in ``scores.jsonl``.
+        scorer: ``module:callable`` or ``FILE.py:CALLABLE`` that gives each image a number, such as ImageReward's, or a
+            trained network, whose probability of the image's label it is; kept in ``scores.jsonl``.
         device: ``auto`` takes the GPU if there is one.
         resume: Go on where an earlier run stopped.
         extend: Grow a finished set to ``images``; those that are there stay, and the set is the one that a single run

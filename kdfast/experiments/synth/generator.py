@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,26 +98,6 @@ def class_names(config: SynthConfig) -> tuple[str, ...] | None:
             f"class_names {config.class_names}: is empty, accepted: a name a line, in the labels' order"
         )
     return tuple(lines)
-
-
-def load_scorer(name: str | None) -> Callable[[torch.Tensor, torch.Tensor], Any] | None:
-    """The callable that ``module:callable`` names.
-
-    Raises:
-        ConfigError: There is no such thing, or it cannot be called.
-    """
-    if name is None:
-        return None
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise ConfigError(f"scorer: got {name!r}, accepted: module:callable")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"scorer: got {name!r}, which cannot be imported: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"scorer: got {name!r}, which is a {type(found).__name__} and not callable")
-    return found  # type: ignore[no-any-return]
 
 
 def _is_pipeline(root: Path) -> bool:

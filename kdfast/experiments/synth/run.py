@@ -16,7 +16,8 @@ from kdfast.errors import ConfigError, DataError
 from kdfast.experiments.common.results import METRICS, writing
 from kdfast.experiments.synth import procedural as synth_procedural
 from kdfast.experiments.synth.config import SynthConfig
-from kdfast.experiments.synth.generator import load_generator, load_scorer
+from kdfast.experiments.synth.generator import load_generator
+from kdfast.experiments.synth.scorer import load_scorer
 from kdfast.training import files
 from kdfast.training.accelerator import make_accelerator
 from kdfast.training.progress import Progress, Task
@@ -125,7 +126,9 @@ class _Bar:
 def _write_diffusion(
     config: SynthConfig, accelerator: Any, bar: Callable[[int, int], None]
 ) -> tuple[int, int, bool]:
-    result = load_generator(config, accelerator.device).write(
+    synthesizer = load_generator(config, accelerator.device)
+    known = 1 + max(config.classes) if config.classes else synthesizer.num_classes
+    result = synthesizer.write(
         config.out,
         config.images,
         classes=config.classes,
@@ -133,7 +136,7 @@ def _write_diffusion(
         **config.written,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        scorer=load_scorer(config.scorer),
+        scorer=load_scorer(config.scorer, accelerator.device, known),
         on_progress=bar,
     )
     return result.written, result.refused, result.complete

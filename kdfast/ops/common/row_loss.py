@@ -180,8 +180,8 @@ class Launcher:
             upstream,
             further,
             options,
-            fresh,
-        )[0]
+            fresh=fresh,
+        )
         return out
 
     def begin(self, student: Tensor, teacher: Tensor, row: Row, grads: Grads) -> tuple[Tensor, Any]:
@@ -190,26 +190,17 @@ class Launcher:
         _, dim, temperature, weight, mask, divisor, reduce, *_ = row
         scale = (temperature, divisor, weight, mask)
         want = _wanted(True, reduce, False)
-        out, call = launches(reads, grads[: len(reads)], dim, scale, want, None, further, options, True)
-        return out, None if call is None else (launches, call, dim, scale, further, options)
+        out = launches(reads, grads[: len(reads)], dim, scale, want, None, further, options, fresh=True)
+        return out, (launches, dim, scale, further, options)
 
     def again(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        row: Row,
-        grads: Grads,
-        upstream: Tensor,
-        exit_if_one: bool,
-        kept: Any,
+        self, student: Tensor, teacher: Tensor, grads: Grads, upstream: Tensor, exit_if_one: bool, kept: Any
     ) -> None:
-        """The backward's launch."""
-        if kept is None:
-            self(student, teacher, row, grads, upstream, exit_if_one, False)
-            return
-        launches, call, dim, scale, further, options = kept
+        """The backward's launch, after :meth:`begin` gave what it kept."""
+        launches, dim, scale, further, options = kept
         reads = (student, teacher) if launches.reads == 2 else (student,)
-        launches.again(call, reads, grads[: len(reads)], dim, scale, upstream, further, options, exit_if_one)
+        want = _wanted(False, False, exit_if_one)
+        launches(reads, grads[: len(reads)], dim, scale, want, upstream, further, options, fresh=True)
 
 
 def row_launcher(arguments: Callable[[Row], tuple[Any, tuple[Any, ...], tuple[Any, ...]]]) -> Launcher:
@@ -282,7 +273,7 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return (*differentiable_gradients(out, (student, teacher), needs, upstream), None, None)
     first, ctx.grads = ctx.grads, None
     grads = first or empty_gradients(ctx.needs_input_grad, student, teacher)
-    loss.launcher.again(student, teacher, row, grads, upstream.contiguous(), first is not None, kept)
+    loss.launcher.again(student, teacher, grads, upstream.contiguous(), first is not None, kept)
     return (*grads, None, None)
 
 

@@ -104,18 +104,17 @@ class _Act(torch.autograd.Function):
         y, _, centre = launch_act(x, residual, norm, act)
         kept = y if act.relu and residual is not None else None
         ctx.save_for_backward(x, residual if kept is not None else None, weight, bias, kept, *centre)
-        ctx.residual = None if residual is None else residual.dtype
-        ctx.norm, ctx.act = norm, act
+        ctx.called = norm, act, None if residual is None else residual.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, residual, weight, bias, y, *centre = ctx.saved_tensors
-        norm = _unpacked(ctx.norm, weight, bias)
-        needs = ctx.needs_input_grad[:4]
+        norm, act, added = ctx.called
+        norm, needs = _unpacked(norm, weight, bias), ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            return (*_act_twice(grad, x, residual, norm, ctx.act, needs, ctx.residual), None, None)
-        grads = launch_act_backward(grad, x, y, norm, tuple(centre), ctx.act, needs, ctx.residual or x.dtype)
+            return (*_act_twice(grad, x, residual, norm, act, needs, added), None, None)
+        grads = launch_act_backward(grad, x, y, norm, tuple(centre), act, needs, added or x.dtype)
         return (*grads, None, None)
 
 

@@ -28,7 +28,7 @@ def _kernels() -> Any:
     return norm
 
 
-def _laid_out(x: Tensor, *others: Tensor | None) -> tuple[Any, Tensor, list[Tensor | None]]:
+def _laid_out(x: Tensor, *others: Tensor | None) -> tuple[Any, Tensor, tuple[Tensor | None, ...]]:
     """x's matrix, x, and the others laid out as x is; what fits already is not copied."""
     kernels = _kernels()
     found = kernels.matrix(x)
@@ -37,16 +37,16 @@ def _laid_out(x: Tensor, *others: Tensor | None) -> tuple[Any, Tensor, list[Tens
         found = kernels.matrix(x)
     assert found is not None
     strides = x.stride()
-    return (
-        found,
-        x,
-        [
-            t
-            if t is None or t.stride() == strides or _same_layout(t, x)
-            else torch.empty_like(x, dtype=t.dtype).copy_(t)
-            for t in others
-        ],
-    )
+    for t in others:
+        if t is not None and t.stride() != strides:
+            return found, x, tuple([_as_laid_out(t, x) for t in others])
+    return found, x, others
+
+
+def _as_laid_out(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    if tensor is None or _same_layout(tensor, x):
+        return tensor
+    return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
 
 
 def _same_layout(tensor: Tensor, x: Tensor) -> bool:

@@ -45,10 +45,26 @@ def _forward(x: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """Loss and ``[4, C]`` (mean, var, the gradient's coefficients) of a dense x."""
     if resolve(x) == "reference":
         return reference.bn_statistics_closed(x, target)
-    kernels = _kernels()
-    tensors = (None if tensor is None else tensor.contiguous() for tensor in target[:5])
-    found = kernels.bn_statistics(x, *tensors, squared=target.squared)
+    return _launched(x, target)
+
+
+def _launched(
+    x: Tensor, target: Target, mean: Tensor | None = None, var: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same by the kernel; ``mean`` and ``var``, where given, are written as well."""
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in target[:5]]
+    found = _kernels().bn_statistics(x, *tensors, squared=target.squared, mean=mean, var=var)
     return cast("tuple[Tensor, Tensor]", found)
+
+
+def _forward_apart(x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`_forward`, and mean and var in memory of their own: what is saved for a backward is nobody's to change."""
+    if resolve(x) == "reference":
+        loss, stats = reference.bn_statistics_closed(x, target)
+        return loss, stats, stats[0].clone(), stats[1].clone()
+    mean = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
+    var = torch.empty_like(mean)
+    return *_launched(x, target, mean, var), mean, var
 
 
 def _backward(x: Tensor, stats: Tensor, upstream: Tensor, through: Tensor | None) -> Tensor:
@@ -71,10 +87,9 @@ class _Statistics(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         dense = _dense(x)
-        loss, stats = _forward(dense, target)
+        loss, stats, mean, var = _forward_apart(dense, target)
         ctx.save_for_backward(dense, stats)
         ctx.target = target
-        mean, var = stats[0].clone(), stats[1].clone()
         ctx.mark_non_differentiable(mean, var)
         return loss, mean, var, x.view_as(x) if through else None
 

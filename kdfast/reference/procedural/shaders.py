@@ -342,21 +342,13 @@ def _count(repeats: Tensor) -> int:
 
 
 class Programs(NamedTuple):
-    """A table of programs, and which of them a batch shows when.
+    """A table of programs, and which of them a batch shows when."""
 
-    Attributes:
-        codes: int32 ``[P, L]``: operations, 0 behind a program's end.
-        values: float32 ``[P, L, 16]``: their numbers at time 0.
-        rates: float32 ``[P, L, 16]``: what a unit of time adds to each.
-        program: int64 ``[B]``: rows of the table.
-        time: float32 ``[B]``.
-    """
-
-    codes: Tensor
-    values: Tensor
-    rates: Tensor
-    program: Tensor
-    time: Tensor
+    codes: Tensor  # int32 [P, L]: operations, 0 behind a program's end
+    values: Tensor  # float32 [P, L, 16]: their numbers at time 0
+    rates: Tensor  # float32 [P, L, 16]: what a unit of time adds to each
+    program: Tensor  # int64 [B]: rows of the table
+    time: Tensor  # float32 [B]
 
 
 def render(programs: Programs, height: int, width: int, antialias: int, dtype: torch.dtype) -> Tensor:

@@ -118,6 +118,14 @@ def test_backward_repeats_and_applies_the_upstream_gradient(target: Target) -> N
         torch.testing.assert_close(third, one, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(("dim", "before"), [(-1, "AccumulateGrad"), (1, "AccumulateGrad"), (0, "Permute")])
+def test_classes_that_are_last_are_no_view(target: Target, dim: int, before: str) -> None:
+    """A view would be an operator of the forward, and one of the backward."""
+    student, teacher = (torch.randn(6, 5, device=target.device, requires_grad=True) for _ in range(2))
+    node = dist_loss(student, teacher, dim=dim).grad_fn.next_functions[0][0]
+    assert before in node.name()
+
+
 def test_double_backward(target: Target) -> None:
     s, t = (x.requires_grad_() for x in draw(4, 5, device=target.device))
 

@@ -441,3 +441,16 @@ def _used() -> BNStatisticsLoss:
     with BNStatisticsLoss(layer, momentum=0.5) as statistics:
         layer(torch.zeros(2, 3))
     return statistics
+
+
+def test_what_is_returned_is_the_callers_to_change(target: Target) -> None:
+    """Mean and variance share no memory with what a backward needs."""
+    x = torch.randn(5, 3, 4, 4, device=target.device, requires_grad=True)
+    mean, var = (torch.rand(3, device=target.device) + 0.5 for _ in range(2))
+    (wanted,) = torch.autograd.grad(bn_statistics_loss(x, mean, var)[0], x)
+    loss, own_mean, own_var = bn_statistics_loss(x, mean, var)
+    own_mean.zero_()
+    own_var.fill_(7.0)
+    assert not own_mean.any()
+    (found,) = torch.autograd.grad(loss, x)
+    assert torch.equal(found, wanted)

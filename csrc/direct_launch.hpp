@@ -1,0 +1,134 @@
+// A compiled kernel's launch where nothing has changed since the last one: the greater part of what
+// kernels/launch.py does for each, in less time.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "fast_call.hpp"
+
+namespace kdfast {
+
+// One kernel on one geometry. It launches as Triton would, or does nothing and says so: where another driver,
+// device or knob is in force than when it was made, or somebody listens to launches.
+class DirectLaunch {
+ public:
+  // `told`: what stays the same, by the names below; those of Triton's objects are its own.
+  explicit DirectLaunch(const pybind11::dict& told)
+      : driver_(told["driver"]),
+        active_(told["active"]),
+        runtime_(told["runtime"]),
+        compilation_(told["compilation"]),
+        kernel_(told["kernel"]),
+        chain_(told["chain"]),
+        run_(told["run"]),
+        state_(told["state"]),
+        programs_(told["programs"]),
+        compiled_(told["compiled"]),
+        tail_(told["tail"]),
+        rest_(told["rest"]),
+        device_(pybind11::cast<long>(told["device"])),
+        stream_of_(device_ < 0 ? 0 : device_) {
+    if (state_.size() != 3) throw pybind11::value_error("state: three values are needed");
+  }
+
+  // True: launched. False: nothing was done. Null: an exception is set.
+  PyObject* launch(PyObject* varying, PyObject* further) const {
+    if (!PyTuple_Check(varying) || !PyTuple_Check(further)) {
+      PyErr_SetString(PyExc_TypeError, "launch: two tuples are needed");
+      return nullptr;
+    }
+    const int same = unchanged();
+    if (same <= 0) return same < 0 ? nullptr : Py_NewRef(Py_False);
+    const auto stream = owned(PyObject_CallMethodOneArg(active_.ptr(), names().stream, stream_of_.ptr()));
+    if (!stream) return nullptr;
+    std::vector<PyObject*> given;
+    given.reserve(16 + PyTuple_GET_SIZE(varying) + tail_.size() + PyTuple_GET_SIZE(further) + rest_.size());
+    append(given, programs_.ptr());
+    given.push_back(stream.ptr());
+    append(given, compiled_.ptr());
+    given.insert(given.end(), 3, Py_None);  // the hooks, and what they would be told
+    for (PyObject* const part : {varying, tail_.ptr(), further, rest_.ptr()}) append(given, part);
+    if (!owned(PyObject_Vectorcall(run_.ptr(), given.data(), given.size(), nullptr))) return nullptr;
+    return Py_NewRef(Py_True);
+  }
+
+ private:
+  struct Names {
+    PyObject *active = name("active"), *device = name("get_current_device"),
+             *stream = name("get_current_stream"), *debug = name("debug"),
+             *instrumentation = name("instrumentation_mode"), *stages = name("add_stages_inspection_hook"),
+             *pre_run = name("pre_run_hooks"), *enter = name("launch_enter_hook"),
+             *leave = name("launch_exit_hook"), *calls = name("calls");
+    static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
+  };
+
+  static const Names& names() {
+    static const Names all;
+    return all;
+  }
+
+  static pybind11::object owned(PyObject* made) {
+    return pybind11::reinterpret_steal<pybind11::object>(made);
+  }
+
+  static void append(std::vector<PyObject*>& given, PyObject* tuple) {
+    for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(tuple); ++at) given.push_back(PyTuple_GET_ITEM(tuple, at));
+  }
+
+  // Each says 1, 0, or -1 with an exception set.
+
+  static int equals(const pybind11::object& owner, PyObject* name, PyObject* wanted) {
+    const auto found = owned(PyObject_GetAttr(owner.ptr(), name));
+    return found ? PyObject_RichCompareBool(found.ptr(), wanted, Py_EQ) : -1;
+  }
+
+  static int is_empty(const pybind11::object& owner, PyObject* name) {
+    const auto found = owned(PyObject_GetAttr(owner.ptr(), name));
+    return found ? PyObject_Not(found.ptr()) : -1;
+  }
+
+  int is_silent(PyObject* hook_name) const {
+    const auto hook = owned(PyObject_GetAttr(runtime_.ptr(), hook_name));
+    if (!hook) return -1;
+    if (hook.is_none()) return 1;
+    return reinterpret_cast<PyObject*>(Py_TYPE(hook.ptr())) == chain_.ptr() ? is_empty(hook, names().calls)
+                                                                            : 0;
+  }
+
+  int is_on_device() const {
+    if (device_ < 0) return 1;  // there is no other
+    const auto current = owned(PyObject_CallMethodNoArgs(active_.ptr(), names().device));
+    if (!current) return -1;
+    const long index = PyLong_AsLong(current.ptr());
+    return index == -1 && PyErr_Occurred() ? -1 : index == device_;
+  }
+
+  int unchanged() const {
+    const auto active = owned(PyObject_GetAttr(driver_.ptr(), names().active));
+    if (!active) return -1;
+    if (active.ptr() != active_.ptr()) return 0;
+    int same = is_on_device();
+    if (same > 0) same = equals(runtime_, names().debug, PyTuple_GET_ITEM(state_.ptr(), 0));
+    if (same > 0) same = equals(compilation_, names().instrumentation, PyTuple_GET_ITEM(state_.ptr(), 1));
+    if (same > 0) same = equals(runtime_, names().stages, PyTuple_GET_ITEM(state_.ptr(), 2));
+    if (same > 0) same = is_empty(kernel_, names().pre_run);
+    if (same > 0) same = is_silent(names().enter);
+    if (same > 0) same = is_silent(names().leave);
+    return same;
+  }
+
+  const pybind11::object driver_, active_, runtime_, compilation_, kernel_, chain_, run_;
+  const pybind11::tuple state_, programs_, compiled_, tail_, rest_;
+  const long device_;
+  const pybind11::int_ stream_of_;
+};
+
+// launch(varying, further): whether it was done.
+inline pybind11::object direct_launch(const pybind11::dict& told) {
+  static PyMethodDef definition = {"launch", nullptr, 0, "Launch, or do nothing and return False."};
+  return fast_call<DirectLaunch, &DirectLaunch::launch>(definition, new DirectLaunch(told));
+}
+
+}  // namespace kdfast
