@@ -17,9 +17,8 @@ def noised(dtype: torch.dtype, *, channels_last: bool = False) -> Callable[[], o
     """DiffKD's latents: noising, the error in ε, the embedding's gradient."""
 
     def call() -> object:
-        x = _latents(dtype, channels_last)
-        found, timesteps, rows = feature_noise.layout(x), meta(256, dtype=torch.int64), meta(1280, 1024)
-        assert found is not None
+        x, found = feature_noise.laid_out(_latents(dtype, channels_last))
+        timesteps, rows = meta(256, dtype=torch.int64), meta(1280, 1024)
         feature_noise.add_noise_embed(x, found, timesteps, meta(1000), rows, x, 5)
         feature_noise.noise_mse(x, 5, loss=meta(1), grad=x)
         return feature_noise.embedding_gradient(x, found, timesteps, rows)

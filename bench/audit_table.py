@@ -24,6 +24,8 @@ from kdfast.reference.replay import Meta, SumLayout
 
 #: Temperature and divisor; no weights, no mask.
 SCALE = kl.Scale(4.0, 8.0, None, None)
+#: The loss alone, and no row of it.
+TOTAL = kl.Wanted(False, True)
 
 
 def _kl(
@@ -31,16 +33,8 @@ def _kl(
 ) -> Callable[[], object]:
     def call() -> object:
         student, teacher = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
-        return kl.kd_kl(
-            student,
-            teacher,
-            dim % len(shape),
-            SCALE,
-            reduce=True,
-            want_rows=False,
-            grad_student=torch.empty_like(student),
-            grad_teacher=torch.empty_like(teacher) if both else None,
-        )
+        gradients = torch.empty_like(student), torch.empty_like(teacher) if both else None
+        return kl.PLAIN((student, teacher), gradients, dim % len(shape), SCALE, TOTAL)
 
     return call
 
@@ -49,19 +43,8 @@ def _pair(kind: int, shape: tuple[int, int], dtype: torch.dtype) -> Callable[[],
     def call() -> object:
         student, teacher = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
         target = meta(shape[0], dtype=torch.int64) if kind == pair.DKD else None
-        return pair.pair_loss(
-            kind,
-            student,
-            teacher,
-            target,
-            1.0,
-            0.5,
-            1,
-            SCALE,
-            reduce=True,
-            want_rows=False,
-            grad_student=torch.empty_like(student),
-        )
+        own = pair.pair_arguments(kind, target, 1.0, 0.5)
+        return pair.PAIR((student, teacher), (torch.empty_like(student), None), 1, SCALE, TOTAL, None, *own)
 
     return call
 
@@ -78,7 +61,7 @@ def _step(dtype: torch.dtype, *, guided: bool, noise: bool = False, seeds: int =
             table,
             meta(1, dtype=torch.int64),
             dtype=dtype,
-            guidance=denoise.Guidance(4.0) if guided else denoise.NO_GUIDANCE,
+            guidance=(4.0, True, None) if guided else denoise.NO_GUIDANCE,
             seed=seed if noise else None,
         )
 
@@ -148,15 +131,9 @@ class _Buffer:
 def _topk(num_classes: int, dtype: torch.dtype) -> Callable[[], object]:
     def call() -> object:
         student, index = meta(4096, num_classes, dtype=dtype), meta(4096, 50, dtype=torch.int64)
-        return topk.topk(
-            student,
-            index,
-            meta(4096, 50),
-            meta(4096),
-            SCALE,
-            bucket=True,
-            reduce=True,
-            grad_student=torch.empty_like(student),
+        own = topk.topk_arguments(student, index, meta(4096, 50), meta(4096), True)
+        return topk.TOPK(
+            (student,), (torch.empty_like(student),), 1, SCALE, kl.Wanted(True, True), None, *own
         )
 
     return call
@@ -165,9 +142,7 @@ def _topk(num_classes: int, dtype: torch.dtype) -> Callable[[], object]:
 def _dist(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[], object]:
     def call() -> object:
         student, teacher = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
-        return dist.dist(
-            student, teacher, 1.0, 1.0, SCALE, grad_student=torch.empty_like(student), grad_teacher=None
-        )
+        return dist.run(student, teacher, 1.0, 1.0, SCALE, (torch.empty_like(student), None))
 
     return call
 

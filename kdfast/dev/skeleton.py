@@ -91,8 +91,8 @@ INSERTIONS = (
         "def _${name}(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[], object]:\n"
         "    def call() -> object:\n"
         "        student, teacher = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)\n"
-        "        grad = torch.empty_like(student)\n"
-        "        return ${name}.${name}(student, teacher, SCALE, reduce=True, grad_student=grad)\n\n"
+        "        gradients = torch.empty_like(student), None\n"
+        "        return ${name}.LAUNCHES((student, teacher), gradients, 1, SCALE, TOTAL)\n\n"
         "    return call\n\n\n",
         r"^bf16, fp32 = ",
         before=True,

@@ -22,7 +22,7 @@ from kdfast import capture
 from kdfast.diffusion.plans import SamplerPlan
 from kdfast.errors import ConfigError
 from kdfast.functional.denoise import Order, guidance
-from kdfast.ops.denoise import eager as ops
+from kdfast.ops import denoise as ops
 
 Mode = Literal["auto", "graph", "compile", "eager"]
 #: Called with the model input, a timestep for each of its rows, and the conditions; returns the raw output.

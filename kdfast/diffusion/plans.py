@@ -26,7 +26,7 @@ from kdfast.diffusion.schedulers.dpm import step_order
 from kdfast.diffusion.schedulers.euler import ancestral_table, euler_table
 from kdfast.diffusion.schedulers.flow import flow_table
 from kdfast.errors import ConfigError
-from kdfast.ops.denoise.eager import COLUMNS
+from kdfast.ops.denoise import COLUMNS
 
 SCHEDULERS: dict[str, Any] = {name: getattr(schedulers, name) for name in schedulers.__all__}
 _SCALE = COLUMNS.index("s")

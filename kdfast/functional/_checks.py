@@ -27,6 +27,11 @@ def check_tensor(name: str, value: Any, needed: str = "a tensor") -> None:
         check_dense(name, value)  # which says what it is
 
 
+def elsewhere(name: str, tensor: torch.Tensor, other: str, device: torch.device) -> ValueError:
+    """What is said of a tensor on another device than the one it is used with."""
+    return ValueError(f"{name}: is on {tensor.device}; {other} is on {device}, and they must match")
+
+
 def check_dense(name: str, value: torch.Tensor) -> None:
     """A tensor whose elements lie in memory one by one: every other layout fails deep inside, without a name."""
     if value.layout is not torch.strided or value.is_nested or value.is_quantized:
@@ -118,9 +123,7 @@ def _refuse_logits(student: torch.Tensor, teacher: torch.Tensor, names: tuple[st
         )
     if student.dim() == 0:
         raise ValueError(f"{names[0]}: got a 0-d tensor; logits need a class dimension")
-    raise ValueError(
-        f"{names[1]}: is on {teacher.device}; {names[0]} is on {student.device}, and they must match"
-    )
+    raise elsewhere(names[1], teacher, names[0], student.device)
 
 
 def refuse_distributed(name: str, tensor: torch.Tensor) -> None:
@@ -251,7 +254,7 @@ def check_channels(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
             f"{name}: got shape {tuple(value.shape)}; [{x.shape[1]}] is needed, one a channel of x"
         )
     if value.device != x.device:
-        raise ValueError(f"{name}: is on {value.device}; x is on {x.device}, and they must match")
+        raise elsewhere(name, value, "x", x.device)
 
 
 def check_number(

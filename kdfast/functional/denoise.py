@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdfast.documents import shown
 from kdfast.functional._checks import check_floating, check_int, check_real, check_tensor
-from kdfast.ops.denoise import eager as ops
+from kdfast.ops import denoise as ops
 from kdfast.profiling import annotate
 
 Order = Literal["cond_uncond", "uncond_cond"]

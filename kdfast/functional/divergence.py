@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
@@ -13,22 +13,9 @@ from kdfast.ops import pair as ops
 from kdfast.ops.common.gradients import Value
 from kdfast.ops.common.row_loss import Row
 from kdfast.profiling import annotate
-from kdfast.reference.pair import KINDS
+from kdfast.reference.pair import KINDS, Kind
 
 __all__ = ["Kind", "divergence_loss"]
-
-Kind = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "jeffreys",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "alpha",
-    "triangular",
-    "ab",
-]
 
 
 def check_kind(kind: str, alpha: float, beta: float) -> tuple[str, tuple[float, float]]:
@@ -142,14 +129,12 @@ def divergence_loss(
     row_weight = check_rowwise("row_weight", row_weight, rows, student)
     mask = check_rowwise("mask", mask, rows, student)
     divisor = reduction_divisor(reduction, student, axis, mask)
-    reduce = reduction != "none"
+    factors = axis, temperature, row_weight, mask, divisor, reduction != "none"
     if ratio == 1.0 and ratio_tensor is None:
         if kind_ in ("forward_kl", "reverse_kl"):
             first, second = (student, teacher) if kind_ == "forward_kl" else (teacher, student)
-            return kl.kd_kl(first, second, temperature, axis, row_weight, mask, divisor, reduce)
+            return kl.kl(first, second, Row((), *factors))
         if kind_ == "jsd":
-            row = Row(numbers, axis, temperature, row_weight, mask, divisor, reduce)
-            return ops.jsd(student, teacher, row)
+            return ops.jsd(student, teacher, Row(numbers, *factors))
     options = (float(KINDS.index(kind_)), *numbers, ratio)
-    row = Row(options, axis, temperature, row_weight, mask, divisor, reduce, factor=ratio_tensor)
-    return ops.divergence(student, teacher, row)
+    return ops.divergence(student, teacher, Row(options, *factors, factor=ratio_tensor))

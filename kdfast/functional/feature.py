@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast.functional._checks import check_bool, check_dense, check_floating, check_tensor, on_host
+from kdfast.functional._checks import (
+    check_bool,
+    check_dense,
+    check_floating,
+    check_tensor,
+    elsewhere,
+    on_host,
+)
 from kdfast.ops.feature import mix as ops
 from kdfast.ops.feature import noise as noise_ops
 from kdfast.profiling import annotate
@@ -79,9 +86,7 @@ def reparam_middle_loss(
         given.append(("noise_scale", noise_scale))
     for name, value in given:
         if value.device != device:
-            raise ValueError(
-                f"{name}: is on {value.device}; branches is on {branches.device}, and they must match"
-            )
+            raise elsewhere(name, value, "branches", branches.device)
         if name != "target" and value.shape != heads:
             raise ValueError(
                 f"{name}: got shape {tuple(value.shape)}; [{branches.shape[0]}] is needed, one value a branch"
@@ -133,7 +138,7 @@ def noise_mix(x: Tensor, gamma: Tensor, *, seed: int | Tensor) -> Tensor:
             f"gamma: got shape {tuple(gamma.shape)}; [{x.shape[0]}] (or [{x.shape[0]}, 1, …]) is needed, one a sample"
         )
     if gamma.device != x.device:
-        raise ValueError(f"gamma: is on {gamma.device}; x is on {x.device}, and they must match")
+        raise elsewhere("gamma", gamma, "x", x.device)
     return ops.noise_mix(x, gamma if gamma.dim() == 1 else gamma.reshape(-1), _seed(seed, x))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdfast.constants import constant
 from kdfast.documents import shown
-from kdfast.functional._checks import check_real, check_tensor, on_host
+from kdfast.functional._checks import check_real, check_tensor, elsewhere, on_host
 from kdfast.ops import images as ops
 from kdfast.profiling import annotate
 
@@ -160,9 +160,7 @@ def _check_draws(
         if value.shape != shape:
             raise ValueError(f"{name}: got shape {tuple(value.shape)}; {list(shape)} is needed")
         if value.device != images.device:
-            raise ValueError(
-                f"{name}: is on {value.device}; images is on {images.device}, and they must match"
-            )
+            raise elsewhere(name, value, "images", images.device)
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"offsets: got dtype {offsets.dtype}; accepted: int32, int64")
     if flips.is_floating_point() or flips.is_complex():
@@ -200,7 +198,7 @@ def _channel_tensor(name: str, value: PerChannel, images: Tensor) -> Tensor:
     if value.requires_grad:
         raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
     if value.device != images.device:
-        raise ValueError(f"{name}: is on {value.device}; images is on {images.device}, and they must match")
+        raise elsewhere(name, value, "images", images.device)
     if value.shape not in ((), (channels,)):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}; a number or [{channels}] is needed")
     return value.to(torch.float64).expand(channels)

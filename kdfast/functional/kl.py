@@ -20,6 +20,7 @@ from kdfast.functional._checks import (
 )
 from kdfast.functional._reduction import Reduction, reduction_divisor
 from kdfast.ops import kl as ops
+from kdfast.ops.common.row_loss import Row
 from kdfast.profiling import annotate
 from kdfast.reference.common import compute_dtype
 
@@ -80,7 +81,8 @@ def kd_kl_div(
         divisor = reduction_divisor(reduction, student, axis, mask)
     else:
         divisor = check_number("divisor", divisor, student, above=0.0)
-    return ops.kd_kl(student, teacher, temperature, axis, row_weight, mask, divisor, reduction != "none")
+    row = Row((), axis, temperature, row_weight, mask, divisor, reduction != "none")
+    return ops.kl(student, teacher, row)
 
 
 @annotate("distillation_loss")
@@ -157,35 +159,26 @@ def distillation_loss(
     if isinstance(divisor, torch.Tensor):
         divisor = divisor.to(compute_dtype(student, teacher))
     divisor = divisor / kd_weight if kd_weight else math.inf  # the factor is T² over this
-    labels = None
-    if (
-        ce_weight
-        and target is not None
-        and mixed_target is None
-        and ops.launches(student, teacher, ignore_index)
-    ):
+    factors = axis, temperature, row_weight, mask, divisor, reduction != "none"
+    if not ce_weight or target is None:
+        return ops.kl(student, teacher, Row((), *factors))
+    if mixed_target is None and ops.launches(student, teacher, ignore_index):  # the kernel finds the factors
         count = None
         if reduction not in ("sum", "none"):  # counted on the device: no host sync
             counts = target != ignore_index
             counted = counts if reduction != "rowmean" or mask is None else counts & mask
             count = counted.sum(dtype=torch.float32)
-        said = (target, count, float(label_smoothing), ce_weight, ignore_index)
-        factors = temperature, axis, row_weight, mask, divisor, reduction != "none"
-        return ops.counted_labels(student, teacher, *factors, said)
-    if ce_weight and target is not None:
-        dtype = compute_dtype(student, teacher)
-        factor = label_factor(target, ignore_index, ce_weight, reduction, mask, dtype)
-        second = None
-        if mixed_target is not None and share is not None:
-            second = label_factor(mixed_target, ignore_index, ce_weight, reduction, mask, dtype) * (1 - share)
-            factor = factor * share
-            second, mixed_target = second.contiguous(), mixed_target.contiguous()
-        labels = ops.Labels(
-            target.contiguous(), factor.contiguous(), mixed_target, second, float(label_smoothing)
-        )
-    return ops.kd_kl(
-        student, teacher, temperature, axis, row_weight, mask, divisor, reduction != "none", labels
-    )
+        options = (float(label_smoothing), ce_weight, float(ignore_index))
+        return ops.distillation(student, teacher, Row(options, *factors, target, count))
+    dtype = compute_dtype(student, teacher)
+    factor = label_factor(target, ignore_index, ce_weight, reduction, mask, dtype)
+    second = None
+    if mixed_target is not None and share is not None:
+        second = label_factor(mixed_target, ignore_index, ce_weight, reduction, mask, dtype) * (1 - share)
+        factor = factor * share
+        second, mixed_target = second.contiguous(), mixed_target.contiguous()
+    labels = target.contiguous(), factor.contiguous(), mixed_target, second
+    return ops.distillation(student, teacher, Row((float(label_smoothing),), *factors, *labels))
 
 
 class KDStatistics(NamedTuple):

@@ -14,6 +14,7 @@ from kdfast.functional._checks import (
     check_rowwise,
     check_temperature,
     check_tensor,
+    elsewhere,
     refuse_distributed,
 )
 from kdfast.functional._reduction import Reduction, reduction_divisor
@@ -296,9 +297,7 @@ def _check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: got dtype {tensor.dtype}; a floating-point tensor is needed")
     if tensor.device != like.device:
-        raise ValueError(
-            f"{name}: is on {tensor.device}; student_hidden is on {like.device}, and they must match"
-        )
+        raise elsewhere(name, tensor, "student_hidden", like.device)
 
 
 def _check_given(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:

@@ -66,12 +66,11 @@ def jsd_loss(
     row_weight = check_rowwise("row_weight", row_weight, rows, student)
     mask = check_rowwise("mask", mask, rows, student)
     divisor = reduction_divisor(reduction, student, axis, mask)
-    reduce = reduction != "none"
+    factors = axis, temperature, row_weight, mask, divisor, reduction != "none"
     if beta in (0.0, 1.0):
         first, second = (student, teacher) if beta == 0.0 else (teacher, student)
-        return kl.kd_kl(first, second, temperature, axis, row_weight, mask, divisor, reduce)
-    row = Row((0.0, beta), axis, temperature, row_weight, mask, divisor, reduce)
-    return ops.jsd(student, teacher, row)
+        return kl.kl(first, second, Row((), *factors))
+    return ops.jsd(student, teacher, Row((0.0, beta), *factors))
 
 
 @annotate("dkd_loss")

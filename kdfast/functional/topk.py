@@ -12,6 +12,7 @@ from kdfast.functional._checks import (
     check_rowwise,
     check_temperature,
     check_tensor,
+    elsewhere,
     on_host,
     savable,
 )
@@ -151,9 +152,7 @@ def _check_indices(
         raise ValueError(f"{first}: got k = 0; at least 1 is needed")
     for name, tensor in ((first, indices), (second, logits)):
         if tensor.device != student.device:
-            raise ValueError(
-                f"{name}: is on {tensor.device}; student is on {student.device}, and they must match"
-            )
+            raise elsewhere(name, tensor, "student", student.device)
     if logits.requires_grad:
         raise ValueError(
             f"{second}: requires grad; a cached teacher gets no gradient, pass {second}.detach()"

@@ -13,23 +13,21 @@ from kdfast.ops.common.row_loss import Row, launches, register, row_launcher
 from kdfast.reference import kl as reference
 from kdfast.reference.common import compute_dtype
 
-Labels = reference.Labels
-
-__all__ = ["Labels", "counted_labels", "distillation", "kd_kl", "kd_statistics", "kl", "launches"]
+__all__ = ["distillation", "kd_statistics", "kl", "launches"]
 
 
-def _labels(row: Row) -> Labels | None:
+def _labels(row: Row) -> reference.Labels | None:
     if row.label is None:
         return None
     factor = row.factor
     if len(row.options) > 1:
         factor = _factors(row)
     assert factor is not None
-    return Labels(row.label, factor, row.second, row.second_factor, row.options[0])
+    return reference.Labels(row.label, factor, row.second, row.second_factor, row.options[0])
 
 
 def _factors(row: Row) -> torch.Tensor:
-    """Each row's factor, of what :func:`counted_labels` says."""
+    """Each row's factor, of what :data:`distillation` says, as the kernel finds it itself."""
     _, weight, ignore = row.options
     assert row.label is not None
     counts = row.label != int(ignore)
@@ -80,62 +78,12 @@ def _closed(row: Row) -> ClosedRows | None:
     return lambda s, t, *needs: reference.kd_kl_closed(s, t, row.temperature, row.dim, *needs)
 
 
+#: T²·w·KL of each row over the divisor; no options.
 kl = register("kd_kl", _reference, _launch, _closed, _reference_gradients)
+#: With w times a cross-entropy: of ``label`` and ``second``, weighed by their factors; smoothing is the one option. On
+#: the Triton backend two more may follow, a weight and a class that is ignored: then a row's factor is that weight
+#: where its label is another, over ``factor``, 0-d, if given.
 distillation = register("distillation", _reference, _launch, None, _reference_gradients)
-
-
-def kd_kl(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    temperature: Value,
-    dim: int,
-    row_weight: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    divisor: Value,
-    reduce: bool,
-    labels: Labels | None = None,
-) -> torch.Tensor:
-    """T²·w·KL of each row over ``divisor``, summed when ``reduce``; arguments are checked by the caller.
-
-    Args:
-        student: Logits.
-        teacher: Logits of the same shape, on the same device.
-        temperature: T, a float or a 0-d tensor on the logits' device.
-        dim: Class dimension, non-negative.
-        row_weight: None, or the logits' shape without ``dim``.
-        mask: None, or bool of that shape.
-        divisor: A float or a 0-d tensor on the logits' device.
-        reduce: Sum the rows.
-        labels: Add w times the cross-entropy with these; tensors of one value a row, contiguous.
-    """
-    if labels is None:
-        return kl(student, teacher, Row((), dim, temperature, row_weight, mask, divisor, reduce))
-    *given, smoothing = labels
-    row = Row((smoothing,), dim, temperature, row_weight, mask, divisor, reduce, *given)
-    return distillation(student, teacher, row)
-
-
-def counted_labels(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    temperature: Value,
-    dim: int,
-    row_weight: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    divisor: Value,
-    reduce: bool,
-    labels: tuple[torch.Tensor, torch.Tensor | None, float, float, int],
-) -> torch.Tensor:
-    """:func:`kd_kl` with the labels' cross-entropy, on the Triton backend, where the kernel finds each row's factor.
-
-    ``labels``: the classes; over how many rows the cross-entropy is averaged, 0-d, or None for its sum; smoothing; its
-    weight; which class is ignored.
-    """
-    label, count, smoothing, weight, ignore = labels
-    options = (smoothing, weight, float(ignore))
-    return distillation(
-        student, teacher, Row(options, dim, temperature, row_weight, mask, divisor, reduce, label, count)
-    )
 
 
 def kd_statistics(

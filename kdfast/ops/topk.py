@@ -31,17 +31,20 @@ def _arguments(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> tuple[
     return kernels.TOPK, (student,), further, options
 
 
-def _topk_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
+def _kept(row: Row) -> reference.Kept:
     assert row.label is not None
+    return reference.Kept(row.label, row.factor, bool(row.options[0]))
+
+
+def _topk_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
     (student,) = without_masked(row.mask, row.dim, student)
-    rows = reference.topk_rows(student, row.label, teacher, row.factor, bool(row.options[0]), row.temperature)
+    rows = reference.topk_rows(student, teacher, _kept(row), row.temperature)
     return finish(rows, row.temperature, row.weight, row.mask, row.divisor, row.reduce)
 
 
 def _closed(row: Row) -> ClosedRows:
-    label, factor, bucket = row.label, row.factor, bool(row.options[0])
-    assert label is not None
-    return lambda s, t, need, _: reference.topk_closed(s, label, t, factor, bucket, row.temperature, need)
+    kept = _kept(row)
+    return lambda s, t, need, _: reference.topk_closed(s, t, kept, row.temperature, need)
 
 
 topk = register("topk_kd", _topk_reference, Launcher(_arguments), _closed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -10,12 +11,26 @@ from kdfast.reference.closed import Closed, closed_form
 from kdfast.reference.common import NEAR, compute_dtype
 from kdfast.reference.kl import kd_kl_rows
 
-__all__ = ["first_of_equals", "topk_closed", "topk_rows"]
+__all__ = ["Kept", "first_of_equals", "topk_closed", "topk_rows"]
 
 #: Below this a probability is computed again in float64: what is divided by it, or taken the logarithm of, overflows.
 LEAST = 1e-20
 Into = torch.Tensor | None
 Where = slice | torch.Tensor
+
+
+class Kept(NamedTuple):
+    """What was kept of a teacher beside its logits, and what is made of the rest.
+
+    Attributes:
+        classes: int64 ``[..., k]``: which the logits are of; negative: padding.
+        normalizer: Log-sum-exp of all its logits at T, one a row, or None.
+        bucket: Whether the classes that were not kept are one more outcome.
+    """
+
+    classes: torch.Tensor
+    normalizer: torch.Tensor | None
+    bucket: bool
 
 
 def first_of_equals(index: torch.Tensor) -> torch.Tensor:
@@ -28,39 +43,32 @@ def first_of_equals(index: torch.Tensor) -> torch.Tensor:
 
 
 def topk_rows(
-    student: torch.Tensor,
-    index: torch.Tensor,
-    logits: torch.Tensor,
-    normalizer: torch.Tensor | None,
-    bucket: bool,
-    temperature: torch.Tensor | float,
+    student: torch.Tensor, logits: torch.Tensor, kept: Kept, temperature: torch.Tensor | float
 ) -> torch.Tensor:
-    """KL over the k kept classes and, for ``bucket``, all others as one outcome; without the factor T².
+    """KL over the k kept classes and, for ``kept.bucket``, all others as one outcome; without the factor T².
 
     An index outside 0 … V - 1 and a logit of -inf are padding, a class counts the first time that it is named, and a
     row that names none is 0.
     """
-    dtype = compute_dtype(student)
+    index = kept.classes
     present = (index >= 0) & (index < student.shape[-1]) & (logits != -math.inf)
     present = present & first_of_equals(index.masked_fill(~present, -1))
     named = present.any(-1)
     safe = index.masked_fill(~present, 0)
     drop = ~named.unsqueeze(-1)  # before anything is computed: 0 times NaN would come back as a gradient
     student, logits = student.masked_fill(drop, 0.0), logits.masked_fill(drop, 0.0)
-    rows = _rows(student, safe, present | drop, logits, normalizer, bucket, temperature, dtype)
+    rows = _rows(student, logits, kept._replace(classes=safe), present | drop, temperature)
     return rows.masked_fill(~named, 0.0)
 
 
 def _rows(
     student: torch.Tensor,
-    safe: torch.Tensor,
-    present: torch.Tensor,
     logits: torch.Tensor,
-    normalizer: torch.Tensor | None,
-    bucket: bool,
+    named: Kept,
+    present: torch.Tensor,
     temperature: torch.Tensor | float,
-    dtype: torch.dtype,
 ) -> torch.Tensor:
+    (safe, normalizer, bucket), dtype = named, compute_dtype(student)
     scaled = student.to(dtype) / temperature
     kept = (logits.to(dtype) / temperature).masked_fill(~present, -math.inf)
     if not bucket:
@@ -96,10 +104,8 @@ def _kl_terms(p: torch.Tensor, q: torch.Tensor, delta: torch.Tensor, present: to
 
 def topk_closed(
     student: torch.Tensor,
-    index: torch.Tensor,
     logits: torch.Tensor,
-    normalizer: torch.Tensor | None,
-    bucket: bool,
+    kept: Kept,
     temperature: torch.Tensor | float,
     need_student: bool,
 ) -> Closed:
@@ -108,20 +114,23 @@ def topk_closed(
     With M = Σ p_c + p_o, classes outside K have T·∂/∂s_c = q_c·(M - p_o/q_o), those in K q_c·M - p_c. Rows that nearly
     agree, that name a class twice or none, or whose probabilities underflow take the definition, in float64.
     """
-    index = index.reshape(-1, index.shape[-1])
-    log_z = None if normalizer is None else normalizer.reshape(-1).to(torch.float32)
+    index = kept.classes.reshape(-1, kept.classes.shape[-1])
+    log_z = None if kept.normalizer is None else kept.normalizer.reshape(-1).to(torch.float32)
 
     def plain(s: torch.Tensor, t: torch.Tensor, rows: Where, grad: Into, _: Into) -> torch.Tensor:
-        form = _bucket if bucket else _renormalized
         present, safe, odd = _places(index[rows], t, s.shape[1])
-        loss = form(s, t, None if log_z is None else log_z[rows], (present, safe), temperature, grad)
+        if kept.bucket:
+            own = None if log_z is None else log_z[rows]
+            loss = _bucket(s, t, own, (present, safe), temperature, grad)
+        else:
+            loss = _renormalized(s, t, (present, safe), temperature, grad)
         return loss.masked_fill_(odd | (loss == math.inf), math.nan)
 
     def careful(s: torch.Tensor, t: torch.Tensor, rows: Where, grad: Into, _: Into) -> torch.Tensor:
         wide = None if log_z is None else log_z[rows].double()
         with torch.enable_grad():
             leaf = s.requires_grad_(grad is not None)
-            loss = topk_rows(leaf, index[rows], t, wide, bucket, temperature)
+            loss = topk_rows(leaf, t, Kept(index[rows], wide, kept.bucket), temperature)
             total = loss.sum()
         if grad is not None:
             grad.copy_(torch.autograd.grad(total, leaf)[0] * temperature)
@@ -191,7 +200,6 @@ def _bucket(
 def _renormalized(
     s: torch.Tensor,
     t: torch.Tensor,
-    log_z: torch.Tensor | None,
     places: tuple[torch.Tensor | None, torch.Tensor],
     temperature: torch.Tensor | float,
     grad: Into,

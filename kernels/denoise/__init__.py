@@ -25,6 +25,6 @@ multiplications, and the width of a load is known. The outermost size is not, so
 compiles nothing. Bodies: bodies.py.
 """
 
-from .launch import NO_GUIDANCE, Guidance, denoise_step, denoise_step_backward, mask_bytes, ordered_empty
+from .launch import NO_GUIDANCE, denoise_step, denoise_step_backward, mask_bytes, ordered_empty
 
-__all__ = ["NO_GUIDANCE", "Guidance", "denoise_step", "denoise_step_backward", "mask_bytes", "ordered_empty"]
+__all__ = ["NO_GUIDANCE", "denoise_step", "denoise_step_backward", "mask_bytes", "ordered_empty"]

@@ -12,23 +12,10 @@ from ..launch import Launches, Planned
 from .bodies import denoise_step_backward_kernel, denoise_step_kernel
 from .plan import step_plan
 
-
-class Guidance(NamedTuple):
-    """How a batched model output is read.
-
-    Attributes:
-        scale: g, or None: one output a sample.
-        cond_first: Whether the first half of the batch is the conditional one.
-        channels: Channels (dimension 1) that are guided; the rest is taken from the conditional half, or,
-            when the sample has a row for each half, from its own. None: all.
-    """
-
-    scale: float | None = None
-    cond_first: bool = True
-    channels: int | None = None
-
-
-NO_GUIDANCE = Guidance()
+#: How both halves of a batched model output are read: the scale g, or None for one output a sample; whether the first
+#: half is the conditional one; how many channels are guided, or None for all (kdfast.reference.denoise.Guidance).
+Guidance = tuple[float | None, bool, int | None]
+NO_GUIDANCE: Guidance = (None, True, None)
 
 
 class _Frame(NamedTuple):
@@ -49,13 +36,14 @@ class _Frame(NamedTuple):
 
 def _frame(shape: tuple[int, ...], rows: int, strides: Strides, guidance: Guidance) -> _Frame:
     """The frame of a sample of ``shape`` beside a model output of ``rows`` and ``strides``."""
-    if guidance.scale is None:
+    scale, cond_first, channels = guidance
+    if scale is None:
         return _Frame(shape, strides, strides, 0, 0, -1, False)
     batch = rows // 2
     doubled = shape[0] == 2 * batch and batch > 0
     first, second = 0, batch * strides[0]
-    cond, uncond = (first, second) if guidance.cond_first else (second, first)
-    partial = guidance.channels is not None and guidance.channels < shape[1]
+    cond, uncond = (first, second) if cond_first else (second, first)
+    partial = channels is not None and channels < shape[1]
     if not doubled:
         return _Frame(shape, strides, strides, cond, uncond, 1 if partial else -1, False)
     frame = (2, batch, *shape[1:])
@@ -72,7 +60,7 @@ def _planned(
     shape: tuple[int, ...],
     output: tuple[int, Strides],
     strides: tuple[Strides | None, ...],
-    guidance: tuple[float | None, bool, int | None],
+    guidance: Guidance,
     seed_rows: int,
     steps: int,
     flags: tuple[tuple[str, Any], ...],
@@ -82,8 +70,8 @@ def _planned(
     Only what is read takes part: each further tensor may keep dimensions from merging. ``seed_rows``: 0 without a seed.
     """
     rows, output_strides = output
-    guide, told = Guidance(*guidance), dict(flags)
-    frame = _frame(shape, rows, output_strides, guide)
+    (scale, _, channels), told = guidance, dict(flags)
+    frame = _frame(shape, rows, output_strides, guidance)
     walked = {
         name: frame.spread(own) for name, own in zip(_OPERANDS, strides, strict=True) if own is not None
     }
@@ -101,7 +89,7 @@ def _planned(
     seed_row = plan.numel // seed_rows if seed_rows > 1 else 0
     constants |= {name: found.get(name) for name in (*_OPERANDS, "OUT", "OWN", "E")} | told
     constants.update(
-        GUIDED=guide.scale is not None,
+        GUIDED=scale is not None,
         OWN_ROWS=frame.doubled,
         HAS_SEED=seed_rows > 0,
         SEED_ROW=seed_row,
@@ -118,7 +106,7 @@ def _planned(
     following = strides[_OPERANDS.index("NEXT")]
     copy = 0 if following is None else shape[0] * following[0]
     fixed = (steps, plan.numel, plan.inner, frame.cond, frame.uncond, variance, copy)
-    return grid, fixed, constants | {"guided_channels": guide.channels or 0}
+    return grid, fixed, constants | {"guided_channels": channels or 0}
 
 
 _OPERANDS = ("Y", "X", "H1", "H2", "H3", "Z", "M", "NEXT")
@@ -147,7 +135,7 @@ def denoise_step(
     step: int | torch.Tensor,
     *,
     dtype: torch.dtype,
-    guidance: tuple[float | None, bool, int | None] = NO_GUIDANCE,
+    guidance: Guidance = NO_GUIDANCE,
     history: Sequence[torch.Tensor] = (),
     noise: torch.Tensor | None = None,
     seed: int | torch.Tensor | None = None,
@@ -245,7 +233,7 @@ def denoise_step_backward(
     grad_sample: torch.Tensor | None,
     grad_output: torch.Tensor | None,
     order: Sequence[int],
-    guidance: tuple[float | None, bool, int | None] = NO_GUIDANCE,
+    guidance: Guidance = NO_GUIDANCE,
     mask: torch.Tensor | None = None,
 ) -> None:
     """Launch the backward kernel once, into ``grad_sample`` and ``grad_output`` (either may be None).
@@ -283,13 +271,13 @@ def _planned_backward(
     output: tuple[int, Strides] | None,
     strides: tuple[Strides | None, ...],
     order: tuple[int, ...],
-    guidance: tuple[float | None, bool, int | None],
+    guidance: Guidance,
     step_on_device: bool,
     steps: int,
 ) -> Planned:
     """Plan the gradient; ``strides`` of those of y and m, and of the sample's."""
-    guide = Guidance(*guidance)
-    frame = None if output is None else _frame(shape, *output, guide)
+    scale, _, channels = guidance
+    frame = None if output is None else _frame(shape, *output, guidance)
     walked = [own for own in strides if own is not None] + ([] if frame is None else [frame.output])
     pinned = -1 if frame is None else frame.pinned
     plan = walk(shape, order, tuple(walked), pinned=pinned, aligned=8)
@@ -298,11 +286,11 @@ def _planned_backward(
     for name, own in zip(("GY", "GM", "GX", "GO"), (*strides, output), strict=True):
         constants[name] = None if own is None else next(found)
     offsets = (0, 0) if frame is None else (frame.cond, frame.uncond)
-    constants |= {"STEP_ON_DEVICE": step_on_device, "GUIDED": guide.scale is not None}
+    constants |= {"STEP_ON_DEVICE": step_on_device, "GUIDED": scale is not None}
     return (
         grid,
         (steps, plan.numel, plan.inner, *offsets),
-        constants | {"guided_channels": guide.channels or 0},
+        constants | {"guided_channels": channels or 0},
     )
 
 

@@ -18,6 +18,6 @@ dist_plan in plan.py. Bodies: bodies.py.
 """
 
 from ..common.scale import Scale
-from .launch import Values, dist, run
+from .launch import Values, run
 
-__all__ = ["Scale", "Values", "dist", "run"]
+__all__ = ["Scale", "Values", "run"]

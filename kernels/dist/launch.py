@@ -24,42 +24,6 @@ class Values(NamedTuple):
     column: torch.Tensor
 
 
-def dist(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    beta: float,
-    gamma: float,
-    scale: Scale,
-    *,
-    reduce: bool = True,
-    grad_student: torch.Tensor | None = None,
-    grad_teacher: torch.Tensor | None = None,
-    upstream: torch.Tensor | None = None,
-    exit_if_one: bool = False,
-) -> torch.Tensor | None:
-    """Three launches for the loss, one more for gradients.
-
-    Args:
-        student: Logits ``[..., V]``, any strides; bfloat16, float16 or float32.
-        teacher: Logits of the same shape, its own strides and dtype.
-        beta: Weight of the rows' correlation.
-        gamma: Weight of the columns'.
-        scale: Temperature and divisor; no row factors.
-        reduce: Write the loss.
-        grad_student: Written with the gradient, when given; its own strides.
-        grad_teacher: The same for the teacher.
-        upstream: One value that multiplies the gradients.
-        exit_if_one: Do nothing if it is 1: the gradients are there already.
-
-    Returns:
-        The 0-d loss when ``reduce``, else None.
-    """
-    grads = (grad_student, grad_teacher)
-    return run(
-        student, teacher, beta, gamma, scale, grads, reduce=reduce, upstream=upstream, exit_if_one=exit_if_one
-    )[0]
-
-
 def run(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -74,23 +38,23 @@ def run(
     fresh: bool = False,
     values: Values | None = None,
 ) -> tuple[torch.Tensor | None, Values | None]:
-    """:func:`dist`, and the values that spare a later call for gradients of the same logits all but its last launch.
+    """Three launches for the loss, one more for gradients.
 
     Args:
-        student: Like the next ones, as of :func:`dist`.
-        teacher: See above.
-        beta: See above.
-        gamma: See above.
-        scale: See above.
-        gradients: Of student and teacher; None where it is not wanted.
+        student: Logits ``[..., V]``, any strides; bfloat16, float16 or float32.
+        teacher: Logits of the same shape, its own strides and dtype.
+        beta: Weight of the rows' correlation.
+        gamma: Weight of the columns'.
+        scale: Temperature and divisor; no row factors.
+        gradients: Written: of student and teacher, each its own strides; None where it is not wanted.
         reduce: Write the loss; not with ``values``.
         upstream: One value that multiplies the gradients.
-        exit_if_one: Do nothing if it is 1.
+        exit_if_one: Do nothing if it is 1: the gradients are there already.
         fresh: Whether the gradients are ``torch.empty_like`` of what they belong to.
-        values: What an earlier call gave back.
+        values: What an earlier call of the same logits gave back: only the last launch is left to do.
 
     Returns:
-        The loss or None; values, None where strides had too many groups for a launch without copies.
+        The 0-d loss or None; values, None where strides had too many groups for a launch without copies.
     """
     temperature, divisor, *_ = scale = scale.on(student.device)
     reads = (student, teacher)

@@ -79,12 +79,10 @@ class Layout:
     last: bool
 
 
-def layout(x: torch.Tensor) -> Layout | None:
-    """How ``x`` lies, or None where it has to be copied first."""
-    channels, span = x.shape[1], math.prod(x.shape[2:])
-    if x.is_contiguous():
-        return Layout(channels, span, False)
-    return Layout(channels, span, True) if x.movedim(1, -1).is_contiguous() else None
+def laid_out(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
+    """``x``, or a copy where it lies in no way that is read, and how that lies."""
+    last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    return x if last else x.contiguous(), Layout(x.shape[1], math.prod(x.shape[2:]), last)
 
 
 def add_noise_embed(

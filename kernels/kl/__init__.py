@@ -40,16 +40,6 @@ Launch plans: plan.py. Kernel bodies: the files named after them.
 
 from ..common.launch_rows import Wanted
 from ..common.scale import Scale
-from .launch import LABELS, PLAIN, STATISTICS, Labels, Statistics, kd_kl, label_arguments
+from .launch import LABELS, PLAIN, STATISTICS
 
-__all__ = [
-    "LABELS",
-    "PLAIN",
-    "STATISTICS",
-    "Labels",
-    "Scale",
-    "Statistics",
-    "Wanted",
-    "kd_kl",
-    "label_arguments",
-]
+__all__ = ["LABELS", "PLAIN", "STATISTICS", "Scale", "Wanted"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 
-from ..common.launch_rows import Before, RowLaunches, RowPlan, Rows, Wanted, in_place, loop_sizes
-from ..common.scale import Scale
+from ..common.launch_rows import Before, RowLaunches, RowPlan, Rows, in_place, loop_sizes
 from ..common.tile import tile_grid, tile_sizes
 from ..machine import machine_of
 from . import chunks as _kl_chunks
@@ -17,84 +15,6 @@ from . import rows as _kl_rows
 from . import split as _kl_split
 from . import two_pass as _kl_two_pass
 from .plan import KLPlan, kl_plan
-
-
-class Labels(NamedTuple):
-    """Hard labels on the same pass (labels.py).
-
-    ``label`` is int64, one a row; ``factor`` its float32 factor in the loss, 0 where it is ignored. ``second``
-    and ``second_factor`` are the same for the other label of a mixed sample, or None. All contiguous.
-
-    With ``ignore``, a class, the factor is ``weight`` where the label is another, over ``factor``, 0-d, if given.
-    """
-
-    label: torch.Tensor
-    factor: torch.Tensor | None
-    second: torch.Tensor | None
-    second_factor: torch.Tensor | None
-    smoothing: float
-    weight: float = 0.0
-    ignore: int | None = None
-
-
-class Statistics(NamedTuple):
-    """Written a row, when given: the teacher's class (int64), its probability at T = 1 (float32), agreement (bool)."""
-
-    teacher_class: torch.Tensor
-    teacher_prob: torch.Tensor
-    agreement: torch.Tensor
-
-
-def kd_kl(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    dim: int,
-    scale: Scale,
-    *,
-    reduce: bool,
-    want_rows: bool = True,
-    grad_student: torch.Tensor | None = None,
-    grad_teacher: torch.Tensor | None = None,
-    upstream: torch.Tensor | None = None,
-    exit_if_one: bool = False,
-    labels: Labels | None = None,
-    statistics: Statistics | None = None,
-) -> torch.Tensor:
-    """Launch the KL kernel once.
-
-    Args:
-        student: Logits, any strides; bfloat16, float16 or float32.
-        teacher: Logits of the same shape, its own strides and dtype.
-        dim: Class dimension, non-negative.
-        scale: The row factors.
-        reduce: Also sum the rows, in this launch and in a fixed order.
-        want_rows: Store the rows (implied when not ``reduce``).
-        grad_student: Written with the gradient, when given; its own strides. It may be ``student`` itself.
-        grad_teacher: The same for the teacher.
-        upstream: Multiplies loss and gradients: one value, or contiguous, one a row.
-        exit_if_one: Do nothing if the single upstream value is 1: the gradients are there already.
-        labels: Add the cross-entropy with these labels.
-        statistics: Also written.
-
-    Returns:
-        The 0-d loss when ``reduce``, else one float32 value a row.
-    """
-    scale = scale.on(student.device)
-    family, further, options = PLAIN, (), ()
-    if labels is not None:
-        family, (further, options) = LABELS, label_arguments(labels)
-    elif statistics is not None:
-        family, further = STATISTICS, statistics
-    want = Wanted(want_rows or not reduce, reduce, exit_if_one)
-    gradients = (grad_student, grad_teacher)
-    return family((student, teacher), gradients, dim, scale, want, upstream, further, options)
-
-
-def label_arguments(labels: Labels) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """(what varies of a launch beside its rows, what its plan depends on)."""
-    *further, ignore = labels
-    counted = ignore is not None and labels.factor is not None
-    return tuple(further), (1 if labels.second is None else 2, ignore, counted)
 
 
 def _plan(at: Rows, *, plain: bool) -> KLPlan:
@@ -155,12 +75,17 @@ def _kernel(plan: KLPlan, at: Rows) -> tuple[Any, dict[str, Any]]:
 
 
 PLAIN = RowLaunches(_planned)
+#: With hard labels on the same pass (labels.py). Further, all tensors contiguous: int64 labels, one a row, and their
+#: float32 factors in the loss, 0 where one is ignored; the same for the other label of a mixed sample, or None;
+#: smoothing; a weight. Options: labels a row; a class that is ignored, or None; whether a count is given. With such a
+#: class a row's factor is the weight where its label is another, over the count, 0-d, in the factors' place.
 LABELS = RowLaunches(
     lambda at, kinds, ignore, counted: _planned(
         at, stored={"LABELS": kinds, "IGNORE": ignore, "COUNTED": counted}
     ),
     ("label_ptr", "factor_ptr", "second_label_ptr", "second_factor_ptr", "smoothing", "label_weight"),
 )
+#: With what is written a row: the teacher's class (int64), its probability at T = 1 (float32), agreement (bool).
 STATISTICS = RowLaunches(
     lambda at: _planned(at, stored={"STATS": True}), ("class_ptr", "probability_ptr", "agreement_ptr")
 )

@@ -41,7 +41,6 @@ from .launch import (
     TOTAL_VARIATION,
     TRIANGULAR,
     pair_arguments,
-    pair_loss,
 )
 
 __all__ = [
@@ -58,5 +57,4 @@ __all__ = [
     "TOTAL_VARIATION",
     "TRIANGULAR",
     "pair_arguments",
-    "pair_loss",
 ]

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..common.launch_rows import RowLaunches, RowPlan, Rows, Wanted, loop_sizes
-from ..common.scale import Scale, value_and_pointer
+from ..common.launch_rows import RowLaunches, RowPlan, Rows, loop_sizes
+from ..common.scale import value_and_pointer
 from ..common.tile import tile_grid, tile_sizes
 from . import bodies
 from .plan import pair_plan
@@ -17,47 +17,6 @@ JSD, DKD = 0, 1
 FORWARD_KL, REVERSE_KL, JEFFREYS, SKEW_FORWARD_KL, SKEW_REVERSE_KL, TOTAL_VARIATION, ALPHA, TRIANGULAR, AB = (
     range(2, 11)
 )
-
-
-def pair_loss(
-    kind: int,
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    target: torch.Tensor | None,
-    alpha: float,
-    beta: float,
-    dim: int,
-    scale: Scale,
-    *,
-    reduce: bool,
-    want_rows: bool = True,
-    grad_student: torch.Tensor | None = None,
-    grad_teacher: torch.Tensor | None = None,
-    upstream: torch.Tensor | None = None,
-    exit_if_one: bool = False,
-    ratio: torch.Tensor | float = 1.0,
-) -> torch.Tensor:
-    """Launch the kernel once.
-
-    Args:
-        kind: ``JSD``, ``DKD``, or a divergence.
-        student: Logits, any strides; bfloat16, float16 or float32.
-        teacher: Logits of the same shape, its own strides and dtype.
-        target: The rows' target classes, contiguous, for DKD.
-        alpha: α of DKD and of the AB-divergence.
-        beta: β of JSD, DKD and the AB-divergence; of another its number, if it has one.
-        dim: Class dimension, non-negative.
-        scale: The row factors; ``ratio``, at the end, the student's temperature over the teacher's, a float or a
-            0-d tensor on the device, 1 for one temperature (never for DKD); the rest as of
-            :func:`kdfast.kernels.kl.kd_kl`.
-
-    Returns:
-        The 0-d loss when ``reduce``, else one float32 value a row.
-    """
-    want = Wanted(want_rows or not reduce, reduce, exit_if_one)
-    gradients = (grad_student, grad_teacher)
-    further, options = pair_arguments(kind, target, alpha, beta, ratio)
-    return PAIR((student, teacher), gradients, dim, scale, want, upstream, further, options)
 
 
 def pair_arguments(
@@ -70,7 +29,14 @@ def pair_arguments(
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """(what varies of a launch beside its rows, what its plan depends on).
 
-    ``ignore``: rows of this target do not count.
+    Args:
+        kind: ``JSD``, ``DKD``, or a divergence.
+        target: The rows' target classes, contiguous, for DKD.
+        alpha: α of DKD and of the AB-divergence.
+        beta: β of JSD, DKD and the AB-divergence; of another its number, if it has one.
+        ratio: The student's temperature over the teacher's, a float or a 0-d tensor on the device; 1 for one
+            temperature, and always for DKD.
+        ignore: Rows of this target do not count.
     """
     if type(ratio) is float:
         return (target, float(alpha), float(beta), ratio, None), (kind, ratio != 1.0, False, ignore)

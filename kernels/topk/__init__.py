@@ -15,6 +15,6 @@ stays in the cache between its two reads (3N where it does not); renormalize onl
 Launch plan: one row a program, at most 4096 classes at a time, 16 a thread: topk_plan in plan.py. Body: bodies.py.
 """
 
-from .launch import TOPK, topk, topk_arguments
+from .launch import TOPK, topk_arguments
 
-__all__ = ["TOPK", "topk", "topk_arguments"]
+__all__ = ["TOPK", "topk_arguments"]

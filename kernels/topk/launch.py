@@ -7,42 +7,9 @@ from typing import Any
 
 import torch
 
-from ..common.launch_rows import RowLaunches, RowPlan, Rows, Wanted
-from ..common.scale import Scale
+from ..common.launch_rows import RowLaunches, RowPlan, Rows
 from . import bodies
 from .plan import topk_plan
-
-
-def topk(
-    student: torch.Tensor,
-    index: torch.Tensor,
-    logits: torch.Tensor,
-    normalizer: torch.Tensor | None,
-    scale: Scale,
-    *,
-    bucket: bool,
-    reduce: bool,
-    want_rows: bool = True,
-    grad_student: torch.Tensor | None = None,
-    upstream: torch.Tensor | None = None,
-    exit_if_one: bool = False,
-) -> torch.Tensor:
-    """Launch the kernel once.
-
-    Args:
-        student: Logits ``[..., V]``, any strides; bfloat16, float16 or float32.
-        index: int64 ``[..., k]``, contiguous; negative: padding.
-        logits: Of the teacher at those classes, contiguous.
-        normalizer: The teacher's log-sum-exp at T of each row, contiguous, or None.
-        scale: The row factors.
-        bucket: Whether the other classes are one more outcome. The rest as of :func:`kdfast.kernels.kl.kd_kl`.
-
-    Returns:
-        The 0-d loss when ``reduce``, else one float32 value a row.
-    """
-    further, options = topk_arguments(student, index, logits, normalizer, bucket)
-    want = Wanted(want_rows or not reduce, reduce, exit_if_one)
-    return TOPK((student,), (grad_student,), student.dim() - 1, scale, want, upstream, further, options)
 
 
 def topk_arguments(
@@ -52,7 +19,15 @@ def topk_arguments(
     normalizer: torch.Tensor | None,
     bucket: bool,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """(what varies of a launch beside its rows, what its plan depends on)."""
+    """(what varies of a launch beside its rows, what its plan depends on).
+
+    Args:
+        student: Logits ``[..., V]``.
+        index: int64 ``[..., k]``, contiguous; negative: padding.
+        logits: Of the teacher at those classes, contiguous.
+        normalizer: The teacher's log-sum-exp at T of each row, contiguous, or None.
+        bucket: Whether the other classes are one more outcome.
+    """
     k = index.shape[-1]
     if k > 1 and not _compares(student.shape[-1], k) and student.numel():
         index = _once(index, logits)

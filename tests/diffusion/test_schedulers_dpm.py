@@ -14,7 +14,7 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 from kdfast.diffusion import DPMSolverMultistepScheduler  # noqa: E402
-from kdfast.ops.denoise.eager import COLUMNS  # noqa: E402
+from kdfast.ops.denoise import COLUMNS  # noqa: E402
 from tests.conftest import INTERPRETING, Target  # noqa: E402
 from tests.diffusion.test_schedulers_ddim import deviation, inputs  # noqa: E402
 

@@ -162,9 +162,8 @@ def test_a_gradient_may_go_over_its_logits(machine: str, apart: float) -> None:
     with kdfast.use_backend("reference"):
         kd_kl_div(inputs, teacher.double(), 2.0, reduction="sum").backward()
     with use_machine(machine):
-        kernels.kd_kl(
-            student, teacher, 1, kernels.Scale(2.0, 1.0, None, None), reduce=True, grad_student=student
-        )
+        scale, wanted = kernels.Scale(2.0, 1.0, None, None), kernels.Wanted(True, True)
+        kernels.PLAIN((student, teacher), (student, None), 1, scale, wanted)
     assert inputs.grad is not None
     size = float(inputs.grad.abs().max())
     assert_verbose_allclose(student / size, inputs.grad / size, rtol=1e-4, atol=1e-4)

@@ -113,12 +113,12 @@ def test_a_class_that_does_not_exist_is_not_read(target: Target, wrong: int) -> 
     if target.backend == "reference":
         pytest.skip("refused there: a label in host memory costs nothing to look at")
     from kdfast.kernels import pair as kernels
+    from kdfast.kernels.common.launch_rows import Wanted
     from kdfast.kernels.common.scale import Scale
 
     student, teacher = (torch.randn(2, 12, device=target.device) for _ in range(2))
     classes = torch.tensor([wrong, TARGET], device=target.device)
-    rows = kernels.pair_loss(
-        kernels.DKD, student, teacher, classes, 1.0, 2.0, 1, Scale(2.0, 1.0, None, None), reduce=False
-    )
+    scale, own = Scale(2.0, 1.0, None, None), kernels.pair_arguments(kernels.DKD, classes, 1.0, 2.0)
+    rows = kernels.PAIR((student, teacher), (None, None), 1, scale, Wanted(True, False), None, *own)
     assert rows[0].isnan()
     assert rows[1].isfinite()

@@ -30,7 +30,7 @@ from kdfast.reference.replay import Meta, SumLayout
 from tests.support.widths import faults_of, follow, meta
 
 F32, INT64 = torch.float32, torch.int64
-SCALE = kl.Scale(4.0, 8.0, None, None)
+SCALE, WANTED = kl.Scale(4.0, 8.0, None, None), kl.Wanted(True, True)
 
 #: Logits whose class dimension is not the last, by what the plan makes of them; rows of a transposed matrix, too.
 ACROSS = {
@@ -68,20 +68,17 @@ def test_kl(layout: str, machine: str, riding: str) -> None:
     student, dim = logits(layout)
     rows = (student.numel() // student.shape[dim],)
     label, factor = meta(*rows, dtype=INT64), meta(*rows, dtype=F32)
+
+    def call() -> None:
+        both = torch.empty_like(student), torch.empty_like(student)
+        if riding == "labels":
+            labels = (label, factor, label, factor, 0.1, 0.0)
+            kl.LABELS((student, student), both, dim, SCALE, WANTED, None, labels, (2, None, False))
+        else:
+            kl.PLAIN((student, student), both, dim, SCALE, WANTED)
+
     with use_machine(machine):
-        found = faults_of(
-            lambda: kl.kd_kl(
-                student,
-                student,
-                dim,
-                SCALE,
-                reduce=True,
-                grad_student=torch.empty_like(student),
-                grad_teacher=torch.empty_like(student),
-                labels=kl.Labels(label, factor, label, factor, 0.1) if riding == "labels" else None,
-            ),
-            int(machine[:2]),
-        )
+        found = faults_of(call, int(machine[:2]))
     assert found == []
 
 
@@ -91,7 +88,7 @@ def test_a_gradient_alone_may_lie_across(layout: str) -> None:
     dense = torch.empty(student.shape, dtype=student.dtype, device="meta").movedim(dim, -1).contiguous()
     dense = dense.movedim(-1, dim)
     across, _ = logits(layout)
-    assert faults_of(lambda: kl.kd_kl(dense, dense, dim, SCALE, reduce=True, grad_student=across)) == []
+    assert faults_of(lambda: kl.PLAIN((dense, dense), (across, None), dim, SCALE, WANTED)) == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -101,8 +98,8 @@ def test_pair(layout: str, kind: int) -> None:
     target = meta(student.numel() // student.shape[dim], dtype=INT64) if kind == pair.DKD else None
 
     def call() -> object:
-        grads = {"grad_student": torch.empty_like(student), "grad_teacher": torch.empty_like(student)}
-        return pair.pair_loss(kind, student, student, target, 1.0, 0.5, dim, SCALE, reduce=True, **grads)
+        both, own = (torch.empty_like(student),) * 2, pair.pair_arguments(kind, target, 1.0, 0.5)
+        return pair.PAIR((student, student), both, dim, SCALE, WANTED, None, *own)
 
     assert faults_of(call) == []
 
@@ -115,8 +112,8 @@ def test_dist_and_topk(layout: str) -> None:
 
     def call() -> None:
         grad = torch.empty_like(student)
-        dist.dist(student, student, 1.0, 1.0, SCALE, grad_student=grad, grad_teacher=grad)
-        topk.topk(student, *kept, SCALE, bucket=True, reduce=True, grad_student=grad)
+        dist.run(student, student, 1.0, 1.0, SCALE, (grad, grad))
+        topk.TOPK((student,), (grad,), 1, SCALE, WANTED, None, *topk.topk_arguments(student, *kept, True))
 
     assert faults_of(call) == []
 
@@ -124,7 +121,7 @@ def test_dist_and_topk(layout: str) -> None:
 def test_more_rows_than_a_launch_has_programs_are_refused() -> None:
     student = meta(2**31, 2)
     with pytest.raises(ValueError, match="rows: got 2147483648; accepted: fewer than 2147418112"):
-        kl.kd_kl(student, student, 1, SCALE, reduce=True)
+        kl.PLAIN((student, student), (None, None), 1, SCALE, WANTED)
 
 
 #: [B, C, H, W] of 2³¹ elements: in many samples, in one, in one of few channels, in short planes.
@@ -184,9 +181,8 @@ def test_distance_of_statistics(name: str, last: bool) -> None:
 @of_shapes
 @in_layouts
 def test_features(name: str, last: bool) -> None:
-    x = images_of(name, last)
-    found, seed = noise.layout(x), meta(1, dtype=INT64)
-    assert found is not None
+    x, found = noise.laid_out(images_of(name, last))
+    seed = meta(1, dtype=INT64)
     batch, channels = x.shape[:2]
     timesteps, table = meta(batch, dtype=INT64), meta(1000, dtype=F32)
 
@@ -225,7 +221,7 @@ def test_denoising(name: str, last: bool, doubled: bool) -> None:
     if doubled and batch == 1:
         return
     output = meta(2 * half, 2 * channels, height, width).to(memory_format=layout)
-    guidance = denoise.Guidance(4.0, True, 1)
+    guidance = (4.0, True, 1)
 
     def call() -> None:
         denoise.denoise_step(

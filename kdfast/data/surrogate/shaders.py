@@ -178,9 +178,8 @@ def _rendered(
         # Time 0 is what the programs were chosen by, so it comes last.
         time = frames[which] + 0.37 * attempt if attempt < _RETRIES else 0 * frames[which]
         moment = torch.frac(time * _GOLDEN).float().to(device)
-        return render_shaders(
-            lot.codes, lot.values, lot.rates, rows[which].to(device), moment, *shape, antialias, torch.uint8
-        )
+        shown = reference.Programs(lot.codes, lot.values, lot.rates, rows[which].to(device), moment)
+        return render_shaders(shown, *shape, antialias, torch.uint8)
 
     images = draw(torch.arange(len(rows)), 0)
     for attempt in range(1, _RETRIES + 1):
@@ -229,16 +228,6 @@ def _filtered(n: int, draw: Callable[[int, int], Program]) -> list[Program]:
 def _shows(programs: Sequence[Program]) -> list[bool]:
     lot, count = table(programs), len(programs)
     # Always on the CPU, where the programs are: the bits are every backend's.
-    images = reference.render(
-        lot.codes,
-        lot.values,
-        lot.rates,
-        torch.arange(count),
-        torch.zeros(count),
-        _TRIAL,
-        _TRIAL,
-        1,
-        torch.uint8,
-    )
-    shown: list[bool] = usable(images).tolist()
+    trial = reference.Programs(lot.codes, lot.values, lot.rates, torch.arange(count), torch.zeros(count))
+    shown: list[bool] = usable(reference.render(trial, _TRIAL, _TRIAL, 1, torch.uint8)).tolist()
     return shown

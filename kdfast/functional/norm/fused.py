@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from kdfast.documents import shown
-from kdfast.functional._checks import check_bool, check_channels, check_floating, check_real, check_tensor
+from kdfast.functional._checks import (
+    check_bool,
+    check_channels,
+    check_floating,
+    check_real,
+    check_tensor,
+    elsewhere,
+)
 from kdfast.ops.norm import eager as ops
 from kdfast.profiling import annotate
 from kdfast.reference.norm.fused import BatchNorm
@@ -178,7 +185,7 @@ def _like(name: str, value: Tensor, x: Tensor) -> None:
             f"{name}: got shape {tuple(value.shape)}; x has {tuple(x.shape)}, and they must match"
         )
     if value.device != x.device:
-        raise ValueError(f"{name}: is on {value.device}; x is on {x.device}, and they must match")
+        raise elsewhere(name, value, "x", x.device)
 
 
 #: What a norm holds a value a channel of.

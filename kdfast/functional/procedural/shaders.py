@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.documents import shown
-from kdfast.functional._checks import check_int, check_sizes, check_tensor, on_host
+from kdfast.functional._checks import check_int, check_sizes, check_tensor, elsewhere, on_host
 from kdfast.ops.procedural import shaders as ops
 from kdfast.profiling import annotate
 from kdfast.reference.procedural.shaders import SLOTS, Op
@@ -64,9 +64,7 @@ def render_shaders(
         if tensor.dtype != kind:
             raise TypeError(f"{name}: got dtype {tensor.dtype}; {kind} is needed")
         if tensor.device != codes.device:
-            raise ValueError(
-                f"{name}: is on {tensor.device}; codes is on {codes.device}, and they must match"
-            )
+            raise elsewhere(name, tensor, "codes", codes.device)
     if codes.dim() != 2 or codes.shape[0] < 1:
         raise ValueError(f"codes: got shape {tuple(codes.shape)}; [P, L] with P of at least 1 is needed")
     for name, tensor in (("values", values), ("rates", rates)):
@@ -91,14 +89,7 @@ def render_shaders(
             raise ValueError(
                 f"codes: got {int(codes.min())} to {int(codes.max())}; accepted: 0 to {len(Op) - 1}"
             )
-    return ops.render_shaders(
-        codes.contiguous(),
-        values.contiguous(),
-        rates.contiguous(),
-        program.contiguous(),
-        time.contiguous(),
-        height,
-        width,
-        antialias,
-        dtype,
+    programs = ops.Programs(
+        codes.contiguous(), values.contiguous(), rates.contiguous(), program.contiguous(), time.contiguous()
     )
+    return ops.render_shaders(programs, height, width, antialias, dtype)

@@ -18,17 +18,9 @@ from kdfast.ops.denoise.check import broadcast, check, check_guided, check_learn
 from kdfast.ops.denoise.registered import run_registered
 from kdfast.ops.denoise.run import Call, Like, implementation, run, run_backward
 from kdfast.reference import denoise as reference
-from kdfast.reference.denoise import COLUMNS, NO_GUIDANCE, Guidance
+from kdfast.reference.denoise import NO_GUIDANCE, Guidance
 
-__all__ = [
-    "COLUMNS",
-    "NO_GUIDANCE",
-    "Guidance",
-    "StepResult",
-    "denoise_step",
-    "guided_output",
-    "predicted_variance",
-]
+__all__ = ["StepResult", "denoise_step", "guided_output", "predicted_variance"]
 
 
 class StepResult(NamedTuple):
@@ -177,8 +169,8 @@ def denoise_step(
     Args:
         sample: x ``[B, C, …]`` (or ``[2B, C, …]`` beside a guided output), any strides.
         model_output: o ``[B, ≥ C, …]``, guided ``[2B, ≥ C, …]``; channels after C are not read (but as v).
-        table: Coefficients ``[steps, 10]`` on the sample's device, columns :data:`COLUMNS`; float32, or
-            float64 when any input is.
+        table: Coefficients ``[steps, 10]`` on the sample's device, columns
+            :data:`~kdfast.reference.denoise.COLUMNS`; float32, or float64 when any input is.
         step: Row of the table, an int or an integer tensor of one element (not checked on a GPU: the result
             of a step outside the table is NaN).
         guidance: How the halves of ``model_output`` combine.

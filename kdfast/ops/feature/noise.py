@@ -70,11 +70,7 @@ def _noised(
     x: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, embedding: Tensor | None, seed: int | Tensor
 ) -> Tensor:
     kernels = _kernels()
-    found = kernels.layout(x)
-    if found is None:
-        x = x.contiguous()
-        found = kernels.layout(x)
-    assert found is not None
+    x, found = kernels.laid_out(x)
     out = torch.empty_like(x)
     table = alphas_cumprod.to(torch.float32).contiguous()
     held = None if embedding is None else embedding.contiguous()
@@ -84,11 +80,7 @@ def _noised(
 
 def _embedding_gradient(upstream: Tensor, timesteps: Tensor, embedding: Tensor) -> Tensor:
     kernels = _kernels()
-    found = kernels.layout(upstream)
-    if found is None:
-        upstream = upstream.contiguous()
-        found = kernels.layout(upstream)
-    assert found is not None
+    upstream, found = kernels.laid_out(upstream)
     grad = torch.zeros_like(embedding, memory_format=torch.contiguous_format)
     kernels.embedding_gradient(upstream, found, timesteps.contiguous(), grad)
     return grad

@@ -7,7 +7,7 @@ op too. With create_graph=True the gradient comes from the reference, differenti
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from kdfast.ops.common.gradients import apply, differentiable_gradients, is_plai
 from kdfast.ops.common.layouts import laid_out_as
 from kdfast.reference.common import compute_dtype
 from kdfast.reference.norm import statistics_loss as reference
+from kdfast.reference.norm.statistics_loss import Target
 
 __all__ = ["Target", "bn_statistics", "bn_statistics_through"]
 
@@ -27,26 +28,6 @@ def _kernels() -> Any:
     from kdfast.kernels.norm import statistics_loss
 
     return statistics_loss
-
-
-class Target(NamedTuple):
-    """What a batch's statistics are compared with; nothing of it gets a gradient.
-
-    Attributes:
-        running_mean: ``[C]``.
-        running_var: ``[C]``.
-        average_mean: ``[C]`` of earlier batches, or None.
-        average_var: Likewise.
-        share: The share of that average in what is compared, 0-d on the device; None beside None.
-        squared: Squared norms.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    average_mean: Tensor | None
-    average_var: Tensor | None
-    share: Tensor | None
-    squared: bool
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -63,7 +44,7 @@ def _dense(x: Tensor) -> Tensor:
 def _forward(x: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """Loss and ``[4, C]`` (mean, var, the gradient's coefficients) of a dense x."""
     if resolve(x) == "reference":
-        return reference.bn_statistics_closed(x, *target[:5], squared=target.squared)
+        return reference.bn_statistics_closed(x, target)
     return _launched(x, target)
 
 
@@ -79,7 +60,7 @@ def _launched(
 def _forward_apart(x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`_forward`, and mean and var in memory of their own: what is saved for a backward is nobody's to change."""
     if resolve(x) == "reference":
-        loss, stats = reference.bn_statistics_closed(x, *target[:5], squared=target.squared)
+        loss, stats = reference.bn_statistics_closed(x, target)
         return loss, stats, stats[0].clone(), stats[1].clone()
     mean = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
     var = torch.empty_like(mean)
@@ -120,7 +101,7 @@ class _Statistics(torch.autograd.Function):
             return through, None, None
         x, stats = ctx.saved_tensors
         if torch.is_grad_enabled():
-            loss, *_rest = reference.bn_statistics(x, *ctx.target[:5], squared=ctx.target.squared)
+            loss, *_rest = reference.bn_statistics(x, ctx.target)
             (grad,) = differentiable_gradients(loss, (x,), (True,), upstream)
             return grad if through is None or grad is None else grad + through, None, None
         return _backward(x, stats, upstream, through), None, None
@@ -141,7 +122,7 @@ def _statistics(x: Tensor, target: Target, *, through: bool) -> tuple[Tensor, Te
         loss, stats = torch.ops.kdfast.bn_statistics(x, *target)
         return loss, stats[0].detach(), stats[1].detach(), x
     if not is_plain(x, x):
-        loss, mean, var = reference.bn_statistics(x, *target[:5], squared=target.squared)
+        loss, mean, var = reference.bn_statistics(x, target)
         return loss, mean.detach(), var.detach(), x
     if torch.is_grad_enabled() and x.requires_grad:
         return cast("tuple[Tensor, Tensor, Tensor, Tensor]", apply(_Statistics, x, target, through))

@@ -11,8 +11,9 @@ from torch import Tensor
 from kdfast.backend import resolve
 from kdfast.ops.common.gradients import are_plain
 from kdfast.reference.procedural import shaders as reference
+from kdfast.reference.procedural.shaders import Programs
 
-__all__ = ["render_shaders"]
+__all__ = ["Programs", "render_shaders"]
 
 
 _SCHEMA = (
@@ -30,14 +31,14 @@ def _kernels() -> Any:
 
 @torch.library.custom_op("kdfast::render_shaders", mutates_args=(), schema=_SCHEMA)
 def _render_op(*flat: Any) -> Tensor:
-    *arguments, as_float = flat
-    return _render(*arguments, torch.float32 if as_float else torch.uint8)
+    *tensors, height, width, antialias, as_float = flat
+    return _render(Programs(*tensors), height, width, antialias, torch.float32 if as_float else torch.uint8)
 
 
-def _render(*arguments: Any) -> Tensor:
-    if resolve(*arguments[:5]) == "reference":
-        return reference.render(*arguments)
-    images: Tensor = _kernels().render(*arguments)
+def _render(programs: Programs, height: int, width: int, antialias: int, dtype: torch.dtype) -> Tensor:
+    if resolve(*programs) == "reference":
+        return reference.render(programs, height, width, antialias, dtype)
+    images: Tensor = _kernels().render(*programs, height, width, antialias, dtype)
     return images
 
 
@@ -49,23 +50,10 @@ def _(*flat: Any) -> Tensor:
     return images
 
 
-def render_shaders(
-    codes: Tensor,
-    values: Tensor,
-    rates: Tensor,
-    program: Tensor,
-    time: Tensor,
-    height: int,
-    width: int,
-    antialias: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Images ``[B, 3, height, width]``; arguments are checked by the caller."""
-    given = codes, values, rates, program, time
-    plain = are_plain(*given) and not any([x.requires_grad for x in given])
+def render_shaders(programs: Programs, height: int, width: int, antialias: int, dtype: torch.dtype) -> Tensor:
+    """Images ``[B, 3, height, width]`` of contiguous tensors; arguments are checked by the caller."""
+    plain = are_plain(*programs) and not any([x.requires_grad for x in programs])
     if plain:  # the dispatcher takes as long as everything else
-        return _render(*given, height, width, antialias, dtype)
-    out: Tensor = _render_op(
-        codes, values, rates, program, time, height, width, antialias, dtype == torch.float32
-    )
+        return _render(programs, height, width, antialias, dtype)
+    out: Tensor = _render_op(*programs, height, width, antialias, dtype == torch.float32)
     return out

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from kdfast.reference.common import compute_dtype
 
-__all__ = ["bn_statistics", "bn_statistics_closed", "bn_statistics_gradient"]
+__all__ = ["Target", "bn_statistics", "bn_statistics_closed", "bn_statistics_gradient"]
 
 
-def bn_statistics(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    average_mean: Tensor | None,
-    average_var: Tensor | None,
-    share: Tensor | None,
-    *,
-    squared: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(loss, mean, var)``; equations and arguments: kernels/norm/statistics_loss.py. All differentiable in x."""
+class Target(NamedTuple):
+    """What a batch's statistics are compared with; nothing of it gets a gradient.
+
+    Attributes:
+        running_mean: ``[C]``.
+        running_var: ``[C]``.
+        average_mean: ``[C]`` of earlier batches, or None.
+        average_var: Likewise.
+        share: The share of that average in what is compared, 0-d on the device; None beside None.
+        squared: Squared norms.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    average_mean: Tensor | None
+    average_var: Tensor | None
+    share: Tensor | None
+    squared: bool
+
+
+def bn_statistics(x: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """``(loss, mean, var)``; equations: kernels/norm/statistics_loss.py. All differentiable in x."""
+    running_mean, running_var, average_mean, average_var, share, squared = target
     dtype = compute_dtype(x)
     wide = x.to(dtype)
     dims = [0, *range(2, x.dim())]
@@ -36,21 +50,13 @@ def bn_statistics(
 
 
 @torch.no_grad()
-def bn_statistics_closed(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    average_mean: Tensor | None,
-    average_var: Tensor | None,
-    share: Tensor | None,
-    *,
-    squared: bool,
-) -> tuple[Tensor, Tensor]:
+def bn_statistics_closed(x: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """What the kernel returns: the loss, and ``[4, C]``: mean, var and the gradient's coefficients a, b.
 
     Several times as fast on a CPU as ``torch.var_mean`` over these dimensions and its backward: reductions run
     along rows of memory.
     """
+    running_mean, running_var, average_mean, average_var, share, squared = target
     dtype = compute_dtype(x)
     mean, var = _moments(x.to(dtype))
     k = 0.0 if share is None else share.to(dtype)

@@ -6,27 +6,29 @@ float64 throughout: what cancels between a student and a teacher that nearly agr
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 
 from kdfast.reference.common import compute_dtype
 
-__all__ = ["KINDS", "divergence_rows"]
+__all__ = ["KINDS", "Kind", "divergence_rows"]
 
-#: Names, in the order in which the kernels count them; the second is decoupled KD, which is none of these.
-KINDS = (
-    "jsd",
-    "",
+#: Names of :func:`kdfast.functional.divergence_loss`.
+Kind = Literal[
     "forward_kl",
     "reverse_kl",
     "jeffreys",
+    "jsd",
     "skew_forward_kl",
     "skew_reverse_kl",
     "total_variation",
     "alpha",
     "triangular",
     "ab",
-)
+]
+#: The same as the kernels count them: JSD, decoupled KD, which is none of these, and the others.
+KINDS = ("jsd", "", *(kind for kind in get_args(Kind) if kind != "jsd"))
 #: Stands for the logarithm of 0 where it is multiplied by 0.
 LEAST = -1e30
 

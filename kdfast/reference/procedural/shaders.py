@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -340,18 +341,19 @@ def _count(repeats: Tensor) -> int:
     return int(repeats.max().ceil())
 
 
-def render(
-    codes: Tensor,
-    values: Tensor,
-    rates: Tensor,
-    program: Tensor,
-    time: Tensor,
-    height: int,
-    width: int,
-    antialias: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Images ``[B, 3, H, W]`` of programs; the arguments are those of kernels/procedural/shaders.py."""
+class Programs(NamedTuple):
+    """A table of programs, and which of them a batch shows when."""
+
+    codes: Tensor  # int32 [P, L]: operations, 0 behind a program's end
+    values: Tensor  # float32 [P, L, 16]: their numbers at time 0
+    rates: Tensor  # float32 [P, L, 16]: what a unit of time adds to each
+    program: Tensor  # int64 [B]: rows of the table
+    time: Tensor  # float32 [B]
+
+
+def render(programs: Programs, height: int, width: int, antialias: int, dtype: torch.dtype) -> Tensor:
+    """Images ``[B, 3, H, W]`` of programs, ``antialias`` samples a pixel and side; uint8, or float32 for [0, 1]."""
+    codes, values, rates, program, time = programs
     xs, ys = pixel_grid(height, width, antialias, codes.device)
     images = [
         _render(codes[p], values[p] + rates[p] * t.view(-1, 1, 1), xs, ys)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdfast.functional import denoise_step
-from kdfast.ops.denoise import eager as ops
+from kdfast.ops import denoise as ops
 from kdfast.ops.denoise.run import implementation
 from kdfast.reference import denoise as reference
 from kdfast.reference.philox import normal

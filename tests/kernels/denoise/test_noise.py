@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import kdfast
 from kdfast.functional import denoise_step
-from kdfast.ops.denoise import eager as ops
+from kdfast.ops import denoise as ops
 from kdfast.reference.philox import normal, philox
 from tests.conftest import INTERPRETING, Target
 from tests.kernels.denoise.test_denoise import STEPS, randn, table

@@ -43,25 +43,20 @@ def compiled(
     dim %= len(shape)
     rows = shape[:dim] + shape[dim + 1 :]
     label, factor = meta(*rows, dtype=torch.int64), meta(*rows)
-    options: dict[str, Any] = {}
-    if riding == "labels":
-        options["labels"] = kl.Labels(label, factor, label, factor, 0.1)
-    if riding == "statistics":
-        options["statistics"] = kl.Statistics(label, factor, meta(*rows, dtype=torch.bool))
+    family, own = {
+        "": (kl.PLAIN, ()),
+        "labels": (kl.LABELS, ((label, factor, label, factor, 0.1, 0.0), (2, None, False))),
+        "statistics": (kl.STATISTICS, ((label, factor, meta(*rows, dtype=torch.bool)),)),
+    }[riding]
+    loss = riding != "statistics"  # they ask for rows alone, without gradients
+    wanted = kl.Wanted(not loss, loss)
 
     def call() -> None:
-        gradients = riding != "statistics"
-        kl.kd_kl(
-            student,
-            teacher,
-            dim,
-            kl.Scale(2.0, 4.0, None, None),
-            reduce=gradients,
-            want_rows=not gradients,
-            grad_student=torch.empty_like(student) if gradients else None,
-            grad_teacher=torch.empty_like(teacher) if both else None,
-            **options,
+        gradients = (
+            torch.empty_like(student) if loss else None,
+            torch.empty_like(teacher) if both else None,
         )
+        family((student, teacher), gradients, dim, kl.Scale(2.0, 4.0, None, None), wanted, None, *own)
 
     return audit(call, capability, **overrides)
 

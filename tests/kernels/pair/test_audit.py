@@ -14,15 +14,15 @@ if INTERPRETING:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
 from bench.static_audit import CAPABILITIES, audit, meta
+from kdfast.kernels import pair
 from kdfast.kernels.dist import launch as dist
 from kdfast.kernels.dist.plan import dist_plan
-from kdfast.kernels.kl.launch import Scale
-from kdfast.kernels.pair import launch as losses_more
+from kdfast.kernels.kl import Scale, Wanted
 from kdfast.kernels.pair.plan import pair_plan
 from kdfast.kernels.topk import launch as topk
 from kdfast.kernels.topk.plan import TopKPlan, topk_plan
 
-SCALE = Scale(2.0, 1.0, None, None)
+SCALE, TOTAL = Scale(2.0, 1.0, None, None), Wanted(False, True)
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -33,35 +33,22 @@ def integers(*shape: int) -> torch.Tensor:
 def run_pair(kind: int, shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> Callable[[], object]:
     """Forward with both gradients: what holds the most registers."""
     s, t = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
-    target = integers(*shape[:dim], *shape[dim + 1 :]) if kind == losses_more.DKD else None
-    return lambda: losses_more.pair_loss(
-        kind,
-        s,
-        t,
-        target,
-        1.0,
-        0.5,
-        dim,
-        SCALE,
-        reduce=True,
-        want_rows=False,
-        grad_student=torch.empty_like(s),
-        grad_teacher=torch.empty_like(t),
+    target = integers(*shape[:dim], *shape[dim + 1 :]) if kind == pair.DKD else None
+    own = pair.pair_arguments(kind, target, 1.0, 0.5)
+    return lambda: pair.PAIR(
+        (s, t), (torch.empty_like(s), torch.empty_like(t)), dim, SCALE, TOTAL, None, *own
     )
 
 
 def run_student(kind: int, shape: tuple[int, ...]) -> Callable[[], object]:
     """Forward with the student's gradient, bfloat16: what people train with."""
     s, t = meta(*shape, dtype=BF16), meta(*shape, dtype=BF16)
-    target = integers(shape[0]) if kind == losses_more.DKD else None
-    return lambda: losses_more.pair_loss(
-        kind, s, t, target, 1.0, 0.5, 1, SCALE, reduce=True, want_rows=False, grad_student=torch.empty_like(s)
-    )
+    target = integers(shape[0]) if kind == pair.DKD else None
+    own = pair.pair_arguments(kind, target, 1.0, 0.5)
+    return lambda: pair.PAIR((s, t), (torch.empty_like(s), None), 1, SCALE, TOTAL, None, *own)
 
 
-@pytest.mark.parametrize(
-    ("kind", "budget"), [(losses_more.JSD, 46), (losses_more.DKD, 60)], ids=["jsd", "dkd"]
-)
+@pytest.mark.parametrize(("kind", "budget"), [(pair.JSD, 46), (pair.DKD, 60)], ids=["jsd", "dkd"])
 def test_a_row_on_the_chip_costs_no_more_than_its_budget(kind: int, budget: int) -> None:
     """Lane instructions an element without the branch for rows that nearly agree: a variant that is never launched."""
     (report,) = audit(run_student(kind, (65536, 1000)), 90, RARE=False)
@@ -70,9 +57,7 @@ def test_a_row_on_the_chip_costs_no_more_than_its_budget(kind: int, budget: int)
     assert whole.spills == 0, whole
 
 
-@pytest.mark.parametrize(
-    ("kind", "registers"), [(losses_more.JSD, 80), (losses_more.DKD, 104)], ids=["jsd", "dkd"]
-)
+@pytest.mark.parametrize(("kind", "registers"), [(pair.JSD, 80), (pair.DKD, 104)], ids=["jsd", "dkd"])
 def test_a_row_that_is_read_three_times_costs_no_more_than_its_budget(kind: int, registers: int) -> None:
     (report,) = audit(run_student(kind, (4096, 32000)), 90, RARE=False)
     assert sum(report.loops[:3]) / 8 <= 65, report  # a thread takes 8 classes at a time
@@ -84,17 +69,13 @@ def test_a_row_that_is_read_three_times_costs_no_more_than_its_budget(kind: int,
 def run_topk(num_classes: int, dtype: torch.dtype, bucket: bool) -> Callable[[], object]:
     s = meta(64, num_classes, dtype=dtype)
     normalizer = meta(64) if bucket else None
-    grad = torch.empty_like(s)
-    return lambda: topk.topk(
-        s, integers(64, 50), meta(64, 50), normalizer, SCALE, bucket=bucket, reduce=True, grad_student=grad
-    )
+    own = topk.topk_arguments(s, integers(64, 50), meta(64, 50), normalizer, bucket)
+    return lambda: topk.TOPK((s,), (torch.empty_like(s),), 1, SCALE, Wanted(True, True), None, *own)
 
 
 def run_dist(num_classes: int, dtype: torch.dtype) -> Callable[[], object]:
     s, t = meta(256, num_classes, dtype=dtype), meta(256, num_classes, dtype=dtype)
-    return lambda: dist.dist(
-        s, t, 1.0, 1.0, SCALE, grad_student=torch.empty_like(s), grad_teacher=torch.empty_like(t)
-    )
+    return lambda: dist.run(s, t, 1.0, 1.0, SCALE, (torch.empty_like(s), torch.empty_like(t)))
 
 
 def variants() -> list[pytest.ParameterSet]:
@@ -113,8 +94,8 @@ def variants() -> list[pytest.ParameterSet]:
     for dtype, label in ((BF16, "bf16"), (FP32, "fp32")):
         for name, (shape, dim) in shapes.items():
             width = 8 if (name, label) == ("V100", "bf16") else 16  # a row of 200 bytes begins on 8
-            cases[f"jsd-{name}-{label}"] = run_pair(losses_more.JSD, shape, dim, dtype), width
-            cases[f"dkd-{name}-{label}"] = run_pair(losses_more.DKD, shape, dim, dtype), width
+            cases[f"jsd-{name}-{label}"] = run_pair(pair.JSD, shape, dim, dtype), width
+            cases[f"dkd-{name}-{label}"] = run_pair(pair.DKD, shape, dim, dtype), width
         for num_classes in (1000, 32_000, 128_256):
             cases[f"topk-V{num_classes}-{label}-bucket"] = run_topk(num_classes, dtype, True), 16
         cases[f"topk-V32000-{label}-renormalize"] = run_topk(32_000, dtype, False), 8  # int64 indices
@@ -181,7 +162,7 @@ def test_long_rows_of_topk_take_several_blocks() -> None:
     assert not topk_plan(128_256, 200).once  # too many pairs for the chip
 
 
-@pytest.mark.parametrize("kind", [losses_more.TRIANGULAR, losses_more.AB])
+@pytest.mark.parametrize("kind", [pair.TRIANGULAR, pair.AB])
 @pytest.mark.parametrize("shape", [(65536, 1000), pytest.param((64, 32000), marks=pytest.mark.slow)])
 def test_the_other_divergences_do_not_spill(kind: int, shape: tuple[int, ...]) -> None:
     for call in (run_student(kind, shape), run_pair(kind, shape, 1, BF16)):

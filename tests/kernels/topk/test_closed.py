@@ -10,7 +10,7 @@ import torch
 from kdfast.functional import topk_kd_loss
 from kdfast.ops.common import closed as ops_closed
 from kdfast.reference import closed
-from kdfast.reference.topk import topk_rows
+from kdfast.reference.topk import Kept, topk_rows
 from tests.conftest import INTERPRETING
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="nothing here launches a kernel")
@@ -67,7 +67,8 @@ def loss_of(student: torch.Tensor, kept: Cache, tail: str) -> torch.Tensor:
 def by_definition(student: torch.Tensor, kept: Cache, tail: str) -> tuple[torch.Tensor, torch.Tensor]:
     leaf = student.double().requires_grad_()
     whole = kept["normalizer"].double() if tail == "bucket" else None
-    rows = topk_rows(leaf, kept["index"], kept["logits"].double(), whole, tail != "renormalize", TEMPERATURE)
+    named = Kept(kept["index"], whole, tail != "renormalize")
+    rows = topk_rows(leaf, kept["logits"].double(), named, TEMPERATURE)
     rows = rows * TEMPERATURE**2
     return rows.detach(), torch.autograd.grad(rows.sum(), leaf)[0]
 
