@@ -31,6 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give longer proofs the time that they take on a busy machine."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1800))
+
+
 @dataclass(frozen=True)
 class Target:
     """Where an op runs: a backend on a device."""

@@ -117,9 +117,15 @@ def save_checkpoint(
             "files": listing,
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    prune(directory, keep)
+    return target
+
+
+def prune(directory: str | Path, keep: int) -> None:
+    """Remove all but the last ``keep`` checkpoints, and unfinished ones: a killed run may not have come to it."""
+    files.clear(Path(directory))
     for old in _listed(Path(directory))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def latest_checkpoint(directory: str | Path) -> Path | None:

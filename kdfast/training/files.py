@@ -47,8 +47,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     """
     with reporting_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f"{_TEMPORARY}*"):  # left by a writer that was killed
-            shutil.rmtree(stale, ignore_errors=True)
+        clear(path.parent)
         temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
         temporary.mkdir()
         try:
@@ -65,6 +64,12 @@ def new_directory(path: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(path.with_name(f"{_TEMPORARY}old-{path.name}"), ignore_errors=True)
+
+
+def clear(directory: Path) -> None:
+    """Remove the unfinished directories that killed writers left; for the only writer there is."""
+    for stale in directory.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 @contextmanager

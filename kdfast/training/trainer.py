@@ -19,7 +19,7 @@ from kdfast.errors import CheckpointError, KDFastError
 from kdfast.profiling import annotate, each, phase
 from kdfast.training.accelerator import gather_objects, make_accelerator
 from kdfast.training.batches import Loss, Window, count_images, resumable, split_loss, to_device
-from kdfast.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from kdfast.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from kdfast.training.config import Stateful, TrainerConfig, TrainResult
 from kdfast.training.interrupt import Interrupt, TrainingInterrupted, deferred_interrupt
 from kdfast.training.metrics import MetricsLog
@@ -344,14 +344,14 @@ class Trainer:
             for name, thing in self._state.items():
                 thing.load_state_dict(states[f"extra_{name}"])
             self._place = place_of(states["place"], checkpoint)
-            if (
-                resumable(batches)
-                and (loader := states["loader"][self.accelerator.process_index]) is not None
-            ):
+            loader = states["loader"][self.accelerator.process_index] if resumable(batches) else None
+            if loader is not None:
                 batches.load_state_dict(loader)
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             problem = " ".join(str(error).split())
             raise CheckpointError(f"{checkpoint.path}: does not fit this run: {problem}") from error
+        if self.accelerator.is_main_process:
+            prune(checkpoint.path.parent, self.config.keep)
 
     def _open_log(self, *, resumed: bool) -> None:
         if self.out is None or not self.accelerator.is_main_process:

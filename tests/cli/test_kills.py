@@ -21,6 +21,7 @@ import torch
 from kdfast import commands
 from kdfast.cli.app import app
 from kdfast.disk import TEMPORARY
+from kdfast.experiments.common.stored_labels import HEADER
 from kdfast.experiments.reproduce import run as reproduce
 from kdfast.experiments.reproduce.config import ReproduceConfig
 from tests.data.test_splits import classes_of
@@ -118,7 +119,7 @@ def left(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of images; and imported is what would take most of a child's time."""
-    for module in ("distill", "synth", "select", "report", "data_report", "teach"):
+    for module in ("distill", "synth", "select", "report", "data_report", "teach", "label"):
         importlib.import_module(
             f"kdfast.experiments.{module}.run" if module != "report" else "kdfast.report.page"
         )
@@ -131,7 +132,7 @@ def brought(place: Path, name: str) -> None:
     """What a command reads: made in a child, which leaves no threads in this process."""
     needed = {"select": ["teacher"], "report": ["teacher"], "distill": ["teacher"], "reproduce": ["teacher"]}
     makers = {"teacher": teach, "set": synth}
-    for one in needed.get(name, ["teacher", "set"] if name == "data-report" else []):
+    for one in needed.get(name, ["teacher", "set"] if name in ("data-report", "label") else []):
         if not (place / one).exists():
             child(lambda one=one: makers[one](place, place / one), place)  # type: ignore[misc]
 
@@ -179,6 +180,13 @@ def reproduced(root: Path, out: Path) -> None:
     reproduce.run(config, lambda words: app([*words, "--quiet"], standalone_mode=False) or 0)
 
 
+def label(root: Path, out: Path) -> None:
+    if not (out / HEADER).exists():  # labels that are whole are refused, not made again
+        commands.label(
+            data=root / "set", teacher=root / "teacher", out=out, views=2, augment=["flip"], progress=False
+        )
+
+
 COMMANDS: dict[str, Callable[[Path, Path], None]] = {
     "teach": teach,
     "distill": distill,
@@ -187,6 +195,7 @@ COMMANDS: dict[str, Callable[[Path, Path], None]] = {
     "report": report,
     "data-report": data_report,
     "reproduce": reproduced,
+    "label": label,
 }
 
 

@@ -100,8 +100,11 @@ def test_it_goes_on_where_a_command_failed(table: Path) -> None:
     with pytest.raises(KDFastError, match=r"cells/two .*status 1; what was finished stays"):
         run(config(table), Fake(fails="cells/two"))
     assert json.loads(Path("out/reproduce.json").read_text())["cells"].keys() == {"one"}
+    stale = Path("out/cells/.tmp-1-abc-two.yaml")  # of a writer that was killed
+    stale.touch()
     left = Fake()
     run(config(table), left)
+    assert not stale.exists()
     assert left.words == [["distill", "--recipe", "out/cells/two.yaml", "--out", "out/cells/two", "--resume"]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -167,6 +168,17 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path, batches: type[Batc
         fit(batches=batches(), out=tmp_path, step=interrupting(at))
     torch.manual_seed(99)
     assert_same(fit(batches=batches(), out=tmp_path, resume=True), expected)
+
+
+def test_checkpoints_that_a_kill_left_are_removed_by_the_run_that_goes_on(tmp_path: Path) -> None:
+    """Killed after its last checkpoint and before it removed older ones: no further checkpoint would come to it."""
+    fit(replace(QUIET, keep=2), out=tmp_path)
+    folder = tmp_path / "checkpoints"
+    kept = sorted(path.name for path in folder.iterdir())
+    shutil.copytree(folder / kept[0], folder / "step-00000001")
+    shutil.copytree(folder / kept[0], folder / ".tmp-old-step-00000002")
+    fit(replace(QUIET, keep=2), out=tmp_path, resume=True)
+    assert sorted(path.name for path in folder.iterdir()) == kept
 
 
 def test_everything_else_in_the_state_resumes_too(tmp_path: Path) -> None:

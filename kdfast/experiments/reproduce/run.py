@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdfast.disk import sweep
 from kdfast.errors import ConfigError, KDFastError
 from kdfast.experiments.common.results import METRICS, lock_run, out_directory, release_run
 from kdfast.experiments.common.tables import Table, load_table
@@ -70,6 +71,7 @@ def run(config: ReproduceConfig, execute: Execute) -> dict[str, Any]:
     with files.reporting_disk(out):
         (out / CELLS).mkdir(parents=True, exist_ok=True)
     lock_run(out)
+    sweep(out / CELLS)
     work = _Work(config, table, cells, out, plan)
     try:
         for cell in cells:

@@ -1,8 +1,8 @@
 """What the compiler makes of the embedding's gradient for GPUs that are not here.
 
-At copy speed a GPU of Hopper's kind has time for 19 lane instructions in an element of bfloat16, 39 of float32: twice that
-is the budget, for a program whose timestep no other sample has. What only a split warp takes is counted, too: on sm_80
-that is half of it, channels last.
+At copy speed a GPU of Hopper's kind has time for 19 lane instructions in an element of bfloat16, 39 of float32: twice
+that is the budget, for a program whose timestep no other sample has. What only a split warp takes is counted, too: on
+sm_80 that is half of it, channels last.
 """
 
 from __future__ import annotations
