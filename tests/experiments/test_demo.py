@@ -186,7 +186,7 @@ def start_and_kill(out: Path, when: str) -> None:
                 "teacher/model.safetensors",
                 "diffusion/checkpoints/step-*",
                 "diffusion/transformer/config.json",
-                "noise/*.tmp",
+                "noise/*.idx",
                 "student-soft/checkpoints/step-*",
                 "student-hard/metrics.jsonl",
                 "student-noise/metrics.json",

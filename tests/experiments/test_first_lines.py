@@ -63,7 +63,7 @@ def test_a_run_says_what_it_trains_on_and_how_it_ended(
     assert re.search(r"^epoch 1/2 · loss [\d.]+ · accuracy [\d.]+ %", said, re.MULTILINE)
     assert re.search(r"^epoch 2/2 · loss", said, re.MULTILINE)
     assert re.search(
-        r"^student   resnet8 .*\(1× fewer\)  accuracy [\d.]+ %, [\d.]+ % of the", said, re.MULTILINE
+        r"^student   resnet8 .*0.0775 M parameters  accuracy [\d.]+ %, [\d.]+ % of the", said, re.MULTILINE
     )
     assert f"{tmp_path / 'a run' / 'model.safetensors'}  (last epoch)" in said
     assert said.index("teacher   ") < said.index("epoch 1/2")
