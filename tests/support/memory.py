@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from collections.abc import Iterable
@@ -13,7 +14,11 @@ MIB = 1 << 20
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Bytes of this process in memory, without what its allocator keeps of earlier tests: a leak could hide in that."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -28,7 +33,6 @@ def assert_flat(work: Iterable[int], *, settled: int, room: int, what: str) -> N
     """
     seen: list[tuple[int, int]] = []
     for done in work:
-        gc.collect()
         seen.append((done, resident()))
     first = next(size for done, size in seen if done >= settled)
     told = ", ".join(f"{size / MIB:.0f} MiB after {done:,}" for done, size in seen[:: max(1, len(seen) // 5)])
