@@ -192,11 +192,10 @@ def bn_statistics_kernel(
         # One loop over planes and their chunks: what is copied ahead is the innermost loop's.
         tiles = tl.cdiv(samples - split * ROWS, SPLITS * ROWS) * CHUNKS
         for tile in tl.range(0, tiles, num_stages=STAGES):
-            row = (split * ROWS + tile // CHUNKS * (SPLITS * ROWS) + tl.arange(0, ROWS))[:, None]
-            if WIDE:
-                row = row.to(tl.int64)
+            step = tile.to(tl.int64) if WIDE else tile
+            row = (split * ROWS + step // CHUNKS * (SPLITS * ROWS) + tl.arange(0, ROWS))[:, None]
             begin = (row * channels + block) * PLANE
-            at = tile % CHUNKS * WIDTH + lane
+            at = step % CHUNKS * WIDTH + lane
             if WINDOW > 0:
                 # Whole groups of 16 bytes, from the one that the plane begins in; then only its own elements.
                 head = begin % WINDOW

@@ -44,7 +44,9 @@ def pair_plan(
             "classes", CLASS_PIXEL, padded, max(16, min(256, 2048 // padded)), 1, 8 if padded > 128 else 4
         )
     if padded > (MAX_ROW // 2 if both else MAX_ROW):
-        return PairPlan("loop", ONE_ROW, LOOP_THREADS, 1, 16 // itemsize, max(1, LOOP_THREADS // 32))
+        # Of rows that only both gradients bring here, 256 threads would spill a register of DKD's on sm_90.
+        threads = LOOP_THREADS if padded > MAX_ROW else LOOP_THREADS // 2
+        return PairPlan("loop", ONE_ROW, threads, 1, 16 // itemsize, max(1, threads // 32))
     if padded > 1024:
         return PairPlan("rows", ONE_ROW, padded, 1, 1, max(4, padded // 512))
     vector = 16 // itemsize
