@@ -200,7 +200,7 @@ def test_a_temperature_in_host_memory_becomes_a_number_on_a_gpu() -> None:
     assert scale.on(torch.device("cpu")).temperature is host
 
 
-@pytest.mark.parametrize("path", ["common/launch_rows.py", "kl/launch.py", "dist/launch.py"])
+@pytest.mark.parametrize("path", ["common/launch_rows.py", "dist/launch.py"])
 def test_launchers_that_read_the_scale_look_where_it_lies(path: str) -> None:
     text = (Path(launch.__file__).parent / path).read_text()
     assert re.search(r"scale = (Scale\(\*scale\)|scale)\.on\((student\.)?device\)", text)
