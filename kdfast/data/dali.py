@@ -118,15 +118,7 @@ class _Batch:
         self.encoded, lost = [], []
         for record in self.records.tolist():
             try:
-                data = self.clean.get(record) or reader.read(record)
-                if record in self.clean:
-                    pass
-                elif is_grey_jpeg(data):
-                    # DALI takes some damage of these that it refuses in others.
-                    decode(data, strict=True)
-                elif is_turned_webp(data):
-                    # DALI ends over them.
-                    data = self.clean[record] = encoder("png", 100)(decode(data, strict=True))
+                data = self.clean.get(record) or _readable(reader.read(record))
             except ShardError as error:
                 lost.append((record, error.reason if isinstance(error, RecordLost) else str(error)))
             except ValueError as error:
@@ -142,9 +134,8 @@ class _Batch:
         Returns:
             How many it had not been given so before.
         """
-        encode = encoder("png", 100)
         fresh = {
-            record: encode(decode(data.tobytes(), strict=True))
+            record: _plain(data.tobytes())
             for record, data in zip(self.records.tolist(), self.encoded)
             if record not in self.clean
         }
@@ -163,6 +154,27 @@ class _Batch:
         self.records = self.records[~np.isin(self.records, [record for record, _ in found])]
         self.failures += found
         return len(found)
+
+
+def _plain(data: bytes) -> bytes:
+    """The same pixels, upright, as a PNG that every decoder reads.
+
+    Raises:
+        ValueError: They cannot be decoded.
+    """
+    return encoder("png", 100)(decode(data, strict=True))
+
+
+def _readable(data: bytes) -> bytes:
+    """A file as DALI is given it.
+
+    Raises:
+        ValueError: It is damaged in a way that DALI does not see.
+    """
+    if is_grey_jpeg(data):
+        # DALI takes some damage of these that it refuses in others.
+        decode(data, strict=True)
+    return _plain(data) if is_turned_webp(data) else data  # over which DALI ends
 
 
 def _build(config: DecoderConfig) -> Any:

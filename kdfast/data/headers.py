@@ -23,8 +23,6 @@ _STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 #: Bit depths by colour type (grey, RGB, palette, grey and alpha, RGB and alpha), without 16 bits a channel.
 _DEPTHS = {0: (1, 2, 4, 8), 2: (8,), 3: (1, 2, 4, 8), 4: (8,), 6: (8,)}
-
-
 #: The flag of VP8X without which decoders pass over an EXIF chunk.
 _WEBP_EXIF = 0x08
 
@@ -237,10 +235,8 @@ def _webp(data: bytes) -> Header:
     canvas: tuple[int, int] | None = None
     frame: tuple[int, int] | None = None
     while position + 8 <= end:
-        kind, length = (
-            data[position : position + 4],
-            int.from_bytes(data[position + 4 : position + 8], "little"),
-        )
+        kind = data[position : position + 4]
+        length = int.from_bytes(data[position + 4 : position + 8], "little")
         body = data[position + 8 : position + 8 + length]
         if position + 8 + length > end:
             raise ValueError(f"WebP chunk {kind!r} at byte {position} runs past the end: it is truncated")

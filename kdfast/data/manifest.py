@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from kdfast.data.codec import FORMATS
 from kdfast.disk import sync_directory, write_atomic
 from kdfast.documents import Fields, parse_json, read_json, read_text, shown
 from kdfast.errors import ShardError
@@ -145,7 +146,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         if twice := [known for known, count in names.items() if count > 1]:
             raise ShardError(f"{path}: lists {twice[0]} {names[twice[0]]} times")
     return Manifest(
-        image_format=document.choice("image_format", "jpg", "png", "webp"),
+        image_format=document.choice("image_format", *FORMATS),
         quality=document.optional("quality", lambda name: document.integer(name, 1, 100)),
         samples_per_shard=document.integer("samples_per_shard", 1),
         num_classes=classes,

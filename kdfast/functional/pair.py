@@ -130,10 +130,8 @@ def dkd_loss(
         raise TypeError(f"target: got {type(target).__name__}; a tensor is needed")
     label = check_labels("target", target, rows, student.shape[axis], ignore_index, student)
     if reduction != "rowmean" and ops.launches(student, teacher, ignore_index):
-        options, divisor = (
-            (alpha, beta, float(ignore_index)),
-            reduction_divisor(reduction, student, axis, mask),
-        )
+        options = (alpha, beta, float(ignore_index))
+        divisor = reduction_divisor(reduction, student, axis, mask)
         row = Row(options, axis, temperature, row_weight, mask, divisor, reduction != "none", label)
         return ops.dkd(student, teacher, row)
     row = Row((alpha, beta), axis, temperature, row_weight, mask, 1.0, reduction != "none", label)

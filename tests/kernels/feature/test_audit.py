@@ -7,20 +7,13 @@ sm_80 that is half of it, channels last.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("nothing is compiled in the interpreter", allow_module_level=True)
 
-from bench.static_audit import CAPABILITIES, TOOLS, KernelReport, audit, meta
 from kdfast.kernels.feature import noise
-
-if not (TOOLS / "cuobjdump").exists():
-    pytest.skip("this build of Triton brings no disassembler", allow_module_level=True)
+from tests.support.compiled import CAPABILITIES, KernelReport, audit, meta
 
 F32, BF16 = torch.float32, torch.bfloat16
 NCHW, NHWC = torch.contiguous_format, torch.channels_last

@@ -7,7 +7,6 @@ it moves 3N.
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
@@ -15,15 +14,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("nothing is compiled in the interpreter", allow_module_level=True)
 
-from bench.static_audit import CAPABILITIES, TOOLS, KernelReport, audit, meta
 from kdfast.kernels import kl
 from kdfast.kernels.machine import machine_of, use_machine
-
-if not (TOOLS / "cuobjdump").exists():
-    pytest.skip("this build of Triton brings no disassembler", allow_module_level=True)
+from tests.support.compiled import CAPABILITIES, KernelReport, audit, meta
 
 F32, BF16 = torch.float32, torch.bfloat16
 

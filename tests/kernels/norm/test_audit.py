@@ -5,24 +5,18 @@ A program that waits for each tile before it asks for the next takes a latency a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("nothing is compiled in the interpreter", allow_module_level=True)
 
 from bench.audit_feature import batch_norm
 from bench.audit_table import _statistics
-from bench.static_audit import CAPABILITIES, TOOLS, KernelReport, audit
 from kdfast.kernels.norm.plan import Matrix, reduce_plan
 from kdfast.kernels.norm.statistics_loss import PLANE_PROGRAMS, statistics_plan
-
-if not (TOOLS / "cuobjdump").exists():
-    pytest.skip("this build of Triton brings no disassembler", allow_module_level=True)
+from tests.support.compiled import CAPABILITIES, KernelReport, audit
 
 F32, BF16 = torch.float32, torch.bfloat16
 
