@@ -1,10 +1,11 @@
-// What kdfast._C binds of batch norms and branches on a CPU. Tensors come as addresses (0: there is none):
-// the caller in kdfast/ops has checked device, dtype and layout, and a view of each would cost more than a
-// small call.
+// What kdfast._C binds of batch norms, branches and denoising steps on a CPU. Tensors come as addresses (0:
+// there is none): the caller in kdfast/ops has checked device, dtype and layout, and a view of each would
+// cost more than a small call.
 #pragma once
 
 #include "bound.hpp"
 #include "branch_loops.hpp"
+#include "denoise_loops.hpp"
 #include "norm_loops.hpp"
 
 namespace kdfast {
@@ -80,6 +81,31 @@ void bind_cpu_loops(py::module_& module) {
                                 threads);
       },
       unlocked, "The recursion's loss, and where they are wanted the branches' mean and gradient.");
+  module.def(
+      "denoise_step",
+      [](const std::array<int64_t, 4>& shape, uintptr_t coefficients, uintptr_t sample, uintptr_t conditional,
+         uintptr_t unconditional, float guidance, const std::array<uintptr_t, 3>& history, uintptr_t noise,
+         float clip, uintptr_t y, uintptr_t x0, int64_t threads) {
+        const auto& [rows, inner, half, output_stride] = shape;
+        StepRow row;
+        static_assert(sizeof row == 10 * sizeof(float));
+        std::memcpy(&row, at<const float>(coefficients), sizeof row);
+        denoise_step({rows,
+                      inner,
+                      half,
+                      output_stride,
+                      at<const float>(sample),
+                      at<const float>(conditional),
+                      at<const float>(unconditional),
+                      guidance,
+                      {at<const float>(history[0]), at<const float>(history[1]), at<const float>(history[2])},
+                      at<const float>(noise),
+                      clip,
+                      at<float>(y),
+                      at<float>(x0)},
+                     row, threads);
+      },
+      unlocked, "One step of a linear sampler, of dense float32.");
 }
 
 }  // namespace
