@@ -127,7 +127,7 @@ inline void act_some(int64_t begin, int64_t end, const Norm& norm, const Act& ac
             KDFAST_VALUE(beside, residual + at);
             value += beside * act.carry;
           }
-          if (act.relu) value = value < 0.0f ? value - value : value;  // NaN stays
+          if (act.relu) value = value < 0.0f ? decltype(value){} : value;  // NaN stays
           std::memcpy(y + at, &value, sizeof value);
         });
   }
@@ -151,6 +151,12 @@ struct Slope {
       : level(norm.training ? static_cast<float>(sum / norm.count()) : 0.0f),
         tilt(norm.training ? static_cast<float>(moment / norm.count() * channel.rstd * channel.rstd) : 0.0f) {
   }
+
+  // In evaluation x has no part: an infinite one times nothing would be NaN.
+  template <typename T>
+  KDFAST_INLINE void take_off(const Norm& norm, const Channel& channel, const T& x, T& grad) const {
+    if (norm.training) grad = (grad - level) - (x - channel.mean) * tilt;
+  }
 };
 
 // y is the forward's result where a ReLU hid something that x alone does not tell, else null.
@@ -171,7 +177,7 @@ inline void act_backward_some(int64_t begin, int64_t end, const Norm& norm, cons
         channel.normalise(shown);
         shown *= act.scale;
       }
-      grad = shown <= 0.0f ? grad - grad : grad;
+      grad = shown <= 0.0f ? std::decay_t<decltype(grad)>{} : grad;
     };
     if (summed)
       each_place(
@@ -200,7 +206,8 @@ inline void act_backward_some(int64_t begin, int64_t end, const Norm& norm, cons
             std::memcpy(grads.residual + at, &handed, sizeof handed);
           }
           if (grads.x) {
-            grad = ((grad - slope.level) - (value - channel.mean) * slope.tilt) * gain;
+            slope.take_off(norm, channel, value, grad);
+            grad *= gain;
             std::memcpy(grads.x + at, &grad, sizeof grad);
           }
         });
@@ -249,7 +256,9 @@ inline void mse_some(int64_t begin, int64_t end, const Norm& norm, bool known, c
           KDFAST_VALUE(wanted, target + at);
           auto error = value;
           channel.normalise(error);
-          error = (((error - wanted) - slope.level) - (value - channel.mean) * slope.tilt) * gain;
+          error -= wanted;
+          slope.take_off(norm, channel, value, error);
+          error *= gain;
           std::memcpy(grads.x + at, &error, sizeof error);
         });
   }

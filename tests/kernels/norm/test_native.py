@@ -76,6 +76,36 @@ def test_results_and_gradients_are_those_of_float64(
         torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
 
 
+ODD = [float("inf"), float("-inf"), float("nan"), 3e38, -3e38, 1e-40]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_that_are_no_numbers_give_what_operators_give(
+    kind: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In x, beside it, and in the upstream gradient; a channel is clean of each."""
+
+    def both_ways() -> list[Tensor]:
+        given = _operands((2, 4, 8, 8))
+        given[0][0, 0, 2, :6] = torch.tensor(ODD)
+        given[1][1, 1, 3, :6] = torch.tensor(ODD)
+        leaves = [t.requires_grad_() for t in given[:4] if kind not in ("relu", "mse") or t is not given[1]]
+        out = _call(kind, given, training=training)
+        upstream = torch.ones_like(out)
+        if out.dim():
+            upstream[1, 2, 5, :6] = torch.tensor(ODD)
+            upstream[0, 0, 2, 4:8] = torch.tensor(ODD[:4])
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream, allow_unused=True)]
+
+    found = both_ways()
+    monkeypatch.setattr(native, "SMALLEST", 1 << 60)
+    for got, want in zip(found, both_ways(), strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
 def test_threads_change_no_bit() -> None:
     shape, before = (32, 64, 28, 28), torch.get_num_threads()
     try:
