@@ -1,6 +1,7 @@
 // kdfast._C: the bookkeeping of prioritized replay, what a CPU computes in one pass where operators take
 // many, and the keys of launches.
 #include "bound.hpp"
+#include "cpu_loops.hpp"
 #include "dead_leaves.hpp"
 #include "direct_launch.hpp"
 #include "launch_key.hpp"
@@ -201,6 +202,8 @@ PYBIND11_MODULE(_C, module) {
       "KL(softmax(teacher/T) || softmax(student/T)) of float32 rows at these addresses, with inverse = 1/T, "
       "and T "
       "times its gradients (0: not wanted).");
+
+  bind_cpu_loops(module);
 
   module.def(
       "dead_leaves",
