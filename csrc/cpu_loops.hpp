@@ -6,6 +6,7 @@
 #include "bound.hpp"
 #include "branch_loops.hpp"
 #include "denoise_loops.hpp"
+#include "noise_loops.hpp"
 #include "norm_loops.hpp"
 
 namespace kdfast {
@@ -81,6 +82,16 @@ void bind_cpu_loops(py::module_& module) {
                                 threads);
       },
       unlocked, "The recursion's loss, and where they are wanted the branches' mean and gradient.");
+  module.def(
+      "noised_rows",
+      [](uint64_t key, uint32_t step, int64_t rows, int64_t inner, uintptr_t x, uintptr_t scale,
+         uintptr_t sigma, uintptr_t out, int64_t threads) {
+        noised_rows(
+            key, step,
+            {rows, inner, at<const float>(x), at<const float>(scale), at<const float>(sigma), at<float>(out)},
+            threads);
+      },
+      unlocked, "scale·x + sigma·ε of dense float32 rows, ε the normals of a step under a key.");
   module.def(
       "denoise_step",
       [](const std::array<int64_t, 4>& shape, uintptr_t coefficients, uintptr_t sample, uintptr_t conditional,

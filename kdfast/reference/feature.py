@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdfast.reference.common import compute_dtype
-from kdfast.reference.philox import noise
+from kdfast.reference.philox import noise, noised
 
 __all__ = ["add_noise_embed", "noise_error", "noise_mix", "noise_mse", "reparam_middle"]
 
@@ -69,9 +69,10 @@ def add_noise_embed(
 ) -> Tensor:
     """``√ᾱ_t·x + √(1 − ᾱ_t)·ε + E[t]`` of x ``[B, C, …]``; in x's dtype."""
     dtype = compute_dtype(x)
-    drawn = noise(seed, 0, tuple(x.shape), x.device, dtype)
-    bar = alphas_cumprod.to(dtype)[timesteps].view(-1, *[1] * (x.dim() - 1))
-    out = (bar.sqrt() * x.to(dtype)).addcmul_((1 - bar).sqrt(), drawn)
+    bar = alphas_cumprod.to(dtype)[timesteps]
+    out = noised(x.to(dtype), bar.sqrt(), (1 - bar).sqrt(), seed)
     if embedding is not None:
-        out = out + F.embedding(timesteps, embedding).to(dtype).view(*x.shape[:2], *[1] * (x.dim() - 2))
+        added = F.embedding(timesteps, embedding).to(dtype).view(*x.shape[:2], *[1] * (x.dim() - 2))
+        # In place, since fresh memory costs a CPU more than the sum; but one of the two may have a dimension more.
+        out = out + added if torch._C._are_functorch_transforms_active() else out.add_(added)
     return out.to(x.dtype)

@@ -79,6 +79,38 @@ def noise(
     return torch.from_numpy(drawn).view(shape).to(dtype)
 
 
+def noised(x: Tensor, scale: Tensor, sigma: Tensor, seed: int | Tensor) -> Tensor:
+    """``scale·x + sigma·ε`` of x ``[B, …]`` in the dtype to compute in, a factor a sample, ε of step 0; no gradients.
+
+    Dense float32 on a CPU is drawn and added in one loop.
+    """
+    native = extension()
+    rows = len(x)
+    if (
+        native is not None
+        and x.dtype is scale.dtype is sigma.dtype is torch.float32
+        and x.device.type == "cpu"
+        and x.numel()
+        and x.is_contiguous()
+        and _get_current_dispatch_mode() is None
+        and not torch._C._are_functorch_transforms_active()
+    ):
+        out = torch.empty_like(x)
+        scale, sigma = scale.contiguous(), sigma.contiguous()
+        native.noised_rows(
+            int(seed) & 0xFFFFFFFFFFFFFFFF,
+            0,
+            rows,
+            x.numel() // rows,
+            *(t.data_ptr() for t in (x, scale, sigma, out)),
+            torch.get_num_threads(),
+        )
+        return out
+    shape = (rows, *[1] * (x.dim() - 1))
+    drawn = noise(seed, 0, tuple(x.shape), x.device, x.dtype)
+    return (scale.view(shape) * x).addcmul_(sigma.view(shape), drawn)
+
+
 def _normal(key: int | Tensor, step: int, count: int, device: torch.device) -> Tensor:
     """``count`` normals under each key."""
     group = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)

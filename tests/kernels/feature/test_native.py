@@ -1,4 +1,4 @@
-"""The branch recursion's loops on a CPU: the definition's numbers in float64, for any layout and any gradient."""
+"""The loops of branches and noise on a CPU: the definition's numbers in float64, for any layout and any gradient."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdfast.functional import reparam_middle_loss
+from kdfast.functional import add_noise_embed, reparam_middle_loss
 from kdfast.ops.feature import native
 from kdfast.reference.native import extension
+from kdfast.reference.philox import noised as noised_latent
 from tests.support.watched import Watched
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the C++ extension is not built")
@@ -98,3 +99,38 @@ def test_many_upstream_gradients_at_once(calls: list[str]) -> None:
     )
     (want,) = torch.autograd.grad(loss, branches)
     torch.testing.assert_close(found, torch.stack([want, -2 * want]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4, 3, 7, 7), (2, 1, 300), (300, 2), (1, 1024)])
+def test_noise_is_added_as_it_is_drawn(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    latent, bars = torch.randn(shape, generator=generator), torch.rand(10, generator=generator)
+    timesteps = torch.randint(10, shape[:1], generator=generator)
+    got = add_noise_embed(latent, timesteps, bars, seed=2**62 + 3)
+    want = add_noise_embed(latent.double(), timesteps, bars.double(), seed=2**62 + 3)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6)
+
+
+def test_noise_of_many_threads_is_that_of_one() -> None:
+    before, latent = torch.get_num_threads(), torch.zeros(5, 8, 200, 200)
+    given = (latent, torch.arange(5), torch.linspace(0, 1, 5))
+    try:
+        torch.set_num_threads(1)
+        alone = add_noise_embed(*given, seed=4)
+        torch.set_num_threads(3)
+        shared = add_noise_embed(*given, seed=4)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(alone, shared)
+
+
+def test_noise_is_added_under_vmap() -> None:
+    latents = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    steps, bars = torch.arange(3), torch.linspace(0.1, 0.9, 3)
+
+    def noised(latent: Tensor) -> Tensor:
+        return noised_latent(latent, bars[steps].sqrt(), (1 - bars[steps]).sqrt(), 7)
+
+    found = torch.func.vmap(noised)(latents)
+    for got, latent in zip(found, latents, strict=True):
+        torch.testing.assert_close(got, noised(latent), rtol=1e-6, atol=1e-6)
