@@ -29,6 +29,16 @@ def is_plain(student: torch.Tensor, teacher: torch.Tensor) -> bool:
     return has_values(student) and type(teacher) in _PLAIN
 
 
+def runs_now(student: torch.Tensor, teacher: torch.Tensor) -> bool:
+    """:func:`is_plain` where the caller knows that torch.compile does not trace."""
+    return (
+        type(student) in _PLAIN
+        and type(teacher) in _PLAIN
+        and not _transforms()
+        and _mode(_PROXY) is None
+    )
+
+
 def are_plain(first: torch.Tensor, *others: torch.Tensor) -> bool:
     """:func:`is_plain` of any number of tensors."""
     for tensor in others:
@@ -55,6 +65,11 @@ def apply(function: Any, *arguments: Any) -> Any:
     if _transforms():
         return function.apply(*arguments)
     return _apply(function)(*[_unwrapped(x) if isinstance(x, torch.Tensor) else x for x in arguments])
+
+
+def apply_pair(function: Any, student: torch.Tensor, teacher: torch.Tensor, *others: Any) -> Any:
+    """The same of two tensors that :func:`runs_now` and of others that are none."""
+    return _apply(function)(_unwrapped(student), _unwrapped(teacher), *others)
 
 
 @functools.cache
@@ -88,7 +103,7 @@ def saved(ctx: Any) -> tuple[torch.Tensor, ...]:
 
 def takes_reference(student: torch.Tensor, teacher: torch.Tensor) -> bool:
     """Where no kernel can run: by backend and dtype, and for tensors without memory of their own."""
-    looked_into = not torch.compiler.is_compiling() and not is_plain(student, teacher)
+    looked_into = not torch.compiler.is_compiling() and not runs_now(student, teacher)
     return looked_into or resolve(student, teacher) == "reference"
 
 

@@ -23,10 +23,11 @@ from kdfast.ops.common.closed import ClosedRows, Factors, Form, closed_loss, usa
 from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import (
     Value,
-    apply,
+    apply_pair,
     differentiable_gradients,
     empty_gradients,
     join_value,
+    runs_now,
     save,
     saved,
     split_value,
@@ -71,10 +72,15 @@ class Row(NamedTuple):
 
     def contiguous(self) -> Row:
         """The same with every tensor contiguous, as the kernels want it."""
-        for value in (self.weight, self.mask, *self[7:]):
-            if value is not None and not value.is_contiguous():
-                break
-        else:
+        _, _, _, weight, mask, _, _, label, factor, second, second_factor = self
+        if (  # in one look, like check_logits
+            (weight is None or weight.is_contiguous())
+            and (mask is None or mask.is_contiguous())
+            and (label is None or label.is_contiguous())
+            and (factor is None or factor.is_contiguous())
+            and (second is None or second.is_contiguous())
+            and (second_factor is None or second_factor.is_contiguous())
+        ):
             return self
         values = (x.contiguous() if isinstance(x, Tensor) else x for x in self)
         return Row._make(values)
@@ -238,22 +244,26 @@ class RowLoss:
 
     def __call__(self, student: Tensor, teacher: Tensor, row: Row) -> Tensor:
         """The loss; arguments are checked by the caller."""
-        if takes_reference(student, teacher):
-            closed = self.closed(row) if self.closed is not None and usable(student, teacher) else None
-            if closed is None:
-                return self.reference(student, teacher, row)
-            factors = Factors(row.temperature, row.dim, row.weight, row.mask, row.divisor, row.reduce)
-            return closed_loss(
-                student, teacher, Form(closed, lambda s, t: self.reference(s, t, row)), factors
-            )
-        row = row.contiguous()
         if torch.compiler.is_compiling():
-            out: Tensor = self.op(student, teacher, *flatten(row))
-        elif (student.requires_grad or teacher.requires_grad) and torch.is_grad_enabled():
-            out = apply(self.function, student, teacher, self, row)
+            if resolve(student, teacher) == "reference":
+                return self.reference(student, teacher, row)
+            out: Tensor = self.op(student, teacher, *flatten(row.contiguous()))
+            return out
+        if not runs_now(student, teacher) or resolve(student, teacher) == "reference":
+            return self._by_reference(student, teacher, row)
+        row = row.contiguous()
+        if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+            out = apply_pair(self.function, student, teacher, self, row)
         else:
             out = self.launcher(student, teacher, row)
         return out
+
+    def _by_reference(self, student: Tensor, teacher: Tensor, row: Row) -> Tensor:
+        closed = self.closed(row) if self.closed is not None and usable(student, teacher) else None
+        if closed is None:
+            return self.reference(student, teacher, row)
+        factors = Factors(row.temperature, row.dim, row.weight, row.mask, row.divisor, row.reduce)
+        return closed_loss(student, teacher, Form(closed, lambda s, t: self.reference(s, t, row)), factors)
 
 
 def _forward(ctx: Any, student: Tensor, teacher: Tensor, loss: RowLoss, row: Row) -> Tensor:
