@@ -1,5 +1,6 @@
 // kdfast._C: the bookkeeping of prioritized replay, what a CPU computes in one pass where operators take
 // many, and the keys of launches.
+#include "agreement.hpp"
 #include "bound.hpp"
 #include "dead_leaves.hpp"
 #include "direct_launch.hpp"
@@ -172,6 +173,8 @@ PYBIND11_MODULE(_C, module) {
              "launch(varying, further) of one kernel on one geometry.");
   module.def("launch_key_of", &launch_key_of, py::arg("type"),
              "launch_key(tensors, arguments) for tensors of this class.");
+  module.def("agreement_of", &agreement_of, py::arg("type"), py::arg("other"),
+             "agree(tensors, channels) for tensors of exactly these classes.");
 
   module.def(
       "normals",

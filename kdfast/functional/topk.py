@@ -24,6 +24,7 @@ from kdfast.profiling import annotate
 __all__ = ["Tail", "topk_kd_loss"]
 
 Tail = Literal["bucket", "renormalize"]
+_TAILS = get_args(Tail)
 
 
 @annotate("topk_kd_loss")
@@ -121,8 +122,8 @@ def check_topk(
 
 
 def _check_tail(tail: str, log_normalizer: torch.Tensor | None) -> None:
-    if not isinstance(tail, str) or tail not in get_args(Tail):
-        raise ValueError(f"tail: got {tail!r}; accepted: {', '.join(get_args(Tail))}")
+    if not isinstance(tail, str) or tail not in _TAILS:
+        raise ValueError(f"tail: got {tail!r}; accepted: {', '.join(_TAILS)}")
     if log_normalizer is not None and tail == "renormalize":
         raise ValueError(
             "log_normalizer: got a tensor; tail='renormalize' compares the k classes alone and has no use for it"

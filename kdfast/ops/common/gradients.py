@@ -31,12 +31,7 @@ def is_plain(student: torch.Tensor, teacher: torch.Tensor) -> bool:
 
 def runs_now(student: torch.Tensor, teacher: torch.Tensor) -> bool:
     """:func:`is_plain` where the caller knows that torch.compile does not trace."""
-    return (
-        type(student) in _PLAIN
-        and type(teacher) in _PLAIN
-        and not _transforms()
-        and _mode(_PROXY) is None
-    )
+    return type(student) in _PLAIN and type(teacher) in _PLAIN and not _transforms() and _mode(_PROXY) is None
 
 
 def are_plain(first: torch.Tensor, *others: torch.Tensor) -> bool:

@@ -1,0 +1,77 @@
+"""What every loss of two logit tensors asks of its arguments, at once where they are as nearly always."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kdfast.functional._checks import (
+    COLDEST,
+    HOTTEST,
+    REDUCTIONS,
+    check_dim,
+    check_logits,
+    check_reduction,
+    check_rowwise,
+    check_temperature,
+)
+from kdfast.reference.native import extension
+
+__all__ = ["agree", "check_rows"]
+
+
+def _unknown(whole: tuple[Any, ...], channels: tuple[Any, ...]) -> bool:
+    """:data:`agree` without the extension: nothing is known at once."""
+    return False
+
+
+def _agreement() -> Callable[[tuple[Any, ...], tuple[Any, ...]], bool]:
+    native = extension()
+    if native is None:
+        return _unknown
+    made: Callable[[tuple[Any, ...], tuple[Any, ...]], bool] = native.agreement_of(
+        torch.Tensor, torch.nn.Parameter
+    )
+    return made
+
+
+#: ``agree(whole, channels)``: are tensors dense, of floating point and on one device, ``whole`` of one shape, and
+#: ``channels`` (tensors or None) of one value a channel, its second dimension. False where a tensor is of another class
+#: or without memory of its own: the checks one by one decide then, and say what is wrong. No trace can look into it.
+agree = _agreement()
+
+
+def check_rows(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    temperature: float | torch.Tensor,
+    dim: int,
+    reduction: str,
+    row_weight: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> tuple[int, float | torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The arguments that all losses of rows share: (class dimension from 0, temperature, row weight, mask)."""
+    if (
+        row_weight is None
+        and mask is None
+        and not torch.compiler.is_compiling()
+        and type(temperature) is float
+        and COLDEST <= temperature <= HOTTEST
+        and type(dim) is int
+        and type(reduction) is str
+        and reduction in REDUCTIONS
+        and agree((student, teacher), ())
+        and -(dims := student.dim()) <= dim < dims
+    ):
+        return dim % dims, temperature, None, None
+    check_reduction(reduction)
+    check_logits(student, teacher)
+    axis = check_dim(dim, student)
+    temperature = check_temperature(temperature, student)
+    if row_weight is not None or mask is not None:
+        rows = student.shape[:axis] + student.shape[axis + 1 :]
+        row_weight = check_rowwise("row_weight", row_weight, rows, student)
+        mask = check_rowwise("mask", mask, rows, student)
+    return axis, temperature, row_weight, mask
