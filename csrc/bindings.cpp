@@ -4,6 +4,7 @@
 #include "bound.hpp"
 #include "dead_leaves.hpp"
 #include "direct_launch.hpp"
+#include "kept_rows.hpp"
 #include "launch_key.hpp"
 #include "philox_normal.hpp"
 #include "row_losses.hpp"
@@ -171,6 +172,8 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("direct_launch", &direct_launch, py::arg("told"),
              "launch(varying, further) of one kernel on one geometry.");
+  module.def("kept_rows", &kept_rows, py::arg("told"),
+             "run(...) of the launches over rows that one family keeps.");
   module.def("launch_key_of", &launch_key_of, py::arg("type"),
              "launch_key(tensors, arguments) for tensors of this class.");
   module.def("agreement_of", &agreement_of, py::arg("type"), py::arg("other"),

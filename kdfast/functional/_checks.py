@@ -137,8 +137,8 @@ def refuse_distributed(name: str, tensor: torch.Tensor) -> None:
 
 def savable(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that autograd may save: one a row that was made under ``torch.inference_mode`` is copied."""
-    if has_values(tensor) and tensor.is_inference() and not torch.is_inference_mode_enabled():
-        return tensor.clone()
+    if not torch.compiler.is_compiling() and tensor.is_inference() and has_values(tensor):
+        return tensor if torch.is_inference_mode_enabled() else tensor.clone()
     return tensor
 
 

@@ -165,7 +165,7 @@ def distillation_loss(
             counted = counts if reduction != "rowmean" or mask is None else counts & mask
             count = counted.sum(dtype=torch.float32)
         options = (float(label_smoothing), ce_weight, float(ignore_index))
-        return ops.distillation(student, teacher, Row(options, *factors, target, count))
+        return ops.distillation.launch(student, teacher, Row(options, *factors, target, count))
     dtype = compute_dtype(student, teacher)
     factor = label_factor(target, ignore_index, ce_weight, reduction, mask, dtype)
     second = None

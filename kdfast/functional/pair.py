@@ -134,7 +134,7 @@ def dkd_loss(
         options = (alpha, beta, float(ignore_index))
         divisor = reduction_divisor(reduction, student, axis, mask)
         row = Row(options, axis, temperature, row_weight, mask, divisor, reduction != "none", label)
-        return ops.dkd(student, teacher, row)
+        return ops.dkd.launch(student, teacher, row)
     row = Row((alpha, beta), axis, temperature, row_weight, mask, 1.0, reduction != "none", label)
     row = ops.without_ignored(row, ignore_index)
     row = row._replace(divisor=reduction_divisor(reduction, student, axis, row.mask))

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..keys import launch_key
+from .. import launch as launching
+from ..keys import extension, launch_key
 from ..launch import Kept, Launch, reduction
 from .layout import RowLayout, as_rows
 from .plan import TilePlan
@@ -163,6 +164,11 @@ class RowLaunches:
     def __init__(self, plan: Callable[..., RowPlan], further: tuple[str, ...] = (), reads: int = 2) -> None:
         self.plan, self.further, self.reads = plan, further, reads
         self.kept = Kept()
+        #: The same in C++, where it was built: it does nothing and returns None where anything is out of the ordinary.
+        self._run: Callable[..., torch.Tensor | None] | None = None
+        if extension is not None:
+            home = {"type": torch.Tensor, "home": vars(launching), "like": torch.empty_like}
+            self._run = extension.kept_rows(home | {"kept": self.kept})
 
     def __call__(
         self,
@@ -174,7 +180,6 @@ class RowLaunches:
         upstream: torch.Tensor | None = None,
         further: tuple[Any, ...] = (),
         options: tuple[Any, ...] = (),
-        *,
         fresh: bool = False,
     ) -> torch.Tensor:
         """Launch once.
@@ -193,6 +198,10 @@ class RowLaunches:
         Returns:
             The sum, 0-d, when it is wanted, else one float32 value a row, or nothing of meaning.
         """
+        if fresh and self._run is not None:
+            done = self._run(reads, gradients, dim, scale, want, upstream, further, options)
+            if done is not None:
+                return done
         student, device = reads[0], reads[0].device
         temperature, divisor, weight, mask = scale
         if not (type(temperature) is type(divisor) is float):
@@ -232,7 +241,7 @@ def in_place(reads: Sequence[torch.Tensor | None], gradients: Sequence[torch.Ten
 class _RowCall:
     """One geometry of a family: what is launched, and the memory that it needs. It holds no tensor."""
 
-    __slots__ = ("apart", "before", "device", "launch", "programs", "rows", "total", "width")
+    __slots__ = ("apart", "before", "device", "launch", "partials", "programs", "rows", "total", "width")
 
     def __init__(
         self,
@@ -277,6 +286,10 @@ class _RowCall:
             student.device,
             further,
         )
+        #: Partial sums, 0 without a total; None where ``kdfast._C`` may not launch alone.
+        self.partials: int | None = plan.grid[0] if self.total else 0
+        if self.rows is not None or plan.before is not None:
+            self.partials = None
         self.before, self.width = None, 0
         if plan.before is not None:
             reads = len(at.tensors) - len(at.given)

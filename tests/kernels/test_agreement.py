@@ -10,6 +10,7 @@ import torch
 
 from kdfast import functional as F
 from kdfast.functional import _rows
+from kdfast.functional.norm import fused, statistics_loss
 
 pytest.importorskip("kdfast._C")
 BASE = torch.zeros(4, 6)
@@ -147,3 +148,23 @@ def test_losses_take_and_refuse_the_same_with_one_look_and_without(
         said.append((texts, *[call(student, teacher, **o) for o in ({}, {"temperature": 3})]))
     assert said[0][0] == said[1][0]
     torch.testing.assert_close(said[0][1:], said[1][1:], rtol=0, atol=0)
+
+
+def test_norms_refuse_the_same_with_one_look_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, one = torch.randn(4, 6, 3), torch.ones(6)
+    wrong: dict[str, Callable[[], object]] = {
+        "running_mean: got NoneType": lambda: F.bn_statistics_loss(x, None, one),  # type: ignore[arg-type]
+        "running_var: got shape": lambda: F.bn_statistics_loss(x, one, one[:5]),
+        "average_mean: requires grad": lambda: F.bn_statistics_loss(
+            x, one, one, average_mean=one.clone().requires_grad_(), average_var=one
+        ),
+        "sample: got NoneType": lambda: F.bn_ddim_step(None, x, one, one, c1=1.0, c2=1.0),  # type: ignore[arg-type]
+        "target: got shape": lambda: F.bn_mse(x, x[:2], one, one),
+        "residual: got dtype": lambda: F.bn_relu(x, one, one, residual=x.long()),
+    }
+    for agree in (_rows.agree, _rows._unknown):
+        for module in (fused, statistics_loss):
+            monkeypatch.setattr(module, "agree", agree)
+        for begin, call in wrong.items():
+            with pytest.raises((TypeError, ValueError), match=begin):
+                call()

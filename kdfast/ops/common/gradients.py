@@ -16,7 +16,8 @@ Value = torch.Tensor | float
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Asked for at every call: three look-ups each time would show.
 _transforms = torch._C._are_functorch_transforms_active
-_unwrapped = torch._C._functorch.unwrap_if_dead  # a transform's tensor that was kept after it is over
+#: Of a tensor of a transform's that was kept after it is over, the one inside; others as they are.
+unwrapped = torch._C._functorch.unwrap_if_dead
 _mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
 
 
@@ -59,16 +60,12 @@ def apply(function: Any, *arguments: Any) -> Any:
     """
     if _transforms():
         return function.apply(*arguments)
-    return _apply(function)(*[_unwrapped(x) if isinstance(x, torch.Tensor) else x for x in arguments])
-
-
-def apply_pair(function: Any, student: torch.Tensor, teacher: torch.Tensor, *others: Any) -> Any:
-    """The same of two tensors that :func:`runs_now` and of others that are none."""
-    return _apply(function)(_unwrapped(student), _unwrapped(teacher), *others)
+    return direct_apply(function)(*[unwrapped(x) if isinstance(x, torch.Tensor) else x for x in arguments])
 
 
 @functools.cache
-def _apply(function: Any) -> Any:
+def direct_apply(function: Any) -> Any:
+    """``function.apply`` for where no transform is active, without the look at each argument: see :data:`unwrapped`."""
     return super(torch.autograd.Function, function).apply
 
 
