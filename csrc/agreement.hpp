@@ -30,7 +30,35 @@ class Agreement {
                                                                                                  : Py_False);
   }
 
+  // Whether the second tensor of `pair` holds int64, one a row of the first, whose dimension `axis`, a tuple
+  // of one int, is left out; both dense and on one device, the first of floating point. False also where it
+  // cannot be told.
+  PyObject* labelled(PyObject* pair, PyObject* axis) const {
+    if (!PyTuple_Check(pair) || !PyTuple_Check(axis)) {
+      PyErr_SetString(PyExc_TypeError, "labelled: two tuples are needed");
+      return nullptr;
+    }
+    if (PyTuple_GET_SIZE(pair) != 2 || PyTuple_GET_SIZE(axis) != 1) {
+      PyErr_SetString(PyExc_TypeError, "labelled: two tensors and a dimension are needed");
+      return nullptr;
+    }
+    const long dim = PyLong_AsLong(PyTuple_GET_ITEM(axis, 0));
+    if (dim == -1 && PyErr_Occurred() != nullptr) return nullptr;
+    return Py_NewRef(exchange_ != nullptr && one_a_row(pair, dim) ? Py_True : Py_False);
+  }
+
  private:
+  bool one_a_row(PyObject* pair, long dim) const {
+    dlpack::Tensor logits{}, labels{};
+    if (!look(PyTuple_GET_ITEM(pair, 0), logits) || !see(PyTuple_GET_ITEM(pair, 1), labels)) return false;
+    if (labels.dtype.code != kInt || labels.dtype.bits != 64 || labels.dtype.lanes != 1) return false;
+    if (!together(logits, labels) || dim < 0 || dim >= logits.dims || labels.dims != logits.dims - 1)
+      return false;
+    int64_t* const axis = logits.shape + dim;
+    return std::equal(logits.shape, axis, labels.shape) &&
+           std::equal(axis + 1, logits.shape + logits.dims, labels.shape + dim);
+  }
+
   bool all(PyObject* whole, PyObject* channels) const {
     dlpack::Tensor first{};
     if (!look(PyTuple_GET_ITEM(whole, 0), first) || first.dims < 1) return false;
@@ -50,34 +78,42 @@ class Agreement {
     return true;
   }
 
-  // No subclass, which may answer otherwise; a tensor without memory that can be seen has no view.
+  // Of floating point.
   bool look(PyObject* value, dlpack::Tensor& out) const {
+    return see(value, out) && (out.dtype.code == kFloat || out.dtype.code == kBfloat) && out.dtype.lanes == 1;
+  }
+
+  // No subclass, which may answer otherwise; a tensor without memory that can be seen has no view.
+  bool see(PyObject* value, dlpack::Tensor& out) const {
     auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(value));
     if (std::find(types_.begin(), types_.end(), type) == types_.end()) return false;
-    if (exchange_->view(value, &out) != 0) {
-      PyErr_Clear();
-      return false;
-    }
-    return (out.dtype.code == kFloat || out.dtype.code == kBfloat) && out.dtype.lanes == 1;
+    if (exchange_->view(value, &out) == 0) return true;
+    PyErr_Clear();
+    return false;
   }
 
   static bool together(const dlpack::Tensor& one, const dlpack::Tensor& other) {
     return one.device.type == other.device.type && one.device.index == other.device.index;
   }
 
-  static constexpr uint8_t kFloat = 2, kBfloat = 4;  // DLDataTypeCode
+  static constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;  // DLDataTypeCode
 
   const std::vector<PyObject*> types_;  // kept for good, as the function is
   const dlpack::Exchange* exchange_;
 };
 
-// agree(whole, channels) for tensors of these classes, the first of which tells of tensors.
-inline pybind11::object agreement_of(const pybind11::type& type, const pybind11::type& other) {
-  static PyMethodDef definition = {"agree", nullptr, 0,
-                                   "Whether tensors are dense, of floating point, and fit together."};
-  std::vector<PyObject*> types{type.inc_ref().ptr(), other.inc_ref().ptr()};
-  return fast_call<Agreement, &Agreement::agree>(definition,
-                                                 new Agreement(std::move(types), exchange_of(type.ptr())));
+// (agree(whole, channels), labelled(pair, axis)) for tensors of these classes, the first of which tells of
+// tensors.
+inline pybind11::tuple agreement_of(const pybind11::type& type, const pybind11::type& other) {
+  static PyMethodDef agree = {"agree", nullptr, 0,
+                              "Whether tensors are dense, of floating point, and fit together."};
+  static PyMethodDef labelled = {"labelled", nullptr, 0, "Whether there is one int64 a row."};
+  const auto made = [&] {
+    std::vector<PyObject*> types{type.inc_ref().ptr(), other.inc_ref().ptr()};
+    return new Agreement(std::move(types), exchange_of(type.ptr()));
+  };
+  return pybind11::make_tuple(fast_call<Agreement, &Agreement::agree>(agree, made()),
+                              fast_call<Agreement, &Agreement::labelled>(labelled, made()));
 }
 
 }  // namespace kdfast

@@ -177,7 +177,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("launch_key_of", &launch_key_of, py::arg("type"),
              "launch_key(tensors, arguments) for tensors of this class.");
   module.def("agreement_of", &agreement_of, py::arg("type"), py::arg("other"),
-             "agree(tensors, channels) for tensors of exactly these classes.");
+             "(agree(tensors, channels), labelled(pair, axis)) for tensors of exactly these classes.");
 
   module.def(
       "normals",

@@ -150,8 +150,9 @@ class Launch:
         """What ``kdfast._C`` is told of a launch."""
         return {
             "driver": driver,
-            # Where Triton has the driver that ``active`` gives, once there is one: without a call of Python's.
-            "slot": "_active" if vars(driver).get("_active") is ready.driver else "active",
+            "slot": "_active"
+            if vars(driver).get("_active") is ready.driver
+            else "active",  # no call of Python's
             "active": ready.driver,
             "runtime": knobs.runtime,
             "compilation": knobs.compilation,

@@ -350,6 +350,8 @@ def check_reduction(reduction: str) -> None:
 
 def check_factor(name: str, value: float | torch.Tensor) -> float:
     """A finite float that is not negative; a number of numpy's or a 0-d tensor in host memory is read."""
+    if type(value) is float and 0.0 <= value <= _LARGEST:
+        return value
     return check_between(name, value, 0.0, math.inf)
 
 

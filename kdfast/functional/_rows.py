@@ -12,35 +12,40 @@ from kdfast.functional._checks import (
     HOTTEST,
     REDUCTIONS,
     check_dim,
+    check_labels,
     check_logits,
     check_reduction,
     check_rowwise,
     check_temperature,
+    on_host,
+    savable,
 )
 from kdfast.reference.native import extension
 
-__all__ = ["agree", "check_rows"]
+__all__ = ["agree", "check_row_labels", "check_rows", "labelled"]
 
 
-def _unknown(whole: tuple[Any, ...], channels: tuple[Any, ...]) -> bool:
-    """:data:`agree` without the extension: nothing is known at once."""
+Look = Callable[[tuple[Any, ...], tuple[Any, ...]], bool]
+
+
+def _unknown(tensors: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    """Without the extension nothing is known at once."""
     return False
 
 
-def _agreement() -> Callable[[tuple[Any, ...], tuple[Any, ...]], bool]:
+def _looks() -> tuple[Look, Look]:
     native = extension()
     if native is None:
-        return _unknown
-    made: Callable[[tuple[Any, ...], tuple[Any, ...]], bool] = native.agreement_of(
-        torch.Tensor, torch.nn.Parameter
-    )
+        return _unknown, _unknown
+    made: tuple[Look, Look] = native.agreement_of(torch.Tensor, torch.nn.Parameter)
     return made
 
 
 #: ``agree(whole, channels)``: are tensors dense, of floating point and on one device, ``whole`` of one shape, and
-#: ``channels`` (tensors or None) of one value a channel, its second dimension. False where a tensor is of another class
-#: or without memory of its own: the checks one by one decide then, and say what is wrong. No trace can look into it.
-agree = _agreement()
+#: ``channels`` (tensors or None) of one value a channel, its second dimension? ``labelled((logits, labels), (axis,))``:
+#: are there int64 labels, one a row over that dimension from 0? False where a tensor is of another class or without
+#: memory of its own: the checks one by one decide then, and say what is wrong. No trace can look into either.
+agree, labelled = _looks()
 
 
 def check_rows(
@@ -75,3 +80,21 @@ def check_rows(
         row_weight = check_rowwise("row_weight", row_weight, rows, student)
         mask = check_rowwise("mask", mask, rows, student)
     return axis, temperature, row_weight, mask
+
+
+def check_row_labels(
+    name: str, labels: torch.Tensor | None, axis: int, ignore_index: int, logits: torch.Tensor
+) -> torch.Tensor | None:
+    """:func:`check_labels` of one a row of ``logits``, whose class dimension is ``axis`` from 0."""
+    if (
+        not torch.compiler.is_compiling()
+        and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
+        and labelled((logits, labels), (axis,))
+        and labels is not None
+        and not on_host(labels)
+    ):
+        return savable(labels) if labels.is_inference() else labels
+    shape = logits.shape
+    rows = shape[:axis] + shape[axis + 1 :]
+    return check_labels(name, labels, rows, shape[axis], ignore_index, logits)

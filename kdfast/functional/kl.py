@@ -9,12 +9,11 @@ import torch
 
 from kdfast.functional._checks import (
     check_factor,
-    check_labels,
     check_lam,
     check_number,
 )
 from kdfast.functional._reduction import Reduction, reduction_divisor
-from kdfast.functional._rows import check_rows
+from kdfast.functional._rows import check_row_labels, check_rows
 from kdfast.ops import kl as ops
 from kdfast.ops.common.row_loss import Row
 from kdfast.profiling import annotate
@@ -137,7 +136,6 @@ def distillation_loss(
     axis, temperature, row_weight, mask = check_rows(
         student, teacher, temperature, dim, reduction, row_weight, mask
     )
-    rows = student.shape[:axis] + student.shape[axis + 1 :]
     kd_weight, ce_weight = check_factor("kd_weight", kd_weight), check_factor("ce_weight", ce_weight)
     if check_factor("label_smoothing", label_smoothing) > 1:
         raise ValueError(f"label_smoothing: got {label_smoothing}; 0 to 1 is needed")
@@ -146,10 +144,12 @@ def distillation_loss(
         raise ValueError(f"{missing}: got None; it is needed together with {given}")
     if target is None and (ce_weight or mixed_target is not None):
         raise ValueError("target: got None; it is needed when ce_weight is not 0 or mixed_target is given")
-    classes = student.shape[axis]
-    target = check_labels("target", target, rows, classes, ignore_index, student)
-    mixed_target = check_labels("mixed_target", mixed_target, rows, classes, ignore_index, student)
-    share = None if lam is None else check_lam(lam, rows, student, compute_dtype(student, teacher))
+    target = check_row_labels("target", target, axis, ignore_index, student)
+    share = None
+    if lam is not None:
+        mixed_target = check_row_labels("mixed_target", mixed_target, axis, ignore_index, student)
+        rows = student.shape[:axis] + student.shape[axis + 1 :]
+        share = check_lam(lam, rows, student, compute_dtype(student, teacher))
 
     divisor = reduction_divisor(reduction, student, axis, mask)
     if isinstance(divisor, torch.Tensor):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from kdfast.functional._checks import check_factor, check_labels
+from kdfast.functional._checks import check_factor
 from kdfast.functional._reduction import Reduction, reduction_divisor
-from kdfast.functional._rows import check_rows
+from kdfast.functional._rows import check_row_labels, check_rows
 from kdfast.ops import kl
 from kdfast.ops import pair as ops
 from kdfast.ops.common.row_loss import Row
@@ -123,13 +123,11 @@ def dkd_loss(
     axis, temperature, row_weight, mask = check_rows(
         student, teacher, temperature, dim, reduction, row_weight, mask
     )
-    shape = student.shape
-    if shape[axis] < 2:
-        raise ValueError(f"student: got {shape[axis]} class; decoupled KD needs at least 2")
+    if student.size(axis) < 2:
+        raise ValueError(f"student: got {student.size(axis)} class; decoupled KD needs at least 2")
     if not isinstance(target, torch.Tensor):
         raise TypeError(f"target: got {type(target).__name__}; a tensor is needed")
-    rows = shape[:axis] + shape[axis + 1 :]
-    label = check_labels("target", target, rows, shape[axis], ignore_index, student)
+    label = check_row_labels("target", target, axis, ignore_index, student)
     if reduction != "rowmean" and ops.launches(student, teacher, ignore_index):
         options = (alpha, beta, float(ignore_index))
         divisor = reduction_divisor(reduction, student, axis, mask)

@@ -15,6 +15,7 @@ from kdfast.functional.norm import fused, statistics_loss
 pytest.importorskip("kdfast._C")
 BASE = torch.zeros(4, 6)
 ROW = torch.zeros(6)
+LABELS = torch.zeros(4, dtype=torch.int64)
 
 
 class Sub(torch.Tensor):
@@ -93,10 +94,37 @@ def test_tensors_of_a_transform_do_not_agree() -> None:
     F.kd_kl_div(kept[0], BASE)  # a dead wrapper is taken as before
 
 
-def test_agree_wants_two_tuples() -> None:
-    for wrong in (((),), ([], ()), ((), []), ((), (), ())):
-        with pytest.raises(TypeError, match="two tuples are needed"):
-            _rows.agree(*wrong)  # type: ignore[arg-type]
+def test_both_looks_want_two_tuples() -> None:
+    for look in (_rows.agree, _rows.labelled):
+        for wrong in (((),), ([], ()), ((), []), ((), (), ())):
+            with pytest.raises(TypeError, match="two tuples are needed"):
+                look(*wrong)  # type: ignore[arg-type]
+    for pair, axis in (((BASE,), (1,)), ((BASE, LABELS), ()), ((BASE, LABELS), (1, 1))):
+        with pytest.raises(TypeError, match="two tensors and a dimension are needed"):
+            _rows.labelled(pair, axis)
+    with pytest.raises(TypeError, match="int"):
+        _rows.labelled((BASE, LABELS), ("1",))
+
+
+def test_labels_are_one_a_row() -> None:
+    cube = torch.zeros(2, 3, 4)
+    for dim, shape in enumerate([(3, 4), (2, 4), (2, 3)]):
+        labels = torch.zeros(shape, dtype=torch.int64)
+        for at in range(-1, 4):
+            assert _rows.labelled((cube, labels), (at,)) is (at == dim)
+    assert _rows.labelled((BASE, LABELS), (1,))
+    assert _rows.labelled((BASE, torch.zeros(8, dtype=torch.int64)[::2]), (1,))
+    assert _rows.labelled((torch.zeros(6), torch.tensor(3)), (0,))
+    with torch.inference_mode():
+        made = LABELS + 1
+    assert _rows.labelled((BASE, made), (1,))
+    for labels in (
+        None, 3, [0] * 4, LABELS.int(), LABELS.double(), LABELS.to("meta"), LABELS.to_sparse(), LABELS[:3],
+        LABELS[:, None], LABELS.as_subclass(Sub), LABELS.view(torch.uint64),
+    ):  # fmt: skip
+        assert not _rows.labelled((BASE, labels), (1,)), labels
+    assert not _rows.labelled((BASE.long(), LABELS), (1,))
+    assert not _rows.labelled((BASE.as_subclass(Sub), LABELS), (1,))
 
 
 def test_a_torch_without_the_exchange_knows_nothing_at_once() -> None:
@@ -106,14 +134,16 @@ def test_a_torch_without_the_exchange_knows_nothing_at_once() -> None:
         __dlpack_c_exchange_api__ = None
 
     old = BASE.as_subclass(Old)
-    assert not extension.agreement_of(Old, Old)((old, old), ())
+    agree, labelled = extension.agreement_of(Old, Old)
+    assert not agree((old, old), ())
+    assert not labelled((old, LABELS), (1,))
 
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "kd_kl_div": F.kd_kl_div,
     "jsd_loss": F.jsd_loss,
     "divergence_loss": F.divergence_loss,
-    "dkd_loss": lambda s, t, **options: F.dkd_loss(s, t, torch.zeros(4, dtype=torch.int64), **options),
+    "dkd_loss": lambda s, t, **options: F.dkd_loss(s, t, LABELS, **options),
 }
 WRONG: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "teacher": (BASE, torch.zeros(4, 5), {}),
@@ -168,3 +198,38 @@ def test_norms_refuse_the_same_with_one_look_and_without(monkeypatch: pytest.Mon
         for begin, call in wrong.items():
             with pytest.raises((TypeError, ValueError), match=begin):
                 call()
+
+
+def test_labels_are_refused_the_same_with_one_look_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_rows, "on_host", lambda _: False)  # as on a GPU
+    x = torch.randn(4, 6)
+    wrong: dict[str, Callable[[], object]] = {
+        "target: got shape": lambda: F.dkd_loss(x, x, LABELS[:3]),
+        "target: got dtype": lambda: F.dkd_loss(x, x, LABELS.int()),
+        "target: is on meta": lambda: F.dkd_loss(x, x, LABELS.to("meta")),
+        "ignore_index: got float": lambda: F.dkd_loss(x, x, LABELS, ignore_index=1.0),  # type: ignore[arg-type]
+        "ignore_index: got bool": lambda: F.dkd_loss(x, x, LABELS, ignore_index=True),
+        "ignore_index: got 9223372036854775808": lambda: F.dkd_loss(x, x, LABELS, ignore_index=2**63),
+        "mixed_target: got shape": lambda: F.distillation_loss(
+            x, x, LABELS, temperature=1.0, ce_weight=1.0, mixed_target=LABELS[:2], lam=0.5
+        ),
+    }
+    for labelled in (_rows.labelled, _rows._unknown):
+        monkeypatch.setattr(_rows, "labelled", labelled)
+        for begin, call in wrong.items():
+            with pytest.raises((TypeError, ValueError), match=begin):
+                call()
+
+
+def test_labels_made_in_inference_mode_are_copied_where_autograd_may_save_them() -> None:
+    with torch.inference_mode():
+        labels = LABELS + 1
+        assert _rows.check_row_labels("target", labels, 1, -100, BASE) is labels
+    for on_host in (_rows.on_host, lambda _: False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_rows, "on_host", on_host)
+            found = _rows.check_row_labels("target", labels, 1, -100, BASE)
+            assert found is not None
+            assert not found.is_inference()
+            assert _rows.check_row_labels("target", LABELS, 1, -100, BASE) is LABELS
+            assert _rows.check_row_labels("target", None, 1, -100, BASE) is None

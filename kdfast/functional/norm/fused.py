@@ -199,12 +199,13 @@ def _norm(x: Tensor, norm: BatchNorm, beside: str = "", *others: Tensor) -> Batc
         for name, value in zip(_CHANNELS, held):
             if value is not None:
                 check_channels(name, value, x)
-    for name, value in zip(_CHANNELS[2:], held[2:]):
+    mean, var = norm.running_mean, norm.running_var
+    for name, value in (("running_mean", mean), ("running_var", var)):
         if value is not None and value.requires_grad:
             raise ValueError(f"{name}: requires grad; statistics are buffers")
-    if (norm.running_mean is None) != (norm.running_var is None):
+    if (mean is None) != (var is None):
         raise ValueError("running_mean, running_var: got one of them; both or neither are needed")
-    if not norm.training and norm.running_mean is None:
+    if not norm.training and mean is None:
         raise ValueError("training: got False without running statistics; pass both or training=True")
     if not (isinstance(norm.eps, float) and check_real("eps", norm.eps) > 0):
         raise ValueError(f"eps: got {shown(norm.eps)}; a finite float above 0 is needed")
