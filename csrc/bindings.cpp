@@ -2,6 +2,7 @@
 // many, and the keys of launches.
 #include "agreement.hpp"
 #include "bound.hpp"
+#include "cpu_loops.hpp"
 #include "dead_leaves.hpp"
 #include "direct_launch.hpp"
 #include "kept_rows.hpp"
@@ -207,6 +208,8 @@ PYBIND11_MODULE(_C, module) {
       "KL(softmax(teacher/T) || softmax(student/T)) of float32 rows at these addresses, with inverse = 1/T, "
       "and T "
       "times its gradients (0: not wanted).");
+
+  bind_cpu_loops(module);
 
   module.def(
       "dead_leaves",

@@ -55,7 +55,7 @@ class KeptRows {
         pybind11::reinterpret_borrow<pybind11::object>(PyDict_GetItemWithError(kept_.ptr(), key.ptr()));
     if (!call) return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
 
-    const auto partials = owned(PyObject_GetAttr(call.ptr(), names().partials));
+    const auto partials = owned(PyObject_GetAttr(call.ptr(), names().alone));
     const auto launch = owned(PyObject_GetAttr(call.ptr(), names().launch));
     if (!partials || !launch) return nullptr;
     const auto function = owned(PyObject_GetAttr(launch.ptr(), names().direct));
@@ -93,7 +93,7 @@ class KeptRows {
 
  private:
   struct Names {
-    PyObject *partials = name("partials"), *launch = name("launch"), *direct = name("_direct"),
+    PyObject *alone = name("alone"), *launch = name("launch"), *direct = name("_direct"),
              *device = name("device"), *text = name("name"), *reduction = name("reduction"),
              *counts = name("launch_counts"), *one = PyLong_FromLong(1);
     static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }

@@ -5,25 +5,17 @@
 // the machine has), so that every instruction set adds in the same order and gives the same bits.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <vector>
 
-#include "philox_normal.hpp"  // KDFAST_EVERY_WIDTH
-
-#define KDFAST_INLINE inline __attribute__((always_inline))
+#include "lanes.hpp"
+#include "shares.hpp"
 
 namespace kdfast {
 
-constexpr int64_t kRowLanes = 16;
-typedef float Lanes __attribute__((vector_size(64)));
 typedef uint32_t WordLanes __attribute__((vector_size(64)));
-
-// By reference: a vector as wide as this has no calling convention that all machines share.
-KDFAST_INLINE void load_lanes(const float* from, Lanes& out) { std::memcpy(&out, from, sizeof out); }
 
 // Up to 16 lanes of a row whose `count` last elements are left.
 KDFAST_INLINE void store_lanes(const Lanes& value, int64_t count, float* to) {
@@ -52,12 +44,6 @@ KDFAST_INLINE void exp2_lanes(Lanes& y) {
   scale += bits << 23;
   std::memcpy(&p, &scale, sizeof p);
   y = y != y ? y : p;
-}
-
-KDFAST_INLINE double lane_sum(const Lanes& value) {
-  double sum = 0;
-  for (int lane = 0; lane < kRowLanes; ++lane) sum += static_cast<double>(value[lane]);
-  return sum;
 }
 
 KDFAST_INLINE float largest(const float* row, int64_t padded) {
@@ -179,23 +165,14 @@ inline void kl_some(int64_t begin, int64_t end, int64_t classes, Rows s, Rows t,
     loss[row] = kl_row(s.at(row), t.at(row), classes, inverse, scratch, grad_s.at(row), grad_t.at(row));
 }
 
-// Elements that are worth a thread of their own: half a millisecond.
-constexpr int64_t kThreadElements = 1 << 18;
-
 // Returns the smallest loss, or NaN where one is NaN. Rows are shared out evenly; what a row gets does not
 // depend on how many threads there are.
 inline float kl_rows(int64_t rows, int64_t classes, Rows s, Rows t, float inverse, float* loss,
                      Gradient grad_s, Gradient grad_t, int64_t threads) {
-  threads = std::max<int64_t>(1, std::min({threads, rows, rows * classes / kThreadElements}));
-  auto part = [&](int64_t index) {
+  shared_out(rows, classes, threads, [&](int64_t begin, int64_t end) {
     Scratch scratch(classes);
-    kl_some(rows * index / threads, rows * (index + 1) / threads, classes, s, t, inverse, loss, grad_s,
-            grad_t, scratch);
-  };
-  std::vector<std::thread> others;
-  for (int64_t index = 1; index < threads; ++index) others.emplace_back(part, index);
-  part(0);
-  for (std::thread& other : others) other.join();
+    kl_some(begin, end, classes, s, t, inverse, loss, grad_s, grad_t, scratch);
+  });
   float least = HUGE_VALF;
   for (int64_t row = 0; row < rows; ++row) least = loss[row] >= least || least != least ? least : loss[row];
   return least;

@@ -21,6 +21,7 @@ from kdfast.training.accelerator import gather_objects, make_accelerator
 from kdfast.training.batches import Loss, Window, count_images, resumable, split_loss, to_device
 from kdfast.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from kdfast.training.config import Stateful, TrainerConfig, TrainResult
+from kdfast.training.heartbeat import hearing
 from kdfast.training.interrupt import Interrupt, TrainingInterrupted, deferred_interrupt
 from kdfast.training.metrics import MetricsLog
 from kdfast.training.optim import build_optimizer, build_schedule
@@ -125,7 +126,7 @@ class Trainer:
             self._restore(restored, batches)
         self._open_log(resumed=restored is not None)
         try:
-            with deferred_interrupt() as interrupt, self._progress() as progress:
+            with deferred_interrupt() as interrupt, hearing(self.accelerator), self._progress() as progress:
                 task = progress.task(self._name, total=total, unit="step", completed=self._place.step)
                 epochs = 0 if self.config.max_steps else self.config.epochs
                 self._run(batches, total, restored, interrupt, Teller(progress, task, epochs))
@@ -321,11 +322,8 @@ class Trainer:
             states["scaler"] = self.accelerator.scaler.state_dict()
         path = self.out / "checkpoints" / f"step-{place.step:08d}"
         if self.accelerator.is_main_process:
-            info = {
-                "fingerprint": self._fingerprint,
-                "epoch": place.epoch,
-                "world_size": self.accelerator.num_processes,
-            }
+            ranks = self.accelerator.num_processes
+            info = {"fingerprint": self._fingerprint, "epoch": place.epoch, "world_size": ranks}
             path = save_checkpoint(path.parent, states, step=place.step, info=info, keep=self.config.keep)
         self.accelerator.wait_for_everyone()
         return path

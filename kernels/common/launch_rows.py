@@ -116,6 +116,13 @@ class Before(NamedTuple):
     width: int
 
 
+class Shared(NamedTuple):
+    """Memory of one launch that its programs share: ``sums_ptr``, float32, and ``ticket_ptr``, zeros to count in."""
+
+    sums: int
+    tickets: int
+
+
 class RowPlan(NamedTuple):
     """How one geometry is launched.
 
@@ -125,6 +132,8 @@ class RowPlan(NamedTuple):
         constants: What only this kernel takes, and the launch's warps.
         apart: Sum the rows in a launch of their own: a cluster's programs would each count themselves.
         before: What is launched first.
+        shared: What programs share.
+        partials: What is summed at the end, where that is not one number a program.
     """
 
     kernel: Any
@@ -132,6 +141,8 @@ class RowPlan(NamedTuple):
     constants: dict[str, Any]
     apart: bool = False
     before: Before | None = None
+    shared: Shared | None = None
+    partials: int = 0
 
 
 class Wanted(NamedTuple):
@@ -241,7 +252,19 @@ def in_place(reads: Sequence[torch.Tensor | None], gradients: Sequence[torch.Ten
 class _RowCall:
     """One geometry of a family: what is launched, and the memory that it needs. It holds no tensor."""
 
-    __slots__ = ("apart", "before", "device", "launch", "partials", "programs", "rows", "total", "width")
+    __slots__ = (
+        "alone",
+        "apart",
+        "before",
+        "device",
+        "launch",
+        "partials",
+        "programs",
+        "rows",
+        "shared",
+        "total",
+        "width",
+    )
 
     def __init__(
         self,
@@ -266,6 +289,7 @@ class _RowCall:
         }
         self.device, self.programs, self.total = student.device, plan.grid, want.total
         self.apart = plan.apart and want.total
+        self.shared, self.partials = plan.shared, plan.partials or plan.grid[0]
         shape = student.shape[:dim] + student.shape[dim + 1 :]
         self.rows = shape if want.rows or self.apart else None
         constants = common | {
@@ -277,7 +301,11 @@ class _RowCall:
             "REDUCE": self.total and not self.apart,
         }
         constants |= {name: gradient is not None for name, gradient in zip(_GRADIENTS, at.gradients)}
-        further = family.further if plan.before is None else (*family.further, "sums_ptr")
+        further = family.further
+        if plan.before is not None:
+            further = (*further, "sums_ptr")
+        elif plan.shared is not None:
+            further = (*further, "sums_ptr", "ticket_ptr")
         self.launch = Launch(
             plan.kernel,
             plan.grid,
@@ -287,9 +315,9 @@ class _RowCall:
             further,
         )
         #: Partial sums, 0 without a total; None where ``kdfast._C`` may not launch alone.
-        self.partials: int | None = plan.grid[0] if self.total else 0
-        if self.rows is not None or plan.before is not None:
-            self.partials = None
+        self.alone: int | None = self.partials if self.total else 0
+        if self.rows is not None or plan.before is not None or plan.shared is not None:
+            self.alone = None
         self.before, self.width = None, 0
         if plan.before is not None:
             reads = len(at.tensors) - len(at.given)
@@ -318,7 +346,7 @@ class _RowCall:
                 # An address even where nothing is written to it: without it a cluster's kernel spills on sm_100.
                 loss = torch.empty((), dtype=torch.float32, device=self.device)
             else:
-                partial, counter, one = reduction(self.device, self.programs[0])
+                partial, counter, one = reduction(self.device, self.partials)
                 loss = torch.empty_like(one)  # memory like other memory is made soonest
         if type(temperature) is not float:
             temperature, temperature_ptr = value_and_pointer(temperature)
@@ -328,6 +356,14 @@ class _RowCall:
             sums = torch.empty((*self.programs, self.width), dtype=torch.float32, device=self.device)
             self.before((*tensors[:2], sums, upstream, temperature, temperature_ptr))
             further = (*further, sums)
+        elif self.shared is not None:
+            # Zeros of their own for each call, also in a graph: it fills them in every replay.
+            tickets = torch.zeros(self.shared.tickets, dtype=torch.int32, device=self.device)
+            further = (
+                *further,
+                torch.empty(self.shared.sums, dtype=torch.float32, device=self.device),
+                tickets,
+            )
         self.launch(
             (
                 *tensors, rows, loss, partial, counter, weight, mask, upstream,

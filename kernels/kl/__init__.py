@@ -13,10 +13,11 @@ With δ = log p - log q and S = Σ p·expm1(-δ), which is 0 but for the roundin
 Bytes moved, N = elements of one logit tensor: 2N for the loss alone; 3N with the student's gradient, 4N with
 both, written by the forward launch. A backward whose upstream gradient is 1 moves nothing; otherwise it
 recomputes (3N or 4N), so that a half-precision gradient is rounded once. Rows that do not fit on the chip
-(V > 16384, on a cluster of 8 programs V > 131072) are read twice for gradients: 5N, of which the second read is from
-the cache where 264 rows fit there. The loss alone takes one read of them, unless KL is so small beside the difference
-of the log-sum-exps that it has to be summed once more. Cross-entropy and statistics (labels.py) move nothing more of
-size N.
+(V > 16384, on a cluster of 8 programs V > 131072) are read twice for gradients. Where 264 rows fit in the
+second-level cache the second read is from there; where they surely do not, parts of rows are handed out by ticket
+(tickets.py), so that a part is read again soon after it was read: 3N from memory in both cases, 5N between them. The
+loss alone takes one read of them, unless KL is so small beside the difference of the log-sum-exps that it has to be
+summed once more. Cross-entropy and statistics (labels.py) move nothing more of size N.
 
 Budgets, in lane instructions an element of the compiled common path, for the student's gradient (+t: both).
 tests/kernels/kl/test_audit.py holds the compiler to them:
@@ -33,7 +34,8 @@ tests/kernels/kl/test_audit.py holds the compiler to them:
     21x512x1024 float32     29
     150x512x1024 float32    75
 
-and 32 for both reads of a bfloat16 row that is read twice (34 in float32), in 64 registers (stream.py).
+and 32 for both reads of a bfloat16 row that is read twice (34 in float32; by ticket 32 in both), in 64 registers
+(stream.py).
 
 Launch plans: plan.py. Kernel bodies: the files named after them.
 """

@@ -6,13 +6,14 @@ from typing import Any
 
 import triton
 
-from ..common.launch_rows import Before, RowLaunches, RowPlan, Rows, in_place, loop_sizes
+from ..common.launch_rows import Before, RowLaunches, RowPlan, Rows, Shared, in_place, loop_sizes
 from ..common.tile import tile_grid, tile_sizes
 from ..machine import machine_of
 from . import chunks as _kl_chunks
 from . import classes as _kl_classes
 from . import rows as _kl_rows
 from . import split as _kl_split
+from . import tickets as _kl_tickets
 from . import two_pass as _kl_two_pass
 from .plan import KLPlan, kl_plan
 
@@ -40,6 +41,7 @@ def _plan(at: Rows, *, plain: bool) -> KLPlan:
         both=grad_teacher is not None,
         plain=plain,
         in_place=in_place((student, teacher), (grad_student, grad_teacher)),
+        gradients=grad_student is not None or grad_teacher is not None,
     )
 
 
@@ -50,11 +52,29 @@ def _planned(at: Rows, *, stored: dict[str, Any] | None = None) -> RowPlan:
     kernel, own = _kernel(plan, at)
     warps = {"num_warps": plan.num_warps, "num_ctas": plan.num_ctas}
     before = None
+    if plan.regime == "tickets":
+        return _by_tickets(plan, at, own | warps | {"maxnreg": plan.registers})
     if plan.regime == "split":
         # Five numbers a part.
         before = Before(_kl_split.kd_kl_split_sums_kernel, own | {"num_warps": plan.num_warps}, 5)
     return RowPlan(
         kernel, (programs * plan.splits,), own | (stored or {}) | warps, plan.regime == "cluster", before
+    )
+
+
+#: Programs a multiprocessor: enough that one which is late does not hold up the end, few where all return at once.
+TICKET_PROGRAMS = 32
+
+
+def _by_tickets(plan: KLPlan, at: Rows, constants: dict[str, Any]) -> RowPlan:
+    """Items are a part's sums and an earlier row's gradients; each program takes as many as any other."""
+    items = (at.num_rows + plan.lag) * plan.splits
+    assert at.tensors[0] is not None
+    most = TICKET_PROGRAMS * machine_of(at.tensors[0].device).multiprocessors
+    programs = triton.cdiv(items, triton.cdiv(items, most))
+    shared = Shared(at.num_rows * plan.splits * _kl_tickets.WIDTH, 1 + 2 * at.num_rows)
+    return RowPlan(
+        _kl_tickets.kd_kl_tickets_kernel, (programs,), constants, shared=shared, partials=at.num_rows
     )
 
 
@@ -64,9 +84,13 @@ def _kernel(plan: KLPlan, at: Rows) -> tuple[Any, dict[str, Any]]:
         return _kl_classes.kd_kl_classes_kernel, {"PIXELS": plan.rows}
     if plan.regime == "two_pass":
         return _kl_two_pass.kd_kl_two_pass_kernel, loop_sizes(plan, at)
-    if plan.regime == "split":
+    if plan.regime in ("split", "tickets"):
         part = triton.cdiv(at.num_classes, plan.block * plan.splits) * plan.block
-        return _kl_split.kd_kl_split_kernel, loop_sizes(plan, at) | {"SPLITS": plan.splits, "PART": part}
+        own = loop_sizes(plan, at) | {"PART": part}
+        if plan.regime == "split":
+            return _kl_split.kd_kl_split_kernel, own | {"SPLITS": plan.splits}
+        own |= {"PARTS": plan.splits, "PADDED": triton.next_power_of_2(plan.splits), "LAG": plan.lag}
+        return _kl_tickets.kd_kl_tickets_kernel, own
     sizes = tile_sizes(plan, at.layout)
     if plan.regime == "chunks":
         own = {name: sizes[name] for name in ("CHUNKS", "ROWS", "WIDTH")}

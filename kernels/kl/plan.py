@@ -19,6 +19,11 @@ CLUSTER_PART = 16384
 #: Classes that a program which reads long rows in a loop takes at once: of a row, and of a part of one.
 LONG_BLOCK = 4096
 SPLIT_BLOCK = 4096
+#: Bytes of a part of a row pair that a program takes by ticket, and its threads.
+TICKET_BYTES = 65536
+TICKET_THREADS = 256
+#: Bytes of the second-level cache, from a compute capability on (B200, H100, A100).
+CACHES = ((100, 126 << 20), (90, 50 << 20), (80, 40 << 20))
 #: The same for the class dimension of [B, C, H, W], as a tile and as tuples.
 MAX_CLASSES = 512
 MAX_TUPLE = 40
@@ -28,22 +33,27 @@ MAX_TUPLE = 40
 class KLPlan(TilePlan):
     """Regimes: ``"rows"`` (rows in registers), ``"cluster"`` (a row in the registers of several programs),
     ``"two_pass"`` (a row read twice by one program), ``"split"`` (the same by several programs a row, in two launches),
-    ``"chunks"`` (rows that begin anywhere, in registers), ``"classes"`` and ``"class_tuple"`` (class dimension not
-    last).
+    ``"tickets"`` (the same in one launch, the second read soon after the first), ``"chunks"`` (rows that begin
+    anywhere, in registers), ``"classes"`` and ``"class_tuple"`` (class dimension not last).
 
     Attributes:
         num_ctas: Programs a cluster.
         window: Elements of 16 bytes, when rows begin anywhere and are read from the 16 bytes before; else 0.
-        splits: Programs a row (split). There and for ``"two_pass"``, ``chunks`` threads take ``width`` classes each.
+        splits: Parts a row (split, tickets). There and for ``"two_pass"``, ``chunks`` threads take ``width`` classes
+            each.
+        lag: Rows between the first and the second read of a row (tickets).
+        registers: A thread may have at most (tickets); 0: as the compiler likes.
     """
 
     num_ctas: int = 1
     window: int = 0
     splits: int = 1
+    lag: int = 0
+    registers: int = 0
 
     @property
     def block(self) -> int:
-        """Classes that a program takes at once in a loop (two_pass, split)."""
+        """Classes that a program takes at once in a loop (two_pass, split, tickets)."""
         return self.chunks * self.width
 
 
@@ -60,6 +70,7 @@ def kl_plan(
     both: bool = False,
     plain: bool = True,
     in_place: bool = False,
+    gradients: bool = True,
 ) -> KLPlan:
     """Choose the launch plan of the KL kernels.
 
@@ -78,21 +89,17 @@ def kl_plan(
         both: The teacher's gradient is wanted, too.
         plain: Nothing but KL is computed; only the tile and the two-pass kernel know anything else.
         in_place: A gradient goes over its logits: no program may read what another has written.
+        gradients: Some gradient is wanted: a row of which only the loss is wanted is read once.
     """
     if class_stride != 1 and inner > 1 and num_classes <= MAX_CLASSES:
         return _across_plan(num_classes, itemsize, both, plain)
     window = 16 // itemsize if unaligned and plain and not in_place and num_classes >= MIN_WINDOW else 0
     padded = max(2, triton.next_power_of_2(num_classes))
     if padded > (MAX_ROW if plain else MAX_ROW // 2):
-        return _long_plan(
-            padded,
-            itemsize,
-            num_rows,
-            machine,
-            both,
-            plain,
-            in_place,
-        )
+        long = _long_plan(padded, itemsize, num_rows, machine, both, plain, in_place)
+        if long.regime == "two_pass" and plain and gradients and _outgrows(num_classes * itemsize, machine):
+            return _ticket_plan(num_classes, itemsize, machine, both)
+        return long
     if window:
         return _chunked_plan(num_classes, itemsize, window)
     if padded > 1024:
@@ -169,3 +176,29 @@ def _long_plan(
     threads = LONG_BLOCK // (8 if plain else 16)
     warps = max(1, threads // 32)
     return KLPlan("two_pass", ONE_ROW, threads, 1, vector, warps)
+
+
+def _outgrows(row_bytes: int, machine: Machine) -> bool:
+    """Whether programs that read a row pair twice, two a multiprocessor, surely find nothing of it in the cache.
+
+    Between the two reads of an element all of them read a row pair. Two fifths more than the cache holds are asked for:
+    nearer to it no count says which plan is faster.
+    """
+    cache = next((size for capability, size in CACHES if machine.capability >= capability), None)
+    return cache is not None and 2 * machine.multiprocessors * 2 * row_bytes > 1.4 * cache
+
+
+def _ticket_plan(num_classes: int, itemsize: int, machine: Machine, both: bool) -> KLPlan:
+    """Parts of eight blocks, by programs of 8 warps: four a multiprocessor, in 64 registers (three in 80 elsewhere).
+
+    A row is read again after as many items as there are multiprocessors, a quarter of what is being worked on: its
+    parts are as good as summed, and on an H100 some 30 MB have been read since.
+    """
+    vector = 16 // itemsize
+    splits = triton.cdiv(num_classes, TICKET_BYTES // (2 * itemsize))
+    lag = triton.cdiv(machine.multiprocessors, splits)
+    warps = max(1, TICKET_THREADS // 32)
+    registers = 80 if both or machine.capability >= 100 else 64  # a few spill on sm_100 in 64
+    return KLPlan(
+        "tickets", ONE_ROW, TICKET_THREADS, 1, vector, warps, splits=splits, lag=lag, registers=registers
+    )

@@ -24,6 +24,7 @@ from .arithmetic import (
 )
 
 SLOTS = tl.constexpr(16)
+MAX_ROUNDS = tl.constexpr(16)
 
 
 @triton.jit
@@ -34,8 +35,8 @@ def _number(at, rate, t, SLOT: tl.constexpr):
 
 @triton.jit
 def _rounds(number):
-    """The number rounded up, as an integer."""
-    return -(tl.floor(-number).to(tl.int32))
+    """The number rounded up, as an integer that a loop comes to the end of: 0 for NaN, MAX_ROUNDS at most."""
+    return -(tl.floor(-tl.where(number > 0, tl.minimum(number, MAX_ROUNDS), 0.0)).to(tl.int32))
 
 
 @triton.jit

@@ -123,15 +123,17 @@ def test_balanced_beats_raw() -> None:
     assert balanced >= raw + 10  # 68.9 and 24.4 %, with another seed 48.3 and 26.4 %
 
 
-def test_digits_beat_shaders_and_those_are_no_worse_than_leaves(bench: Bench, balanced: float) -> None:
+def test_digits_beat_shaders_and_leaves_and_both_teach(bench: Bench, balanced: float) -> None:
+    """Nothing orders shaders and leaves here: their difference is −7.5 to 5.3 points over nine seeds."""
     real = bench.student(bench.train)
     painted = leaves(8000, (SIDE, SIDE), seed=0).float() / 255
     chosen = select_balanced(bench.predict(bench.teacher, painted), BUDGET, 10, seed=0)
     fallen = bench.student(painted[chosen])
     print(f"\ndigits {real:.1f} %, shaders {balanced:.1f} %, leaves {fallen:.1f} %")
-    # One seed, 98.6, 84.2 and 78.9 % on one day and 98.3, 91.4 and 93.6 % on another: nothing orders the last two.
-    assert real > max(balanced, fallen) + 1
-    assert balanced > fallen - 5
+    # Nine seeds: digits 98.3 to 99.2 %, shaders 85.3 to 93.3 %, leaves 87.8 to 93.6 %, the gap 4.7 to 8.6 points
+    # (an earlier processor: 98.6, 84.2 and 78.9 %).
+    assert real > max(balanced, fallen) + 2
+    assert min(balanced, fallen) > 65
 
 
 def test_soft_targets_beat_the_teachers_class(bench: Bench, even: torch.Tensor, balanced: float) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 import kdfast
 
-#: A100, H100 (also with Triton 3.6, which lays tiles out differently), two multiprocessors of a B200 (which few rows
-#: fill: then a row gets a cluster), and what the interpreter is.
-MACHINES = ("80:108", "90:132", "90:132:3.6", "100:2", "0:1")
+#: A100, H100 (also with Triton 3.6, which lays tiles out differently), two multiprocessors of an H100 and a B200 (which
+#: few rows fill: then a row gets tickets, or a cluster), and what the interpreter is.
+MACHINES = ("80:108", "90:132", "90:132:3.6", "90:2:3.6", "100:2", "0:1")
 
 #: (module, threshold, what it is lowered to): below these sizes a plan takes what it takes for small ones.
 LOWERED = (
@@ -22,6 +22,9 @@ LOWERED = (
     ("kl.plan", "CLUSTER_PART", 32),
     ("kl.plan", "LONG_BLOCK", 128),
     ("kl.plan", "SPLIT_BLOCK", 128),
+    ("kl.plan", "CACHES", ((80, 0),)),
+    ("kl.plan", "TICKET_BYTES", 1024),
+    ("kl.plan", "TICKET_THREADS", 32),
     ("kl.plan", "MAX_CLASSES", 7),
     ("kl.plan", "MAX_TUPLE", 5),
     ("kl.plan", "MIN_WINDOW", 9),

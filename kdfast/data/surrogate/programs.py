@@ -16,7 +16,7 @@ import torch
 from kdfast.disk import write_atomic
 from kdfast.documents import read_json, shown
 from kdfast.errors import DataError
-from kdfast.reference.procedural.shaders import SLOTS, Op
+from kdfast.reference.procedural.shaders import MAX_ROUNDS, SLOTS, Op
 
 FORMAT = "kdfast-shaders"
 VERSION = 1
@@ -55,9 +55,9 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
 }
 #: Numbers that count rounds, that something is divided by, or that are raised to a power, and what they may be.
 _RANGES = {
-    "rounds": (0, 16),
+    "rounds": (0, MAX_ROUNDS),
     "octaves": (0, 8),
-    "count": (0, 16),
+    "count": (0, MAX_ROUNDS),
     "sectors": (1, 64),
     "decay": (-4, 4),
     "growth": (-4, 4),

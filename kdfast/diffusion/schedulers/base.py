@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy
 import torch
@@ -289,6 +289,30 @@ class SigmaStep(GuidedStep):
             logger.warning(
                 "scale_model_input should be called before step, so that the model sees its input scaled"
             )
+
+
+class ScaledInput:
+    """The model's input x/√(σ² + 1) of samplers in σ."""
+
+    step_index: Any
+    _init_step_index: Any
+    is_scale_input_called: bool
+    sigmas: Tensor
+    _roots: tuple[Tensor, int, list[float]] | None = None
+
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
+        """x/√(σ² + 1), as in diffusers; the roots of a host's σ are taken once for all steps."""
+        sigmas = self.sigmas
+        if sigmas.device.type != "cpu" or torch.compiler.is_compiling():
+            return cast(Tensor, super().scale_model_input(sample, timestep))  # type: ignore[misc]
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        kept = self._roots
+        if kept is None or kept[0] is not sigmas or kept[1] != sigmas._version:
+            kept = self._roots = (sigmas, sigmas._version, ((sigmas**2 + 1) ** 0.5).tolist())
+        self.is_scale_input_called = True
+        root: float = kept[2][self.step_index]
+        return sample / root
 
 
 class VariancePreserving:

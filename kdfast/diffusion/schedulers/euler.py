@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.diffusion.schedulers.base import DrawnStep, Generators, Request, SigmaStep
+from kdfast.diffusion.schedulers.base import DrawnStep, Generators, Request, ScaledInput, SigmaStep
 from kdfast.diffusion.schedulers.common import (
     check_same_channels,
     columns,
@@ -68,7 +68,7 @@ def euler_table(sigmas: Tensor, target: Tensor, gamma: float, prediction_type: s
     return columns(len(dt), px=px, po=po, a=a, b=b, d=d, s=1 / (following**2 + 1) ** 0.5)
 
 
-class EulerDiscreteScheduler(SigmaStep, diffusers.EulerDiscreteScheduler):  # type: ignore[misc, name-defined]
+class EulerDiscreteScheduler(ScaledInput, SigmaStep, diffusers.EulerDiscreteScheduler):  # type: ignore[misc, name-defined]
     """A drop-in for ``diffusers.EulerDiscreteScheduler``: same config, same results, one kernel a step.
 
     Attributes:
@@ -148,7 +148,12 @@ class EulerDiscreteScheduler(SigmaStep, diffusers.EulerDiscreteScheduler):  # ty
         return self._answer(request, result.y, result.x0)
 
 
-class EulerAncestralDiscreteScheduler(SigmaStep, DrawnStep, diffusers.EulerAncestralDiscreteScheduler):  # type: ignore[misc, name-defined]
+class EulerAncestralDiscreteScheduler(
+    ScaledInput,
+    SigmaStep,
+    DrawnStep,
+    diffusers.EulerAncestralDiscreteScheduler,  # type: ignore[misc, name-defined]
+):
     """A drop-in for ``diffusers.EulerAncestralDiscreteScheduler``: same config, same results, one kernel.
 
     Attributes:

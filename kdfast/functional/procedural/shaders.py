@@ -37,7 +37,7 @@ def render_shaders(
 
     Args:
         codes: int32 ``[P, L]``: the operations of P programs, 0 behind a program's end.
-        values: float32 ``[P, L, 16]``: their numbers at time 0.
+        values: float32 ``[P, L, 16]``: their numbers at time 0. What is repeated is repeated 16 times at most.
         rates: float32 ``[P, L, 16]``: what a unit of time adds to each.
         program: int64 ``[B]``: which program each image is of; not checked on a GPU.
         time: float32 ``[B]``: at which time.

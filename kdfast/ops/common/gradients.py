@@ -13,7 +13,7 @@ from kdfast.backend import resolve
 
 #: A host float, or a 0-d tensor that is read on the device.
 Value = torch.Tensor | float
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Asked for at every call: three look-ups each time would show.
 _transforms = torch._C._are_functorch_transforms_active
 #: Of a tensor of a transform's that was kept after it is over, the one inside; others as they are.
@@ -27,18 +27,18 @@ def is_plain(student: torch.Tensor, teacher: torch.Tensor) -> bool:
     Not so while torch.compile or make_fx traces, inside torch.func's transforms (vmap, grad, jvp), and for tensors of
     other classes (fake, distributed): all of these want to see operators that they know.
     """
-    return has_values(student) and type(teacher) in _PLAIN
+    return has_values(student) and type(teacher) in PLAIN
 
 
 def runs_now(student: torch.Tensor, teacher: torch.Tensor) -> bool:
     """:func:`is_plain` where the caller knows that torch.compile does not trace."""
-    return type(student) in _PLAIN and type(teacher) in _PLAIN and not _transforms() and _mode(_PROXY) is None
+    return type(student) in PLAIN and type(teacher) in PLAIN and not _transforms() and _mode(_PROXY) is None
 
 
 def are_plain(first: torch.Tensor, *others: torch.Tensor) -> bool:
     """:func:`is_plain` of any number of tensors."""
     for tensor in others:
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in PLAIN:
             return False
     return has_values(first)
 
@@ -49,7 +49,7 @@ def has_values(tensor: torch.Tensor) -> bool:
         not torch.compiler.is_compiling()
         and not _transforms()  # the only way to tell, and what torch itself asks
         and _mode(_PROXY) is None
-        and type(tensor) in _PLAIN
+        and type(tensor) in PLAIN
     )
 
 

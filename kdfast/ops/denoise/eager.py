@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from kdfast.ops.denoise import native
 from kdfast.ops.denoise.check import broadcast, check, check_guided, check_learned
 from kdfast.ops.denoise.registered import run_registered
 from kdfast.ops.denoise.run import Call, Like, implementation, run, run_backward
@@ -199,6 +200,7 @@ def denoise_step(
         check_learned(sample, model_output, [*history] + ([] if noise is None else [noise]))
     if guidance.scale is None and any(t.shape != sample.shape for t in inputs) and not learned_variance:
         sample, model_output, noise, history = broadcast(sample, model_output, noise, history)
+        inputs = [sample, model_output, *history] + ([] if noise is None else [noise])
     graded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if graded:
         if learned_variance and model_output.requires_grad:
@@ -210,22 +212,27 @@ def denoise_step(
             guidance = NO_GUIDANCE
     traced = _traced(*inputs)
     if not traced and not graded:
-        y, m, _, following = implementation(*inputs, table).denoise_step(
-            sample,
-            model_output,
-            table,
-            step,
-            dtype=dtype or promoted,
-            guidance=guidance,
-            history=history,
-            noise=noise,
-            seed=seed,
-            learned_variance=learned_variance,
-            clip=clip,
-            want_x0=want_x0,
-            x0_dtype=x0_dtype,
-            next_dtype=next_dtype,
-            next_copies=next_copies,
+        by = implementation(*inputs, table)
+        options = {
+            "dtype": dtype or promoted,
+            "seed": seed,
+            "learned_variance": learned_variance,
+            "x0_dtype": x0_dtype,
+            "next_dtype": next_dtype,
+        }
+        common: dict[str, Any] = {
+            "guidance": guidance,
+            "history": history,
+            "noise": noise,
+            "clip": clip,
+            "want_x0": want_x0,
+        }
+        if by is reference and native.fits(inputs, table, step, guidance, options):
+            return StepResult(
+                *native.denoise_step(sample, model_output, table, cast(int, step), **common), None
+            )
+        y, m, _, following = by.denoise_step(
+            sample, model_output, table, step, **common, **options, next_copies=next_copies
         )
         return StepResult(y, m, following)
     call = Call(table, step, dtype or promoted, guidance, seed, learned_variance, clip, want_x0, x0_dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast import backend
+from kdfast.ops.denoise import native
 from kdfast.reference import denoise as reference
 from kdfast.reference.denoise import NO_GUIDANCE, Guidance
 
@@ -62,17 +63,33 @@ def run(
     next_copies: int = 1,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One step, below autograd."""
+    inputs = [sample, model_output, *history] + ([] if noise is None else [noise])
+    by = implementation(*inputs, call.table)
+    options = {**vars(call), "next_dtype": next_dtype}
+    plain = by is reference and not want_mask and call.mask is None and call.order is None
+    if plain and native.fits(inputs, call.table, call.step, call.guidance, options):
+        y, x0 = native.denoise_step(
+            sample,
+            model_output,
+            call.table,
+            cast(int, call.step),
+            guidance=call.guidance,
+            history=history,
+            noise=noise,
+            clip=call.clip,
+            want_x0=call.want_x0,
+        )
+        return y, x0, None, None
     return cast(
         tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
-        implementation(sample, model_output, call.table, noise, *history).denoise_step(
+        by.denoise_step(
             sample,
             model_output,
             history=history,
             noise=noise,
             want_mask=want_mask,
-            next_dtype=next_dtype,
             next_copies=next_copies,
-            **vars(call),
+            **options,
         ),
     )
 

@@ -16,6 +16,7 @@ from kdfast.backend import resolve
 from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import apply, differentiable_gradients
 from kdfast.ops.common.layouts import laid_out_as
+from kdfast.ops.feature import native
 from kdfast.reference import feature as reference
 from kdfast.reference.common import compute_dtype
 
@@ -69,9 +70,9 @@ def _for_kernel(call: Recursion) -> Recursion:
     return Recursion(u, v, permutation.contiguous(), noise, seed, carry)
 
 
-def _launch(branches: Tensor, target: Tensor, call: Recursion, **outputs: Any) -> None:
+def _launch(by: Any, branches: Tensor, target: Tensor, call: Recursion, **outputs: Any) -> None:
     u, v, permutation, noise_scale, seed, carry = call
-    _kernels().reparam_middle(
+    by.reparam_middle(
         branches,
         target,
         u=u,
@@ -84,6 +85,7 @@ def _launch(branches: Tensor, target: Tensor, call: Recursion, **outputs: Any) -
     )
 
 
+@torch.enable_grad()
 def _differentiable(
     branches: Tensor, target: Tensor, call: Recursion, grads: tuple[Tensor | None, ...]
 ) -> Tensor:
@@ -104,14 +106,14 @@ def _outputs(branches: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 class _Reparam(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, branches: Tensor, target: Tensor, call: Recursion, early: bool
+        ctx: Any, branches: Tensor, target: Tensor, call: Recursion, early: bool, by: Any
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(branches, target)
-        ctx.call = call
+        ctx.call, ctx.by = call, by
         loss, mean = _outputs(branches, target)
         ctx.grad = torch.empty_like(branches) if early else None
-        _launch(branches, target, call, loss=loss, mean=mean, grad=ctx.grad)
+        _launch(by, branches, target, call, loss=loss, mean=mean, grad=ctx.grad)
         if early:
             ctx.mark_non_differentiable(mean)
         return loss, mean
@@ -120,13 +122,15 @@ class _Reparam(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, grad_mean: Tensor | None) -> tuple[Tensor | None, ...]:
         branches, target = ctx.saved_tensors
         if grad_loss is None and grad_mean is None:
-            return None, None, None, None
-        if torch.is_grad_enabled():
-            return _differentiable(branches, target, ctx.call, (grad_loss, grad_mean)), None, None, None
+            return None, None, None, None, None
+        by, given = ctx.by, (grad_loss, grad_mean)
+        if torch.is_grad_enabled() or (by is native and not native.have_memory(*given)):
+            return _differentiable(branches, target, ctx.call, given), None, None, None, None
         first, ctx.grad = ctx.grad, None
         grad = torch.empty_like(branches) if first is None else first
         upstream = grad.new_zeros((), dtype=torch.float32) if grad_loss is None else grad_loss
         _launch(
+            by,
             branches,
             target,
             ctx.call,
@@ -135,7 +139,7 @@ class _Reparam(torch.autograd.Function):
             upstream=upstream,
             exit_if_one=first is not None,
         )
-        return grad, None, None, None
+        return grad, None, None, None, None
 
 
 def reparam_middle(
@@ -152,15 +156,20 @@ def reparam_middle(
     if torch.compiler.is_compiling():
         loss, mean = torch.ops.kdfast.reparam_middle(branches, target, *_flat(call))
         return loss, mean if mean_needs_grad else mean.detach()
-    if not _fused(branches, target):
+    by: Any = None
+    if _fused(branches, target):
+        by = _kernels()
+    elif native.fits(branches, target):
+        by = native
+    else:
         loss, mean = reference.reparam_middle(branches, target, *call)
         return loss, mean if mean_needs_grad else mean.detach()
     call = _for_kernel(call)
     if torch.is_grad_enabled() and branches.requires_grad:
-        out = apply(_Reparam, branches, target, call, not mean_needs_grad)
+        out = apply(_Reparam, branches, target, call, not mean_needs_grad, by)
         return cast("tuple[Tensor, Tensor]", out)
     loss, mean = _outputs(branches, target)
-    _launch(branches, target, call, loss=loss, mean=mean)
+    _launch(by, branches, target, call, loss=loss, mean=mean)
     return loss, mean
 
 
@@ -262,7 +271,15 @@ def _reparam_backward_op(
     call = _recursion(flat)
     grad = torch.empty_like(branches)
     if _fused(branches, target):
-        _launch(branches, target, _for_kernel(call), grad=grad, grad_mean=grad_mean, upstream=grad_loss)
+        _launch(
+            _kernels(),
+            branches,
+            target,
+            _for_kernel(call),
+            grad=grad,
+            grad_mean=grad_mean,
+            upstream=grad_loss,
+        )
         return grad
     # torch.func differentiates here, below autograd, where torch.autograd does not record.
     vjp = torch.func.vjp(lambda s: reference.reparam_middle(s, target, *call), branches)[1]

@@ -1,8 +1,9 @@
 """Batch norm with what follows it: registration, gradients, choice of backend.
 
 Eager calls on the Triton backend take plain ``autograd.Function`` s, whose kernels update the running statistics as
-well. torch.compile sees the registered ops, which are pure: they return the batch's statistics, and the update stands
-in the traced code. With create_graph=True the gradients come from the reference, differentiable again.
+well; so do float32 tensors on a CPU, whose loops are C++ (native.py). torch.compile sees the registered ops, which are
+pure: they return the batch's statistics, and the update stands in the traced code. With create_graph=True the gradients
+come from the reference, differentiable again.
 """
 
 from __future__ import annotations
@@ -14,14 +15,8 @@ from torch import Tensor
 
 from kdfast.backend import resolve
 from kdfast.ops.common.gradients import apply, differentiable_gradients
-from kdfast.ops.norm import registered
-from kdfast.ops.norm.launch import (
-    Act,
-    launch_act,
-    launch_act_backward,
-    launch_mse,
-    launch_mse_backward,
-)
+from kdfast.ops.norm import launch, native, registered
+from kdfast.ops.norm.launch import Act
 from kdfast.reference.norm import fused as reference
 from kdfast.reference.norm.fused import BatchNorm
 
@@ -47,12 +42,15 @@ def bn_act(
         y, stats = registered.bn_act(x, residual, *_flat(norm), *act)
         reference.track(norm, stats[0], stats[2])
         return cast(Tensor, y)
+    by: Any = launch
     if resolve(x, residual, norm.weight) == "reference":
-        return reference.bn_act_tracked(x, residual, norm, *act)
+        if not native.fits(x, residual, norm):
+            return reference.bn_act_tracked(x, residual, norm, *act)
+        by = native
     tensors = (x, residual, norm.weight, norm.bias)
     if _recorded(*tensors):
-        return cast(Tensor, apply(_Act, *tensors, norm, act))
-    return launch_act(x, residual, norm, act)[0]
+        return cast(Tensor, apply(_Act, *tensors, norm, act, by))
+    return cast(Tensor, by.launch_act(x, residual, norm, act)[0])
 
 
 def bn_mse(x: Tensor, target: Tensor, norm: BatchNorm) -> Tensor:
@@ -62,11 +60,14 @@ def bn_mse(x: Tensor, target: Tensor, norm: BatchNorm) -> Tensor:
         loss, stats, *_ = registered.bn_mse(x, target, *_flat(norm), gradients)
         reference.track(norm, stats[0], stats[2])
         return cast(Tensor, loss)
+    by: Any = launch
     if resolve(x, target, norm.weight) == "reference":
-        return reference.bn_mse_tracked(x, target, norm)
+        if not native.fits(x, target, norm):
+            return reference.bn_mse_tracked(x, target, norm)
+        by = native
     if _recorded(x, norm.weight, norm.bias):
-        return cast(Tensor, apply(_MSE, x, target, norm.weight, norm.bias, norm))
-    return launch_mse(x, target, norm, (False, False, False)).loss
+        return cast(Tensor, apply(_MSE, x, target, norm.weight, norm.bias, norm, by))
+    return cast(Tensor, by.launch_mse(x, target, norm, (False, False, False)).loss)
 
 
 def _flat(norm: BatchNorm) -> tuple[Any, ...]:
@@ -100,24 +101,27 @@ class _Act(torch.autograd.Function):
         bias: Tensor | None,
         norm: BatchNorm,
         act: Act,
+        by: Any,
     ) -> Tensor:
-        y, _, centre = launch_act(x, residual, norm, act)
+        made: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] = by.launch_act(x, residual, norm, act)
+        y, _, centre = made
         kept = y if act.relu and residual is not None else None
         ctx.save_for_backward(x, residual if kept is not None else None, weight, bias, kept, *centre)
-        ctx.called = norm, act, None if residual is None else residual.dtype
+        ctx.called = norm, act, None if residual is None else residual.dtype, by
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, residual, weight, bias, y, *centre = ctx.saved_tensors
-        norm, act, added = ctx.called
+        norm, act, added, by = ctx.called
         norm, needs = _unpacked(norm, weight, bias), ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
-            return (*_act_twice(grad, x, residual, norm, act, needs, added), None, None)
-        grads = launch_act_backward(grad, x, y, norm, tuple(centre), act, needs, added or x.dtype)
-        return (*grads, None, None)
+        if torch.is_grad_enabled() or (by is native and not native.have_memory(grad)):
+            return (*_act_twice(grad, x, residual, norm, act, needs, added), None, None, None)
+        grads = by.launch_act_backward(grad, x, y, norm, tuple(centre), act, needs, added or x.dtype)
+        return (*grads, None, None, None)
 
 
+@torch.enable_grad()
 def _act_twice(
     grad: Tensor,
     x: Tensor,
@@ -138,13 +142,19 @@ def _act_twice(
 class _MSE(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, norm: BatchNorm
+        ctx: Any,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: BatchNorm,
+        by: Any,
     ) -> Tensor:
         needs = ctx.needs_input_grad
-        found = launch_mse(x, target, norm, (needs[0], needs[2], needs[3]))
+        found: launch.Error = by.launch_mse(x, target, norm, (needs[0], needs[2], needs[3]))
         # What was copied to another layout is copied again, if it is ever needed again.
         ctx.save_for_backward(x, target, weight, bias, found.sums, *found.centre)
-        ctx.norm, ctx.grads = norm, found.grads
+        ctx.norm, ctx.grads, ctx.by = norm, found.grads, by
         return found.loss
 
     @staticmethod
@@ -152,11 +162,21 @@ class _MSE(torch.autograd.Function):
         x, target, weight, bias, sums, *centre = ctx.saved_tensors
         norm = _unpacked(ctx.norm, weight, bias)
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
-        if torch.is_grad_enabled():
-            loss = reference.bn_mse(x, target, norm)[0]
-            inputs = cast("list[Tensor]", [x, weight, bias])
-            grads = tuple(differentiable_gradients(loss, inputs, needs, upstream))
+        by = ctx.by
+        if torch.is_grad_enabled() or (by is native and not native.have_memory(upstream)):
+            grads = _mse_twice(upstream, x, target, norm, needs)
         else:
             first, ctx.grads = ctx.grads, None
-            grads = launch_mse_backward(upstream, x, target, norm, (centre[0], centre[1]), sums, first, needs)
-        return grads[0], None, grads[1], grads[2], None
+            grads = by.launch_mse_backward(
+                upstream, x, target, norm, (centre[0], centre[1]), sums, first, needs
+            )
+        return grads[0], None, grads[1], grads[2], None, None
+
+
+@torch.enable_grad()
+def _mse_twice(
+    upstream: Tensor, x: Tensor, target: Tensor, norm: BatchNorm, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    loss = reference.bn_mse(x, target, norm)[0]
+    inputs = cast("list[Tensor]", [x, norm.weight, norm.bias])
+    return tuple(differentiable_gradients(loss, inputs, needs, upstream))

@@ -30,8 +30,8 @@ from kdfast.reference.procedural.arithmetic import (
     wave,
 )
 
-#: Numbers that an instruction carries; operations use the first few.
-SLOTS = 16
+#: Numbers that an instruction carries, operations use the first few; rounds that one runs, whatever its number says.
+SLOTS, MAX_ROUNDS = 16, 16
 #: Samples of all images that are worked on at a time: enough that an operation has several images to itself.
 _CHUNK = 1 << 20
 
@@ -338,7 +338,7 @@ _RUN: dict[Op, Callable[[State, Numbers], None]] = {
 
 def _count(repeats: Tensor) -> int:
     """Rounds that the image with the most of them needs; the others stand still in the last ones."""
-    return int(repeats.max().ceil())
+    return int(repeats.nan_to_num(0.0).max().clamp(max=MAX_ROUNDS).ceil())
 
 
 class Programs(NamedTuple):

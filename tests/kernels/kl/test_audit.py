@@ -170,3 +170,43 @@ def test_rows_read_twice_do_not_spill(riding: str) -> None:
         for report in compiled((8192, 32000), BF16, -1, 90, both=riding == "", riding=riding):
             assert report.spills == 0, report
             assert report.widest_load == 16, report
+
+
+@pytest.mark.parametrize(
+    ("dtype", "both", "turns", "budget"),
+    [(BF16, False, 1, 32), (F32, False, 4, 32), (BF16, True, 1, 44)],
+    ids=["bfloat16", "float32", "bfloat16-both"],
+)
+def test_rows_by_ticket_cost_no_more_than_their_budget(
+    dtype: torch.dtype, both: bool, turns: int, budget: int
+) -> None:
+    """Both loops of whole blocks (of the second, the compiler unrolls so many), and four programs of 8 warps a
+    multiprocessor (both gradients: three).
+    """
+    shape = (4096, 151936)
+    with use_machine("90:132:3.6"):
+        (counted,) = compiled(shape, dtype, -1, 90, both=both, RARE=False)
+        (whole,) = compiled(shape, dtype, -1, 90, both=both)
+    assert whole.name == "kd_kl_tickets_kernel"
+    vector = 16 // dtype.itemsize
+    # The first read's whole and ragged blocks, the wait, the second read's.
+    first, _, wait, second, *_ = counted.loops
+    assert wait < 20
+    assert (first + second / turns) / vector <= budget, counted
+    assert whole.spills == 0, whole
+    assert whole.num_warps * 32 * whole.registers * (3 if both else 4) <= 65536, whole
+    assert (whole.widest_load, whole.widest_store) == (16, 16)
+    # One launch of few programs: a backward that has nothing to do ends soon.
+    assert whole.grid[0] <= 132 * 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_rows_by_ticket_do_not_spill(capability: int, dtype: torch.dtype, both: bool) -> None:
+    with use_machine(f"{capability}:132:3.6"):
+        (report,) = compiled((4096, 262144), dtype, -1, capability, both=both)
+    assert report.name == "kd_kl_tickets_kernel"
+    assert report.spills == 0, report
+    assert report.widest_load == 16

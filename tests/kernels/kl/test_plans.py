@@ -20,6 +20,7 @@ from kdfast.kernels.kl.plan import kl_plan  # noqa: E402
 from kdfast.kernels.machine import Machine, machine_of  # noqa: E402
 
 H100 = Machine(90, 132, (3, 8))
+H100_36 = Machine(90, 132, (3, 6))
 A100 = Machine(80, 108, (3, 8))
 
 
@@ -39,14 +40,20 @@ A100 = Machine(80, 108, (3, 8))
         (32000, 1, 1, 2, {}, "cluster"),
         (128256, 1, 1, 2, {}, "cluster"),
         (65536, 1, 1, 2, {"both": True}, "cluster"),
-        (128256, 1, 1, 2, {"both": True}, "two_pass"),  # would take a cluster of 16, which is not portable
+        (128256, 1, 1, 2, {"both": True}, "tickets"),  # would take a cluster of 16, which is not portable
         (128256, 1, 1, 2, {"num_rows": 8}, "split"),  # clusters pay where rows fill the machine
         (128256, 1, 1, 2, {"num_rows": 8, "machine": A100}, "split"),
         (128256, 1, 1, 2, {"num_rows": 8, "plain": False}, "two_pass"),
         (128256, 1, 1, 2, {"plain": False}, "two_pass"),
-        (128256, 1, 1, 2, {"machine": A100}, "two_pass"),
-        (128256, 1, 1, 2, {"machine": Machine(90, 132, (3, 6))}, "two_pass"),  # does not compile there
-        (262144, 1, 1, 2, {}, "two_pass"),  # outgrows a cluster of 8
+        (128256, 1, 1, 2, {"machine": A100}, "tickets"),
+        (128256, 1, 1, 2, {"machine": H100_36}, "tickets"),  # clusters do not compile there
+        (128256, 1, 1, 2, {"machine": H100_36, "in_place": True, "num_rows": 8}, "tickets"),
+        (128256, 1, 1, 2, {"machine": H100_36, "gradients": False}, "two_pass"),  # one read
+        (32000, 1, 1, 2, {"machine": H100_36}, "two_pass"),  # 264 of them are 34 MB: in the cache
+        (32000, 1, 1, 4, {"machine": H100_36}, "two_pass"),
+        (65536, 1, 1, 2, {"machine": A100}, "two_pass"),
+        (151936, 1, 1, 2, {}, "tickets"),  # outgrows a cluster of 8
+        (151936, 1, 1, 2, {"machine": Machine(0, 304, (3, 8))}, "two_pass"),  # ROCm: no such cache is known
     ],
 )
 def test_regime_of_a_shape(

@@ -13,7 +13,7 @@ from torch import Tensor
 import kdfast
 from kdfast.data.surrogate.programs import OPERATIONS, table
 from kdfast.functional import render_shaders
-from kdfast.reference.procedural.shaders import SLOTS, Op
+from kdfast.reference.procedural.shaders import MAX_ROUNDS, SLOTS, Op
 from tests.conftest import Target
 from tests.support.conformance import ConformanceSuite, OpCase, assert_verbose_allclose
 from tests.support.shader_programs import PROGRAMS, draw
@@ -83,9 +83,42 @@ def test_every_backend_draws_the_same_bits(target: Target) -> None:
         with kdfast.use_backend("reference"):
             assert torch.equal(got.cpu(), rendered(count, size, **options))
     if target.backend == "triton":
+        from kdfast.kernels.procedural import shader_bodies
         from kdfast.kernels.procedural import shaders as kernels
 
-        assert kernels.SLOTS.value == SLOTS
+        assert (kernels.SLOTS.value, shader_bodies.MAX_ROUNDS.value) == (SLOTS, MAX_ROUNDS)
+
+
+#: Operations that repeat themselves, and which of their numbers says how often.
+REPEATED = [
+    (Op.FOLD, 0),
+    (Op.MIRROR, 0),
+    (Op.SINE_WARP, 0),
+    (Op.NOISE_WARP, 0),
+    (Op.NOISE, 0),
+    (Op.SHAPES, 1),
+    (Op.JULIA, 0),
+]
+
+
+@pytest.mark.parametrize(("op", "slot"), REPEATED)
+def test_a_table_cannot_ask_for_rounds_without_end(target: Target, op: Op, slot: int) -> None:
+    """A table on a device is not read by the host, and time may carry any number away: rounds are bounded there."""
+    rounds = torch.tensor([MAX_ROUNDS, 17.5, 1e5, 1e30, -1e30, 0.0])
+    rates = torch.tensor([0.0, 0.0, 0.0, 3e38, -3e38, 0.0])  # overflows to ±∞ at time 1.5
+    values = torch.full((6, 3, SLOTS), 0.7)
+    values[:, 0, slot] = rounds
+    values[:, 2, 12:] = torch.tensor([1.0, 0.0, 0.0, 1.0])  # painted over whole
+    moving = torch.zeros_like(values)
+    moving[:, 0, slot] = rates
+    codes = torch.tensor([[int(op), int(Op.GRADIENT), int(Op.PAINT)]], dtype=torch.int32).repeat(6, 1)
+    inputs = codes, values, moving, torch.arange(6), torch.full((6,), 1.5)
+
+    images = render_shaders(*(one.to(target.device) for one in inputs), SIZE, dtype=torch.float32).cpu()
+    most, *many, none = images[0], images[1], images[2], images[3], images[5]
+    assert all(torch.equal(image, most) for image in many)
+    assert not torch.equal(most, none)
+    assert torch.equal(images[4], none)
 
 
 def test_antialiasing_averages_the_samples(target: Target) -> None:

@@ -1,0 +1,112 @@
+// What kdfast._C binds of batch norms, branches and denoising steps on a CPU. Tensors come as addresses (0:
+// there is none): the caller in kdfast/ops has checked device, dtype and layout, and a view of each would
+// cost more than a small call.
+#pragma once
+
+#include "bound.hpp"
+#include "branch_loops.hpp"
+#include "denoise_loops.hpp"
+#include "norm_loops.hpp"
+
+namespace kdfast {
+namespace {
+
+// (batch, channels, inner, weight, bias, running mean, running variance, mean, rstd, momentum, eps,
+// training).
+using NormArguments = std::tuple<int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                                 uintptr_t, uintptr_t, double, double, bool>;
+
+Norm norm_of(const NormArguments& given) {
+  const auto& [batch, channels, inner, weight, bias, running_mean, running_var, mean, rstd, momentum, eps,
+               training] = given;
+  return {batch,
+          channels,
+          inner,
+          at<const float>(weight),
+          at<const float>(bias),
+          at<float>(running_mean),
+          at<float>(running_var),
+          at<float>(mean),
+          at<float>(rstd),
+          momentum,
+          eps,
+          training};
+}
+
+using GradientArguments = std::array<uintptr_t, 4>;
+
+NormGradients gradients_of(const GradientArguments& given) {
+  return {at<float>(given[0]), at<float>(given[1]), at<float>(given[2]), at<float>(given[3])};
+}
+
+void bind_cpu_loops(py::module_& module) {
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  module.def(
+      "norm_act",
+      [](const NormArguments& norm, bool relu, float scale, float carry, uintptr_t x, uintptr_t residual,
+         uintptr_t y, int64_t threads) {
+        norm_act(norm_of(norm), {relu, scale, carry}, at<const float>(x), at<const float>(residual),
+                 at<float>(y), threads);
+      },
+      unlocked, "act(scale·BN(x) + carry·residual) of dense float32; in training statistics are written.");
+  module.def(
+      "norm_act_backward",
+      [](const NormArguments& norm, bool relu, float scale, float carry, uintptr_t upstream, uintptr_t x,
+         uintptr_t y, const GradientArguments& grads, int64_t threads) {
+        norm_act_backward(norm_of(norm), {relu, scale, carry}, at<const float>(upstream), at<const float>(x),
+                          at<const float>(y), gradients_of(grads), threads);
+      },
+      unlocked, "Gradients of x, residual, weight and bias; y is read where a ReLU followed a residual.");
+  module.def(
+      "norm_mse",
+      [](const NormArguments& norm, bool known, uintptr_t x, uintptr_t target, double upstream,
+         const GradientArguments& grads, int64_t threads) {
+        return norm_mse(norm_of(norm), known, at<const float>(x), at<const float>(target), upstream,
+                        gradients_of(grads), threads);
+      },
+      unlocked, "mean((BN(x) - target)²), and the gradients of `upstream` times it.");
+  module.def(
+      "branch_recursion",
+      [](const std::array<int64_t, 7>& shape, uintptr_t branches, uintptr_t target, uintptr_t u, uintptr_t v,
+         uintptr_t order, uintptr_t noise, uint64_t seed, bool carry, uintptr_t mean, uintptr_t grad,
+         uintptr_t grad_mean, double upstream, int64_t threads) {
+        const auto& [count, outer, inner, branch_stride, outer_stride, grad_branch_stride,
+                     grad_outer_stride] = shape;
+        return branch_recursion({count, outer, inner, at<const float>(branches), branch_stride, outer_stride,
+                                 at<const float>(target)},
+                                {at<const float>(u), at<const float>(v), at<const int64_t>(order),
+                                 at<const float>(noise), seed, carry},
+                                {at<float>(mean), at<float>(grad), grad_branch_stride, grad_outer_stride,
+                                 at<const float>(grad_mean), upstream},
+                                threads);
+      },
+      unlocked, "The recursion's loss, and where they are wanted the branches' mean and gradient.");
+  module.def(
+      "denoise_step",
+      [](const std::array<int64_t, 4>& shape, uintptr_t coefficients, uintptr_t sample, uintptr_t conditional,
+         uintptr_t unconditional, float guidance, const std::array<uintptr_t, 3>& history, uintptr_t noise,
+         float clip, uintptr_t y, uintptr_t x0, int64_t threads) {
+        const auto& [rows, inner, half, output_stride] = shape;
+        StepRow row;
+        static_assert(sizeof row == 10 * sizeof(float));
+        std::memcpy(&row, at<const float>(coefficients), sizeof row);
+        denoise_step({rows,
+                      inner,
+                      half,
+                      output_stride,
+                      at<const float>(sample),
+                      at<const float>(conditional),
+                      at<const float>(unconditional),
+                      guidance,
+                      {at<const float>(history[0]), at<const float>(history[1]), at<const float>(history[2])},
+                      at<const float>(noise),
+                      clip,
+                      at<float>(y),
+                      at<float>(x0)},
+                     row, threads);
+      },
+      unlocked, "One step of a linear sampler, of dense float32.");
+}
+
+}  // namespace
+}  // namespace kdfast

@@ -1,0 +1,87 @@
+"""The feature ops of float32 tensors on a CPU, in the loops of csrc: what kernels/feature is on the Triton backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdfast.ops.common.gradients import PLAIN
+from kdfast.ops.common.host import have_memory, runs_here
+from kdfast.reference.native import address, extension
+
+__all__ = ["fits", "have_memory", "reparam_middle"]
+
+#: Elements of all branches under which an autograd function of Python's costs more than the loops save.
+SMALLEST = 1 << 10
+#: Elements side by side in a row, with fewer of which no vector is filled.
+NARROWEST = 16
+
+
+def fits(branches: Tensor, target: Tensor) -> bool:
+    """Whether the loops take these tensors, which :func:`kdfast.backend.resolve` left to the reference."""
+    return (
+        branches.numel() >= SMALLEST
+        and branches.dtype is target.dtype is torch.float32
+        and type(target) in PLAIN
+        and target.is_contiguous()
+        and runs_here(branches)
+        and _inner(branches) is not None
+    )
+
+
+def reparam_middle(
+    branches: Tensor,
+    target: Tensor,
+    *,
+    u: Tensor,
+    v: Tensor,
+    permutation: Tensor,
+    noise_scale: Tensor | None = None,
+    seed: int | Tensor = 0,
+    carry: bool = True,
+    loss: Tensor | None = None,
+    mean: Tensor | None = None,
+    grad: Tensor | None = None,
+    grad_mean: Tensor | None = None,
+    upstream: Tensor | None = None,
+    exit_if_one: bool = False,
+) -> None:
+    """As the launcher of that name in kernels/feature: writes the outputs that are given."""
+    factor = 1.0 if upstream is None else float(upstream)
+    if exit_if_one and factor == 1:
+        return  # the forward has written it
+    inner = _inner(branches)
+    assert inner is not None
+    shape = [branches.shape[0], target.numel() // inner, inner]
+    for tensor in (branches, branches if grad is None else grad):
+        shape += [tensor.stride(0), tensor.stride(1) if tensor.dim() > 1 else 0]
+    grad_mean = None if grad_mean is None else grad_mean.contiguous()
+    found = extension().branch_recursion(
+        shape,
+        branches.data_ptr(),
+        target.data_ptr(),
+        u.data_ptr(),
+        v.data_ptr(),
+        permutation.data_ptr(),
+        address(noise_scale),
+        int(seed) & 0xFFFFFFFFFFFFFFFF,
+        carry,
+        address(mean),
+        address(grad),
+        address(grad_mean),
+        factor,
+        torch.get_num_threads(),
+    )
+    if loss is not None:
+        loss.fill_(found)
+
+
+def _inner(branches: Tensor) -> int | None:
+    """Elements that lie side by side in a branch: all, or of one of its rows; None: no more than a few."""
+    shape, strides = branches.shape, branches.stride()
+    dense = 1
+    for at in range(len(shape) - 1, 0, -1):
+        if shape[at] != 1 and strides[at] != dense:
+            return dense if at == 1 and dense >= NARROWEST else None
+        dense *= shape[at]
+    return dense
