@@ -25,6 +25,7 @@ import kdfast
 from kdfast import backend
 from kdfast.functional import _checks
 from kdfast.kernels import launch as launching
+from kdfast.kernels import scratch
 
 
 class _Utils:
@@ -74,6 +75,7 @@ def pretended() -> Iterator[None]:
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (launching, "_counters", {}),
         (launching, "_reductions", {}),
+        (scratch, "_kept", {}),
         (backend, "interpreting", lambda: True),
     ]
     # Families import these by name: replaced wherever they went.

@@ -1,9 +1,11 @@
 // kdfast._C: the bookkeeping of prioritized replay, what a CPU computes in one pass where operators take
 // many, and the keys of launches.
+#include "agreement.hpp"
 #include "bound.hpp"
 #include "cpu_loops.hpp"
 #include "dead_leaves.hpp"
 #include "direct_launch.hpp"
+#include "kept_rows.hpp"
 #include "launch_key.hpp"
 #include "philox_normal.hpp"
 #include "row_losses.hpp"
@@ -171,8 +173,12 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("direct_launch", &direct_launch, py::arg("told"),
              "launch(varying, further) of one kernel on one geometry.");
+  module.def("kept_rows", &kept_rows, py::arg("told"),
+             "run(...) of the launches over rows that one family keeps.");
   module.def("launch_key_of", &launch_key_of, py::arg("type"),
              "launch_key(tensors, arguments) for tensors of this class.");
+  module.def("agreement_of", &agreement_of, py::arg("type"), py::arg("other"),
+             "(agree(tensors, channels), labelled(pair, axis)) for tensors of exactly these classes.");
 
   module.def(
       "normals",

@@ -14,9 +14,11 @@ namespace kdfast {
 // device or knob is in force than when it was made, or somebody listens to launches.
 class DirectLaunch {
  public:
-  // `told`: what stays the same, by the names below; those of Triton's objects are its own.
+  // `told`: what stays the same, by the names below; those of Triton's objects are its own. `slot`: the
+  // attribute of `driver` that `active` is found in, if it is another than that.
   explicit DirectLaunch(const pybind11::dict& told)
       : driver_(told["driver"]),
+        slot_(told.contains("slot") ? pybind11::object(told["slot"]) : pybind11::str("active")),
         active_(told["active"]),
         runtime_(told["runtime"]),
         compilation_(told["compilation"]),
@@ -39,28 +41,40 @@ class DirectLaunch {
       PyErr_SetString(PyExc_TypeError, "launch: two tuples are needed");
       return nullptr;
     }
+    const int done = launch_with(static_cast<size_t>(PyTuple_GET_SIZE(varying)), further,
+                                 [varying](std::vector<PyObject*>& given) { append(given, varying); });
+    return done < 0 ? nullptr : Py_NewRef(done != 0 ? Py_True : Py_False);
+  }
+
+  // The same as 1, 0 and -1, where `add` appends the `varying` first arguments.
+  template <typename Add>
+  int launch_with(size_t varying, PyObject* further, Add add) const {
     const int same = unchanged();
-    if (same <= 0) return same < 0 ? nullptr : Py_NewRef(Py_False);
+    if (same <= 0) return same;
     const auto stream = owned(PyObject_CallMethodOneArg(active_.ptr(), names().stream, stream_of_.ptr()));
-    if (!stream) return nullptr;
+    if (!stream) return -1;
     std::vector<PyObject*> given;
-    given.reserve(16 + PyTuple_GET_SIZE(varying) + tail_.size() + PyTuple_GET_SIZE(further) + rest_.size());
+    given.reserve(16 + varying + tail_.size() + static_cast<size_t>(PyTuple_GET_SIZE(further)) +
+                  rest_.size());
     append(given, programs_.ptr());
     given.push_back(stream.ptr());
     append(given, compiled_.ptr());
     given.insert(given.end(), 3, Py_None);  // the hooks, and what they would be told
-    for (PyObject* const part : {varying, tail_.ptr(), further, rest_.ptr()}) append(given, part);
-    if (!owned(PyObject_Vectorcall(run_.ptr(), given.data(), given.size(), nullptr))) return nullptr;
-    return Py_NewRef(Py_True);
+    add(given);
+    for (PyObject* const part : {tail_.ptr(), further, rest_.ptr()}) append(given, part);
+    return owned(PyObject_Vectorcall(run_.ptr(), given.data(), given.size(), nullptr)) ? 1 : -1;
+  }
+
+  static void append(std::vector<PyObject*>& given, PyObject* tuple) {
+    for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(tuple); ++at) given.push_back(PyTuple_GET_ITEM(tuple, at));
   }
 
  private:
   struct Names {
-    PyObject *active = name("active"), *device = name("get_current_device"),
-             *stream = name("get_current_stream"), *debug = name("debug"),
-             *instrumentation = name("instrumentation_mode"), *stages = name("add_stages_inspection_hook"),
-             *pre_run = name("pre_run_hooks"), *enter = name("launch_enter_hook"),
-             *leave = name("launch_exit_hook"), *calls = name("calls");
+    PyObject *device = name("get_current_device"), *stream = name("get_current_stream"),
+             *debug = name("debug"), *instrumentation = name("instrumentation_mode"),
+             *stages = name("add_stages_inspection_hook"), *pre_run = name("pre_run_hooks"),
+             *enter = name("launch_enter_hook"), *leave = name("launch_exit_hook"), *calls = name("calls");
     static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
   };
 
@@ -71,10 +85,6 @@ class DirectLaunch {
 
   static pybind11::object owned(PyObject* made) {
     return pybind11::reinterpret_steal<pybind11::object>(made);
-  }
-
-  static void append(std::vector<PyObject*>& given, PyObject* tuple) {
-    for (Py_ssize_t at = 0; at < PyTuple_GET_SIZE(tuple); ++at) given.push_back(PyTuple_GET_ITEM(tuple, at));
   }
 
   // Each says 1, 0, or -1 with an exception set.
@@ -106,7 +116,7 @@ class DirectLaunch {
   }
 
   int unchanged() const {
-    const auto active = owned(PyObject_GetAttr(driver_.ptr(), names().active));
+    const auto active = owned(PyObject_GetAttr(driver_.ptr(), slot_.ptr()));
     if (!active) return -1;
     if (active.ptr() != active_.ptr()) return 0;
     int same = is_on_device();
@@ -119,16 +129,27 @@ class DirectLaunch {
     return same;
   }
 
-  const pybind11::object driver_, active_, runtime_, compilation_, kernel_, chain_, run_;
+  const pybind11::object driver_, slot_, active_, runtime_, compilation_, kernel_, chain_, run_;
   const pybind11::tuple state_, programs_, compiled_, tail_, rest_;
   const long device_;
   const pybind11::int_ stream_of_;
 };
 
+inline PyMethodDef& direct_launch_definition() {
+  static PyMethodDef definition = {"launch", nullptr, 0, "Launch, or do nothing and return False."};
+  return definition;
+}
+
 // launch(varying, further): whether it was done.
 inline pybind11::object direct_launch(const pybind11::dict& told) {
-  static PyMethodDef definition = {"launch", nullptr, 0, "Launch, or do nothing and return False."};
-  return fast_call<DirectLaunch, &DirectLaunch::launch>(definition, new DirectLaunch(told));
+  return fast_call<DirectLaunch, &DirectLaunch::launch>(direct_launch_definition(), new DirectLaunch(told));
+}
+
+// What such a function launches, borrowed; null for any other object.
+inline const DirectLaunch* direct_launch_of(PyObject* function) {
+  if (!PyCFunction_CheckExact(function)) return nullptr;
+  auto* const object = reinterpret_cast<PyCFunctionObject*>(function);
+  return object->m_ml == &direct_launch_definition() ? owner_of<DirectLaunch>(object->m_self) : nullptr;
 }
 
 }  // namespace kdfast

@@ -65,7 +65,7 @@ class LaunchKeys {
     return PyBytes_FromStringAndSize(key.data(), static_cast<Py_ssize_t>(key.size()));
   }
 
- private:
+  // The part of one value; false with an exception set.
   bool add(std::string& key, PyObject* value, bool whole) const {
     if (value == Py_None) {
       key += 'n';
@@ -87,6 +87,7 @@ class LaunchKeys {
     return true;
   }
 
+ private:
   template <typename T>
   static void append(std::string& key, const T& value) {
     key.append(reinterpret_cast<const char*>(&value), sizeof value);

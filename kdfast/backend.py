@@ -81,22 +81,23 @@ def resolve(*tensors: torch.Tensor | None) -> Resolved:
     Raises:
         BackendError: ``triton`` was chosen and cannot run these tensors.
     """
-    backend, on_gpu, double = get_backend(), True, False
+    backend = _choice or get_backend()
+    on_gpu, double = True, False
     for tensor in tensors:  # a loop: this is on the way of every op, and generators cost a microsecond each
         if tensor is not None:
             on_gpu = on_gpu and tensor.is_cuda
             double = double or tensor.dtype is torch.float64
     if backend == "reference" or double:
         return "reference"
-    present = [tensor for tensor in tensors if tensor is not None]
     if backend == "triton":
-        if not triton_available():
+        if not _TRITON_INSTALLED:
             raise BackendError("backend 'triton' was chosen, but the triton package is not installed")
         if not on_gpu and not interpreting():
-            devices = sorted({str(tensor.device) for tensor in present})
+            devices = sorted({str(tensor.device) for tensor in tensors if tensor is not None})
             raise BackendError(
                 f"backend 'triton' was chosen, but the tensors are on {', '.join(devices)}; move them to a "
                 "CUDA device, or set TRITON_INTERPRET=1 before importing kdfast to run kernels on the CPU"
             )
         return "triton"
+    present = any([tensor is not None for tensor in tensors])
     return "triton" if present and on_gpu and triton_available() else "reference"

@@ -150,6 +150,7 @@ class Launch:
         """What ``kdfast._C`` is told of a launch."""
         return {
             "driver": driver,
+            "slot": "_active" if getattr(driver, "_active", None) is ready.driver else "active",
             "active": ready.driver,
             "runtime": knobs.runtime,
             "compilation": knobs.compilation,

@@ -12,11 +12,11 @@ from kdfast.documents import shown
 from kdfast.functional._reduction import Reduction
 from kdfast.ops.common.gradients import has_values
 
-_REDUCTIONS = get_args(Reduction)
+REDUCTIONS = get_args(Reduction)
 #: Every float that a kernel gets has to be one in its arithmetic, float32.
 _LARGEST = float(torch.finfo(torch.float32).max)
 #: Temperatures whose square and whose reciprocal's square are numbers of float32 too.
-_COLDEST, _HOTTEST = 1e-18, 1e18
+COLDEST, HOTTEST = 1e-18, 1e18
 
 
 def check_tensor(name: str, value: Any, needed: str = "a tensor") -> None:
@@ -137,8 +137,8 @@ def refuse_distributed(name: str, tensor: torch.Tensor) -> None:
 
 def savable(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that autograd may save: one a row that was made under ``torch.inference_mode`` is copied."""
-    if has_values(tensor) and tensor.is_inference() and not torch.is_inference_mode_enabled():
-        return tensor.clone()
+    if not torch.compiler.is_compiling() and tensor.is_inference() and has_values(tensor):
+        return tensor if torch.is_inference_mode_enabled() else tensor.clone()
     return tensor
 
 
@@ -192,8 +192,8 @@ def check_temperature(temperature: float | torch.Tensor, logits: torch.Tensor) -
     if not 0 < value < math.inf:  # comparisons, which a trace can follow; NaN fails them
         raise ValueError(f"temperature: got {value}; a finite value above 0 is needed")
     # T² is a factor of the losses, and 1/T one of the logits: in float32, both have to be numbers.
-    if not _COLDEST <= value <= _HOTTEST:
-        raise ValueError(f"temperature: got {value}; a value from {_COLDEST:g} to {_HOTTEST:g} is needed")
+    if not COLDEST <= value <= HOTTEST:
+        raise ValueError(f"temperature: got {value}; a value from {COLDEST:g} to {HOTTEST:g} is needed")
     if changes:
         # A number that the trace does not know: as a factor it stays one, as an op's argument it would be fixed.
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -344,12 +344,14 @@ def check_lam(
 
 def check_reduction(reduction: str) -> None:
     """One of :data:`~kdfast.functional._reduction.Reduction`."""
-    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(_REDUCTIONS)}")
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}; accepted: {', '.join(REDUCTIONS)}")
 
 
 def check_factor(name: str, value: float | torch.Tensor) -> float:
     """A finite float that is not negative; a number of numpy's or a 0-d tensor in host memory is read."""
+    if type(value) is float and 0.0 <= value <= _LARGEST:
+        return value
     return check_between(name, value, 0.0, math.inf)
 
 

@@ -6,8 +6,9 @@ from typing import get_args
 
 import torch
 
-from kdfast.functional._checks import check_between, check_pair, check_rowwise, check_temperature
+from kdfast.functional._checks import check_between, check_temperature
 from kdfast.functional._reduction import Reduction, reduction_divisor
+from kdfast.functional._rows import check_rows
 from kdfast.ops import kl
 from kdfast.ops import pair as ops
 from kdfast.ops.common.gradients import Value
@@ -17,11 +18,15 @@ from kdfast.reference.pair import KINDS, Kind
 
 __all__ = ["Kind", "divergence_loss"]
 
+# Looked up once: both are on the way of every call.
+_KINDS = get_args(Kind)
+_NUMBERED = {kind: float(number) for number, kind in enumerate(KINDS)}
+
 
 def check_kind(kind: str, alpha: float, beta: float) -> tuple[str, tuple[float, float]]:
     """The kind that a divergence is at the ends of its number, and (α, β), of which all but ``ab`` have one: β."""
-    if not isinstance(kind, str) or kind not in get_args(Kind):
-        raise ValueError(f"kind: got {kind!r}; accepted: {', '.join(get_args(Kind))}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ValueError(f"kind: got {kind!r}; accepted: {', '.join(_KINDS)}")
     if kind == "ab":
         return kind, (check_between("alpha", alpha, 0.05, 2.0), check_between("beta", beta, 0.05, 2.0))
     number = 0.0
@@ -123,11 +128,10 @@ def divergence_loss(
         >>> loss = divergence_loss(student_logits, teacher_logits, kind="skew_reverse_kl", alpha=0.1)
     """
     kind_, numbers = check_kind(kind, alpha, beta)
-    axis, rows = check_pair(student, teacher, dim, reduction)
-    temperature = check_temperature(temperature, student)
+    axis, temperature, row_weight, mask = check_rows(
+        student, teacher, temperature, dim, reduction, row_weight, mask
+    )
     ratio, ratio_tensor = check_ratio(temperature, teacher_temperature, student)
-    row_weight = check_rowwise("row_weight", row_weight, rows, student)
-    mask = check_rowwise("mask", mask, rows, student)
     divisor = reduction_divisor(reduction, student, axis, mask)
     factors = axis, temperature, row_weight, mask, divisor, reduction != "none"
     if ratio == 1.0 and ratio_tensor is None:
@@ -136,5 +140,5 @@ def divergence_loss(
             return kl.kl(first, second, Row((), *factors))
         if kind_ == "jsd":
             return ops.jsd(student, teacher, Row(numbers, *factors))
-    options = (float(KINDS.index(kind_)), *numbers, ratio)
+    options = (_NUMBERED[kind_], *numbers, ratio)
     return ops.divergence(student, teacher, Row(options, *factors, factor=ratio_tensor))

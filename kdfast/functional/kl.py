@@ -8,17 +8,12 @@ from typing import NamedTuple
 import torch
 
 from kdfast.functional._checks import (
-    check_dim,
     check_factor,
-    check_labels,
     check_lam,
-    check_logits,
     check_number,
-    check_reduction,
-    check_rowwise,
-    check_temperature,
 )
 from kdfast.functional._reduction import Reduction, reduction_divisor
+from kdfast.functional._rows import check_row_labels, check_rows
 from kdfast.ops import kl as ops
 from kdfast.ops.common.row_loss import Row
 from kdfast.profiling import annotate
@@ -74,7 +69,7 @@ def kd_kl_div(
         >>> loss = kd_kl_div(student_logits, teacher_logits, temperature=4.0)
         >>> loss.backward()
     """
-    axis, temperature, row_weight, mask = _check_rows(
+    axis, temperature, row_weight, mask = check_rows(
         student, teacher, temperature, dim, reduction, row_weight, mask
     )
     if divisor is None:
@@ -138,10 +133,9 @@ def distillation_loss(
         ValueError: A missing ``target`` or ``lam``; shapes, devices, numbers out of what is said above; on the CPU
             also a target that is no class (on a GPU, where looking would wait for it, the loss is NaN).
     """
-    axis, temperature, row_weight, mask = _check_rows(
+    axis, temperature, row_weight, mask = check_rows(
         student, teacher, temperature, dim, reduction, row_weight, mask
     )
-    rows = student.shape[:axis] + student.shape[axis + 1 :]
     kd_weight, ce_weight = check_factor("kd_weight", kd_weight), check_factor("ce_weight", ce_weight)
     if check_factor("label_smoothing", label_smoothing) > 1:
         raise ValueError(f"label_smoothing: got {label_smoothing}; 0 to 1 is needed")
@@ -150,10 +144,12 @@ def distillation_loss(
         raise ValueError(f"{missing}: got None; it is needed together with {given}")
     if target is None and (ce_weight or mixed_target is not None):
         raise ValueError("target: got None; it is needed when ce_weight is not 0 or mixed_target is given")
-    classes = student.shape[axis]
-    target = check_labels("target", target, rows, classes, ignore_index, student)
-    mixed_target = check_labels("mixed_target", mixed_target, rows, classes, ignore_index, student)
-    share = None if lam is None else check_lam(lam, rows, student, compute_dtype(student, teacher))
+    target = check_row_labels("target", target, axis, ignore_index, student)
+    share = None
+    if lam is not None:
+        mixed_target = check_row_labels("mixed_target", mixed_target, axis, ignore_index, student)
+        rows = student.shape[:axis] + student.shape[axis + 1 :]
+        share = check_lam(lam, rows, student, compute_dtype(student, teacher))
 
     divisor = reduction_divisor(reduction, student, axis, mask)
     if isinstance(divisor, torch.Tensor):
@@ -169,7 +165,7 @@ def distillation_loss(
             counted = counts if reduction != "rowmean" or mask is None else counts & mask
             count = counted.sum(dtype=torch.float32)
         options = (float(label_smoothing), ce_weight, float(ignore_index))
-        return ops.distillation(student, teacher, Row(options, *factors, target, count))
+        return ops.distillation.launch(student, teacher, Row(options, *factors, target, count))
     dtype = compute_dtype(student, teacher)
     factor = label_factor(target, ignore_index, ce_weight, reduction, mask, dtype)
     second = None
@@ -222,30 +218,10 @@ def kd_statistics(
         TypeError: Logits that are not floating point.
         ValueError: Shapes, devices, ``dim`` or ``temperature`` that do not fit; no classes at all.
     """
-    axis, temperature, _, _ = _check_rows(student, teacher, temperature, dim, "none", None, None)
+    axis, temperature, _, _ = check_rows(student, teacher, temperature, dim, "none", None, None)
     if student.shape[axis] == 0:
         raise ValueError("student: has no classes; statistics need one at least")
     return KDStatistics(*ops.kd_statistics(student, teacher, temperature, axis))
-
-
-def _check_rows(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    temperature: float | torch.Tensor,
-    dim: int,
-    reduction: str,
-    row_weight: torch.Tensor | None,
-    mask: torch.Tensor | None,
-) -> tuple[int, float | torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    check_reduction(reduction)
-    check_logits(student, teacher)
-    axis = check_dim(dim, student)
-    temperature = check_temperature(temperature, student)
-    if row_weight is not None or mask is not None:
-        rows = student.shape[:axis] + student.shape[axis + 1 :]
-        row_weight = check_rowwise("row_weight", row_weight, rows, student)
-        mask = check_rowwise("mask", mask, rows, student)
-    return axis, temperature, row_weight, mask
 
 
 def label_factor(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from kdfast.functional._checks import check_factor, check_labels, check_pair, check_rowwise, check_temperature
+from kdfast.functional._checks import check_factor
 from kdfast.functional._reduction import Reduction, reduction_divisor
+from kdfast.functional._rows import check_row_labels, check_rows
 from kdfast.ops import kl
 from kdfast.ops import pair as ops
 from kdfast.ops.common.row_loss import Row
@@ -61,10 +62,9 @@ def jsd_loss(
     beta = check_factor("beta", beta)
     if beta > 1:
         raise ValueError(f"beta: got {beta}; a value from 0 to 1 is needed")
-    axis, rows = check_pair(student, teacher, dim, reduction)
-    temperature = check_temperature(temperature, student)
-    row_weight = check_rowwise("row_weight", row_weight, rows, student)
-    mask = check_rowwise("mask", mask, rows, student)
+    axis, temperature, row_weight, mask = check_rows(
+        student, teacher, temperature, dim, reduction, row_weight, mask
+    )
     divisor = reduction_divisor(reduction, student, axis, mask)
     factors = axis, temperature, row_weight, mask, divisor, reduction != "none"
     if beta in (0.0, 1.0):
@@ -120,20 +120,19 @@ def dkd_loss(
             out of what is said above.
     """
     alpha, beta = check_factor("alpha", alpha), check_factor("beta", beta)
-    axis, rows = check_pair(student, teacher, dim, reduction)
-    if student.shape[axis] < 2:
-        raise ValueError(f"student: got {student.shape[axis]} class; decoupled KD needs at least 2")
-    temperature = check_temperature(temperature, student)
-    row_weight = check_rowwise("row_weight", row_weight, rows, student)
-    mask = check_rowwise("mask", mask, rows, student)
+    axis, temperature, row_weight, mask = check_rows(
+        student, teacher, temperature, dim, reduction, row_weight, mask
+    )
+    if student.size(axis) < 2:
+        raise ValueError(f"student: got {student.size(axis)} class; decoupled KD needs at least 2")
     if not isinstance(target, torch.Tensor):
         raise TypeError(f"target: got {type(target).__name__}; a tensor is needed")
-    label = check_labels("target", target, rows, student.shape[axis], ignore_index, student)
+    label = check_row_labels("target", target, axis, ignore_index, student)
     if reduction != "rowmean" and ops.launches(student, teacher, ignore_index):
         options = (alpha, beta, float(ignore_index))
         divisor = reduction_divisor(reduction, student, axis, mask)
         row = Row(options, axis, temperature, row_weight, mask, divisor, reduction != "none", label)
-        return ops.dkd(student, teacher, row)
+        return ops.dkd.launch(student, teacher, row)
     row = Row((alpha, beta), axis, temperature, row_weight, mask, 1.0, reduction != "none", label)
     row = ops.without_ignored(row, ignore_index)
     row = row._replace(divisor=reduction_divisor(reduction, student, axis, row.mask))

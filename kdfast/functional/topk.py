@@ -8,15 +8,14 @@ import torch
 
 from kdfast.functional._checks import (
     check_logits,
-    check_reduction,
     check_rowwise,
-    check_temperature,
     check_tensor,
     elsewhere,
     on_host,
     savable,
 )
 from kdfast.functional._reduction import Reduction, reduction_divisor
+from kdfast.functional._rows import agree, check_rows
 from kdfast.ops import topk as ops
 from kdfast.ops.common.row_loss import Row
 from kdfast.profiling import annotate
@@ -24,6 +23,7 @@ from kdfast.profiling import annotate
 __all__ = ["Tail", "topk_kd_loss"]
 
 Tail = Literal["bucket", "renormalize"]
+_TAILS = get_args(Tail)
 
 
 @annotate("topk_kd_loss")
@@ -80,17 +80,16 @@ def topk_kd_loss(
         ValueError: Shapes, devices, ``temperature``, ``tail``, ``indices`` or ``reduction`` out of what is said
             above; ``log_normalizer`` with ``"renormalize"``; cached tensors that require grad.
     """
-    check_reduction(reduction)
-    check_logits(student, student)
-    check_logits(logits, logits, ("logits", "logits"))
-    rows = student.shape[:-1]
-    _check_indices(indices, logits, student.shape, student)
-    temperature = check_temperature(temperature, student)
+    axis, temperature, row_weight, mask = check_rows(
+        student, student, temperature, -1, reduction, row_weight, mask
+    )
+    if torch.compiler.is_compiling() or not agree((logits,), ()):
+        check_logits(logits, logits, ("logits", "logits"))
+    shape = student.shape
+    _check_indices(indices, logits, shape, student)
     _check_tail(tail, log_normalizer)
-    log_normalizer = check_rowwise("log_normalizer", log_normalizer, rows, student)
-    row_weight = check_rowwise("row_weight", row_weight, rows, student)
-    mask = check_rowwise("mask", mask, rows, student)
-    axis = student.dim() - 1
+    if log_normalizer is not None:
+        log_normalizer = check_rowwise("log_normalizer", log_normalizer, shape[:-1], student)
     divisor = reduction_divisor(reduction, student, axis, mask)
     if mask is not None:  # a row that does not count may hold anything, in the cache too
         logits = logits.masked_fill(~mask.unsqueeze(-1), 0.0)
@@ -121,8 +120,8 @@ def check_topk(
 
 
 def _check_tail(tail: str, log_normalizer: torch.Tensor | None) -> None:
-    if not isinstance(tail, str) or tail not in get_args(Tail):
-        raise ValueError(f"tail: got {tail!r}; accepted: {', '.join(get_args(Tail))}")
+    if not isinstance(tail, str) or tail not in _TAILS:
+        raise ValueError(f"tail: got {tail!r}; accepted: {', '.join(_TAILS)}")
     if log_normalizer is not None and tail == "renormalize":
         raise ValueError(
             "log_normalizer: got a tensor; tail='renormalize' compares the k classes alone and has no use for it"
@@ -140,15 +139,16 @@ def _check_indices(
     check_tensor(first, indices)
     if indices.dtype != torch.int64:
         raise TypeError(f"{first}: got dtype {indices.dtype}; int64 class indices are needed")
-    if indices.shape[:-1] != shape[:-1] or indices.dim() != len(shape):
+    own = indices.shape
+    if own[:-1] != shape[:-1] or len(own) != len(shape):
         raise ValueError(
-            f"{first}: got shape {tuple(indices.shape)}; {(*shape[:-1], 'k')} is needed, as student has it"
+            f"{first}: got shape {tuple(own)}; {(*shape[:-1], 'k')} is needed, as student has it"
         )
-    if logits.shape != indices.shape:
+    if logits.shape != own:
         raise ValueError(
-            f"{second}: got shape {tuple(logits.shape)}; {first} has {tuple(indices.shape)}, and they must match"
+            f"{second}: got shape {tuple(logits.shape)}; {first} has {tuple(own)}, and they must match"
         )
-    if indices.shape[-1] < 1:
+    if own[-1] < 1:
         raise ValueError(f"{first}: got k = 0; at least 1 is needed")
     for name, tensor in ((first, indices), (second, logits)):
         if tensor.device != student.device:

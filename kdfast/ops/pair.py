@@ -87,6 +87,9 @@ def _divergence(row: Row) -> tuple[int, tuple[float, float], torch.Tensor | floa
 @row_launcher
 def _launch_divergence(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
     kernels = _kernels()
+    if row.factor is None:  # as pair_arguments has it, nearly always and at once
+        number, alpha, beta, own = row.options
+        return kernels.PAIR, (None, alpha, beta, own, None), (int(number), own != 1.0, False, None)
     kind, numbers, ratio = _divergence(row)
     return kernels.PAIR, *kernels.pair_arguments(kind, None, *numbers, ratio)
 

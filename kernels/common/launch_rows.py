@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..keys import launch_key
+from .. import launch as launching
+from ..keys import extension, launch_key
 from ..launch import Kept, Launch, reduction
 from .layout import RowLayout, as_rows
 from .plan import TilePlan
@@ -174,6 +175,11 @@ class RowLaunches:
     def __init__(self, plan: Callable[..., RowPlan], further: tuple[str, ...] = (), reads: int = 2) -> None:
         self.plan, self.further, self.reads = plan, further, reads
         self.kept = Kept()
+        #: The same in C++, where it was built: it does nothing and returns None where anything is out of the ordinary.
+        self._run: Callable[..., torch.Tensor | None] | None = None
+        if extension is not None:
+            home = {"type": torch.Tensor, "home": vars(launching), "like": torch.empty_like}
+            self._run = extension.kept_rows(home | {"kept": self.kept})
 
     def __call__(
         self,
@@ -185,7 +191,6 @@ class RowLaunches:
         upstream: torch.Tensor | None = None,
         further: tuple[Any, ...] = (),
         options: tuple[Any, ...] = (),
-        *,
         fresh: bool = False,
     ) -> torch.Tensor:
         """Launch once.
@@ -204,6 +209,10 @@ class RowLaunches:
         Returns:
             The sum, 0-d, when it is wanted, else one float32 value a row, or nothing of meaning.
         """
+        if fresh and self._run is not None:
+            done = self._run(reads, gradients, dim, scale, want, upstream, further, options)
+            if done is not None:
+                return done
         student, device = reads[0], reads[0].device
         temperature, divisor, weight, mask = scale
         if not (type(temperature) is type(divisor) is float):
@@ -244,6 +253,7 @@ class _RowCall:
     """One geometry of a family: what is launched, and the memory that it needs. It holds no tensor."""
 
     __slots__ = (
+        "alone",
         "apart",
         "before",
         "device",
@@ -304,6 +314,10 @@ class _RowCall:
             student.device,
             further,
         )
+        #: Partial sums, 0 without a total; None where ``kdfast._C`` may not launch alone.
+        self.alone: int | None = self.partials if self.total else 0
+        if self.rows is not None or plan.before is not None or plan.shared is not None:
+            self.alone = None
         self.before, self.width = None, 0
         if plan.before is not None:
             reads = len(at.tensors) - len(at.given)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..launch import Launches, Planned, reduction
+from ..scratch import scratch
 from .bodies import (
     bn_act_backward_kernel,
     bn_act_kernel,
@@ -172,7 +173,7 @@ def act_backward(
     wants_sums = grad_weight is not None or grad_bias is not None
     geometry = (m, norm.eps, norm.training, relu, scale, carry)
     if wants_sums or (grad_x is not None and norm.training):
-        sums = torch.empty(2 * m.channels, dtype=torch.float32, device=x.device)
+        sums = scratch(x.device, 2 * m.channels)
         varying = (x, grad, y, *centre, *parameters, sums, grad_weight, grad_bias)
         found = _SUMS.find(x.device, geometry, varying)
         found((*varying, *_parts(x, m, found.grid, 2)))

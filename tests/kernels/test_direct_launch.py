@@ -80,6 +80,16 @@ def test_where_anything_has_changed_nothing_is_launched(change: str) -> None:
     assert len(given.calls) == 1
 
 
+def test_the_driver_may_be_found_under_another_name() -> None:
+    given = Given()
+    given.driver = SimpleNamespace(_active=given.active)
+    launch = _C.direct_launch(given.told(-1, slot="_active"))
+    assert launch((), ()) is True
+    given.driver._active = None  # as before Triton has looked for one
+    assert launch((), ()) is False
+    assert len(given.calls) == 1
+
+
 def test_hooks_that_are_none_are_silent() -> None:
     given = Given()
     given.runtime.launch_enter_hook = given.runtime.launch_exit_hook = None

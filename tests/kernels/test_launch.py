@@ -15,7 +15,7 @@ from tests.conftest import INTERPRETING
 
 pytest.importorskip("triton")
 
-from kdfast.kernels import launch
+from kdfast.kernels import launch, scratch
 from kdfast.kernels.common.scale import Scale
 
 OPS = Path(kdfast.__file__).parent / "ops"
@@ -85,6 +85,27 @@ def test_memory_for_sums_is_kept_and_grows_with_what_is_asked(on_a_gpu: torch.de
     # More than may be kept is one launch's.
     assert launch.reduction(on_a_gpu, launch.MAX_PARTIALS + 1)[0].numel() == launch.MAX_PARTIALS + 1
     assert launch.reduction(on_a_gpu, 7) is grown
+
+
+def test_memory_between_two_launches_is_a_streams_own(
+    on_a_gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch, "_kept", {})
+    kept = scratch.scratch(on_a_gpu, 7)
+    assert (kept.dtype, kept.numel() >= 7) == (torch.float32, True)
+    assert scratch.scratch(on_a_gpu, kept.numel()) is kept
+    with launch.fresh_counters():  # a compiler's memory
+        assert scratch.scratch(on_a_gpu, 7).data_ptr() != kept.data_ptr()
+    captured(monkeypatch)
+    assert scratch.scratch(on_a_gpu, 7).data_ptr() != kept.data_ptr()
+    captured(monkeypatch, False)
+    monkeypatch.setattr(scratch, "_stream", lambda device: 8)
+    assert scratch.scratch(on_a_gpu, 7).data_ptr() != kept.data_ptr()
+    monkeypatch.setattr(scratch, "_stream", lambda device: 7)
+    assert scratch.scratch(on_a_gpu, 7) is kept
+    assert scratch.scratch(on_a_gpu, launch.MAX_PARTIALS + 1).numel() == launch.MAX_PARTIALS + 1
+    assert scratch.scratch(on_a_gpu, kept.numel() + 1).numel() > kept.numel()
+    assert len(scratch._kept) == 2
 
 
 def captured(monkeypatch: pytest.MonkeyPatch, capturing: bool = True) -> None:

@@ -14,6 +14,7 @@ from kdfast.functional._checks import (
     check_tensor,
     elsewhere,
 )
+from kdfast.functional._rows import agree
 from kdfast.ops.norm import eager as ops
 from kdfast.profiling import annotate
 from kdfast.reference.norm.fused import BatchNorm
@@ -66,11 +67,8 @@ def bn_relu(
         TypeError: A tensor that is not floating-point, a count that is not int64.
         ValueError: Shapes or devices that do not fit, one value a channel in training, a statistic that is missing.
     """
-    norm = _norm(
-        x, BatchNorm(weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
-    )
-    if residual is not None:
-        _like("residual", residual, x)
+    norm = BatchNorm(weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    norm = _norm(x, norm) if residual is None else _norm(x, norm, "residual", residual)
     return ops.bn_act(x, residual, norm, relu=bool(relu))
 
 
@@ -118,10 +116,8 @@ def bn_ddim_step(
         TypeError: As for :func:`bn_relu`, or a coefficient that is no number.
         ValueError: As for :func:`bn_relu`, or a coefficient that is not finite.
     """
-    norm = _norm(
-        x, BatchNorm(weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
-    )
-    _like("sample", sample, x)
+    norm = BatchNorm(weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    norm = _norm(x, norm, "sample", sample)
     for name, value in (("c1", c1), ("c2", c2)):
         check_real(name, value)
     return ops.bn_act(x, sample, norm, relu=False, scale=float(c2), carry=float(c1))
@@ -167,10 +163,8 @@ def bn_mse(
         TypeError: As for :func:`bn_relu`.
         ValueError: As for :func:`bn_relu`; an empty x; a target that requires grad.
     """
-    norm = _norm(
-        x, BatchNorm(weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
-    )
-    _like("target", target, x)
+    norm = BatchNorm(weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    norm = _norm(x, norm, "target", target)
     if target.requires_grad:
         raise ValueError("target: requires grad; kdfast gives it no gradient, pass target.detach()")
     if x.numel() == 0:
@@ -192,22 +186,26 @@ def _like(name: str, value: Tensor, x: Tensor) -> None:
 _CHANNELS = ("weight", "bias", "running_mean", "running_var")
 
 
-def _norm(x: Tensor, norm: BatchNorm) -> BatchNorm:
-    """The batch norm's arguments, checked."""
+def _norm(x: Tensor, norm: BatchNorm, beside: str = "", *others: Tensor) -> BatchNorm:
+    """The batch norm's arguments, and what stands ``beside`` x and is like it, checked."""
     check_bool("training", norm.training)
-    check_floating("x", x)
+    held = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    agreed = not torch.compiler.is_compiling() and agree((x, *others), held)
+    if not agreed:
+        check_floating("x", x)
     if x.dim() < 2 or x.shape[1] == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}; [B, C, …] with at least one channel is needed")
-    held = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    for name, value in zip(_CHANNELS, held):
-        if value is not None:
-            check_channels(name, value, x)
-    for name, value in (("running_mean", norm.running_mean), ("running_var", norm.running_var)):
+    if not agreed:
+        for name, value in zip(_CHANNELS, held):
+            if value is not None:
+                check_channels(name, value, x)
+    mean, var = norm.running_mean, norm.running_var
+    for name, value in (("running_mean", mean), ("running_var", var)):
         if value is not None and value.requires_grad:
             raise ValueError(f"{name}: requires grad; statistics are buffers")
-    if (norm.running_mean is None) != (norm.running_var is None):
+    if (mean is None) != (var is None):
         raise ValueError("running_mean, running_var: got one of them; both or neither are needed")
-    if not norm.training and norm.running_mean is None:
+    if not norm.training and mean is None:
         raise ValueError("training: got False without running statistics; pass both or training=True")
     if not (isinstance(norm.eps, float) and check_real("eps", norm.eps) > 0):
         raise ValueError(f"eps: got {shown(norm.eps)}; a finite float above 0 is needed")
@@ -217,6 +215,9 @@ def _norm(x: Tensor, norm: BatchNorm) -> BatchNorm:
             f"x: got shape {tuple(x.shape)}, {x.numel() // x.shape[1]} values a channel; batch norm in training "
             "needs at least 2"
         )
+    if not agreed:
+        for other in others:
+            _like(beside, other, x)
     return norm
 
 

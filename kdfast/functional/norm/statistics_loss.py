@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdfast.functional._checks import check_bool, check_channels, check_floating, check_real
+from kdfast.functional._rows import agree
 from kdfast.ops.norm import statistics_loss as ops
 from kdfast.profiling import annotate
 
@@ -26,6 +27,9 @@ class BNStatistics(NamedTuple):
     loss: Tensor
     mean: Tensor
     var: Tensor
+
+
+_CHANNELS = ("running_mean", "running_var", "average_mean", "average_var")
 
 
 @annotate("bn_statistics_loss")
@@ -65,12 +69,19 @@ def bn_statistics_loss(
         TypeError: Tensors that are not floating-point.
         ValueError: A shape, device or value other than those named.
     """
-    _check_input(x)
-    target = _target(x, running_mean, running_var, average_mean, average_var, average_share, squared)
+    held = running_mean, running_var, average_mean, average_var
+    given = running_mean is not None and running_var is not None and not torch.compiler.is_compiling()
+    agreed = given and agree((x,), held)
+    if not agreed:
+        check_floating("x", x)
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(f"x: got shape {tuple(x.shape)}; [N, C, …] with elements is needed")
+    target = _target(agreed, x, running_mean, running_var, average_mean, average_var, average_share, squared)
     return BNStatistics(*ops.bn_statistics(x, target))
 
 
 def _target(
+    agreed: bool,
     x: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
@@ -84,28 +95,19 @@ def _target(
         raise ValueError(
             f"{missing}: got None; average_mean and average_var are given together or not at all"
         )
-    _check_channels("running_mean", running_mean, x)
-    _check_channels("running_var", running_var, x)
-    for name, value in (("average_mean", average_mean), ("average_var", average_var)):
-        if value is not None:
-            _check_channels(name, value, x)
+    held: tuple[Any, ...] = running_mean, running_var, average_mean, average_var
+    for name, value in zip(_CHANNELS, held):
+        if value is None and name.startswith("average"):
+            continue
+        if not agreed:
+            check_channels(name, value, x)
+        if value.requires_grad:
+            raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
     check_bool("squared", squared)
     if average_mean is None:
         _check_share(average_share, x)
         return ops.Target(running_mean, running_var, None, None, None, squared)
     return ops.Target(running_mean, running_var, average_mean, average_var, _share(average_share, x), squared)
-
-
-def _check_input(x: Tensor) -> None:
-    check_floating("x", x)
-    if x.dim() < 2 or x.numel() == 0:
-        raise ValueError(f"x: got shape {tuple(x.shape)}; [N, C, …] with elements is needed")
-
-
-def _check_channels(name: str, value: Tensor, x: Tensor) -> None:
-    check_channels(name, value, x)
-    if value.requires_grad:
-        raise ValueError(f"{name}: requires grad; kdfast gives it no gradient, pass {name}.detach()")
 
 
 def _check_share(share: float | Tensor, x: Tensor) -> None:

@@ -16,7 +16,8 @@ Value = torch.Tensor | float
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Asked for at every call: three look-ups each time would show.
 _transforms = torch._C._are_functorch_transforms_active
-_unwrapped = torch._C._functorch.unwrap_if_dead  # a transform's tensor that was kept after it is over
+#: Of a tensor of a transform's that was kept after it is over, the one inside; others as they are.
+unwrapped = torch._C._functorch.unwrap_if_dead
 _mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
 
 
@@ -27,6 +28,11 @@ def is_plain(student: torch.Tensor, teacher: torch.Tensor) -> bool:
     other classes (fake, distributed): all of these want to see operators that they know.
     """
     return has_values(student) and type(teacher) in PLAIN
+
+
+def runs_now(student: torch.Tensor, teacher: torch.Tensor) -> bool:
+    """:func:`is_plain` where the caller knows that torch.compile does not trace."""
+    return type(student) in PLAIN and type(teacher) in PLAIN and not _transforms() and _mode(_PROXY) is None
 
 
 def are_plain(first: torch.Tensor, *others: torch.Tensor) -> bool:
@@ -54,11 +60,12 @@ def apply(function: Any, *arguments: Any) -> Any:
     """
     if _transforms():
         return function.apply(*arguments)
-    return _apply(function)(*[_unwrapped(x) if isinstance(x, torch.Tensor) else x for x in arguments])
+    return direct_apply(function)(*[unwrapped(x) if isinstance(x, torch.Tensor) else x for x in arguments])
 
 
 @functools.cache
-def _apply(function: Any) -> Any:
+def direct_apply(function: Any) -> Any:
+    """``function.apply`` for where no transform is active, without the look at each argument: see :data:`unwrapped`."""
     return super(torch.autograd.Function, function).apply
 
 
@@ -88,7 +95,7 @@ def saved(ctx: Any) -> tuple[torch.Tensor, ...]:
 
 def takes_reference(student: torch.Tensor, teacher: torch.Tensor) -> bool:
     """Where no kernel can run: by backend and dtype, and for tensors without memory of their own."""
-    looked_into = not torch.compiler.is_compiling() and not is_plain(student, teacher)
+    looked_into = not torch.compiler.is_compiling() and not runs_now(student, teacher)
     return looked_into or resolve(student, teacher) == "reference"
 
 

@@ -23,14 +23,15 @@ from kdfast.ops.common.closed import ClosedRows, Factors, Form, closed_loss, usa
 from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import (
     Value,
-    apply,
     differentiable_gradients,
+    direct_apply,
     empty_gradients,
     join_value,
+    runs_now,
     save,
     saved,
     split_value,
-    takes_reference,
+    unwrapped,
 )
 from kdfast.profiling import annotate
 from kdfast.reference.common import compute_dtype
@@ -71,10 +72,15 @@ class Row(NamedTuple):
 
     def contiguous(self) -> Row:
         """The same with every tensor contiguous, as the kernels want it."""
-        for value in (self.weight, self.mask, *self[7:]):
-            if value is not None and not value.is_contiguous():
-                break
-        else:
+        _, _, _, weight, mask, _, _, label, factor, second, second_factor = self
+        if (  # in one look, like check_logits
+            (weight is None or weight.is_contiguous())
+            and (mask is None or mask.is_contiguous())
+            and (label is None or label.is_contiguous())
+            and (factor is None or factor.is_contiguous())
+            and (second is None or second.is_contiguous())
+            and (second_factor is None or second_factor.is_contiguous())
+        ):
             return self
         values = (x.contiguous() if isinstance(x, Tensor) else x for x in self)
         return Row._make(values)
@@ -82,8 +88,9 @@ class Row(NamedTuple):
 
 def launches(student: Tensor, teacher: Tensor, ignore: int) -> bool:
     """Whether a loss of these is launched here and now, and may leave it to the kernel which labels are ignored."""
-    known = -(2**31) <= ignore < 2**31  # travels as a float
-    return known and not torch.compiler.is_compiling() and not takes_reference(student, teacher)
+    if torch.compiler.is_compiling() or not -(2**31) <= ignore < 2**31:  # travels as a float
+        return False
+    return runs_now(student, teacher) and resolve(student, teacher) == "triton"
 
 
 def two_options(row: Row) -> tuple[float, float]:
@@ -180,7 +187,7 @@ class Launcher:
             upstream,
             further,
             options,
-            fresh=fresh,
+            fresh,
         )
         return out
 
@@ -188,9 +195,18 @@ class Launcher:
         """The forward's launch, and what the backward's takes from it."""
         launches, reads, further, options = self.arguments(student, teacher, row)
         _, dim, temperature, weight, mask, divisor, reduce, *_ = row
-        scale = (temperature, divisor, weight, mask)
-        want = _wanted(True, reduce, False)
-        out = launches(reads, grads[: len(reads)], dim, scale, want, None, further, options, fresh=True)
+        scale = temperature, divisor, weight, mask
+        out = launches(
+            reads,
+            grads[: launches.reads],
+            dim,
+            scale,
+            _wanted(True, reduce, False),
+            None,
+            further,
+            options,
+            True,
+        )
         return out, (launches, dim, scale, further, options)
 
     def again(
@@ -200,7 +216,7 @@ class Launcher:
         launches, dim, scale, further, options = kept
         reads = (student, teacher) if launches.reads == 2 else (student,)
         want = _wanted(False, False, exit_if_one)
-        launches(reads, grads[: len(reads)], dim, scale, want, upstream, further, options, fresh=True)
+        launches(reads, grads[: launches.reads], dim, scale, want, upstream, further, options, True)
 
 
 def row_launcher(arguments: Callable[[Row], tuple[Any, tuple[Any, ...], tuple[Any, ...]]]) -> Launcher:
@@ -226,34 +242,41 @@ class RowLoss:
         reference: ``(student, teacher, row) -> rows or their sum``, differentiable.
         launcher: On the Triton backend.
         op: The registered op, ``kdfast::NAME``.
-        function: The eager path.
+        recorded: The eager path with autograd, once nothing transforms: ``(student, teacher, this, row)`` to the loss.
         closed: The reference in fewer passes, as :attr:`kdfast.ops.common.closed.Form.closed`; None where it has none.
     """
 
     reference: Reference
     launcher: Launcher
     op: Any
-    function: Any
+    recorded: Any
     closed: Callable[[Row], ClosedRows | None] | None = None
 
     def __call__(self, student: Tensor, teacher: Tensor, row: Row) -> Tensor:
         """The loss; arguments are checked by the caller."""
-        if takes_reference(student, teacher):
-            closed = self.closed(row) if self.closed is not None and usable(student, teacher) else None
-            if closed is None:
-                return self.reference(student, teacher, row)
-            factors = Factors(row.temperature, row.dim, row.weight, row.mask, row.divisor, row.reduce)
-            return closed_loss(
-                student, teacher, Form(closed, lambda s, t: self.reference(s, t, row)), factors
-            )
-        row = row.contiguous()
         if torch.compiler.is_compiling():
-            out: Tensor = self.op(student, teacher, *flatten(row))
-        elif (student.requires_grad or teacher.requires_grad) and torch.is_grad_enabled():
-            out = apply(self.function, student, teacher, self, row)
-        else:
-            out = self.launcher(student, teacher, row)
-        return out
+            if resolve(student, teacher) == "reference":
+                return self.reference(student, teacher, row)
+            out: Tensor = self.op(student, teacher, *flatten(row.contiguous()))
+            return out
+        if not runs_now(student, teacher) or resolve(student, teacher) == "reference":
+            return self._by_reference(student, teacher, row)
+        return self.launch(student, teacher, row)
+
+    def launch(self, student: Tensor, teacher: Tensor, row: Row) -> Tensor:
+        """The same where :func:`launches` has said that it may."""
+        row = row.contiguous()
+        if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+            out: Tensor = self.recorded(unwrapped(student), unwrapped(teacher), self, row)
+            return out
+        return self.launcher(student, teacher, row)
+
+    def _by_reference(self, student: Tensor, teacher: Tensor, row: Row) -> Tensor:
+        closed = self.closed(row) if self.closed is not None and usable(student, teacher) else None
+        if closed is None:
+            return self.reference(student, teacher, row)
+        factors = Factors(row.temperature, row.dim, row.weight, row.mask, row.divisor, row.reduce)
+        return closed_loss(student, teacher, Form(closed, lambda s, t: self.reference(s, t, row)), factors)
 
 
 def _forward(ctx: Any, student: Tensor, teacher: Tensor, loss: RowLoss, row: Row) -> Tensor:
@@ -273,7 +296,9 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return (*differentiable_gradients(out, (student, teacher), needs, upstream), None, None)
     first, ctx.grads = ctx.grads, None
     grads = first or empty_gradients(ctx.needs_input_grad, student, teacher)
-    loss.launcher.again(student, teacher, grads, upstream.contiguous(), first is not None, kept)
+    loss.launcher.again(
+        student, teacher, grads, upstream if row.reduce else upstream.contiguous(), first is not None, kept
+    )
     return (*grads, None, None)
 
 
@@ -347,4 +372,4 @@ def register(
         "backward": staticmethod(annotate(f"{name}.backward")(_backward)),
     }
     function = type(f"_{name}", (torch.autograd.Function,), eager)
-    return RowLoss(reference, launcher, op, function, closed)
+    return RowLoss(reference, launcher, op, direct_apply(function), closed)

@@ -87,8 +87,11 @@ def _put_back(norm: BatchNorm, used: BatchNorm) -> None:
 def _centre(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """Memory for μ and r in training, else the running mean and variance."""
     if norm.training:
-        channels, device = x.shape[1], x.device
-        mean = torch.empty(channels, dtype=torch.float32, device=device)
+        held = norm.running_mean
+        if type(held) is torch.Tensor and held.dtype is torch.float32 and held.is_contiguous():
+            mean = torch.empty_like(held)  # memory like other memory is made soonest
+        else:
+            mean = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
         return mean, torch.empty_like(mean)
     assert norm.running_mean is not None
     assert norm.running_var is not None
