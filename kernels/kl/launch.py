@@ -15,7 +15,7 @@ from . import rows as _kl_rows
 from . import split as _kl_split
 from . import tickets as _kl_tickets
 from . import two_pass as _kl_two_pass
-from .plan import KLPlan, kl_plan
+from .plan import KLPlan, kl_plan, looped_plan
 
 
 def _plan(at: Rows, *, plain: bool) -> KLPlan:
@@ -30,7 +30,7 @@ def _plan(at: Rows, *, plain: bool) -> KLPlan:
         and all(strides == layout.strides[0] for strides in layout.strides)
         and all(x.itemsize == itemsize and x.data_ptr() % 16 == 0 for x in tensors)
     )
-    return kl_plan(
+    plan = kl_plan(
         at.num_classes,
         layout.inner,
         min(strides[2] for strides in layout.strides[:2]),
@@ -41,8 +41,10 @@ def _plan(at: Rows, *, plain: bool) -> KLPlan:
         both=grad_teacher is not None,
         plain=plain,
         in_place=in_place((student, teacher), (grad_student, grad_teacher)),
-        gradients=grad_student is not None or grad_teacher is not None,
     )
+    if plan.regime == "tickets" and grad_student is None and grad_teacher is None:
+        return looped_plan(itemsize, plain)
+    return plan
 
 
 def _planned(at: Rows, *, stored: dict[str, Any] | None = None) -> RowPlan:

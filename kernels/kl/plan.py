@@ -70,7 +70,6 @@ def kl_plan(
     both: bool = False,
     plain: bool = True,
     in_place: bool = False,
-    gradients: bool = True,
 ) -> KLPlan:
     """Choose the launch plan of the KL kernels.
 
@@ -89,7 +88,6 @@ def kl_plan(
         both: The teacher's gradient is wanted, too.
         plain: Nothing but KL is computed; only the tile and the two-pass kernel know anything else.
         in_place: A gradient goes over its logits: no program may read what another has written.
-        gradients: Some gradient is wanted: a row of which only the loss is wanted is read once.
     """
     if class_stride != 1 and inner > 1 and num_classes <= MAX_CLASSES:
         return _across_plan(num_classes, itemsize, both, plain)
@@ -97,7 +95,7 @@ def kl_plan(
     padded = max(2, triton.next_power_of_2(num_classes))
     if padded > (MAX_ROW if plain else MAX_ROW // 2):
         long = _long_plan(padded, itemsize, num_rows, machine, both, plain, in_place)
-        if long.regime == "two_pass" and plain and gradients and _outgrows(num_classes * itemsize, machine):
+        if long.regime == "two_pass" and plain and _outgrows(num_classes * itemsize, machine):
             return _ticket_plan(num_classes, itemsize, machine, both)
         return long
     if window:
@@ -171,11 +169,16 @@ def _long_plan(
     if plain and clusters:
         part = CLUSTER_PART // 2 if both else CLUSTER_PART
         return KLPlan("cluster", ONE_ROW, padded, 1, 1, 16, num_ctas=padded // part)
+    return looped_plan(itemsize, plain)
+
+
+def looped_plan(itemsize: int, plain: bool) -> KLPlan:
+    """A long row by one program, which reads it twice for gradients, and once for the loss alone."""
     # 16 warps of at most 64 registers: two programs a multiprocessor, whose rows stay in the second-level cache between
     # the two reads (264 rows of 2 x 32000 bfloat16 are 34 MB of an H100's 50). Labels take 100 registers.
     threads = LONG_BLOCK // (8 if plain else 16)
     warps = max(1, threads // 32)
-    return KLPlan("two_pass", ONE_ROW, threads, 1, vector, warps)
+    return KLPlan("two_pass", ONE_ROW, threads, 1, 16 // itemsize, warps)
 
 
 def _outgrows(row_bytes: int, machine: Machine) -> bool:

@@ -55,8 +55,12 @@ def denoise_step(
     noise: Tensor | None,
     clip: float | None,
     want_x0: bool,
+    **_looked_at: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """y and the predicted x₀, if it is wanted. What lies otherwise than the sample is copied."""
+    """y and the predicted x₀, if it is wanted. What lies otherwise than the sample is copied.
+
+    What else a step is called with is such that :func:`fits`.
+    """
     model_output = model_output.contiguous()
     history = [h.contiguous() for h in history]
     noise = None if noise is None else noise.contiguous()

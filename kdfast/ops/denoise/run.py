@@ -65,33 +65,13 @@ def run(
     """One step, below autograd."""
     inputs = [sample, model_output, *history] + ([] if noise is None else [noise])
     by = implementation(*inputs, call.table)
-    options = {**vars(call), "next_dtype": next_dtype}
+    options = {**vars(call), "next_dtype": next_dtype, "history": history, "noise": noise}
     plain = by is reference and not want_mask and call.mask is None and call.order is None
     if plain and native.fits(inputs, call.table, call.step, call.guidance, options):
-        y, x0 = native.denoise_step(
-            sample,
-            model_output,
-            call.table,
-            cast(int, call.step),
-            guidance=call.guidance,
-            history=history,
-            noise=noise,
-            clip=call.clip,
-            want_x0=call.want_x0,
-        )
+        y, x0 = native.denoise_step(sample, model_output, **options)
         return y, x0, None, None
-    return cast(
-        tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
-        by.denoise_step(
-            sample,
-            model_output,
-            history=history,
-            noise=noise,
-            want_mask=want_mask,
-            next_copies=next_copies,
-            **options,
-        ),
-    )
+    found = by.denoise_step(sample, model_output, want_mask=want_mask, next_copies=next_copies, **options)
+    return cast(tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], found)
 
 
 class Like(NamedTuple):

@@ -71,18 +71,7 @@ def _for_kernel(call: Recursion) -> Recursion:
 
 
 def _launch(by: Any, branches: Tensor, target: Tensor, call: Recursion, **outputs: Any) -> None:
-    u, v, permutation, noise_scale, seed, carry = call
-    by.reparam_middle(
-        branches,
-        target,
-        u=u,
-        v=v,
-        permutation=permutation,
-        noise_scale=noise_scale,
-        seed=seed,
-        carry=carry,
-        **outputs,
-    )
+    by.reparam_middle(branches, target, **call._asdict(), **outputs)
 
 
 @torch.enable_grad()

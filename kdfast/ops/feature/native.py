@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,20 +35,15 @@ def reparam_middle(
     branches: Tensor,
     target: Tensor,
     *,
-    u: Tensor,
-    v: Tensor,
-    permutation: Tensor,
-    noise_scale: Tensor | None = None,
-    seed: int | Tensor = 0,
-    carry: bool = True,
     loss: Tensor | None = None,
     mean: Tensor | None = None,
     grad: Tensor | None = None,
     grad_mean: Tensor | None = None,
     upstream: Tensor | None = None,
     exit_if_one: bool = False,
+    **recursion: Any,
 ) -> None:
-    """As the launcher of that name in kernels/feature: writes the outputs that are given."""
+    """As the launcher of that name in kernels/feature, whose ``recursion`` it takes: writes the outputs given."""
     factor = 1.0 if upstream is None else float(upstream)
     if exit_if_one and factor == 1:
         return  # the forward has written it
@@ -60,12 +57,9 @@ def reparam_middle(
         shape,
         branches.data_ptr(),
         target.data_ptr(),
-        u.data_ptr(),
-        v.data_ptr(),
-        permutation.data_ptr(),
-        address(noise_scale),
-        int(seed) & 0xFFFFFFFFFFFFFFFF,
-        carry,
+        *[address(recursion[name]) for name in ("u", "v", "permutation", "noise_scale")],
+        int(recursion["seed"]) & 0xFFFFFFFFFFFFFFFF,
+        recursion["carry"],
         address(mean),
         address(grad),
         address(grad_mean),

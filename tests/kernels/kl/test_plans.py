@@ -48,7 +48,6 @@ A100 = Machine(80, 108, (3, 8))
         (128256, 1, 1, 2, {"machine": A100}, "tickets"),
         (128256, 1, 1, 2, {"machine": H100_36}, "tickets"),  # clusters do not compile there
         (128256, 1, 1, 2, {"machine": H100_36, "in_place": True, "num_rows": 8}, "tickets"),
-        (128256, 1, 1, 2, {"machine": H100_36, "gradients": False}, "two_pass"),  # one read
         (32000, 1, 1, 2, {"machine": H100_36}, "two_pass"),  # 264 of them are 34 MB: in the cache
         (32000, 1, 1, 4, {"machine": H100_36}, "two_pass"),
         (65536, 1, 1, 2, {"machine": A100}, "two_pass"),

@@ -87,6 +87,16 @@ def test_tickets_compute_the_definition(target: Target, num_classes: int, dtype:
 
 
 @pytest.mark.usefixtures("few")
+def test_a_loss_alone_reads_its_rows_once(target: Target) -> None:
+    if target.backend == "reference":
+        pytest.skip("tickets belong to kernels")
+    s, t = (x[:3].to(target.device) for x in rows(17_408, torch.bfloat16))
+    with count_launches() as counts:
+        kd_kl_div(s, t, 2.0, reduction="sum")
+    assert set(counts) == {"kd_kl_two_pass_kernel"}
+
+
+@pytest.mark.usefixtures("few")
 def test_each_row_has_its_loss(target: Target) -> None:
     if target.backend == "reference":
         pytest.skip("tickets belong to kernels")
