@@ -16,7 +16,7 @@ COMPILER = shutil.which("c++")
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-@pytest.mark.parametrize("what", ["replay_stress", "loops_stress"])
+@pytest.mark.parametrize("what", ["replay_stress", "loops_stress", "channels_stress"])
 def test_stress_and_fuzz_under_sanitizers(what: str, sanitizers: str, tmp_path: Path) -> None:
     flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pthread"]
     # One copy of each loop: sanitizers cannot run while the loader chooses between copies.

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from kdfast.functional import add_noise_embed, reparam_middle_loss
 from kdfast.ops.feature import native
@@ -134,3 +135,14 @@ def test_noise_is_added_under_vmap() -> None:
     found = torch.func.vmap(noised)(latents)
     for got, latent in zip(found, latents, strict=True):
         torch.testing.assert_close(got, noised(latent), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("fake", [0, 1])
+def test_a_tensor_without_memory_is_never_read(fake: int) -> None:
+    """A fake tensor stays one when the mode that made it is over; reading its address ends the process."""
+    given = [torch.randn(4, 8, 16, 16), torch.rand(4), torch.rand(4)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given[fake] = torch.empty_like(given[fake])
+    found = noised_latent(*given, seed=3)
+    assert isinstance(found, FakeTensor)
+    assert found.shape == (4, 8, 16, 16)
