@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast.ops.common.gradients import PLAIN
 from kdfast.ops.common.host import runs_here
 from kdfast.reference.denoise import Guidance
 from kdfast.reference.native import address, extension
@@ -32,14 +33,13 @@ def fits(
         or options["next_dtype"] is not None
         or options["x0_dtype"] not in (None, torch.float32)
         or options["dtype"] is not torch.float32
-        or table.dtype is not torch.float32
         or sample.dim() < 2
         or not sample.numel()
         or (guidance.channels is not None and guidance.channels < sample.shape[1])
     ):
         return False
-    for tensor in inputs:
-        if tensor.dtype is not torch.float32:
+    for tensor in (*inputs, table):
+        if tensor.dtype is not torch.float32 or type(tensor) not in PLAIN or tensor.device.type != "cpu":
             return False
     return sample.is_contiguous() and runs_here(sample)
 

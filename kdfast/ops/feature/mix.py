@@ -148,7 +148,7 @@ def reparam_middle(
     by: Any = None
     if _fused(branches, target):
         by = _kernels()
-    elif native.fits(branches, target):
+    elif native.fits(branches, target, *call):
         by = native
     else:
         loss, mean = reference.reparam_middle(branches, target, *call)

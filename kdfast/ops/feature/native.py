@@ -19,8 +19,11 @@ SMALLEST = 1 << 10
 NARROWEST = 16
 
 
-def fits(branches: Tensor, target: Tensor) -> bool:
+def fits(branches: Tensor, target: Tensor, *others: object) -> bool:
     """Whether the loops take these tensors, which :func:`kdfast.backend.resolve` left to the reference."""
+    for other in others:  # the recursion's, of any dtype and layout, and its numbers
+        if isinstance(other, Tensor) and type(other) not in PLAIN:
+            return False
     return (
         branches.numel() >= SMALLEST
         and branches.dtype is target.dtype is torch.float32

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from kdfast.ops.denoise import denoise_step, native
 from kdfast.reference.denoise import Guidance
@@ -105,3 +107,20 @@ def test_not_a_number_stays_through_a_clamp() -> None:
     sample = torch.full((1, 1, 2, 2), float("nan"))
     out = denoise_step(sample, torch.zeros(1, 1, 2, 2), torch.ones(1, 10), 0, clip=1.0)
     assert bool(out.y.isnan().all())
+
+
+@pytest.mark.parametrize("fake", [0, 1, 3])
+def test_a_tensor_without_memory_is_never_read(fake: int) -> None:
+    """A fake tensor stays one when the mode that made it is over; reading its address ends the process."""
+    given = [torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.ones(1, 10), torch.randn(2, 3, 4, 5)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given[fake] = torch.empty_like(given[fake])
+    assert isinstance(denoise_step(*given[:3], 0, noise=given[3]).y, FakeTensor)
+
+
+def test_a_table_without_memory_is_not_read(calls: list[str]) -> None:
+    with FakeTensorMode():
+        table = torch.ones(1, 10)
+    with pytest.raises(DataDependentOutputException):
+        denoise_step(torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), table, 0)
+    assert calls == []

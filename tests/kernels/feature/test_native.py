@@ -146,3 +146,13 @@ def test_a_tensor_without_memory_is_never_read(fake: int) -> None:
     found = noised_latent(*given, seed=3)
     assert isinstance(found, FakeTensor)
     assert found.shape == (4, 8, 16, 16)
+
+
+@pytest.mark.parametrize("fake", range(6))
+def test_branches_without_memory_are_never_read(fake: int) -> None:
+    branches, target, u, v = _operands(3, (2, 3, 16, 16), torch.float32, "dense")
+    given = [branches, target, u, v, torch.arange(3), torch.rand(3)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given[fake] = torch.empty_like(given[fake])
+    loss, _ = reparam_middle_loss(*given[:5], noise_scale=given[5])
+    assert isinstance(loss, FakeTensor)
