@@ -120,7 +120,7 @@ def test_balanced_beats_raw() -> None:
     raw = bench.student(images[:2000])
     print(f"\nshaders: balanced {balanced:.1f} %, raw {raw:.1f} % (relative entropy {entropy:.3f})")
     # Eight seeds of set and student: relative entropy 0.618 to 0.635, 50.0 to 61.4 % against 26.7 to 36.4 %, the gain
-    # 20.5 to 29.7 points (an earlier processor: 68.9 and 24.4 %, 48.3 and 26.4 %).
+    # 20.5 to 29.7 points (an earlier record: 68.9 and 24.4 %, 48.3 and 26.4 %).
     assert entropy < 0.67
     assert balanced >= raw + 10
 
@@ -133,7 +133,7 @@ def test_digits_beat_shaders_and_leaves_and_both_teach(bench: Bench, balanced: f
     fallen = bench.student(painted[chosen])
     print(f"\ndigits {real:.1f} %, shaders {balanced:.1f} %, leaves {fallen:.1f} %")
     # Nine seeds: digits 98.3 to 99.2 %, shaders 85.3 to 93.3 %, leaves 87.8 to 93.6 %, the gap 4.7 to 8.6 points
-    # (an earlier processor: 98.6, 84.2 and 78.9 %).
+    # (an earlier record: 98.6, 84.2 and 78.9 %).
     assert real > max(balanced, fallen) + 2
     assert min(balanced, fallen) > 65
 
