@@ -6,7 +6,7 @@ from typing import get_args
 
 import torch
 
-from kdfast.functional._checks import check_between, check_temperature
+from kdfast.functional._checks import COLDEST, HOTTEST, check_between, check_temperature
 from kdfast.functional._reduction import Reduction, reduction_divisor
 from kdfast.functional._rows import check_rows
 from kdfast.ops import kl
@@ -25,6 +25,8 @@ _NUMBERED = {kind: float(number) for number, kind in enumerate(KINDS)}
 
 def check_kind(kind: str, alpha: float, beta: float) -> tuple[str, tuple[float, float]]:
     """The kind that a divergence is at the ends of its number, and (α, β), of which all but ``ab`` have one: β."""
+    if kind == "alpha" and type(alpha) is float and 0.01 <= alpha <= 0.99:
+        return kind, (0.0, alpha)
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"kind: got {kind!r}; accepted: {', '.join(_KINDS)}")
     if kind == "ab":
@@ -54,6 +56,12 @@ def check_ratio(
     """The student's temperature over the teacher's, as a float or as a 0-d tensor on the device."""
     if teacher_temperature is None:
         return 1.0, None
+    if (
+        type(temperature) is type(teacher_temperature) is float
+        and COLDEST <= teacher_temperature <= HOTTEST
+        and not torch.compiler.is_compiling()  # which calls a number that it does not know a float, too
+    ):
+        return temperature / teacher_temperature, None
     try:
         own = check_temperature(teacher_temperature, logits)
     except (TypeError, ValueError) as error:
