@@ -97,6 +97,12 @@ def unmeasured(document: Any) -> Any:
     return [unmeasured(one) for one in document] if isinstance(document, list) else document
 
 
+#: How long a run took, in its page and in a table of runs.
+TIMES = re.compile(
+    r'(?<=seconds</td><td class="value">)[0-9.]+|(?<=<td class="number">)[0-9.]+ (s|min|h)(?=</td>)'
+)
+
+
 def left(folder: Path) -> dict[str, Any]:
     """Everything in a folder: digests, and of records what was not measured."""
     found: dict[str, Any] = {}
@@ -110,7 +116,7 @@ def left(folder: Path) -> dict[str, Any]:
             lines = data.decode().splitlines() if path.suffix == ".jsonl" else [data.decode()]
             found[name] = [unmeasured(json.loads(line)) for line in lines]
         elif path.suffix == ".html":
-            found[name] = re.sub(r"seconds</td><td class=\"value\">[0-9.]+", "seconds", data.decode())
+            found[name] = TIMES.sub("", data.decode())
         elif path.name != "checkpoint.json":  # which holds the digests of its neighbours
             found[name] = hashlib.sha256(data).hexdigest()
     return found
