@@ -14,7 +14,7 @@ from torch import Tensor
 from kdfast import backend
 from kdfast.ops.denoise import native
 from kdfast.reference import denoise as reference
-from kdfast.reference.denoise import NO_GUIDANCE, Guidance
+from kdfast.reference.denoise import NO_GUIDANCE, Guidance, iteration_order, pack_bits
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,15 @@ def run(
     inputs = [sample, model_output, *history] + ([] if noise is None else [noise])
     by = implementation(*inputs, call.table)
     options = {**vars(call), "next_dtype": next_dtype, "history": history, "noise": noise}
-    plain = by is reference and not want_mask and call.mask is None and call.order is None
+    plain = by is reference and call.mask is None and call.order is None
     if plain and native.fits(inputs, call.table, call.step, call.guidance, options):
         y, x0 = native.denoise_step(sample, model_output, **options)
-        return y, x0, None, None
+        bits = None
+        if want_mask and call.clip is not None:  # of what a clamp has hidden; y has to be what it is without
+            options |= {"clip": None, "want_x0": True}
+            m = cast(Tensor, native.denoise_step(sample, model_output, **options)[1])
+            bits = pack_bits(m.abs() <= call.clip, iteration_order(m.shape, m.stride()))
+        return y, x0, bits, None
     found = by.denoise_step(sample, model_output, want_mask=want_mask, next_copies=next_copies, **options)
     return cast(tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], found)
 

@@ -80,11 +80,25 @@ def test_threads_change_no_bit() -> None:
     assert torch.equal(alone, shared)
 
 
-def test_with_gradients_the_numbers_are_the_same() -> None:
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("want_x0", [False, True])
+def test_with_gradients_the_numbers_are_the_same(clip: float | None, want_x0: bool, calls: list[str]) -> None:
     sample, output = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     table = torch.linspace(-1, 1, 20).view(2, 10)
-    want = denoise_step(sample, output, table, 1).y
-    assert torch.equal(denoise_step(sample.requires_grad_(), output, table, 1).y, want)
+    options = {"clip": clip, "want_x0": want_x0}
+    want = denoise_step(sample, output, table, 1, **options)
+    sample.requires_grad_()
+    got = denoise_step(sample, output, table, 1, **options)
+    assert torch.equal(got.y, want.y)
+    assert not want_x0 or torch.equal(got.x0, want.x0)
+    assert len(calls) > 1, "with gradients the loop did not run"
+    exact = sample.detach().double().requires_grad_()
+    whole = denoise_step(exact, output.double(), table.double(), 1, **options)
+    for found, wanted in ((got.y, whole.y), (got.x0, whole.x0)):
+        if found is not None:
+            (grad,) = torch.autograd.grad(found.square().sum(), sample, retain_graph=True)
+            (exactly,) = torch.autograd.grad(wanted.square().sum(), exact, retain_graph=True)
+            torch.testing.assert_close(grad.double(), exactly, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
