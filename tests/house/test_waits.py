@@ -46,6 +46,7 @@ KNOWN: dict[tuple[str, str, str], str] = {
     ("data/randaugment.py", "rand_augment", "nonzero"): "drawn on the host",
     ("data/torch_loader.py", "_Batches.__getitem__", "tolist"): "numpy, in a worker process",
     ("diffusion/loop.py", "StaticStep._allocate", "to"): "once for each size",
+    ("diffusion/schedulers/base.py", "ScaledInput.scale_model_input", "tolist"): "of the host's σ alone",
     ("diffusion/schedulers/common.py", "TableCache.get", "to"): "once for each schedule",
     ("diffusion/schedulers/common.py", "row_of", "to"): "of a step that lies on another GPU",
     ("diffusion/schedulers/ddim.py", "ddim_table", "cpu"): "once for each schedule",
