@@ -54,7 +54,7 @@ def _step(
 
 @pytest.mark.parametrize("shape", [(2, 3), (4, 3, 5, 7), (2, 1, 23, 31)])
 @pytest.mark.parametrize("guided", [None, "first", "second", "doubled"])
-@pytest.mark.parametrize(("clip", "want_x0"), itertools.product([None, 0.5], [False, True]))
+@pytest.mark.parametrize(("clip", "want_x0"), list(itertools.product([None, 0.5], [False, True])))
 def test_results_are_those_of_float64(
     shape: tuple[int, ...], guided: str | None, clip: float | None, want_x0: bool, calls: list[str]
 ) -> None:
