@@ -25,7 +25,7 @@ _NUMBERED = {kind: float(number) for number, kind in enumerate(KINDS)}
 
 def check_kind(kind: str, alpha: float, beta: float) -> tuple[str, tuple[float, float]]:
     """The kind that a divergence is at the ends of its number, and (α, β), of which all but ``ab`` have one: β."""
-    if kind == "alpha" and type(alpha) is float and 0.01 <= alpha <= 0.99:
+    if type(kind) is str and kind == "alpha" and type(alpha) is float and 0.01 <= alpha <= 0.99:
         return kind, (0.0, alpha)
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"kind: got {kind!r}; accepted: {', '.join(_KINDS)}")

@@ -336,6 +336,7 @@ S = torch.zeros(2, 3)
     "error, match, options",
     [
         (ValueError, "kind: got 'kl'", {"kind": "kl"}),
+        (ValueError, "kind: got ", {"kind": torch.ones(2)}),
         (ValueError, "beta: got 1.5", {"kind": "jsd", "beta": 1.5}),
         (ValueError, "alpha: got 1.0", {"kind": "skew_forward_kl", "alpha": 1.0}),
         (ValueError, "alpha: got 3.0", {"kind": "alpha", "alpha": 3.0}),
