@@ -71,20 +71,16 @@ class DirectLaunch {
 
  private:
   struct Names {
-    PyObject *device = name("get_current_device"), *stream = name("get_current_stream"),
-             *debug = name("debug"), *instrumentation = name("instrumentation_mode"),
-             *stages = name("add_stages_inspection_hook"), *pre_run = name("pre_run_hooks"),
-             *enter = name("launch_enter_hook"), *leave = name("launch_exit_hook"), *calls = name("calls");
-    static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
+    PyObject *device = interned("get_current_device"), *stream = interned("get_current_stream"),
+             *debug = interned("debug"), *instrumentation = interned("instrumentation_mode"),
+             *stages = interned("add_stages_inspection_hook"), *pre_run = interned("pre_run_hooks"),
+             *enter = interned("launch_enter_hook"), *leave = interned("launch_exit_hook"),
+             *calls = interned("calls");
   };
 
   static const Names& names() {
     static const Names all;
     return all;
-  }
-
-  static pybind11::object owned(PyObject* made) {
-    return pybind11::reinterpret_steal<pybind11::object>(made);
   }
 
   // Each says 1, 0, or -1 with an exception set.

@@ -7,6 +7,12 @@
 
 namespace kdfast {
 
+// What a call of Python's C interface returned, which is the caller's to release; null stays null.
+inline pybind11::object owned(PyObject* made) { return pybind11::reinterpret_steal<pybind11::object>(made); }
+
+// A name that attributes are looked up by, kept for good.
+inline PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
 // The function that calls `run`, which finds its owner in `owner`'s capsule; `definition` is static and
 // filled here.
 template <typename Owner>

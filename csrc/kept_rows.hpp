@@ -93,19 +93,14 @@ class KeptRows {
 
  private:
   struct Names {
-    PyObject *alone = name("alone"), *launch = name("launch"), *direct = name("_direct"),
-             *device = name("device"), *text = name("name"), *reduction = name("reduction"),
-             *counts = name("launch_counts"), *one = PyLong_FromLong(1);
-    static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
+    PyObject *alone = interned("alone"), *launch = interned("launch"), *direct = interned("_direct"),
+             *device = interned("device"), *text = interned("name"), *reduction = interned("reduction"),
+             *counts = interned("launch_counts"), *one = PyLong_FromLong(1);
   };
 
   static const Names& names() {
     static const Names all;
     return all;
-  }
-
-  static pybind11::object owned(PyObject* made) {
-    return pybind11::reinterpret_steal<pybind11::object>(made);
   }
 
   static LaunchKeys keys_of(const pybind11::object& type) {

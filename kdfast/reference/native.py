@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["address", "extension"]
+__all__ = ["PLAIN", "address", "extension"]
+
+#: Classes of tensors whose memory is their own: no other (fake, distributed, of a subclass) is read by its address.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @functools.cache

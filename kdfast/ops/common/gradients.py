@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from kdfast.backend import resolve
+from kdfast.reference.native import PLAIN
 
 #: A host float, or a 0-d tensor that is read on the device.
 Value = torch.Tensor | float
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Asked for at every call: three look-ups each time would show.
 _transforms = torch._C._are_functorch_transforms_active
 #: Of a tensor of a transform's that was kept after it is over, the one inside; others as they are.

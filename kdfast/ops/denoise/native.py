@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.common.gradients import PLAIN
 from kdfast.ops.common.host import runs_here
 from kdfast.reference.denoise import Guidance
-from kdfast.reference.native import address, extension
+from kdfast.reference.native import PLAIN, address, extension
 
 __all__ = ["denoise_step", "fits"]
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.common.gradients import PLAIN
 from kdfast.ops.common.host import have_memory, runs_here
-from kdfast.reference.native import address, extension
+from kdfast.reference.native import PLAIN, address, extension
 
 __all__ = ["fits", "have_memory", "reparam_middle"]
 

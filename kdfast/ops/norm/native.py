@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast.ops.common.gradients import PLAIN
 from kdfast.ops.common.host import have_memory, runs_here
 from kdfast.ops.norm.launch import Act, Error
-from kdfast.reference.native import address, extension
+from kdfast.reference.native import PLAIN, address, extension
 from kdfast.reference.norm.fused import BatchNorm
 
 __all__ = ["fits", "have_memory", "launch_act", "launch_act_backward", "launch_mse", "launch_mse_backward"]
