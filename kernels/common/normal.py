@@ -72,10 +72,16 @@ def normal_at(seed, step, element):
 
 
 @triton.jit
+def normals_of_groups(seed, step, groups, BLOCK: tl.constexpr):
+    """The normals of BLOCK / 4 ``groups``, one group after another."""
+    n0, n1, n2, n3 = normals4(seed, step, groups)
+    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [BLOCK])
+
+
+@triton.jit
 def normal_run(seed, step, first, BLOCK: tl.constexpr):
     """The normals of elements ``first … first + BLOCK - 1``, where 4 divides ``first`` and BLOCK."""
-    n0, n1, n2, n3 = normals4(seed, step, first // 4 + tl.arange(0, BLOCK // 4))
-    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [BLOCK])
+    return normals_of_groups(seed, step, first // 4 + tl.arange(0, BLOCK // 4), BLOCK)
 
 
 @triton.jit
@@ -84,5 +90,4 @@ def normal_rows(seeds, step, first, numel, ROW: tl.constexpr, BLOCK: tl.constexp
     element = first + 4 * tl.arange(0, BLOCK // 4)
     own = element // ROW
     key = tl.load(seeds + own, mask=element < numel, other=0).to(tl.uint64)
-    n0, n1, n2, n3 = normals4(key, step, (element - own * ROW) // 4)
-    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [BLOCK])
+    return normals_of_groups(key, step, (element - own * ROW) // 4, BLOCK)

@@ -16,6 +16,17 @@ def _coordinate(rest, SIZE: tl.constexpr, AT: tl.constexpr, NDIM: tl.constexpr):
 
 
 @triton.jit
+def outer_coordinates(rest, SIZES: tl.constexpr, NDIM: tl.constexpr):
+    """Coordinates 2 to 5 of what is left of a linear index."""
+    c2 = _coordinate(rest, SIZES[2], 2, NDIM)
+    rest3 = rest // SIZES[2]
+    c3 = _coordinate(rest3, SIZES[3], 3, NDIM)
+    rest4 = rest3 // SIZES[3]
+    c4 = _coordinate(rest4, SIZES[4], 4, NDIM)
+    return c2, c3, c4, rest4 // SIZES[4]
+
+
+@triton.jit
 def locate(
     numel, inner,
     SIZES: tl.constexpr, NDIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -40,13 +51,7 @@ def locate(
         c0 = _coordinate(index, SIZES[0], 0, NDIM)
         rest = index // SIZES[0]
     c1 = _coordinate(rest, SIZES[1], 1, NDIM)
-    rest2 = rest // SIZES[1]
-    c2 = _coordinate(rest2, SIZES[2], 2, NDIM)
-    rest3 = rest2 // SIZES[2]
-    c3 = _coordinate(rest3, SIZES[3], 3, NDIM)
-    rest4 = rest3 // SIZES[3]
-    c4 = _coordinate(rest4, SIZES[4], 4, NDIM)
-    c5 = rest4 // SIZES[4]
+    c2, c3, c4, c5 = outer_coordinates(rest // SIZES[1], SIZES, NDIM)
     return start, live, column, c0, c1, c2, c3, c4, c5
 
 

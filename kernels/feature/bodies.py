@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.across import locate_across, normal_across
 from ..common.normal import normal_at, normal_run
 from ..common.reduce import reduce_last
 from ..common.walk import locate, offset_of
@@ -20,13 +21,31 @@ def key_of(seed, FROM_MEMORY: tl.constexpr):
 
 
 @triton.jit
+def place(
+    numel, inner,
+    SIZES: tl.constexpr, NDIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """This program's block: live lanes, where it begins along coordinates 0 and 1, its coordinates."""
+    if TILE is None:
+        _, live, column, c0, c1, c2, c3, c4, c5 = locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
+        return live, column, c1, c0, c1, c2, c3, c4, c5
+    else:
+        return locate_across(SIZES, NDIM, WIDE, TILE, BLOCK)
+
+
+@triton.jit
 def normals(
-    key, step, base, column, c0, c1, c2, c3, c4, c5,
-    E: tl.constexpr, NDIM: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    key, step, base, first0, first1, c0, c1, c2, c3, c4, c5,
+    E: tl.constexpr, NDIM: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The normals of this block's elements, numbered row-major from ``base`` on whatever the layout."""
     if RUN:
-        return normal_run(key, step, base + offset_of(column, c1, c2, c3, c4, c5, E, NDIM), BLOCK)
+        return normal_run(key, step, base + offset_of(first0, first1, c2, c3, c4, c5, E, NDIM), BLOCK)
+    elif TILE is not None:
+        return normal_across(
+            key, step, base + offset_of(first0, first1, c2, c3, c4, c5, E, NDIM), TILE, BLOCK
+        )
     else:
         return normal_at(key, step, base + offset_of(c0, c1, c2, c3, c4, c5, E, NDIM))
 
@@ -56,7 +75,7 @@ def reparam_middle_kernel(
     M: tl.constexpr, S: tl.constexpr, X0: tl.constexpr, MEAN: tl.constexpr, GRAD: tl.constexpr,
     GMEAN: tl.constexpr, E: tl.constexpr,
     SIZES: tl.constexpr, NDIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
-    HAS_NOISE: tl.constexpr, NOISE_RUN: tl.constexpr, SEED_ON_DEVICE: tl.constexpr,
+    HAS_NOISE: tl.constexpr, NOISE_RUN: tl.constexpr, TILE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr,
     CARRY: tl.constexpr, EARLY_EXIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The recursion of every element in registers: loss, mean of the branches, gradient of each branch."""
@@ -67,7 +86,7 @@ def reparam_middle_kernel(
             if upstream == 1.0:
                 return
         factor *= upstream
-    _start, live, column, c0, c1, c2, c3, c4, c5 = locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
+    live, f0, f1, c0, c1, c2, c3, c4, c5 = place(numel, inner, SIZES, NDIM, ROWS, WIDE, TILE, BLOCK)
     x0 = tl.load(x0_ptr + offset_of(c0, c1, c2, c3, c4, c5, X0, NDIM), mask=live, other=0).to(tl.float32)
     at_s = offset_of(c0, c1, c2, c3, c4, c5, S, NDIM)
     valid = _is_permutation(pi_ptr, M)
@@ -88,7 +107,7 @@ def reparam_middle_kernel(
             if k < M - 1:
                 key = key_of(seed, SEED_ON_DEVICE)
                 step = tl.full([], k, tl.int64)
-                z = normals(key, step, 0, column, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, BLOCK)
+                z = normals(key, step, 0, f0, f1, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, TILE, BLOCK)
                 behind = r - tl.load(w_ptr + k) * tl.where(live, z, 0.0)
 
     if mean_ptr is not None:
@@ -113,7 +132,7 @@ def reparam_middle_kernel(
             g = tl.load(v_ptr + M - 1 - back) * a + from_mean
             tl.store(grad_ptr + j * grad_branch + at_grad, g.to(grad_ptr.dtype.element_ty), mask=live)
     if loss_ptr is not None:
-        reduce_last(tl.sum(total, axis=0) * inverse_n, loss_ptr, partial_ptr, counter_ptr, 1024)
+        reduce_last(tl.sum(total) * inverse_n, loss_ptr, partial_ptr, counter_ptr, 1024)
 
 
 @triton.jit(do_not_specialize=["seed", "batch"])
@@ -121,10 +140,10 @@ def noise_mix_kernel(
     x_ptr, gamma_ptr, z_ptr, seed, batch, numel, inner, x_sample, z_sample,
     X: tl.constexpr, Z: tl.constexpr, E: tl.constexpr,
     SIZES: tl.constexpr, NDIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
-    NOISE_RUN: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
+    NOISE_RUN: tl.constexpr, TILE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """z = γ·x + (1-γ)·ε of one block of one sample (of several, when there are more samples than programs)."""
-    _start, live, column, c0, c1, c2, c3, c4, c5 = locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
+    live, f0, f1, c0, c1, c2, c3, c4, c5 = place(numel, inner, SIZES, NDIM, ROWS, WIDE, TILE, BLOCK)
     key = key_of(seed, SEED_ON_DEVICE)
     step = tl.full([], 0, tl.int64)
     for b in range(tl.program_id(1), batch, tl.num_programs(1)):
@@ -132,7 +151,9 @@ def noise_mix_kernel(
         gamma = tl.load(gamma_ptr + sample).to(tl.float32)
         at_x = sample * x_sample + offset_of(c0, c1, c2, c3, c4, c5, X, NDIM)
         x = tl.load(x_ptr + at_x, mask=live, other=0).to(tl.float32)
-        e = normals(key, step, sample * numel, column, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, BLOCK)
+        e = normals(
+            key, step, sample * numel, f0, f1, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, TILE, BLOCK
+        )
         z = gamma * x + (1.0 - gamma) * e
         at_z = sample * z_sample + offset_of(c0, c1, c2, c3, c4, c5, Z, NDIM)
         tl.store(z_ptr + at_z, z.to(z_ptr.dtype.element_ty), mask=live)
@@ -143,10 +164,10 @@ def noise_mix_backward_kernel(
     gz_ptr, x_ptr, gamma_ptr, gx_ptr, partial_ptr, seed, batch, numel, inner, gz_sample, x_sample, gx_sample,
     GZ: tl.constexpr, X: tl.constexpr, GX: tl.constexpr, E: tl.constexpr,
     SIZES: tl.constexpr, NDIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
-    NOISE_RUN: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
+    NOISE_RUN: tl.constexpr, TILE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """gx = γ·gz, and this block's share of dγ = Σ gz·(x - ε), with ε drawn again."""
-    _start, live, column, c0, c1, c2, c3, c4, c5 = locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
+    live, f0, f1, c0, c1, c2, c3, c4, c5 = place(numel, inner, SIZES, NDIM, ROWS, WIDE, TILE, BLOCK)
     key = key_of(seed, SEED_ON_DEVICE)
     step = tl.full([], 0, tl.int64)
     for b in range(tl.program_id(1), batch, tl.num_programs(1)):
@@ -160,6 +181,8 @@ def noise_mix_backward_kernel(
         if partial_ptr is not None:
             at_x = sample * x_sample + offset_of(c0, c1, c2, c3, c4, c5, X, NDIM)
             x = tl.load(x_ptr + at_x, mask=live, other=0).to(tl.float32)
-            e = normals(key, step, sample * numel, column, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, BLOCK)
-            share = tl.sum(tl.where(live, gz * (x - e), 0.0), axis=0)
+            e = normals(
+                key, step, sample * numel, f0, f1, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, TILE, BLOCK
+            )
+            share = tl.sum(tl.where(live, gz * (x - e), 0.0))
             tl.store(partial_ptr + sample * tl.num_programs(0) + tl.program_id(0), share)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from ..common.plan import BlockPlan
-from ..common.strided import Strides, walk_blocks
+from ..common.strided import Strides
 from ..launch import MAX_GRID_Y, Launches, Planned, reduction
 from .bodies import noise_mix_backward_kernel, noise_mix_kernel, reparam_middle_kernel
-from .plan import mix_plan, walked
+from .plan import across_plan, mix_plan, noisy_blocks, walked
 
 #: More branches than this take the reference: their residuals no longer fit in registers.
 MAX_BRANCHES = 64
@@ -98,13 +98,12 @@ def _planned_recursion(
     exit_if_one: bool,
 ) -> Planned:
     plan, found, element, run = walked(shape, operands, noisy)
-    programs, constants = walk_blocks(plan, recursion_plan(plan.numel, count, itemsize))
+    blocks = recursion_plan(plan.numel, count, itemsize)
+    programs, constants = noisy_blocks(plan, element, run, blocks, blocks)
     constants |= dict(zip(("S", "X0", "MEAN", "GRAD", "GMEAN"), found, strict=True))
     constants |= {
         "M": count,
-        "E": element,
         "HAS_NOISE": noisy,
-        "NOISE_RUN": run,
         "SEED_ON_DEVICE": seed_on_device,
         "CARRY": carry,
         "EARLY_EXIT": exit_if_one,
@@ -140,13 +139,12 @@ def _planned_mix(
     """Both kernels of the mix: ``strides`` of what they read and write, with the batch, by the names of these."""
     own = tuple(None if x is None else x[1:] or (1,) for x in strides)
     plan, found, element, run = walked(shape, own, True)
-    programs, constants = walk_blocks(plan, mix_plan(plan.numel))
+    blocks = mix_plan(plan.numel)
+    programs, constants = noisy_blocks(
+        plan, element, run and plan.numel % 4 == 0, blocks, across_plan(blocks, plan.numel), plan.numel
+    )
     constants |= dict(zip(names or ("X", "Z"), found, strict=True))
-    constants |= {
-        "E": element,
-        "NOISE_RUN": run and plan.numel % 4 == 0,
-        "SEED_ON_DEVICE": seed_on_device,
-    }
+    constants |= {"SEED_ON_DEVICE": seed_on_device}
     steps = (0 if x is None else x[0] for x in strides)
     return (programs, min(batch, MAX_GRID_Y)), (batch, plan.numel, plan.inner, *steps), constants
 

@@ -10,12 +10,11 @@ draw the same, and nothing of it is ever stored.
 Bytes moved, X = bytes of x: x_t 2X; L 2X with its gradient, in one launch, and then nothing in a backward
 whose upstream gradient is 1; dE X and E, which begins at zero.
 
-Launch plan: x_t as blocks of a sample, contiguous or channels_last, which read 16 bytes a thread; there the
-channel is a division by a compile-time constant. L walks over any strides (common/strided.py). dE: the first sample
-of a timestep sums for all that share it, in the batch's order, so that results repeat bit by bit; a program finds
-them in one load of up to 1024 timesteps. Channels_last
-costs four times the Philox work, since neighbours in memory are not neighbours in the numbering. Bodies:
-noise_bodies.py.
+Launch plan: x_t as blocks of a sample, contiguous or channels_last, which read 16 bytes a thread. L walks over any
+strides (common/strided.py). Channels_last, where neighbours in memory are not neighbours in the numbering, noise is
+drawn in tiles of [channel, position] (common/across.py). dE: the first sample of a timestep sums for all that share
+it, in the batch's order, so that results repeat bit by bit; a program finds them in one load of up to 1024 timesteps.
+Bodies: noise_bodies.py.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..common.strided import Strides, walk_blocks
+from ..common.strided import Strides
 from ..launch import MAX_GRID_Y, Launches, Planned, reduction
 from .noise_bodies import add_noise_embed_kernel, embedding_gradient_kernel, noise_mse_kernel
-from .plan import mix_plan, walked
+from .plan import across_plan, mix_plan, noisy_blocks, tile_of, tile_programs, walked
 
 
 def noise_mse(
@@ -61,9 +60,10 @@ def _planned_mse(
     shape: tuple[int, ...], strides: tuple[Strides | None, ...], seed_on_device: bool, exit_if_one: bool
 ) -> Planned:
     plan, found, element, run = walked(tuple(shape), strides, True)
-    programs, constants = walk_blocks(plan, mix_plan(plan.numel))
+    blocks = mix_plan(plan.numel)
+    programs, constants = noisy_blocks(plan, element, run, blocks, across_plan(blocks, plan.numel))
     constants |= dict(zip(("P", "GRAD"), found, strict=True))
-    constants |= {"E": element, "NOISE_RUN": run, "SEED_ON_DEVICE": seed_on_device, "EARLY_EXIT": exit_if_one}
+    constants |= {"SEED_ON_DEVICE": seed_on_device, "EARLY_EXIT": exit_if_one}
     return (programs,), (plan.numel, plan.inner, 1.0 / plan.numel), constants
 
 
@@ -115,10 +115,16 @@ def add_noise_embed(
 def _planned_add(found: Layout, sizes: tuple[int, int, int], seed_on_device: bool) -> Planned:
     width = found.channels * found.span
     plan = mix_plan(width)
+    tile, programs = None, -(-width // plan.block)
+    if found.last:
+        plan = across_plan(plan, width)
+        tile = tile_of(found.channels, found.span, width % 4 == 0, plan.block)
+        assert tile is not None, plan  # blocks of 256 hold sixteen channels of some positions
+        programs = tile_programs(tile)
     constants = {
         "C": found.channels,
         "SPAN": found.span,
-        "LAST": found.last,
+        "TILE": tile,
         # Four neighbours share a Philox counter where a block begins a whole group of them.
         "NOISE_RUN": not found.last and width % 4 == 0,
         "SEED_ON_DEVICE": seed_on_device,
@@ -126,7 +132,7 @@ def _planned_add(found: Layout, sizes: tuple[int, int, int], seed_on_device: boo
         "num_warps": plan.num_warps,
         "enable_fp_fusion": True,
     }
-    return (-(-width // plan.block), min(sizes[0], MAX_GRID_Y)), sizes, constants
+    return (programs, min(sizes[0], MAX_GRID_Y)), sizes, constants
 
 
 _ADD_NOISE = Launches(add_noise_embed_kernel, _planned_add)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.across import locate_across, normal_across
 from ..common.normal import normal_at, normal_run
 from ..common.reduce import reduce_last
-from ..common.walk import locate, offset_of, window
-from .bodies import key_of, normals
+from ..common.walk import offset_of, window
+from .bodies import key_of, normals, place
 
 
 @triton.jit(do_not_specialize=["seed", "inverse_n"])
@@ -16,7 +17,8 @@ def noise_mse_kernel(
     p_ptr, grad_ptr, upstream_ptr, loss_ptr, partial_ptr, counter_ptr, seed, numel, inner, inverse_n,
     P: tl.constexpr, GRAD: tl.constexpr, E: tl.constexpr,
     SIZES: tl.constexpr, NDIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
-    NOISE_RUN: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, EARLY_EXIT: tl.constexpr, BLOCK: tl.constexpr,
+    NOISE_RUN: tl.constexpr, TILE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, EARLY_EXIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The squared error against normals that are drawn here, and its gradient."""
     factor = 2.0 * inverse_n
@@ -26,35 +28,40 @@ def noise_mse_kernel(
             if upstream == 1.0:  # the forward launch wrote exactly this gradient
                 return
         factor *= upstream
-    _start, live, column, c0, c1, c2, c3, c4, c5 = locate(numel, inner, SIZES, NDIM, ROWS, WIDE, BLOCK)
+    live, f0, f1, c0, c1, c2, c3, c4, c5 = place(numel, inner, SIZES, NDIM, ROWS, WIDE, TILE, BLOCK)
     p = tl.load(p_ptr + offset_of(c0, c1, c2, c3, c4, c5, P, NDIM), mask=live, other=0).to(tl.float32)
     step = tl.full([], 0, tl.int64)
     key = key_of(seed, SEED_ON_DEVICE)
-    e = normals(key, step, 0, column, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, BLOCK)
+    e = normals(key, step, 0, f0, f1, c0, c1, c2, c3, c4, c5, E, NDIM, NOISE_RUN, TILE, BLOCK)
     error = tl.where(live, p - e, 0.0)
     if grad_ptr is not None:
         at = offset_of(c0, c1, c2, c3, c4, c5, GRAD, NDIM)
         tl.store(grad_ptr + at, (factor * error).to(grad_ptr.dtype.element_ty), mask=live)
     if loss_ptr is not None:
-        reduce_last(tl.sum(error * error, axis=0) * inverse_n, loss_ptr, partial_ptr, counter_ptr, 1024)
+        reduce_last(tl.sum(error * error) * inverse_n, loss_ptr, partial_ptr, counter_ptr, 1024)
 
 
 @triton.jit(do_not_specialize=["seed", "batch", "steps", "rows"])
 def add_noise_embed_kernel(
     x_ptr, t_ptr, table_ptr, e_ptr, out_ptr, seed, batch, steps, rows,
-    C: tl.constexpr, SPAN: tl.constexpr, LAST: tl.constexpr,
+    C: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr,
     NOISE_RUN: tl.constexpr, SEED_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """√ᾱ_t·x + √(1-ᾱ_t)·ε + E[t] of one block of a sample, for every sample that this program has."""
     W: tl.constexpr = C * SPAN
-    first = tl.program_id(0)
-    if W >= 2147418112:  # of one sample: 2³¹, less what a last block may reach beyond it
-        first = first.to(tl.int64)
-    first *= BLOCK
-    at = first + tl.arange(0, BLOCK)
-    live = at < W
-    channel = at % C if LAST else at // SPAN
-    element = channel * SPAN + at // C if LAST else at  # in row-major order, whatever the layout
+    WIDE: tl.constexpr = W >= 2147418112  # of one sample: 2³¹, less what a last block may reach beyond it
+    if TILE is None:
+        first = tl.program_id(0)
+        if WIDE:
+            first = first.to(tl.int64)
+        first *= BLOCK
+        at = first + tl.arange(0, BLOCK)
+        live = at < W
+        channel = at // SPAN
+    else:
+        live, f0, f1, channel, position, _, _, _, _ = locate_across((C, 1, 1, 1, 1, 1), 2, WIDE, TILE, BLOCK)
+        first = f0 * SPAN + f1  # in row-major order, whatever the layout
+        at = position * C + channel
     key = key_of(seed, SEED_ON_DEVICE)
     step = tl.full([], 0, tl.int64)
     for b in range(tl.program_id(1), batch, tl.num_programs(1)):
@@ -65,8 +72,10 @@ def add_noise_embed_kernel(
         bar = tl.load(table_ptr + t, mask=known, other=float("nan"))
         if NOISE_RUN:
             e = normal_run(key, step, sample * W + first, BLOCK)
+        elif TILE is not None:
+            e = normal_across(key, step, sample * W + first, TILE, BLOCK)
         else:
-            e = normal_at(key, step, sample * W + element)
+            e = normal_at(key, step, sample * W + at)
         x = tl.load(x_ptr + sample * W + at, mask=live, other=0).to(tl.float32)
         out = tl.sqrt(bar) * x + tl.sqrt(1.0 - bar) * e
         if e_ptr is not None:

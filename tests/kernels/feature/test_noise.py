@@ -101,6 +101,33 @@ def test_the_error_meets_the_noise_that_was_added(target: Target, layout: torch.
     torch.testing.assert_close(noise_mix(latent, gamma, seed=SEED), noise, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 48, 7, 7),  # tiles of whole channels, the last one ragged; 49 a channel is odd
+        (3, 5, 3, 7),  # an odd channel count, samples that begin anywhere
+        (2, 20, 15, 15),  # more positions than a tile has, channels that begin anywhere
+        (2, 64, 8, 8),
+        (1, 4, 32, 36),
+        (1, 17, 1, 2),
+        (2, 24, 300, 1),
+    ],
+)
+def test_channels_last_draws_the_same_bits(target: Target, shape: tuple[int, ...]) -> None:
+    zeros = torch.zeros(shape, device=target.device)
+    last = zeros.contiguous(memory_format=torch.channels_last)
+    gamma, bars = zeros.new_zeros(shape[0]), zeros.new_zeros(1)
+    steps = torch.zeros(shape[0], dtype=torch.int64, device=target.device)
+    want = noise_mix(zeros, gamma, seed=SEED)
+    assert torch.equal(noise_mix(last, gamma, seed=SEED), want)
+    assert torch.equal(add_noise_embed(last, steps, bars, seed=SEED), want)
+    assert noise_mse(want.contiguous(memory_format=torch.channels_last), seed=SEED) == 0
+    # A slice of channels: neighbours in memory still, a sample of which begins elsewhere.
+    wide = torch.zeros(shape[0], 2 * shape[1], *shape[2:], device=target.device)
+    part = wide.contiguous(memory_format=torch.channels_last)[:, shape[1] :]
+    assert torch.equal(noise_mix(part, gamma, seed=SEED), want)
+
+
 def test_without_an_embedding_it_is_the_schedulers_add_noise(target: Target) -> None:
     latent, timesteps, embedding = inputs(target, 3, 4, 3, 3)
     bars = BARS.float().to(latent.device)
