@@ -30,7 +30,7 @@ PYTHON_CALLS = {
     "dkd_loss f+b": 26,
     "kd_kl_div without grad": 16,
     "kd_statistics": 12,
-    "distillation_loss f+b": 27,
+    "distillation_loss f+b": 28,
     "denoise_step, guided": 25,
     "DDIMScheduler.step_cfg": 44,
     "replay.sample": 21,
@@ -70,7 +70,7 @@ def test_a_call_stays_within_its_launches_and_python_calls(case: Any) -> None:
 def _arguments(student: torch.Tensor, teacher: torch.Tensor) -> tuple[Any, ...]:
     """What the launcher is given, after the compiled function; of tensors their shapes: memory is another each time."""
     F.kd_kl_div(student, teacher, 4.0)
-    given = Silent.last[:5] + Silent.last[10:]
+    given = Silent.last()[:5] + Silent.last()[10:]
     return tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in given)
 
 
@@ -101,12 +101,12 @@ def test_hooks_of_profilers_are_called_and_knobs_are_followed(monkeypatch: pytes
     with pretended():
         for _ in range(2):
             F.kd_kl_div(student, teacher)
-        assert Silent.last[7:10] == (None, None, None)
+        assert Silent.last()[7:10] == (None, None, None)
         knobs.runtime.launch_enter_hook.add(heard.append)
         try:
             F.kd_kl_div(student, teacher)
-            assert Silent.last[7].get()["name"] == "kd_kl_tile_kernel"
-            assert Silent.last[8] is knobs.runtime.launch_enter_hook
+            assert Silent.last()[7].get()["name"] == "kd_kl_tile_kernel"
+            assert Silent.last()[8] is knobs.runtime.launch_enter_hook
         finally:
             knobs.runtime.launch_enter_hook.calls.clear()
         family = next(iter(kernels.PLAIN.kept.values())).launch
