@@ -13,9 +13,10 @@ import argparse
 import contextlib
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -45,22 +46,34 @@ class _Utils:
 
 
 class Silent:
-    """A launcher that keeps the last launch, and launches nothing."""
+    """Launchers that keep the last launch, and launch nothing."""
 
-    last: tuple[Any, ...] = ()
+    _last: ClassVar[deque[tuple[str, tuple[Any, ...]]]] = deque([("", ())], maxlen=1)
+    #: Is given (name of the kernel, the launcher's arguments) of each launch.
+    told: ClassVar[Callable[[tuple[str, tuple[Any, ...]]], None]] = _last.append
 
-    def __init__(self, src: Any, metadata: Any) -> None:
-        self.name = metadata.name
+    @staticmethod
+    def made(src: Any, metadata: Any) -> Callable[..., None]:
+        """One for a compiled kernel: a function, since what an object takes longer would be counted."""
+        name = metadata.name
 
-    def __call__(self, *args: Any) -> None:
-        Silent.last = (self.name, *args)
+        def silent(*arguments: Any) -> None:
+            Silent.told((name, arguments))
+
+        return silent
+
+    @classmethod
+    def last(cls) -> tuple[Any, ...]:
+        """(Name of the kernel, what its launcher was given…)."""
+        ((name, arguments),) = cls._last
+        return (name, *arguments)
 
 
 class _Driver:
     """An H100 that is not there."""
 
     utils = _Utils()
-    launcher_cls = Silent
+    launcher_cls = staticmethod(Silent.made)
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device: 0)
     get_active_torch_device = staticmethod(lambda: torch.device("cpu"))

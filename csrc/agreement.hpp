@@ -47,12 +47,38 @@ class Agreement {
     return Py_NewRef(exchange_ != nullptr && one_a_row(pair, dim) ? Py_True : Py_False);
   }
 
+  // Whether the second of `three` tensors holds int64 and the third floating point, both of one shape, which is
+  // the first's but for its last dimension, of 1 at least there; all dense and on one device, the first of
+  // floating point. `none` is an empty tuple. False also where it cannot be told.
+  PyObject* listed(PyObject* three, PyObject* none) const {
+    if (!PyTuple_Check(three) || !PyTuple_Check(none)) {
+      PyErr_SetString(PyExc_TypeError, "listed: two tuples are needed");
+      return nullptr;
+    }
+    if (PyTuple_GET_SIZE(three) != 3 || PyTuple_GET_SIZE(none) != 0) {
+      PyErr_SetString(PyExc_TypeError, "listed: three tensors are needed");
+      return nullptr;
+    }
+    return Py_NewRef(exchange_ != nullptr && few_a_row(three) ? Py_True : Py_False);
+  }
+
  private:
+  bool few_a_row(PyObject* three) const {
+    dlpack::Tensor logits{}, index{}, value{};
+    if (!look(PyTuple_GET_ITEM(three, 0), logits) || !see(PyTuple_GET_ITEM(three, 1), index) ||
+        !look(PyTuple_GET_ITEM(three, 2), value))
+      return false;
+    if (!is_int64(index) || !together(logits, index) || !together(logits, value)) return false;
+    if (logits.dims < 1 || index.dims != logits.dims || value.dims != logits.dims) return false;
+    const int last = logits.dims - 1;
+    return index.shape[last] > 0 && std::equal(index.shape, index.shape + logits.dims, value.shape) &&
+           std::equal(logits.shape, logits.shape + last, index.shape);
+  }
+
   bool one_a_row(PyObject* pair, long dim) const {
     dlpack::Tensor logits{}, labels{};
     if (!look(PyTuple_GET_ITEM(pair, 0), logits) || !see(PyTuple_GET_ITEM(pair, 1), labels)) return false;
-    if (labels.dtype.code != kInt || labels.dtype.bits != 64 || labels.dtype.lanes != 1) return false;
-    if (!together(logits, labels) || dim < 0 || dim >= logits.dims || labels.dims != logits.dims - 1)
+    if (!is_int64(labels) || !together(logits, labels) || dim < 0 || dim >= logits.dims || labels.dims != logits.dims - 1)
       return false;
     int64_t* const axis = logits.shape + dim;
     return std::equal(logits.shape, axis, labels.shape) &&
@@ -92,6 +118,10 @@ class Agreement {
     return false;
   }
 
+  static bool is_int64(const dlpack::Tensor& tensor) {
+    return tensor.dtype.code == kInt && tensor.dtype.bits == 64 && tensor.dtype.lanes == 1;
+  }
+
   static bool together(const dlpack::Tensor& one, const dlpack::Tensor& other) {
     return one.device.type == other.device.type && one.device.index == other.device.index;
   }
@@ -102,18 +132,20 @@ class Agreement {
   const dlpack::Exchange* exchange_;
 };
 
-// (agree(whole, channels), labelled(pair, axis)) for tensors of these classes, the first of which tells of
+// (agree(whole, channels), labelled(pair, axis), listed(three, none)) for tensors of these classes, the first of which tells of
 // tensors.
 inline pybind11::tuple agreement_of(const pybind11::type& type, const pybind11::type& other) {
   static PyMethodDef agree = {"agree", nullptr, 0,
                               "Whether tensors are dense, of floating point, and fit together."};
   static PyMethodDef labelled = {"labelled", nullptr, 0, "Whether there is one int64 a row."};
+  static PyMethodDef listed = {"listed", nullptr, 0, "Whether there are k int64 and k numbers a row."};
   const auto made = [&] {
     std::vector<PyObject*> types{type.inc_ref().ptr(), other.inc_ref().ptr()};
     return new Agreement(std::move(types), exchange_of(type.ptr()));
   };
   return pybind11::make_tuple(fast_call<Agreement, &Agreement::agree>(agree, made()),
-                              fast_call<Agreement, &Agreement::labelled>(labelled, made()));
+                              fast_call<Agreement, &Agreement::labelled>(labelled, made()),
+                              fast_call<Agreement, &Agreement::listed>(listed, made()));
 }
 
 }  // namespace kdfast

@@ -95,7 +95,8 @@ class KeptRows {
   struct Names {
     PyObject *alone = interned("alone"), *launch = interned("launch"), *direct = interned("_direct"),
              *device = interned("device"), *text = interned("name"), *reduction = interned("reduction"),
-             *counts = interned("launch_counts"), *one = PyLong_FromLong(1);
+             *counts = interned("launch_counts"), *zero = PyLong_FromLong(0),
+             *one = PyLong_FromLong(1);
   };
 
   static const Names& names() {
@@ -139,10 +140,12 @@ class KeptRows {
     const auto name = owned(PyObject_GetAttr(launch.ptr(), names().text));
     const auto counts = pybind11::reinterpret_borrow<pybind11::object>(global(names().counts));
     if (!name || !counts) return false;
-    const auto before = owned(PyObject_GetItem(counts.ptr(), name.ptr()));
-    if (!before) return false;
-    const auto after = owned(PyNumber_Add(before.ptr(), names().one));
-    return after && PyObject_SetItem(counts.ptr(), name.ptr(), after.ptr()) == 0;
+    if (!PyDict_Check(counts.ptr())) return refused("launch_counts: a Counter is needed") != nullptr;
+    // As the dict that it is: its own subscript goes through Python.
+    PyObject* const before = PyDict_GetItemWithError(counts.ptr(), name.ptr());
+    if (before == nullptr && PyErr_Occurred() != nullptr) return false;
+    const auto after = owned(PyNumber_Add(before == nullptr ? names().zero : before, names().one));
+    return after && PyDict_SetItem(counts.ptr(), name.ptr(), after.ptr()) == 0;
   }
 
   const LaunchKeys keys_;

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
-from typing import Literal, cast, get_args
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -18,6 +18,12 @@ Resolved = Literal["triton", "reference"]
 #: Asked for at every call of an op: looking the literal's arguments up each time would show.
 _NAMES = get_args(Backend)
 _choice: Backend | None = None
+_FLOAT64 = torch.float64
+#: What is in the environment, without a refusal for what is not: a miss of ``os.environ`` takes a microsecond.
+_environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
+_VARIABLE: Any = "KDFAST_BACKEND"
+if _environment is not os.environ:
+    _VARIABLE = os.environ.encodekey(_VARIABLE)
 
 
 def _checked(name: str, source: str) -> Backend:
@@ -44,6 +50,8 @@ def get_backend() -> Backend:
     """The backend in force: what :func:`set_backend` chose, else ``KDFAST_BACKEND``, else ``"auto"``."""
     if _choice is not None:
         return _choice
+    if not torch.compiler.is_compiling() and _VARIABLE not in _environment:
+        return "auto"
     return _checked(os.environ.get("KDFAST_BACKEND", "auto"), "KDFAST_BACKEND")
 
 
@@ -86,7 +94,7 @@ def resolve(*tensors: torch.Tensor | None) -> Resolved:
     for tensor in tensors:  # a loop: this is on the way of every op, and generators cost a microsecond each
         if tensor is not None:
             on_gpu = on_gpu and tensor.is_cuda
-            double = double or tensor.dtype is torch.float64
+            double = double or tensor.dtype is _FLOAT64
     if backend == "reference" or double:
         return "reference"
     if backend == "triton":

@@ -20,9 +20,10 @@ from kdfast.functional._checks import (
     on_host,
     savable,
 )
+from kdfast.ops.common.gradients import is_compiling
 from kdfast.reference.native import extension
 
-__all__ = ["agree", "check_row_labels", "check_rows", "labelled"]
+__all__ = ["agree", "check_row_labels", "check_rows", "labelled", "listed"]
 
 
 Look = Callable[[tuple[Any, ...], tuple[Any, ...]], bool]
@@ -33,19 +34,21 @@ def _unknown(tensors: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
     return False
 
 
-def _looks() -> tuple[Look, Look]:
+def _looks() -> tuple[Look, Look, Look]:
     native = extension()
     if native is None:
-        return _unknown, _unknown
-    made: tuple[Look, Look] = native.agreement_of(torch.Tensor, torch.nn.Parameter)
+        return _unknown, _unknown, _unknown
+    made: tuple[Look, Look, Look] = native.agreement_of(torch.Tensor, torch.nn.Parameter)
     return made
 
 
 #: ``agree(whole, channels)``: are tensors dense, of floating point and on one device, ``whole`` of one shape, and
 #: ``channels`` (tensors or None) of one value a channel, its second dimension? ``labelled((logits, labels), (axis,))``:
-#: are there int64 labels, one a row over that dimension from 0? False where a tensor is of another class or without
-#: memory of its own: the checks one by one decide then, and say what is wrong. No trace can look into either.
-agree, labelled = _looks()
+#: are there int64 labels, one a row over that dimension from 0? ``listed((logits, indices, values), ())``: are there
+#: int64 indices and values of floating point, as many of both a row over the last dimension, at least one? False where
+#: a tensor is of another class or without memory of its own: the checks one by one decide then, and say what is wrong.
+#: No trace can look into any of them.
+agree, labelled, listed = _looks()
 
 
 def check_rows(
@@ -61,7 +64,7 @@ def check_rows(
     if (
         row_weight is None
         and mask is None
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
         and type(temperature) is float
         and COLDEST <= temperature <= HOTTEST
         and type(dim) is int
@@ -87,7 +90,7 @@ def check_row_labels(
 ) -> torch.Tensor | None:
     """:func:`check_labels` of one a row of ``logits``, whose class dimension is ``axis`` from 0."""
     if (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and type(ignore_index) is int
         and -(2**63) <= ignore_index < 2**63
         and labelled((logits, labels), (axis,))

@@ -64,4 +64,4 @@ def dist_loss(
     row = Row((beta, gamma), student.dim() - 1, temperature, None, None, 1.0, True)
     if axis != row.dim:  # a view is an operator, forward and backward
         student, teacher = student.movedim(axis, -1), teacher.movedim(axis, -1)
-    return ops.dist(student, teacher, row)
+    return ops.dist.run(student, teacher, row)

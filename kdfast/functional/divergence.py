@@ -145,8 +145,8 @@ def divergence_loss(
     if ratio == 1.0 and ratio_tensor is None:
         if kind_ in ("forward_kl", "reverse_kl"):
             first, second = (student, teacher) if kind_ == "forward_kl" else (teacher, student)
-            return kl.kl(first, second, Row((), *factors))
+            return kl.kl.run(first, second, Row((), *factors))
         if kind_ == "jsd":
-            return ops.jsd(student, teacher, Row(numbers, *factors))
+            return ops.jsd.run(student, teacher, Row(numbers, *factors))
     options = (_NUMBERED[kind_], *numbers, ratio)
-    return ops.divergence(student, teacher, Row(options, *factors, factor=ratio_tensor))
+    return ops.divergence.run(student, teacher, Row(options, *factors, factor=ratio_tensor))

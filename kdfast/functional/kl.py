@@ -77,7 +77,7 @@ def kd_kl_div(
     else:
         divisor = check_number("divisor", divisor, student, above=0.0)
     row = Row((), axis, temperature, row_weight, mask, divisor, reduction != "none")
-    return ops.kl(student, teacher, row)
+    return ops.kl.run(student, teacher, row)
 
 
 @annotate("distillation_loss")
@@ -157,14 +157,16 @@ def distillation_loss(
     divisor = divisor / kd_weight if kd_weight else math.inf  # the factor is T² over this
     factors = axis, temperature, row_weight, mask, divisor, reduction != "none"
     if not ce_weight or target is None:
-        return ops.kl(student, teacher, Row((), *factors))
+        return ops.kl.run(student, teacher, Row((), *factors))
     if mixed_target is None and ops.launches(student, teacher, ignore_index):  # the kernel finds the factors
-        count = None
+        count, counted = None, 0.0
         if reduction not in ("sum", "none"):  # counted on the device: no host sync
-            counts = target != ignore_index
-            counted = counts if reduction != "rowmean" or mask is None else counts & mask
-            count = counted.sum(dtype=torch.float32)
-        options = (float(label_smoothing), ce_weight, float(ignore_index))
+            only = mask if reduction == "rowmean" else None
+            counted = 2.0 if only is None and ops.is_counted(target) else 1.0
+            if counted == 1.0:
+                counts = target != ignore_index
+                count = (counts if only is None else counts & only).sum(dtype=torch.float32)
+        options = (float(label_smoothing), ce_weight, float(ignore_index), counted)
         return ops.distillation.launch(student, teacher, Row(options, *factors, target, count))
     dtype = compute_dtype(student, teacher)
     factor = label_factor(target, ignore_index, ce_weight, reduction, mask, dtype)
@@ -174,7 +176,7 @@ def distillation_loss(
         factor = factor * share
         second, mixed_target = second.contiguous(), mixed_target.contiguous()
     labels = target.contiguous(), factor.contiguous(), mixed_target, second
-    return ops.distillation(student, teacher, Row((float(label_smoothing),), *factors, *labels))
+    return ops.distillation.run(student, teacher, Row((float(label_smoothing),), *factors, *labels))
 
 
 class KDStatistics(NamedTuple):

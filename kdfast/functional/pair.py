@@ -69,8 +69,8 @@ def jsd_loss(
     factors = axis, temperature, row_weight, mask, divisor, reduction != "none"
     if beta in (0.0, 1.0):
         first, second = (student, teacher) if beta == 0.0 else (teacher, student)
-        return kl.kl(first, second, Row((), *factors))
-    return ops.jsd(student, teacher, Row((0.0, beta), *factors))
+        return kl.kl.run(first, second, Row((), *factors))
+    return ops.jsd.run(student, teacher, Row((0.0, beta), *factors))
 
 
 @annotate("dkd_loss")
@@ -136,4 +136,4 @@ def dkd_loss(
     row = Row((alpha, beta), axis, temperature, row_weight, mask, 1.0, reduction != "none", label)
     row = ops.without_ignored(row, ignore_index)
     row = row._replace(divisor=reduction_divisor(reduction, student, axis, row.mask))
-    return ops.dkd(student, teacher, row)
+    return ops.dkd.run(student, teacher, row)

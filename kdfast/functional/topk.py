@@ -15,8 +15,9 @@ from kdfast.functional._checks import (
     savable,
 )
 from kdfast.functional._reduction import Reduction, reduction_divisor
-from kdfast.functional._rows import agree, check_rows
+from kdfast.functional._rows import check_rows, listed
 from kdfast.ops import topk as ops
+from kdfast.ops.common.gradients import is_compiling
 from kdfast.ops.common.row_loss import Row
 from kdfast.profiling import annotate
 
@@ -83,23 +84,28 @@ def topk_kd_loss(
     axis, temperature, row_weight, mask = check_rows(
         student, student, temperature, -1, reduction, row_weight, mask
     )
-    if torch.compiler.is_compiling() or not agree((logits,), ()):
+    if (  # else all that is asked below is known
+        is_compiling()
+        or not listed((student, indices, logits), ())
+        or logits.requires_grad
+        or indices.is_inference()
+        or on_host(indices)
+    ):
         check_logits(logits, logits, ("logits", "logits"))
-    shape = student.shape
-    _check_indices(indices, logits, shape, student)
+        _check_indices(indices, logits, student.shape, student)
+        indices = savable(indices)
     _check_tail(tail, log_normalizer)
     if log_normalizer is not None:
-        log_normalizer = check_rowwise("log_normalizer", log_normalizer, shape[:-1], student)
+        log_normalizer = check_rowwise("log_normalizer", log_normalizer, student.shape[:-1], student)
     divisor = reduction_divisor(reduction, student, axis, mask)
     if mask is not None:  # a row that does not count may hold anything, in the cache too
         logits = logits.masked_fill(~mask.unsqueeze(-1), 0.0)
     options = (float(tail == "bucket"),)
     reduce = reduction != "none"
-    indices = savable(indices)
     row = Row(
         options, axis, temperature, row_weight, mask, divisor, reduce, label=indices, factor=log_normalizer
     )
-    return ops.topk(student, logits, row)
+    return ops.topk.run(student, logits, row)
 
 
 def check_topk(

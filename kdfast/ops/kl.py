@@ -9,11 +9,11 @@ import torch
 
 from kdfast.ops.common.closed import ClosedRows
 from kdfast.ops.common.gradients import Value, join_value, split_value, takes_reference
-from kdfast.ops.common.row_loss import Row, launches, register, row_launcher
+from kdfast.ops.common.row_loss import Launcher, Row, launches, register
 from kdfast.reference import kl as reference
 from kdfast.reference.common import compute_dtype
 
-__all__ = ["distillation", "kd_statistics", "kl", "launches"]
+__all__ = ["distillation", "is_counted", "kd_statistics", "kl", "launches"]
 
 
 def _labels(row: Row) -> reference.Labels | None:
@@ -28,12 +28,13 @@ def _labels(row: Row) -> reference.Labels | None:
 
 def _factors(row: Row) -> torch.Tensor:
     """Each row's factor, of what :data:`distillation` says, as the kernel finds it itself."""
-    _, weight, ignore = row.options
+    _, weight, ignore, counted = row.options
     assert row.label is not None
     counts = row.label != int(ignore)
-    if row.factor is None:
+    count = row.factor if counted != 2 else counts.sum(dtype=torch.float32)
+    if count is None:
         return counts.float() * weight
-    return counts * (weight / row.factor.clamp(min=1.0))
+    return counts * (weight / count.clamp(min=1.0))
 
 
 @functools.cache
@@ -43,21 +44,23 @@ def _kernels() -> Any:
     return kl
 
 
-@row_launcher
-def _launch(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+def is_counted(labels: torch.Tensor) -> bool:
+    """Whether the kernel counts them itself, where :func:`launches` has said that one runs."""
+    most: int = _kernels().MOST_COUNTED
+    return labels.numel() <= most
+
+
+def _launch(_: torch.Tensor, __: torch.Tensor, row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
     kernels = _kernels()
     if row.label is None:
         return kernels.PLAIN, (), ()
     label, factor, second, second_factor = row[7:]
     if len(row.options) > 1:
-        smoothing, weight, ignore = row.options
-        return (
-            kernels.LABELS,
-            (label, factor, None, None, smoothing, weight),
-            (1, int(ignore), factor is not None),
-        )
+        smoothing, weight, ignore, counted = row.options
+        only = label, factor, None, None, smoothing, weight
+        return kernels.LABELS, only, (1, int(ignore), int(counted))
     further = (label, factor, second, second_factor, row.options[0], 0.0)
-    return kernels.LABELS, further, (1 if second is None else 2, None, False)
+    return kernels.LABELS, further, (1 if second is None else 2, None, 0)
 
 
 def _reference(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> torch.Tensor:
@@ -79,11 +82,11 @@ def _closed(row: Row) -> ClosedRows | None:
 
 
 #: T²·w·KL of each row over the divisor; no options.
-kl = register("kd_kl", _reference, _launch, _closed, _reference_gradients)
+kl = register("kd_kl", _reference, Launcher(_launch), _closed, _reference_gradients)
 #: With w times a cross-entropy: of ``label`` and ``second``, weighed by their factors; smoothing is the one option. On
-#: the Triton backend two more may follow, a weight and a class that is ignored: then a row's factor is that weight
-#: where its label is another, over ``factor``, 0-d, if given.
-distillation = register("distillation", _reference, _launch, None, _reference_gradients)
+#: the Triton backend three more may follow, a weight, a class that is ignored, and what that is divided by: 0 nothing,
+#: 1 ``factor``, 0-d, 2 how many labels are another. Then a row's factor is that where its label is another.
+distillation = register("distillation", _reference, Launcher(_launch), None, _reference_gradients)
 
 
 def kd_statistics(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kdfast.ops.common.closed import ClosedRows
-from kdfast.ops.common.row_loss import Row, launches, register, row_launcher, two_options
+from kdfast.ops.common.row_loss import Launcher, Row, launches, register, two_options
 from kdfast.reference import pair as reference
 from kdfast.reference.common import finish, without_masked
 from kdfast.reference.pair import LEAST_BETA, dkd_closed, jsd_closed
@@ -16,14 +16,12 @@ from kdfast.reference.pair import LEAST_BETA, dkd_closed, jsd_closed
 __all__ = ["divergence", "dkd", "jsd", "launches", "without_ignored"]
 
 
-@row_launcher
-def _launch_jsd(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+def _launch_jsd(_: torch.Tensor, __: torch.Tensor, row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
     kernels = _kernels()
     return kernels.PAIR, (None, 0.0, row.options[1], 1.0, None), (kernels.JSD, False, False, None)
 
 
-@row_launcher
-def _launch_dkd(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+def _launch_dkd(_: torch.Tensor, __: torch.Tensor, row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
     kernels = _kernels()
     alpha, beta, *others = row.options
     ignore = int(others[0]) if others else None
@@ -74,8 +72,8 @@ def _dkd_closed(row: Row) -> ClosedRows:
     return lambda s, t, *needs: dkd_closed(s, t, target, *two_options(row), row.temperature, row.dim, *needs)
 
 
-jsd = register("jsd", _jsd_reference, _launch_jsd, _jsd_closed)
-dkd = register("dkd", _dkd_reference, _launch_dkd, _dkd_closed)
+jsd = register("jsd", _jsd_reference, Launcher(_launch_jsd), _jsd_closed)
+dkd = register("dkd", _dkd_reference, Launcher(_launch_dkd), _dkd_closed)
 
 
 def _divergence(row: Row) -> tuple[int, tuple[float, float], torch.Tensor | float]:
@@ -84,8 +82,9 @@ def _divergence(row: Row) -> tuple[int, tuple[float, float], torch.Tensor | floa
     return int(kind), (alpha, beta), ratio if row.factor is None else row.factor
 
 
-@row_launcher
-def _launch_divergence(row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+def _launch_divergence(
+    _: torch.Tensor, __: torch.Tensor, row: Row
+) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
     kernels = _kernels()
     if row.factor is None:  # as pair_arguments has it, nearly always and at once
         number, alpha, beta, own = row.options
@@ -103,4 +102,4 @@ def _divergence_reference(student: torch.Tensor, teacher: torch.Tensor, row: Row
 
 
 #: Every kind of :func:`kdfast.functional.divergence_loss` but what :data:`jsd` and the KL op run.
-divergence = register("divergence", _divergence_reference, _launch_divergence)
+divergence = register("divergence", _divergence_reference, Launcher(_launch_divergence))

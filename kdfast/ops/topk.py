@@ -24,11 +24,11 @@ def _kernels() -> Any:
 
 def _arguments(student: torch.Tensor, teacher: torch.Tensor, row: Row) -> tuple[Any, ...]:
     kernels = _kernels()
+    # It reads the student alone; of what was kept of the teacher there is no gradient.
     further, options = kernels.topk_arguments(
         student, row.label, teacher.contiguous(), row.factor, row.options[0] != 0.0
     )
-    # It reads the student alone; of what was kept of the teacher there is no gradient.
-    return kernels.TOPK, (student,), further, options
+    return kernels.TOPK, further, options
 
 
 def _kept(row: Row) -> reference.Kept:

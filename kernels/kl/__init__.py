@@ -42,6 +42,6 @@ Launch plans: plan.py. Kernel bodies: the files named after them.
 
 from ..common.launch_rows import Wanted
 from ..common.scale import Scale
-from .launch import LABELS, PLAIN, STATISTICS
+from .launch import LABELS, MOST_COUNTED, PLAIN, STATISTICS
 
-__all__ = ["LABELS", "PLAIN", "STATISTICS", "Scale", "Wanted"]
+__all__ = ["LABELS", "MOST_COUNTED", "PLAIN", "STATISTICS", "Scale", "Wanted"]

@@ -1,8 +1,8 @@
 """What rides on the KL pass: cross-entropy with hard labels, and the statistics that replay needs.
 
 With z the student's logits at temperature 1, two labels a row (mixup, Zhang et al. 2018) with factors f₁, f₂, which
-hold weight, λ, divisor and 0 for ignored rows (of one label, the weight and how many rows count will do), and
-smoothing ε (Szegedy et al. 2016, Eq. 7):
+hold weight, λ, divisor and 0 for ignored rows (of one label, the weight and how many rows count will do, or of few
+rows the weight alone), and smoothing ε (Szegedy et al. 2016, Eq. 7):
 
     CE       = f·(LSE(z) - ε·mean(z)) - (1-ε)·(f₁·z_y₁ + f₂·z_y₂)        f = f₁ + f₂
     ∂CE/∂z   = f·(softmax(z) - ε/V) - (1-ε)·(f₁·[c = y₁] + f₂·[c = y₂])
@@ -17,8 +17,16 @@ from ..common.rows import row_factor
 
 
 @triton.jit
+def _labels_counted(label_ptr, num_rows, IGNORE: tl.constexpr, LANES: tl.constexpr):
+    """How many labels are not ``IGNORE``, in one look: every program of a small launch finds it for itself."""
+    lanes = tl.arange(0, LANES)
+    labels = tl.load(label_ptr + lanes, mask=lanes < num_rows, other=IGNORE)
+    return tl.sum((labels != IGNORE).to(tl.int32), 0).to(tl.float32)
+
+
+@triton.jit
 def label_of(
-    label_ptr, factor_ptr, label_weight, s_row, s_class, rows, counts, row_scale, V: tl.constexpr,
+    label_ptr, factor_ptr, label_weight, s_row, s_class, rows, counts, row_scale, num_rows, V: tl.constexpr,
     IGNORE: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """(label, factor, the label's logit) of each row; NaN for a label that is no class."""
@@ -26,8 +34,12 @@ def label_of(
     if IGNORE is None:
         factor = tl.load(factor_ptr + rows, mask=counts, other=0.0).to(tl.float32)
     else:
-        if COUNTED:  # where nothing counts, the loss is 0
-            label_weight = label_weight / tl.maximum(tl.load(factor_ptr).to(tl.float32), 1.0)
+        if COUNTED > 0:  # where nothing counts, the loss is 0
+            if COUNTED == 1:
+                count = tl.load(factor_ptr).to(tl.float32)
+            else:
+                count = _labels_counted(label_ptr, num_rows, IGNORE, COUNTED)
+            label_weight = label_weight / tl.maximum(count, 1.0)
         factor = tl.where(counts & (label != IGNORE), label_weight, 0.0)
     factor *= row_scale
     used = counts & (factor != 0.0)
@@ -40,8 +52,8 @@ def label_of(
 @triton.jit
 def labels_of(
     label_ptr, factor_ptr, second_label_ptr, second_factor_ptr, label_weight, s_row, s_class, rows, valid, counts,
-    weight_ptr, upstream_ptr, V: tl.constexpr, LABELS: tl.constexpr, WEIGHT: tl.constexpr, UPSTREAM: tl.constexpr,
-    IGNORE: tl.constexpr, COUNTED: tl.constexpr,
+    weight_ptr, upstream_ptr, num_rows, V: tl.constexpr, LABELS: tl.constexpr, WEIGHT: tl.constexpr,
+    UPSTREAM: tl.constexpr, IGNORE: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """:func:`label_of` of each row's labels; without a second one, its factor is 0."""
     plain = 1.0
@@ -49,12 +61,13 @@ def labels_of(
         plain = tl.load(upstream_ptr).to(tl.float32)
     weight, _ = row_factor(rows, valid, weight_ptr, None, upstream_ptr, plain, WEIGHT, False, UPSTREAM)
     label, first, logit = label_of(
-        label_ptr, factor_ptr, label_weight, s_row, s_class, rows, counts, weight, V, IGNORE, COUNTED
-    )
+        label_ptr, factor_ptr, label_weight, s_row, s_class, rows, counts, weight, num_rows, V, IGNORE, COUNTED,
+    )  # fmt: skip
     second_label, second, second_logit = label, first * 0.0, logit
     if LABELS == 2:
         second_label, second, second_logit = label_of(
-            second_label_ptr, second_factor_ptr, label_weight, s_row, s_class, rows, counts, weight, V, IGNORE, COUNTED
+            second_label_ptr, second_factor_ptr, label_weight, s_row, s_class, rows, counts, weight, num_rows, V,
+            IGNORE, COUNTED,
         )  # fmt: skip
     return label, first, logit, second_label, second, second_logit
 

@@ -100,14 +100,25 @@ def _kernel(plan: KLPlan, at: Rows) -> tuple[Any, dict[str, Any]]:
     return _kl_rows.kd_kl_tile_kernel, sizes
 
 
+#: Labels that every program counts for itself: 8 KB from the second-level cache, where two launches of torch's would
+#: read them once.
+MOST_COUNTED = 1024
+
+
+def _counted(counted: int, num_rows: int) -> int:
+    """The kernels' COUNTED: how many labels are looked at at once, where programs count them."""
+    return max(32, triton.next_power_of_2(num_rows)) if counted == 2 else counted
+
+
 PLAIN = RowLaunches(_planned)
 #: With hard labels on the same pass (labels.py). Further, all tensors contiguous: int64 labels, one a row, and their
 #: float32 factors in the loss, 0 where one is ignored; the same for the other label of a mixed sample, or None;
-#: smoothing; a weight. Options: labels a row; a class that is ignored, or None; whether a count is given. With such a
-#: class a row's factor is the weight where its label is another, over the count, 0-d, in the factors' place.
+#: smoothing; a weight. Options: labels a row; a class that is ignored, or None; whether the others are counted: 0 no,
+#: 1 by the caller, 2 by every program, if labels are no more than MOST_COUNTED. With such a class a row's factor is the
+#: weight where its label is another, over the count, which a caller that counts leaves in the factors' place, 0-d.
 LABELS = RowLaunches(
     lambda at, kinds, ignore, counted: _planned(
-        at, stored={"LABELS": kinds, "IGNORE": ignore, "COUNTED": counted}
+        at, stored={"LABELS": kinds, "IGNORE": ignore, "COUNTED": _counted(counted, at.num_rows)}
     ),
     ("label_ptr", "factor_ptr", "second_label_ptr", "second_factor_ptr", "smoothing", "label_weight"),
 )

@@ -47,7 +47,7 @@ def kd_kl_tile_kernel(
     GRAD_S: tl.constexpr, GRAD_T: tl.constexpr, STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
     label_ptr=None, factor_ptr=None, second_label_ptr=None, second_factor_ptr=None, smoothing=0.0, label_weight=0.0,
     class_ptr=None, probability_ptr=None, agreement_ptr=None,
-    LABELS: tl.constexpr = 0, IGNORE: tl.constexpr = None, COUNTED: tl.constexpr = False,
+    LABELS: tl.constexpr = 0, IGNORE: tl.constexpr = None, COUNTED: tl.constexpr = 0,
     STATS: tl.constexpr = False, NEAR: tl.constexpr = True,
 ):  # fmt: skip
     """Rows whose class dimension fits in registers: one read of each logit, one write of each gradient."""
@@ -87,7 +87,7 @@ def kd_kl_tile_kernel(
         label, first, logit, second_label, second, second_logit = labels_of(
             label_ptr, factor_ptr, second_label_ptr, second_factor_ptr, label_weight, s_row, s_class,
             rows, valid, counts,
-            weight_ptr, upstream_ptr, V, LABELS, WEIGHT, UPSTREAM, IGNORE, COUNTED,
+            weight_ptr, upstream_ptr, num_rows, V, LABELS, WEIGHT, UPSTREAM, IGNORE, COUNTED,
         )  # fmt: skip
         # The softmax at temperature 1, from the same logits.
         peak = over_classes(s, LAYOUT, True)

@@ -20,7 +20,7 @@ def kd_kl_two_pass_kernel(
     STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
     label_ptr=None, factor_ptr=None, second_label_ptr=None, second_factor_ptr=None, smoothing=0.0, label_weight=0.0,
     class_ptr=None, probability_ptr=None, agreement_ptr=None,
-    LABELS: tl.constexpr = 0, IGNORE: tl.constexpr = None, COUNTED: tl.constexpr = False,
+    LABELS: tl.constexpr = 0, IGNORE: tl.constexpr = None, COUNTED: tl.constexpr = 0,
     STATS: tl.constexpr = False, RARE: tl.constexpr = True,
 ):  # fmt: skip
     """Rows that do not fit on the chip: read once for the log-sum-exps, once more for loss and gradients."""
@@ -46,7 +46,7 @@ def kd_kl_two_pass_kernel(
         label, first, logit, second_label, second, second_logit = labels_of(
             label_ptr, factor_ptr, second_label_ptr, second_factor_ptr, label_weight, s_row, s_class,
             row, row < num_rows, counts,
-            weight_ptr, upstream_ptr, V, LABELS, WEIGHT, UPSTREAM, IGNORE, COUNTED,
+            weight_ptr, upstream_ptr, num_rows, V, LABELS, WEIGHT, UPSTREAM, IGNORE, COUNTED,
         )  # fmt: skip
         total = tl.sum(total_acc * tl.exp2((s_peak - s_max) * 1.4426950408889634), axis=0)
         peak, inv_total = s_max, 1.0 / total

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from ..common.launch_rows import RowLaunches, RowPlan, Rows
 from . import bodies
-from .plan import topk_plan
+from .plan import MOST_COMPARED, topk_plan
 
 
 def topk_arguments(
@@ -29,15 +28,9 @@ def topk_arguments(
         bucket: Whether the other classes are one more outcome.
     """
     k = index.shape[-1]
-    if k > 1 and not _compares(student.shape[-1], k) and student.numel():
+    if k > MOST_COMPARED and student.numel():  # the kernel does not see to it that each class counts once
         index = _once(index, logits)
     return (index, logits, normalizer), (k, bucket, normalizer is not None)
-
-
-@functools.lru_cache(maxsize=512)
-def _compares(num_classes: int, k: int) -> bool:
-    """Whether the kernel itself sees to it that each class counts once."""
-    return topk_plan(num_classes, k).once if num_classes else True
 
 
 def _planned(at: Rows, k: int, bucket: bool, normalizer: bool) -> RowPlan:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import triton
 
+#: Outcomes of a row, k rounded up to a power of two, that a kernel compares in all pairs.
+MOST_COMPARED = 128
+
 
 @dataclass(frozen=True)
 class TopKPlan:
@@ -28,4 +31,4 @@ def topk_plan(num_classes: int, k: int) -> TopKPlan:
     """One row a program: at most 4096 classes at a time, 16 a thread."""
     block = min(4096, max(32, triton.next_power_of_2(num_classes)))
     wide = max(2, triton.next_power_of_2(k))
-    return TopKPlan(block, wide, min(8, max(1, block // 512)), once=k > 1 and wide <= 128)
+    return TopKPlan(block, wide, min(8, max(1, block // 512)), once=k > 1 and wide <= MOST_COMPARED)

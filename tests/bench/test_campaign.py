@@ -248,10 +248,18 @@ def test_a_killed_campaign_goes_on_where_it_was(tmp_path: Path) -> None:
 @pytest.mark.timeout(3000)
 def test_the_whole_campaign_survives_a_kill_after_each_part_and_twenty_more(tmp_path: Path) -> None:
     """Every step at its smallest on a CPU; then everything is there once, of every suite."""
-    out, moments, kills = tmp_path / "out", random.Random(0), 0
+    out, moments, kills, runs = tmp_path / "out", random.Random(0), 0, 0
     known: Counter[tuple[str, str]] = Counter()
     parts, wanted = 0, chosen(os.environ.get("PARTS", ""))
+
+    def done() -> int:
+        """Parts that are: one that ran out of its time, on a slow machine, is begun again."""
+        ended = (r for r in rows(out) if r["kind"] == "part" and r["verdict"] not in (LATE, NO_TIME))
+        return len({record["part"] for record in ended})
+
     while kills < 20 or parts < len(wanted):
+        runs += 1
+        assert runs < 80
         process = begin(out, "--dry-run", "--resume")
         seen, more, end = len(rows(out)), moments.randint(0, 4), time.monotonic() + 900
         while process.poll() is None and time.monotonic() < end:
@@ -260,17 +268,15 @@ def test_the_whole_campaign_survives_a_kill_after_each_part_and_twenty_more(tmp_
             if kills < 20 and len(now) - seen >= more:
                 time.sleep(moments.choice((0, moments.random(), 3 * moments.random())))
                 break
-            if sum(record["kind"] == "part" for record in now) > parts and kills >= 20:
+            if kills >= 20 and done() > parts:
                 break
         alive = process.poll() is None
         kill(process)
         kills += alive
-        done = (r["part"] for r in rows(out) if r["kind"] == "part" and r["verdict"] not in (LATE, NO_TIME))
-        parts = len(set(done))
+        parts = done()
         assert not known - results(out), "a finished row was lost"
         known = results(out)
         print(f"kill {kills}: {len(known)} rows, {parts} parts done", flush=True)
-        assert kills < 60
         if not alive and kills < 20:  # through with it: from the beginning
             assert set(known.values()) == {1}, "a row was measured twice"
             out, parts, known = tmp_path / f"out{kills}", 0, Counter()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdfast import functional as F
-from kdfast.functional import _rows
+from kdfast.functional import _rows, topk
 from kdfast.functional.norm import fused, statistics_loss
 
 pytest.importorskip("kdfast._C")
@@ -96,8 +96,8 @@ def test_tensors_of_a_transform_do_not_agree() -> None:
     F.kd_kl_div(kept[0], BASE)  # a dead wrapper is taken as before
 
 
-def test_both_looks_want_two_tuples() -> None:
-    for look in (_rows.agree, _rows.labelled):
+def test_all_looks_want_two_tuples() -> None:
+    for look in (_rows.agree, _rows.labelled, _rows.listed):
         for wrong in (((),), ([], ()), ((), []), ((), (), ())):
             with pytest.raises(TypeError, match="two tuples are needed"):
                 look(*wrong)  # type: ignore[arg-type]
@@ -129,6 +129,43 @@ def test_labels_are_one_a_row() -> None:
     assert not _rows.labelled((BASE.as_subclass(Sub), LABELS), (1,))
 
 
+def test_lists_are_as_many_indices_and_numbers_a_row() -> None:
+    indices, values = torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert _rows.listed((BASE, indices, values.to(dtype)), ())
+    assert _rows.listed(
+        (BASE, torch.zeros(4, 9, dtype=torch.int64), torch.zeros(4, 9)), ()
+    )  # more than classes
+    assert _rows.listed((ROW, indices[0], values[0]), ())
+    assert _rows.listed((BASE[:0], indices[:0], values[:0]), ())
+    assert _rows.listed((torch.zeros(2, 5, 6), indices.new_zeros(2, 5, 3), values.new_zeros(2, 5, 3)), ())
+    for wrong in (
+        None, 3, indices.int(), indices.double(), indices[:3], indices[:, :2], indices[:, :0], indices[0],
+        indices[None], indices.to("meta"), indices.as_subclass(Sub), indices.view(torch.uint64),
+    ):  # fmt: skip
+        assert not _rows.listed((BASE, wrong, values), ()), wrong
+    for wrong in (
+        None,
+        3.0,
+        indices,
+        values[:3],
+        values[:, :2],
+        values[0],
+        values.to("meta"),
+        values.cfloat(),
+    ):
+        assert not _rows.listed((BASE, indices, wrong), ()), wrong
+    for wrong in (BASE[:3], BASE[0], BASE.long(), BASE[None], torch.zeros(()), BASE.as_subclass(Sub), None):
+        assert not _rows.listed((wrong, indices, values), ()), wrong
+    assert not _rows.listed((BASE, indices[:, :0], values[:, :0]), ())  # k = 0
+    assert not _rows.listed((torch.zeros(()), torch.tensor(1), torch.zeros(())), ())
+    for given in ((BASE, indices), (BASE, indices, values, values)):
+        with pytest.raises(TypeError, match="three tensors are needed"):
+            _rows.listed(given, ())
+    with pytest.raises(TypeError, match="three tensors are needed"):
+        _rows.listed((BASE, indices, values), (1,))
+
+
 def test_a_torch_without_the_exchange_knows_nothing_at_once() -> None:
     extension = pytest.importorskip("kdfast._C")
 
@@ -136,8 +173,9 @@ def test_a_torch_without_the_exchange_knows_nothing_at_once() -> None:
         __dlpack_c_exchange_api__ = None
 
     old = BASE.as_subclass(Old)
-    agree, labelled = extension.agreement_of(Old, Old)
+    agree, labelled, listed = extension.agreement_of(Old, Old)
     assert not agree((old, old), ())
+    assert not listed((old, LABELS[:, None], old[:, :1]), ())
     assert not labelled((old, LABELS), (1,))
 
 
@@ -180,6 +218,45 @@ def test_losses_take_and_refuse_the_same_with_one_look_and_without(
         said.append((texts, *[call(student, teacher, **o) for o in ({}, {"temperature": 3})]))
     assert said[0][0] == said[1][0]
     torch.testing.assert_close(said[0][1:], said[1][1:], rtol=0, atol=0)
+
+
+def test_lists_are_refused_the_same_with_one_look_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, indices, values = torch.randn(4, 6), torch.arange(3).expand(4, 3), torch.randn(4, 3)
+    wrong: dict[str, tuple[Any, ...]] = {
+        "indices: got list": (student, [[0] * 3] * 4, values),
+        "indices: got dtype torch.int32": (student, indices.int(), values),
+        r"indices: got shape \(3, 3\)": (student, indices[:3], values[:3]),
+        r"indices: got shape \(3,\)": (student, indices[0], values[0]),
+        "indices: got k = 0": (student, indices[:, :0], values[:, :0]),
+        "indices: got class 6": (student, indices + 4, values),
+        "logits: got NoneType": (student, indices, None),
+        "logits: got dtype torch.int64": (student, indices, values.long()),
+        r"logits: got shape \(4, 2\)": (student, indices, values[:, :2]),
+        "logits: requires grad": (student, indices, values.clone().requires_grad_()),
+        "logits: is on meta": (student, indices, values.to("meta")),
+        "student: got dtype": (student.long(), indices, values),
+    }
+    said = []
+    for host in (True, False):  # of a CPU's indices the values are looked at; a GPU's are taken for good
+        for listed in (_rows.listed, _rows._unknown):
+            monkeypatch.setattr(topk, "listed", listed)
+            monkeypatch.setattr(topk, "on_host", lambda tensor, host=host: host)
+            texts = []
+            for begin, given in wrong.items():
+                if host or "class 6" not in begin:
+                    with pytest.raises((TypeError, ValueError), match=begin) as caught:
+                        F.topk_kd_loss(*given)
+                    texts.append(str(caught.value))
+            said.append(
+                (
+                    texts,
+                    F.topk_kd_loss(student, indices, values),
+                    F.topk_kd_loss(student, indices, values * 2),
+                )
+            )
+    assert said[0][0] == said[1][0]
+    assert said[2][0] == said[3][0]
+    torch.testing.assert_close([x[1:] for x in said], [said[0][1:]] * 4, rtol=0, atol=0)
 
 
 def test_norms_refuse_the_same_with_one_look_and_without(monkeypatch: pytest.MonkeyPatch) -> None:

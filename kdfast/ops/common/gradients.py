@@ -19,6 +19,9 @@ _transforms = torch._C._are_functorch_transforms_active
 #: Of a tensor of a transform's that was kept after it is over, the one inside; others as they are.
 unwrapped = torch._C._functorch.unwrap_if_dead
 _mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
+# torch's own namespace answers through a function of its own (PEP 562), so that Python keeps no way to what is in it.
+is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_empty_like = torch.empty_like
 
 
 def is_plain(student: torch.Tensor, teacher: torch.Tensor) -> bool:
@@ -46,7 +49,7 @@ def are_plain(first: torch.Tensor, *others: torch.Tensor) -> bool:
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether a tensor's numbers may be looked at: nothing traces, transforms or fakes them."""
     return (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and not _transforms()  # the only way to tell, and what torch itself asks
         and _mode(_PROXY) is None
         and type(tensor) in PLAIN
@@ -95,7 +98,7 @@ def saved(ctx: Any) -> tuple[torch.Tensor, ...]:
 
 def takes_reference(student: torch.Tensor, teacher: torch.Tensor) -> bool:
     """Where no kernel can run: by backend and dtype, and for tensors without memory of their own."""
-    looked_into = not torch.compiler.is_compiling() and not runs_now(student, teacher)
+    looked_into = not is_compiling() and not runs_now(student, teacher)
     return looked_into or resolve(student, teacher) == "reference"
 
 
@@ -104,8 +107,8 @@ def empty_gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Memory for the gradients that are needed."""
     return (
-        torch.empty_like(student) if needs[0] else None,
-        torch.empty_like(teacher) if needs[1] else None,
+        _empty_like(student) if needs[0] else None,
+        _empty_like(teacher) if needs[1] else None,
     )
 
 

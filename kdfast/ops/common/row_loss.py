@@ -26,6 +26,8 @@ from kdfast.ops.common.gradients import (
     differentiable_gradients,
     direct_apply,
     empty_gradients,
+    is_compiling,
+    is_grad_enabled,
     join_value,
     runs_now,
     save,
@@ -36,7 +38,7 @@ from kdfast.ops.common.gradients import (
 from kdfast.profiling import annotate
 from kdfast.reference.common import compute_dtype
 
-__all__ = ["Launcher", "Row", "RowLoss", "flatten", "launches", "register", "row_launcher", "two_options"]
+__all__ = ["Launcher", "Row", "RowLoss", "flatten", "launches", "register", "two_options"]
 
 Tensor = torch.Tensor
 
@@ -88,7 +90,7 @@ class Row(NamedTuple):
 
 def launches(student: Tensor, teacher: Tensor, ignore: int) -> bool:
     """Whether a loss of these is launched here and now, and may leave it to the kernel which labels are ignored."""
-    if torch.compiler.is_compiling() or not -(2**31) <= ignore < 2**31:  # travels as a float
+    if is_compiling() or not -(2**31) <= ignore < 2**31:  # travels as a float
         return False
     return runs_now(student, teacher) and resolve(student, teacher) == "triton"
 
@@ -145,8 +147,7 @@ class Launcher:
     """How a loss of two logit tensors is launched.
 
     Args:
-        arguments: ``(student, teacher, row)`` to its RowLaunches, the logits that they read, their further values, and
-            options.
+        arguments: ``(student, teacher, row)`` to its RowLaunches, their further values, and options.
     """
 
     def __init__(self, arguments: Callable[[Tensor, Tensor, Row], tuple[Any, ...]] | None = None) -> None:
@@ -176,37 +177,28 @@ class Launcher:
             fresh: Whether the gradients are ``torch.empty_like`` of what they belong to (False: they may lie in the
                 memory of the logits).
         """
-        launches, reads, further, options = self.arguments(student, teacher, row)
+        launches, further, options = self.arguments(student, teacher, row)
         _, dim, temperature, weight, mask, divisor, reduce, *_ = row
-        out: Tensor = launches(
-            reads,
-            grads[: len(reads)],
-            dim,
-            (temperature, divisor, weight, mask),
-            _wanted(want_loss, reduce, exit_if_one),
-            upstream,
-            further,
-            options,
-            fresh,
+        reads = (student, teacher)[: launches.reads]
+        scale = temperature, divisor, weight, mask
+        total, rows, once, neither = _wants()
+        want = (total if reduce else rows) if want_loss else (once if exit_if_one else neither)
+        out: Tensor = launches.run(
+            reads, grads[: launches.reads], dim, scale, want, upstream, further, options, fresh
         )
         return out
 
     def begin(self, student: Tensor, teacher: Tensor, row: Row, grads: Grads) -> tuple[Tensor, Any]:
         """The forward's launch, and what the backward's takes from it."""
-        launches, reads, further, options = self.arguments(student, teacher, row)
+        launches, further, options = self.arguments(student, teacher, row)
         _, dim, temperature, weight, mask, divisor, reduce, *_ = row
         scale = temperature, divisor, weight, mask
-        out = launches(
-            reads,
-            grads[: launches.reads],
-            dim,
-            scale,
-            _wanted(True, reduce, False),
-            None,
-            further,
-            options,
-            True,
-        )
+        reads: tuple[Tensor, ...] = (student, teacher)
+        written: tuple[Tensor | None, ...] = grads
+        if launches.reads == 1:
+            reads, written = reads[:1], written[:1]
+        want = _wants()[0 if reduce else 1]
+        out = launches.run(reads, written, dim, scale, want, None, further, options, True)
         return out, (launches, dim, scale, further, options)
 
     def again(
@@ -214,24 +206,19 @@ class Launcher:
     ) -> None:
         """The backward's launch, after :meth:`begin` gave what it kept."""
         launches, dim, scale, further, options = kept
-        reads = (student, teacher) if launches.reads == 2 else (student,)
-        want = _wanted(False, False, exit_if_one)
-        launches(reads, grads[: launches.reads], dim, scale, want, upstream, further, options, True)
-
-
-def row_launcher(arguments: Callable[[Row], tuple[Any, tuple[Any, ...], tuple[Any, ...]]]) -> Launcher:
-    """The launcher of a loss of two logit tensors, from ``row -> (its RowLaunches, their further values, options)``."""
-
-    def whole(student: Tensor, teacher: Tensor, row: Row) -> tuple[Any, ...]:
-        launches, further, options = arguments(row)
-        return launches, (student, teacher), further, options
-
-    return Launcher(whole)
+        reads: tuple[Tensor, ...] = (student, teacher)
+        written: tuple[Tensor | None, ...] = grads
+        if launches.reads == 1:
+            reads, written = reads[:1], written[:1]
+        want = _wants()[2 if exit_if_one else 3]
+        launches.run(reads, written, dim, scale, want, upstream, further, options, True)
 
 
 @functools.cache
-def _wanted(loss: bool, reduce: bool, exit_if_one: bool) -> Any:
-    return _kernels().Wanted(loss and not reduce, loss and reduce, exit_if_one)
+def _wants() -> tuple[Any, Any, Any, Any]:
+    """(The sum of the rows, the rows, no loss and nothing if the upstream gradient is 1, no loss)."""
+    wanted = _kernels().Wanted
+    return wanted(False, True), wanted(True, False), wanted(False, False, True), wanted(False, False)
 
 
 @dataclass(frozen=True)
@@ -252,9 +239,9 @@ class RowLoss:
     recorded: Any
     closed: Callable[[Row], ClosedRows | None] | None = None
 
-    def __call__(self, student: Tensor, teacher: Tensor, row: Row) -> Tensor:
+    def run(self, student: Tensor, teacher: Tensor, row: Row) -> Tensor:
         """The loss; arguments are checked by the caller."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             if resolve(student, teacher) == "reference":
                 return self.reference(student, teacher, row)
             out: Tensor = self.op(student, teacher, *flatten(row.contiguous()))
@@ -263,10 +250,13 @@ class RowLoss:
             return self._by_reference(student, teacher, row)
         return self.launch(student, teacher, row)
 
+    #: The same, in more of Python's time.
+    __call__ = run
+
     def launch(self, student: Tensor, teacher: Tensor, row: Row) -> Tensor:
         """The same where :func:`launches` has said that it may."""
         row = row.contiguous()
-        if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        if is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
             out: Tensor = self.recorded(unwrapped(student), unwrapped(teacher), self, row)
             return out
         return self.launcher(student, teacher, row)
@@ -290,7 +280,7 @@ def _forward(ctx: Any, student: Tensor, teacher: Tensor, loss: RowLoss, row: Row
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     student, teacher = saved(ctx)
     loss, row, kept = ctx.called
-    if torch.is_grad_enabled():  # create_graph=True: the reference differentiates to any order
+    if is_grad_enabled():  # create_graph=True: the reference differentiates to any order
         needs = ctx.needs_input_grad[:2]
         out = loss.reference(student, teacher, row)
         return (*differentiable_gradients(out, (student, teacher), needs, upstream), None, None)

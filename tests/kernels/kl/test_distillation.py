@@ -206,6 +206,21 @@ def test_equals_what_people_write(target: Target) -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("rows", [1, 32, 33, 1024, 1025])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_ignored_labels_are_counted_for_any_number_of_rows(target: Target, rows: int, share: float) -> None:
+    s, t = (x.requires_grad_() for x in pair(rows, 3, device=target.device))
+    y = torch.arange(rows) % 3
+    y[torch.rand(rows, generator=torch.Generator().manual_seed(rows)) < share] = IGNORED
+    counted = max(1, int((y != IGNORED).sum()))
+    y = y.to(target.device)
+    got = distillation_loss(s, t, y, temperature=2.0, kd_weight=0.0, ce_weight=0.5)
+    want = 0.5 * F.cross_entropy(s, y, reduction="sum") / counted
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    grads = (torch.autograd.grad(loss, s)[0] for loss in (got, want))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
+
+
 def test_lam_takes_every_form(target: Target) -> None:
     s, t = pair(2, 5, 3, 2, device=target.device)
     y = torch.randint(5, (2, 3, 2)).to(target.device)
