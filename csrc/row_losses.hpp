@@ -165,6 +165,13 @@ inline void kl_some(int64_t begin, int64_t end, int64_t classes, Rows s, Rows t,
     loss[row] = kl_row(s.at(row), t.at(row), classes, inverse, scratch, grad_s.at(row), grad_t.at(row));
 }
 
+// The smallest loss, or NaN where one is NaN.
+inline float least_of(int64_t rows, const float* loss) {
+  float least = HUGE_VALF;
+  for (int64_t row = 0; row < rows; ++row) least = loss[row] >= least || least != least ? least : loss[row];
+  return least;
+}
+
 // Returns the smallest loss, or NaN where one is NaN. Rows are shared out evenly; what a row gets does not
 // depend on how many threads there are.
 inline float kl_rows(int64_t rows, int64_t classes, Rows s, Rows t, float inverse, float* loss,
@@ -173,9 +180,7 @@ inline float kl_rows(int64_t rows, int64_t classes, Rows s, Rows t, float invers
     Scratch scratch(classes);
     kl_some(begin, end, classes, s, t, inverse, loss, grad_s, grad_t, scratch);
   });
-  float least = HUGE_VALF;
-  for (int64_t row = 0; row < rows; ++row) least = loss[row] >= least || least != least ? least : loss[row];
-  return least;
+  return least_of(rows, loss);
 }
 
 }  // namespace kdfast
