@@ -95,6 +95,13 @@ void bind_cpu_loops(py::module_& module) {
       },
       unlocked, "scale·x + sigma·ε of dense float32 rows, ε the normals of a step under a key.");
   module.def(
+      "noise_mse",
+      [](uint64_t key, uint32_t step, int64_t count, uintptr_t x, uintptr_t grad, double upstream,
+         int64_t threads) {
+        return noise_mse(key, step, count, at<const float>(x), at<float>(grad), upstream, threads);
+      },
+      unlocked, "mean((x - ε)²) of dense float32, ε as above, and the gradient of `upstream` times it.");
+  module.def(
       "denoise_step",
       [](const std::array<int64_t, 4>& shape, uintptr_t coefficients, uintptr_t sample, uintptr_t conditional,
          uintptr_t unconditional, float guidance, const std::array<uintptr_t, 3>& history, uintptr_t noise,

@@ -17,14 +17,6 @@ namespace kdfast {
 
 typedef uint32_t WordLanes __attribute__((vector_size(64)));
 
-// Up to 16 lanes of a row whose `count` last elements are left.
-KDFAST_INLINE void store_lanes(const Lanes& value, int64_t count, float* to) {
-  if (count >= kRowLanes)
-    std::memcpy(to, &value, sizeof value);
-  else
-    std::memcpy(to, &value, static_cast<size_t>(count) * sizeof(float));
-}
-
 // 2^y for y ≤ 0, to 1.5 ulp; 2^-126 below that, NaN for NaN.
 KDFAST_INLINE void exp2_lanes(Lanes& y) {
   const Lanes magic =

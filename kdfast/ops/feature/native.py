@@ -10,12 +10,14 @@ from torch import Tensor
 from kdfast.ops.common.host import have_memory, runs_here
 from kdfast.reference.native import PLAIN, address, extension
 
-__all__ = ["fits", "have_memory", "reparam_middle"]
+__all__ = ["fits", "fits_noise", "have_memory", "noise_mse", "reparam_middle"]
 
 #: Elements of all branches under which an autograd function of Python's costs more than the loops save.
 SMALLEST = 1 << 10
 #: Elements side by side in a row, with fewer of which no vector is filled.
 NARROWEST = 16
+#: Elements of a prediction under which the same is true of the error in ε.
+SMALLEST_PREDICTION = 1 << 14
 
 
 def fits(branches: Tensor, target: Tensor, *others: object) -> bool:
@@ -65,6 +67,45 @@ def reparam_middle(
         address(mean),
         address(grad),
         address(grad_mean),
+        factor,
+        torch.get_num_threads(),
+    )
+    if loss is not None:
+        loss.fill_(found)
+
+
+def fits_noise(prediction: Tensor, seed: int | Tensor) -> bool:
+    """Whether the loop takes the error of this prediction, which is left to the reference."""
+    return (
+        prediction.numel() >= SMALLEST_PREDICTION
+        and prediction.dtype is torch.float32
+        and prediction.is_contiguous()
+        and runs_here(prediction)
+        and (not isinstance(seed, Tensor) or type(seed) in PLAIN)
+    )
+
+
+def noise_mse(
+    prediction: Tensor,
+    seed: int | Tensor,
+    *,
+    loss: Tensor | None = None,
+    grad: Tensor | None = None,
+    upstream: Tensor | None = None,
+    exit_if_one: bool = False,
+) -> None:
+    """As the launcher of that name in kernels/feature: writes the outputs given."""
+    factor = 1.0 if upstream is None else float(upstream)
+    if exit_if_one:  # the forward has written it
+        if factor != 1 and grad is not None:
+            grad.mul_(factor)
+        return
+    found = extension().noise_mse(
+        int(seed) & 0xFFFFFFFFFFFFFFFF,
+        0,
+        prediction.numel(),
+        prediction.data_ptr(),
+        address(grad),
         factor,
         torch.get_num_threads(),
     )
