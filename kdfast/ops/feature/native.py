@@ -88,27 +88,19 @@ def fits_noise(prediction: Tensor, seed: int | Tensor) -> bool:
 def noise_mse(
     prediction: Tensor,
     seed: int | Tensor,
-    *,
-    loss: Tensor | None = None,
-    grad: Tensor | None = None,
-    upstream: Tensor | None = None,
+    upstream: float | Tensor = 1.0,
     exit_if_one: bool = False,
+    **out: Any,
 ) -> None:
-    """As the launcher of that name in kernels/feature: writes the outputs given."""
-    factor = 1.0 if upstream is None else float(upstream)
+    """As the launcher of that name in kernels/feature: writes ``loss`` and ``grad``, where they are given."""
+    factor, loss, grad = float(upstream), out.get("loss"), out.get("grad")
     if exit_if_one:  # the forward has written it
         if factor != 1 and grad is not None:
             grad.mul_(factor)
         return
-    found = extension().noise_mse(
-        int(seed) & 0xFFFFFFFFFFFFFFFF,
-        0,
-        prediction.numel(),
-        prediction.data_ptr(),
-        address(grad),
-        factor,
-        torch.get_num_threads(),
-    )
+    key = int(seed) & 0xFFFFFFFFFFFFFFFF
+    count, threads = prediction.numel(), torch.get_num_threads()
+    found = extension().noise_mse(key, 0, count, prediction.data_ptr(), address(grad), factor, threads)
     if loss is not None:
         loss.fill_(found)
 
