@@ -47,9 +47,11 @@ struct WideSum {
     part = Lanes{};
   }
   KDFAST_INLINE double total() const {
-    double sum = rest;
-    for (int lane = 0; lane < kRowLanes; ++lane) sum += lanes[lane];
-    return sum;
+    double parts[kRowLanes];  // by halves: one after another, each would wait for the one before
+    std::memcpy(parts, &lanes, sizeof parts);
+    for (int64_t half = kRowLanes / 2; half > 0; half /= 2)
+      for (int64_t lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
+    return parts[0] + rest;
   }
 };
 
