@@ -1,13 +1,15 @@
-// What kdfast._C binds of batch norms, branches and denoising steps on a CPU. Tensors come as addresses (0:
-// there is none): the caller in kdfast/ops has checked device, dtype and layout, and a view of each would
-// cost more than a small call.
+// What kdfast._C binds of batch norms, branches, denoising steps and losses on a CPU. Tensors come as
+// addresses (0: there is none): the caller in kdfast/ops has checked device, dtype and layout, and a view of
+// each would cost more than a small call.
 #pragma once
 
 #include "bound.hpp"
 #include "branch_loops.hpp"
 #include "denoise_loops.hpp"
+#include "dist_loop.hpp"
 #include "noise_loops.hpp"
 #include "norm_loops.hpp"
+#include "topk_loop.hpp"
 
 namespace kdfast {
 namespace {
@@ -93,6 +95,13 @@ void bind_cpu_loops(py::module_& module) {
       },
       unlocked, "scale·x + sigma·ε of dense float32 rows, ε the normals of a step under a key.");
   module.def(
+      "noise_mse",
+      [](uint64_t key, uint32_t step, int64_t count, uintptr_t x, uintptr_t grad, double upstream,
+         int64_t threads) {
+        return noise_mse(key, step, count, at<const float>(x), at<float>(grad), upstream, threads);
+      },
+      unlocked, "mean((x - ε)²) of dense float32, ε as above, and the gradient of `upstream` times it.");
+  module.def(
       "denoise_step",
       [](const std::array<int64_t, 4>& shape, uintptr_t coefficients, uintptr_t sample, uintptr_t conditional,
          uintptr_t unconditional, float guidance, const std::array<uintptr_t, 3>& history, uintptr_t noise,
@@ -117,6 +126,37 @@ void bind_cpu_loops(py::module_& module) {
                      row, threads);
       },
       unlocked, "One step of a linear sampler, of dense float32.");
+  module.def(
+      "dist_loss",
+      [](const std::array<int64_t, 4>& shape, uintptr_t student, uintptr_t teacher, float inverse,
+         double beta, double gamma, uintptr_t grad_student, uintptr_t grad_teacher, int64_t threads) {
+        const auto& [rows, classes, student_stride, teacher_stride] = shape;
+        if (rows < 1 || classes < 1) throw py::value_error("rows, classes: accepted: 1 or more of each");
+        return dist_loss(rows, classes, {at<const float>(student), student_stride},
+                         {at<const float>(teacher), teacher_stride}, inverse, beta, gamma,
+                         {at<float>(grad_student), classes}, {at<float>(grad_teacher), classes}, threads);
+      },
+      unlocked, "DIST of rows of float32 logits, with inverse = 1/T, and T times its gradients.");
+  module.def(
+      "topk_rows",
+      [](const std::array<int64_t, 4>& shape, uintptr_t student, const std::array<uintptr_t, 3>& teacher,
+         bool bucket, double inverse, uintptr_t loss, uintptr_t grad, int64_t threads) {
+        const auto& [rows, classes, stride, kept] = shape;
+        if (classes < 1)
+          throw py::value_error("classes: got " + std::to_string(classes) + ", accepted: 1 or more");
+        return topk_rows(rows,
+                         {classes,
+                          {at<const float>(student), stride},
+                          inverse,
+                          {kept, at<const int64_t>(teacher[0]), at<const float>(teacher[1]),
+                           at<const float>(teacher[2]), bucket},
+                          at<float>(loss),
+                          {at<float>(grad), classes}},
+                         threads);
+      },
+      unlocked,
+      "KL to (classes, logits, log-sum-exp) kept of a teacher, of float32 rows, and T times its "
+      "gradient; a row's loss is NaN where it is to be computed with care.");
 }
 
 }  // namespace

@@ -18,6 +18,14 @@ typedef double WideLanes __attribute__((vector_size(128)));
 // By reference: a vector as wide as this has no calling convention that all machines share.
 KDFAST_INLINE void load_lanes(const float* from, Lanes& out) { std::memcpy(&out, from, sizeof out); }
 
+// Up to 16 lanes of a row whose `count` last elements are left.
+KDFAST_INLINE void store_lanes(const Lanes& value, int64_t count, float* to) {
+  if (count >= kRowLanes)
+    std::memcpy(to, &value, sizeof value);
+  else
+    std::memcpy(to, &value, static_cast<size_t>(count) * sizeof(float));
+}
+
 KDFAST_INLINE double lane_sum(const Lanes& value) {
   double sum = 0;
   for (int lane = 0; lane < kRowLanes; ++lane) sum += static_cast<double>(value[lane]);
@@ -39,9 +47,11 @@ struct WideSum {
     part = Lanes{};
   }
   KDFAST_INLINE double total() const {
-    double sum = rest;
-    for (int lane = 0; lane < kRowLanes; ++lane) sum += lanes[lane];
-    return sum;
+    double parts[kRowLanes];  // by halves: one after another, each would wait for the one before
+    std::memcpy(parts, &lanes, sizeof parts);
+    for (int64_t half = kRowLanes / 2; half > 0; half /= 2)
+      for (int64_t lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
+    return parts[0] + rest;
   }
 };
 

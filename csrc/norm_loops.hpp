@@ -44,20 +44,26 @@ struct Channel {
 };
 
 // body(tag, at) for each place of a channel, a row at a time: whole vectors, then one by one what is left.
-// Sums are flushed in time.
+// Sums are flushed in time, but not for every short row.
 template <typename Body, typename... Sums>
 KDFAST_INLINE void each_place(const Norm& norm, int64_t c, const Body& body, Sums&... sums) {
+  int64_t room = WideSum::kTogether;
   for (int64_t b = 0; b < norm.batch; ++b) {
     const int64_t row = (b * norm.channels + c) * norm.inner;
     int64_t at = 0;
     while (at + kRowLanes <= norm.inner) {
-      const int64_t whole = std::min((norm.inner - at) / kRowLanes, WideSum::kTogether);
+      const int64_t whole = std::min((norm.inner - at) / kRowLanes, room);
       for (const int64_t end = at + whole * kRowLanes; at < end; at += kRowLanes)
         body(static_cast<Lanes*>(nullptr), row + at);
-      (sums.flush(), ...);
+      room -= whole;
+      if (room == 0) {
+        (sums.flush(), ...);
+        room = WideSum::kTogether;
+      }
     }
     for (; at < norm.inner; ++at) body(static_cast<float*>(nullptr), row + at);
   }
+  (sums.flush(), ...);
 }
 
 #define KDFAST_PLACE [&](auto* tag, int64_t at) __attribute__((always_inline))

@@ -17,14 +17,6 @@ namespace kdfast {
 
 typedef uint32_t WordLanes __attribute__((vector_size(64)));
 
-// Up to 16 lanes of a row whose `count` last elements are left.
-KDFAST_INLINE void store_lanes(const Lanes& value, int64_t count, float* to) {
-  if (count >= kRowLanes)
-    std::memcpy(to, &value, sizeof value);
-  else
-    std::memcpy(to, &value, static_cast<size_t>(count) * sizeof(float));
-}
-
 // 2^y for y ≤ 0, to 1.5 ulp; 2^-126 below that, NaN for NaN.
 KDFAST_INLINE void exp2_lanes(Lanes& y) {
   const Lanes magic =
@@ -165,6 +157,13 @@ inline void kl_some(int64_t begin, int64_t end, int64_t classes, Rows s, Rows t,
     loss[row] = kl_row(s.at(row), t.at(row), classes, inverse, scratch, grad_s.at(row), grad_t.at(row));
 }
 
+// The smallest loss, or NaN where one is NaN.
+inline float least_of(int64_t rows, const float* loss) {
+  float least = HUGE_VALF;
+  for (int64_t row = 0; row < rows; ++row) least = loss[row] >= least || least != least ? least : loss[row];
+  return least;
+}
+
 // Returns the smallest loss, or NaN where one is NaN. Rows are shared out evenly; what a row gets does not
 // depend on how many threads there are.
 inline float kl_rows(int64_t rows, int64_t classes, Rows s, Rows t, float inverse, float* loss,
@@ -173,9 +172,7 @@ inline float kl_rows(int64_t rows, int64_t classes, Rows s, Rows t, float invers
     Scratch scratch(classes);
     kl_some(begin, end, classes, s, t, inverse, loss, grad_s, grad_t, scratch);
   });
-  float least = HUGE_VALF;
-  for (int64_t row = 0; row < rows; ++row) least = loss[row] >= least || least != least ? least : loss[row];
-  return least;
+  return least_of(rows, loss);
 }
 
 }  // namespace kdfast

@@ -6,6 +6,7 @@ import torch
 
 from kdfast.reference.closed import Closed
 from kdfast.reference.common import compute_dtype
+from kdfast.reference.native import address, extension
 
 __all__ = ["DIST_EPS", "dist", "dist_closed"]
 
@@ -40,11 +41,31 @@ def dist_closed(
 ) -> Closed:
     """:func:`dist` without the factor T², and T times its gradients where they are needed.
 
+    One loop of csrc/dist_loop.hpp where everything is computed in float32 and the extension was built, else operators.
     With a, b a row's or column's centred probabilities, ρ = ⟨a, b⟩/(|a|·|b| + ε) has the gradient
     (b - ρ·|b|/|a|·a)/(|a|·|b| + ε) with respect to a, which is centred already; 0 stands for 1/|a| where a is 0.
     """
     dtype = compute_dtype(student, teacher)
-    q, p = (torch.softmax(x.detach().to(dtype).flatten(0, -2) / temperature, -1) for x in (student, teacher))
+    s, t = (x.detach().to(dtype).flatten(0, -2) for x in (student, teacher))
+    library = extension()
+    if library is not None and dtype is torch.float32 and s.device.type == "cpu":
+        s, t = (x if x.stride(1) == 1 else x.contiguous() for x in (s, t))
+        grads = [
+            torch.empty(x.shape) if need else None
+            for x, need in ((student, need_student), (teacher, need_teacher))
+        ]
+        loss: float = library.dist_loss(
+            [*s.shape, s.stride(0), t.stride(0)],
+            s.data_ptr(),
+            t.data_ptr(),
+            1.0 / float(temperature),
+            beta,
+            gamma,
+            *[address(grad) for grad in grads],
+            torch.get_num_threads(),
+        )
+        return torch.tensor(loss, dtype=torch.float32), grads[0], grads[1]
+    q, p = (torch.softmax(x / temperature, -1) for x in (s, t))
     sides = (q, need_student), (p, need_teacher)
     found = [torch.zeros_like(own) if need else None for own, need in sides]
     value = torch.zeros((), dtype=dtype, device=q.device)

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from kdfast.reference.closed import Closed, closed_form
+from kdfast.reference.closed import CAREFUL_BELOW, Closed, again_with_care, closed_form
 from kdfast.reference.common import NEAR, compute_dtype
 from kdfast.reference.kl import kd_kl_rows
+from kdfast.reference.native import address, extension
 
 __all__ = ["Kept", "first_of_equals", "topk_closed", "topk_rows"]
 
@@ -113,14 +114,19 @@ def topk_closed(
 
     With M = Σ p_c + p_o, classes outside K have T·∂/∂s_c = q_c·(M - p_o/q_o), those in K q_c·M - p_c. Rows that nearly
     agree, that name a class twice or none, or whose probabilities underflow take the definition, in float64.
+
+    One loop of csrc/topk_loop.hpp where everything is computed in float32 and the extension was built.
     """
     index = kept.classes.reshape(-1, kept.classes.shape[-1])
     log_z = None if kept.normalizer is None else kept.normalizer.reshape(-1).to(torch.float32)
 
     def plain(s: torch.Tensor, t: torch.Tensor, rows: Where, grad: Into, _: Into) -> torch.Tensor:
+        own = None if log_z is None else log_z[rows]
+        found = _in_one_loop(s, t, Kept(index[rows], own, kept.bucket), temperature, grad)
+        if found is not None:
+            return found[0]
         present, safe, odd = _places(index[rows], t, s.shape[1])
         if kept.bucket:
-            own = None if log_z is None else log_z[rows]
             loss = _bucket(s, t, own, (present, safe), temperature, grad)
         else:
             loss = _renormalized(s, t, (present, safe), temperature, grad)
@@ -137,7 +143,40 @@ def topk_closed(
         return loss.detach()
 
     last = student.dim() - 1
+    if student.dtype is logits.dtype is torch.float32:
+        # Nothing to widen, or to cut: a row is kept in the cache by the loop itself.
+        s, t = (x.detach().reshape(-1, x.shape[-1]) for x in (student, logits))
+        grad = torch.empty(s.shape, device=s.device) if need_student else None
+        found = _in_one_loop(s, t, Kept(index, log_z, kept.bucket), temperature, grad)
+        if found is not None:
+            loss, smallest = found
+            again_with_care(loss, s, t, (grad, None), careful, CAREFUL_BELOW, smallest)
+            return loss.view(student.shape[:-1]), None if grad is None else grad.view(student.shape), None
     return closed_form(student, logits, last, (need_student, False), plain, careful, chunk=4)
+
+
+def _in_one_loop(
+    s: torch.Tensor, t: torch.Tensor, kept: Kept, temperature: torch.Tensor | float, grad: Into
+) -> tuple[torch.Tensor, float] | None:
+    """The rows that need no care in C++, NaN for others, and the smallest or NaN; None where it cannot be."""
+    library = extension()
+    if library is None or s.device.type != "cpu" or s.dtype is not torch.float32 or not s.shape[1]:
+        return None
+    s, t = s if s.stride(1) == 1 else s.contiguous(), t.contiguous()
+    index, log_z = kept.classes.contiguous(), kept.normalizer
+    log_z = None if log_z is None else log_z.contiguous()
+    loss = torch.empty(len(s))
+    smallest: float = library.topk_rows(
+        [*s.shape, s.stride(0), t.shape[1]],
+        s.data_ptr(),
+        [index.data_ptr(), t.data_ptr(), address(log_z)],
+        kept.bucket,
+        1.0 / float(temperature),
+        loss.data_ptr(),
+        address(grad),
+        torch.get_num_threads(),
+    )
+    return loss, smallest
 
 
 def _places(

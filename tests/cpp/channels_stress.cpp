@@ -137,6 +137,15 @@ Floats noised(uint32_t seed, int64_t rows, int64_t inner, bool odd, int64_t thre
   return out;
 }
 
+Floats errors(uint32_t seed, int64_t count, bool odd, bool wanted, int64_t threads) {
+  std::mt19937 random(seed);
+  const Floats x = some(random, count, odd);
+  Floats grad = room(count), loss(1);
+  loss[0] = static_cast<float>(
+      noise_mse(~uint64_t{0} - seed, 7, count, x.data(), maybe(grad, wanted), 0.5, threads));
+  return joined({loss, grad});
+}
+
 int64_t all_widths() {
   std::mt19937 random(4);
   int64_t calls = 0;
@@ -150,6 +159,7 @@ int64_t all_widths() {
       branches(seed, few, random() % 3, inner, options, odd, 4);
       steps(seed, random() % 4, inner, options, odd, 4);
       noised(seed, random() % 4, inner, odd, 4);
+      errors(seed, 1 + random() % 700, odd, round % 3 != 0, 4);
     }
   return calls;
 }
@@ -177,7 +187,8 @@ int main() {
                     agree([](int64_t threads) { return norms(2, 4, 5, 40001, ~1U, false, threads); }) &&
                     agree([](int64_t threads) { return branches(3, 4, 5, 40001, ~0U, false, threads); }) &&
                     agree([](int64_t threads) { return steps(4, 20, 40001, ~2U, false, threads); }) &&
-                    agree([](int64_t threads) { return noised(5, 20, 40001, false, threads); });
+                    agree([](int64_t threads) { return noised(5, 20, 40001, false, threads); }) &&
+                    agree([](int64_t threads) { return errors(6, 800003, false, true, threads); });
   if (!same) return std::puts("threads change what is computed"), 1;
   std::printf("%lld calls of each loop\n", static_cast<long long>(calls));
   return 0;

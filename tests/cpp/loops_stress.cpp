@@ -2,6 +2,7 @@
 // rows side by side and apart, exact to the last byte of their memory, values that are no numbers; then eight
 // threads at once, whose results must be those of one. Exits 0 when all holds; a sanitizer ends the process
 // otherwise.
+#include <array>
 #include <atomic>
 #include <cstdio>
 #include <limits>
@@ -9,8 +10,10 @@
 #include <thread>
 
 #include "dead_leaves.hpp"
+#include "dist_loop.hpp"
 #include "philox_normal.hpp"
 #include "row_losses.hpp"
+#include "topk_loop.hpp"
 
 using namespace kdfast;
 
@@ -22,7 +25,8 @@ struct Losses {
   std::vector<float> loss, student, teacher;
   bool operator==(const Losses& other) const {
     const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
-      return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+      return a.size() == b.size() &&
+             (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
     };
     return same(loss, other.loss) && same(student, other.student) && same(teacher, other.teacher);
   }
@@ -52,6 +56,39 @@ Losses losses(const std::vector<float>& s, int64_t s_stride, const std::vector<f
   return out;
 }
 
+Losses dist(const std::vector<float>& s, int64_t s_stride, const std::vector<float>& t, int64_t t_stride,
+            int64_t rows, int64_t classes, float inverse, int wanted, int64_t threads) {
+  Losses out;
+  if (wanted & 1) out.student.resize(static_cast<size_t>(rows * classes));
+  if (wanted & 2) out.teacher.resize(static_cast<size_t>(rows * classes));
+  out.loss.push_back(
+      static_cast<float>(dist_loss(rows, classes, {s.data(), s_stride}, {t.data(), t_stride}, inverse, 0.7,
+                                   1.6, {wanted & 1 ? out.student.data() : nullptr, classes},
+                                   {wanted & 2 ? out.teacher.data() : nullptr, classes}, threads)));
+  return out;
+}
+
+// A cache whose classes are anything, some of them twice and some of them none.
+Losses topk(std::mt19937 random, const std::vector<float>& s, int64_t stride, int64_t rows, int64_t classes,
+            float inverse, int wanted, int64_t threads) {
+  const int64_t kept = random() % (std::min<int64_t>(classes, 20) + 2);
+  std::vector<int64_t> index(static_cast<size_t>(rows * kept));
+  for (int64_t& one : index) one = static_cast<int64_t>(random() % (classes + 2)) - 1;
+  const auto held = logits(random, rows, kept, kept, wanted & 4), z = logits(random, rows, 1, 1, wanted & 4);
+  Losses out;
+  out.loss.resize(static_cast<size_t>(rows));
+  if (wanted & 1) out.student.resize(static_cast<size_t>(rows * classes));
+  topk_rows(rows,
+            {classes,
+             {s.data(), stride},
+             inverse,
+             {kept, index.data(), held.data(), wanted & 2 ? z.data() : nullptr, (wanted & 8) == 0},
+             out.loss.data(),
+             {wanted & 1 ? out.student.data() : nullptr, classes}},
+            threads);
+  return out;
+}
+
 int64_t rows_of_all_widths() {
   std::mt19937 random(1);
   int64_t calls = 0;
@@ -62,6 +99,8 @@ int64_t rows_of_all_widths() {
       const auto t = logits(random, rows, classes, t_stride, round % 4 == 3);
       const float inverse = std::vector<float>{1.0F, 0.25F, 1e-18F, 1e18F}[random() % 4];
       losses(s, s_stride, t, t_stride, rows, classes, inverse, static_cast<int>(random() % 4), 4);
+      if (rows > 0) dist(s, s_stride, t, t_stride, rows, classes, inverse, static_cast<int>(random() % 4), 4);
+      topk(random, s, s_stride, rows, classes, inverse, static_cast<int>(random() % 16), 4);
     }
   return calls;
 }
@@ -71,13 +110,17 @@ bool threads_agree() {
   std::mt19937 random(2);
   const int64_t rows = 700, classes = 1003;
   const auto s = logits(random, rows, classes, classes, 0), t = logits(random, rows, classes, classes, 0);
-  const Losses alone = losses(s, classes, t, classes, rows, classes, 0.5F, 3, 1);
+  const auto all = [&](int64_t threads) {
+    return std::array<Losses, 3>{losses(s, classes, t, classes, rows, classes, 0.5F, 3, threads),
+                                 dist(s, classes, t, classes, rows, classes, 0.5F, 3, threads),
+                                 topk(random, s, classes, rows, classes, 0.5F, 3, threads)};
+  };
+  const auto alone = all(1);
   std::atomic<int> wrong{0};
   std::vector<std::thread> callers;
   for (int index = 0; index < 8; ++index)
     callers.emplace_back([&, index] {
-      for (int round = 0; round < 3; ++round)
-        wrong += !(losses(s, classes, t, classes, rows, classes, 0.5F, 3, 1 + index % 4) == alone);
+      for (int round = 0; round < 3; ++round) wrong += !(all(1 + index % 4) == alone);
     });
   for (std::thread& caller : callers) caller.join();
   return wrong == 0;

@@ -10,12 +10,14 @@ from torch import Tensor
 from kdfast.ops.common.host import have_memory, runs_here
 from kdfast.reference.native import PLAIN, address, extension
 
-__all__ = ["fits", "have_memory", "reparam_middle"]
+__all__ = ["fits", "fits_noise", "have_memory", "noise_mse", "reparam_middle"]
 
 #: Elements of all branches under which an autograd function of Python's costs more than the loops save.
 SMALLEST = 1 << 10
 #: Elements side by side in a row, with fewer of which no vector is filled.
 NARROWEST = 16
+#: Elements of a prediction under which the same is true of the error in ε.
+SMALLEST_PREDICTION = 1 << 14
 
 
 def fits(branches: Tensor, target: Tensor, *others: object) -> bool:
@@ -68,6 +70,37 @@ def reparam_middle(
         factor,
         torch.get_num_threads(),
     )
+    if loss is not None:
+        loss.fill_(found)
+
+
+def fits_noise(prediction: Tensor, seed: int | Tensor) -> bool:
+    """Whether the loop takes the error of this prediction, which is left to the reference."""
+    return (
+        prediction.numel() >= SMALLEST_PREDICTION
+        and prediction.dtype is torch.float32
+        and prediction.is_contiguous()
+        and runs_here(prediction)
+        and (not isinstance(seed, Tensor) or type(seed) in PLAIN)
+    )
+
+
+def noise_mse(
+    prediction: Tensor,
+    seed: int | Tensor,
+    upstream: float | Tensor = 1.0,
+    exit_if_one: bool = False,
+    **out: Any,
+) -> None:
+    """As the launcher of that name in kernels/feature: writes ``loss`` and ``grad``, where they are given."""
+    factor, loss, grad = float(upstream), out.get("loss"), out.get("grad")
+    if exit_if_one:  # the forward has written it
+        if factor != 1 and grad is not None:
+            grad.mul_(factor)
+        return
+    key = int(seed) & 0xFFFFFFFFFFFFFFFF
+    count, threads = prediction.numel(), torch.get_num_threads()
+    found = extension().noise_mse(key, 0, count, prediction.data_ptr(), address(grad), factor, threads)
     if loss is not None:
         loss.fill_(found)
 

@@ -1,7 +1,8 @@
 """Noising with the time embedding, and the error in ε: registration, gradients, choice of backend.
 
-Eager calls on the Triton backend take plain ``autograd.Function`` s, torch.compile sees the registered ops. With
-create_graph=True the gradients come from the reference, differentiable again.
+Eager calls on the Triton backend take plain ``autograd.Function`` s, and so does the error of dense float32 predictions
+on a CPU, in a loop of C++; torch.compile sees the registered ops. With create_graph=True the gradients come from the
+reference, differentiable again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from kdfast.backend import resolve
 from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import apply, differentiable_gradients
 from kdfast.ops.common.layouts import laid_out_as
+from kdfast.ops.feature import native
 from kdfast.reference import feature as reference
 from kdfast.reference.common import compute_dtype
 
@@ -34,11 +36,14 @@ def noise_mse(prediction: Tensor, seed: int | Tensor) -> Tensor:
     wants = torch.is_grad_enabled() and prediction.requires_grad
     if torch.compiler.is_compiling():
         return cast(Tensor, _mse_op(prediction, *_split(seed)))
-    if resolve(prediction) == "reference":
+    by: Any = native
+    if resolve(prediction) != "reference":
+        by = _kernels()
+    elif not native.fits_noise(prediction, seed):
         return reference.noise_mse(prediction, seed)
     if wants:
-        return cast(Tensor, apply(_NoiseMSE, prediction, seed))
-    return _mse(prediction, seed, None)
+        return cast(Tensor, apply(_NoiseMSE, prediction, seed, by))
+    return _mse(prediction, seed, None, by)
 
 
 def add_noise_embed(
@@ -59,10 +64,9 @@ def _split(seed: int | Tensor) -> tuple[int, Tensor | None]:
     return (0, seed) if isinstance(seed, Tensor) else (seed, None)
 
 
-def _mse(prediction: Tensor, seed: int | Tensor, grad: Tensor | None) -> Tensor:
-    kernels = _kernels()
+def _mse(prediction: Tensor, seed: int | Tensor, grad: Tensor | None, by: Any) -> Tensor:
     loss = prediction.new_empty((), dtype=torch.float32)
-    kernels.noise_mse(prediction, seed, loss=loss, grad=grad)
+    by.noise_mse(prediction, seed, loss=loss, grad=grad)
     return loss
 
 
@@ -88,23 +92,24 @@ def _embedding_gradient(upstream: Tensor, timesteps: Tensor, embedding: Tensor) 
 
 class _NoiseMSE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, prediction: Tensor, seed: int | Tensor) -> Tensor:
+    def forward(ctx: Any, prediction: Tensor, seed: int | Tensor, by: Any) -> Tensor:
         ctx.save_for_backward(prediction)
-        ctx.seed = seed
+        ctx.seed, ctx.by = seed, by
         ctx.grad = torch.empty_like(prediction)
-        return _mse(prediction, seed, ctx.grad)
+        return _mse(prediction, seed, ctx.grad, by)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
-        kernels = _kernels()
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
         (prediction,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            loss = reference.noise_mse(prediction, ctx.seed)
-            return differentiable_gradients(loss, (prediction,), (True,), upstream)[0], None
+        by = ctx.by
+        if torch.is_grad_enabled() or (by is native and not native.have_memory(upstream)):
+            with torch.enable_grad():
+                loss = reference.noise_mse(prediction, ctx.seed)
+            return differentiable_gradients(loss, (prediction,), (True,), upstream)[0], None, None
         first, ctx.grad = ctx.grad, None
         grad = torch.empty_like(prediction) if first is None else first
-        kernels.noise_mse(prediction, ctx.seed, grad=grad, upstream=upstream, exit_if_one=first is not None)
-        return grad, None
+        by.noise_mse(prediction, ctx.seed, grad=grad, upstream=upstream, exit_if_one=first is not None)
+        return grad, None, None
 
 
 class _AddNoise(torch.autograd.Function):
@@ -139,7 +144,7 @@ def _mse_op(prediction: Tensor, seed: int, seed_tensor: Tensor | None) -> Tensor
     key = seed if seed_tensor is None else seed_tensor
     if resolve(prediction) == "triton":
         with fresh_counters():
-            return _mse(prediction, key, None)
+            return _mse(prediction, key, None, _kernels())
     return reference.noise_mse(prediction, key)
 
 

@@ -10,6 +10,8 @@ import torch
 from kdfast.functional import topk_kd_loss
 from kdfast.ops.common import closed as ops_closed
 from kdfast.reference import closed
+from kdfast.reference import topk as reference
+from kdfast.reference.native import extension
 from kdfast.reference.topk import Kept, topk_rows
 from tests.conftest import INTERPRETING
 
@@ -17,6 +19,15 @@ pytestmark = pytest.mark.skipif(INTERPRETING, reason="nothing here launches a ke
 
 ROWS, CLASSES, KEPT, TEMPERATURE = 8, 40, 5, 2.0
 Cache = dict[str, torch.Tensor]
+
+
+@pytest.fixture(params=["loop", "operators"], autouse=True)
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the loop of C++, and by operators, which is what there is without it."""
+    if request.param == "operators":
+        monkeypatch.setattr(reference, "extension", lambda: None)
+    elif extension() is None:
+        pytest.skip("the extension was not built")
 
 
 def cache(kind: str) -> tuple[torch.Tensor, Cache]:
@@ -105,11 +116,9 @@ def test_more_dimensions_are_more_rows() -> None:
 
 def test_the_definition_is_computed_for_no_plain_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding alone is no reason to pay for care; a row whose student nearly agrees is."""
-    from kdfast.reference import topk
-
     counted: list[int] = []
-    original = topk.topk_rows
-    monkeypatch.setattr(topk, "topk_rows", lambda s, *args: counted.append(len(s)) or original(s, *args))
+    original = reference.topk_rows
+    monkeypatch.setattr(reference, "topk_rows", lambda s, *args: counted.append(len(s)) or original(s, *args))
     for kind in ("plain", "padded", "absent logits"):
         loss_of(*cache(kind), "bucket")
     assert counted == []
