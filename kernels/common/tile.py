@@ -13,12 +13,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..machine import triton_version
 from .layout import RowLayout
 from .plan import TilePlan
 from .reduce import reduce_last
 
 # The orders, for launch plans.
 CHUNK_ROW_LANE, ROW_CHUNK_LANE, CLASS_PIXEL, ONE_ROW = range(4)
+
+
+def few_classes(num_classes: int, itemsize: int, wide: int = 32) -> TilePlan:
+    """Rows of at most 1024 classes that lie side by side, several a program.
+
+    Args:
+        num_classes: V.
+        itemsize: Bytes of the widest element.
+        wide: Lanes of a row of more than 512 classes, up to 64: a warp keeps all its sums to itself, two have half the
+            classes a thread.
+    """
+    padded = max(2, triton.next_power_of_2(num_classes))
+    vector = 16 // itemsize
+    while vector > 2 and num_classes % vector:  # a pair at least: single lanes compile badly
+        vector //= 2
+    lanes = wide if padded > 512 else min(32, max(1, padded // 16))
+    width = min(padded, lanes * vector)
+    order = ROW_CHUNK_LANE if triton_version() < (3, 7) else CHUNK_ROW_LANE
+    return TilePlan("rows", order, padded // width, 128 // lanes, width, 4)
 
 
 def tile_grid(plan: TilePlan, layout: RowLayout) -> tuple[int]:

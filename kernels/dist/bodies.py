@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..common.rows import finished, in_strides, more_logits_of_two, no_logits, scalar
+from ..common.tile import over_classes, per_row, tile_at, tile_rows
 
 
 @triton.jit
@@ -90,6 +91,39 @@ def dist_rows_kernel(
         aa += a * a
         bb += b * b
     rho, inv, v_s, v_t = _correlation(tl.sum(ab, axis=1), tl.sum(aa, axis=1), tl.sum(bb, axis=1))
+    _store_five(row_ptr + rows, num_rows, s_log, t_log, inv, v_s, v_t, valid)
+    tl.store(row_ptr + 5 * tl.cast(num_rows, tl.int64) + rows, rho, mask=valid)
+
+
+@triton.jit
+def dist_tile_rows_kernel(
+    s_ptr, t_ptr, row_ptr, upstream_ptr, temperature, temperature_ptr, num_rows, inner,
+    s_outer, s_inner, s_class, t_outer, t_inner, t_class,
+    V: tl.constexpr, UNIT: tl.constexpr, LAYOUT: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, INNER_ONE: tl.constexpr, T_PTR: tl.constexpr, EARLY_EXIT: tl.constexpr,
+):  # fmt: skip
+    """The same of rows whose classes fit in registers: one read."""
+    if finished(upstream_ptr, EARLY_EXIT):
+        return
+    k = 1.4426950408889634 / scalar(temperature, temperature_ptr, T_PTR)
+    rows, valid, outer, within, classes = tile_rows(num_rows, inner, LAYOUT, CHUNKS, ROWS, WIDTH, INNER_ONE)
+    outer, within = in_strides(outer, within, UNIT)
+    s_at = tile_at(outer, within, classes, s_outer, s_inner, s_class, LAYOUT)
+    t_at = tile_at(outer, within, classes, t_outer, t_inner, t_class, LAYOUT)
+    live = per_row(valid, LAYOUT)
+    if V < CHUNKS * WIDTH:
+        live = live & (classes < V)
+    s = tl.load(s_ptr + s_at, mask=live, other=float("-inf")).to(tl.float32)
+    t = tl.load(t_ptr + t_at, mask=live, other=float("-inf")).to(tl.float32)
+    s_top, t_top = over_classes(s, LAYOUT, True) * k, over_classes(t, LAYOUT, True) * k
+    q, p = tl.exp2(s * k - per_row(s_top, LAYOUT)), tl.exp2(t * k - per_row(t_top, LAYOUT))
+    s_sum, t_sum = over_classes(q, LAYOUT, False), over_classes(p, LAYOUT, False)
+    a = tl.where(live, q * per_row(1.0 / s_sum, LAYOUT) - 1.0 / V, 0.0)  # probabilities sum to 1
+    b = tl.where(live, p * per_row(1.0 / t_sum, LAYOUT) - 1.0 / V, 0.0)
+    rho, inv, v_s, v_t = _correlation(
+        over_classes(a * b, LAYOUT, False), over_classes(a * a, LAYOUT, False), over_classes(b * b, LAYOUT, False)
+    )
+    s_log, t_log = s_top + tl.log2(s_sum), t_top + tl.log2(t_sum)
     _store_five(row_ptr + rows, num_rows, s_log, t_log, inv, v_s, v_t, valid)
     tl.store(row_ptr + 5 * tl.cast(num_rows, tl.int64) + rows, rho, mask=valid)
 

@@ -9,6 +9,7 @@ import triton
 
 from ..common.launch_rows import Rows, in_place, rows_of
 from ..common.scale import Scale, value_and_pointer
+from ..common.tile import tile_grid, tile_sizes
 from ..keys import launch_key
 from ..launch import Kept, Launch, reduction
 from . import bodies
@@ -86,10 +87,11 @@ class _Call:
     __slots__ = ("columns", "device", "gradient", "groups", "merge", "reduce", "rows", "sizes")
 
     def __init__(self, at: Rows, others: tuple[Any, Any, Any], reduce: bool, exit_if_one: bool) -> None:
-        student, _, grad_student, grad_teacher = at.tensors
+        student, teacher, grad_student, grad_teacher = at.tensors
         assert student is not None
+        assert teacher is not None
         num_rows, num_classes = at.num_rows, at.num_classes
-        plan = dist_plan(num_rows, num_classes)
+        plan = dist_plan(num_rows, num_classes, max(student.itemsize, teacher.itemsize))
         self.groups = groups = triton.cdiv(num_classes, plan.columns)
         self.sizes = 6 * num_rows, plan.splits * 5 * num_classes, 5 * num_classes
         self.device, self.reduce = student.device, reduce
@@ -107,9 +109,14 @@ class _Call:
         rows, strides = (num_rows, at.layout.inner), at.strides
 
         def launch(kernel: Any, grid: tuple[int, ...], fixed: tuple[int, ...], **own: Any) -> Launch:
-            return Launch(kernel, grid, fixed, own | common, self.device)
+            return Launch(kernel, grid, fixed, common | own, self.device)
 
-        self.rows = launch(bodies.dist_rows_kernel, row_grid, (*rows, *strides[:6]), **tile)
+        if plan.tile is None:
+            self.rows = launch(bodies.dist_rows_kernel, row_grid, (*rows, *strides[:6]), **tile)
+        else:
+            sizes = tile_sizes(plan.tile, at.layout) | {"UNIT": at.unit, "num_warps": plan.tile.num_warps}
+            grid = tile_grid(plan.tile, at.layout)
+            self.rows = launch(bodies.dist_tile_rows_kernel, grid, (*rows, *strides[:6]), **sizes)
         self.columns = launch(
             bodies.dist_columns_kernel,
             (groups, plan.splits),

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 import triton
 
+from ..common.plan import TilePlan
+from ..common.tile import ONE_ROW, few_classes
+
+#: A row pair up to this many classes stays in registers.
+MAX_ROW = 8192
+
 
 @dataclass(frozen=True)
 class DistPlan:
@@ -18,7 +24,8 @@ class DistPlan:
         columns: Its columns.
         splits: Programs that share a group of columns, each taking a stretch of rows.
         rows_per_split: The length of that stretch.
-        num_warps: Warps a program, of every kernel.
+        num_warps: Warps a program, of every kernel but a tile's.
+        tile: Rows in registers, of the row kernel; None where they are read twice.
     """
 
     rows: int
@@ -28,9 +35,20 @@ class DistPlan:
     splits: int
     rows_per_split: int
     num_warps: int
+    tile: TilePlan | None
 
 
-def dist_plan(num_rows: int, num_classes: int) -> DistPlan:
+def _tile(num_classes: int, itemsize: int) -> TilePlan | None:
+    """Sixteen classes a thread, in a warp of its own up to 1024 of them, in one program beyond."""
+    padded = triton.next_power_of_2(num_classes)
+    if padded > MAX_ROW:
+        return None
+    if padded > 1024:
+        return TilePlan("rows", ONE_ROW, padded, 1, 1, padded // 512)
+    return few_classes(num_classes, itemsize)
+
+
+def dist_plan(num_rows: int, num_classes: int, itemsize: int) -> DistPlan:
     """Tiles of about 2048 elements; the columns' rows are split until some 512 programs are busy."""
     block = min(2048, max(16, triton.next_power_of_2(num_classes)))
     columns = min(64, block)
@@ -46,4 +64,5 @@ def dist_plan(num_rows: int, num_classes: int) -> DistPlan:
         triton.cdiv(num_rows, rows_per_split),
         rows_per_split,
         4,
+        _tile(num_classes, itemsize),
     )

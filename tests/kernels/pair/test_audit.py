@@ -78,6 +78,21 @@ def run_dist(num_classes: int, dtype: torch.dtype) -> Callable[[], object]:
     return lambda: dist.run(s, t, 1.0, 1.0, SCALE, (torch.empty_like(s), torch.empty_like(t)))
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "dtype", "budget"), [(1000, BF16, 32), (1000, FP32, 30), (8192, BF16, 42)]
+)
+def test_a_row_of_dist_on_the_chip_costs_no_more_than_its_budget(
+    num_classes: int, dtype: torch.dtype, budget: int
+) -> None:
+    """Lane instructions an element of the row kernel, which reads each logit once."""
+    s, t = meta(4096, num_classes, dtype=dtype), meta(4096, num_classes, dtype=dtype)
+    report = audit(lambda: dist.run(s, t, 1.0, 1.0, SCALE, (torch.empty_like(s), None)), 90)[0]
+    assert (report.name, report.spills) == ("dist_tile_rows_kernel", 0), report
+    tile = dist_plan(4096, num_classes, dtype.itemsize).tile
+    assert tile is not None
+    assert report.instructions_per_element(tile.rows * num_classes) <= budget, report
+
+
 def variants() -> list[pytest.ParameterSet]:
     """(call, bytes of the widest load and store at least). Most are slow: compiling one takes seconds."""
     shapes = {  # classes last, or dimension 1; 16 bytes wherever a row's length allows it
@@ -117,7 +132,12 @@ def test_no_spills_and_wide_accesses(call: Callable[[], object], width: int, cap
     for report in reports:
         assert report.spills == 0, report
         assert report.registers <= 255
-        if report.name not in ("dist_rows_kernel", "dist_columns_kernel", "dist_merge_kernel"):
+        if report.name not in (
+            "dist_rows_kernel",
+            "dist_tile_rows_kernel",
+            "dist_columns_kernel",
+            "dist_merge_kernel",
+        ):
             assert report.widest_store >= width, report
         if report.name != "dist_merge_kernel":
             assert report.widest_load >= width, report
@@ -152,7 +172,7 @@ def test_two_gradients_leave_room_for_half_as_long_a_row() -> None:
 def test_every_row_of_dist_is_in_exactly_one_split() -> None:
     for num_rows in (1, 31, 4096, 65_537):
         for num_classes in (10, 1000, 32_000):
-            plan = dist_plan(num_rows, num_classes)
+            plan = dist_plan(num_rows, num_classes, 2)
             assert (plan.splits - 1) * plan.rows_per_split < num_rows <= plan.splits * plan.rows_per_split
 
 
