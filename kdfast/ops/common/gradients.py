@@ -19,7 +19,6 @@ _transforms = torch._C._are_functorch_transforms_active
 #: Of a tensor of a transform's that was kept after it is over, the one inside; others as they are.
 unwrapped = torch._C._functorch.unwrap_if_dead
 _mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
-# torch's own namespace answers through a function of its own (PEP 562), so that Python keeps no way to what is in it.
 is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 _empty_like = torch.empty_like
 
