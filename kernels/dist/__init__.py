@@ -13,8 +13,9 @@ when every row's softmax is), 3N for the student's gradient or 4N for both: 4N, 
 rows twice, the second time is from the cache. A row's six values and a column's five are kept for the backward, which
 so reads 2N where the forward has not written what it asks for, and nothing where it has.
 
-Launch plan: tiles of about 2048 elements; a column's rows are split over programs until some 512 of them are busy:
-dist_plan in plan.py. Bodies: bodies.py.
+Launch plan: rows of up to 8192 classes stay in registers, a warp a row or a program a row, and are read once; else tiles
+of about 2048 elements. A column's rows are split over programs until some 512 of them are busy: dist_plan in plan.py.
+Bodies: bodies.py.
 """
 
 from ..common.scale import Scale
