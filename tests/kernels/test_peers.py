@@ -116,8 +116,8 @@ def test_ligers_fused_linear_jsd_grid(
     t = y.double().cpu() @ u.double().cpu().T / temperature
     want = jsd64(s, t, beta)[counts].sum() / max(1, int(counts.sum()))
     close(loss, want, share)
-    # A logit is a product of `hidden` terms in float32, of which a gradient keeps the absolute error: with logits of 256,
-    # 2.0e-4 at most over five seeds, without AVX, with AVX2 and with AVX-512, which add in other orders.
+    # A logit is a product of `hidden` terms in float32, of which a gradient keeps the absolute error: with logits of
+    # 256, 2.0e-4 at most over five seeds, without AVX, with AVX2 and with AVX-512, which add in other orders.
     rounding = float(t.abs().max()) * 2**-24 * math.sqrt(hidden)
     for got, exact in zip(grads, torch.autograd.grad(want, wide), strict=True):
         close(got, exact, max(share, rounding))
