@@ -47,8 +47,8 @@ class Agreement {
     return Py_NewRef(exchange_ != nullptr && one_a_row(pair, dim) ? Py_True : Py_False);
   }
 
-  // Whether the second of `three` tensors holds int64 and the third floating point, both of one shape, which is
-  // the first's but for its last dimension, of 1 at least there; all dense and on one device, the first of
+  // Whether the second of `three` tensors holds int64 and the third floating point, both of one shape, which
+  // is the first's but for its last dimension, of 1 at least there; all dense and on one device, the first of
   // floating point. `none` is an empty tuple. False also where it cannot be told.
   PyObject* listed(PyObject* three, PyObject* none) const {
     if (!PyTuple_Check(three) || !PyTuple_Check(none)) {
@@ -78,7 +78,8 @@ class Agreement {
   bool one_a_row(PyObject* pair, long dim) const {
     dlpack::Tensor logits{}, labels{};
     if (!look(PyTuple_GET_ITEM(pair, 0), logits) || !see(PyTuple_GET_ITEM(pair, 1), labels)) return false;
-    if (!is_int64(labels) || !together(logits, labels) || dim < 0 || dim >= logits.dims || labels.dims != logits.dims - 1)
+    if (!is_int64(labels) || !together(logits, labels) || dim < 0 || dim >= logits.dims ||
+        labels.dims != logits.dims - 1)
       return false;
     int64_t* const axis = logits.shape + dim;
     return std::equal(logits.shape, axis, labels.shape) &&
@@ -132,8 +133,8 @@ class Agreement {
   const dlpack::Exchange* exchange_;
 };
 
-// (agree(whole, channels), labelled(pair, axis), listed(three, none)) for tensors of these classes, the first of which tells of
-// tensors.
+// (agree(whole, channels), labelled(pair, axis), listed(three, none)) for tensors of these classes, the first
+// of which tells of tensors.
 inline pybind11::tuple agreement_of(const pybind11::type& type, const pybind11::type& other) {
   static PyMethodDef agree = {"agree", nullptr, 0,
                               "Whether tensors are dense, of floating point, and fit together."};

@@ -95,8 +95,7 @@ class KeptRows {
   struct Names {
     PyObject *alone = interned("alone"), *launch = interned("launch"), *direct = interned("_direct"),
              *device = interned("device"), *text = interned("name"), *reduction = interned("reduction"),
-             *counts = interned("launch_counts"), *zero = PyLong_FromLong(0),
-             *one = PyLong_FromLong(1);
+             *counts = interned("launch_counts"), *zero = PyLong_FromLong(0), *one = PyLong_FromLong(1);
   };
 
   static const Names& names() {
