@@ -193,12 +193,9 @@ class Launcher:
         launches, further, options = self.arguments(student, teacher, row)
         _, dim, temperature, weight, mask, divisor, reduce, *_ = row
         scale = temperature, divisor, weight, mask
-        reads: tuple[Tensor, ...] = (student, teacher)
-        written: tuple[Tensor | None, ...] = grads
-        if launches.reads == 1:
-            reads, written = reads[:1], written[:1]
+        reads = (student, teacher)[: launches.reads]
         want = _wants()[0 if reduce else 1]
-        out = launches.run(reads, written, dim, scale, want, None, further, options, True)
+        out = launches.run(reads, grads[: launches.reads], dim, scale, want, None, further, options, True)
         return out, (launches, dim, scale, further, options)
 
     def again(
@@ -206,12 +203,9 @@ class Launcher:
     ) -> None:
         """The backward's launch, after :meth:`begin` gave what it kept."""
         launches, dim, scale, further, options = kept
-        reads: tuple[Tensor, ...] = (student, teacher)
-        written: tuple[Tensor | None, ...] = grads
-        if launches.reads == 1:
-            reads, written = reads[:1], written[:1]
+        reads = (student, teacher)[: launches.reads]
         want = _wants()[2 if exit_if_one else 3]
-        launches.run(reads, written, dim, scale, want, upstream, further, options, True)
+        launches.run(reads, grads[: launches.reads], dim, scale, want, upstream, further, options, True)
 
 
 @functools.cache
