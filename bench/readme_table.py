@@ -3,7 +3,7 @@
     python -m bench.readme_table             rewrite them
     python -m bench.readme_table --check     say whether they differ
 
-Nothing in them is typed: every figure is a quotient of medians of raw samples of one run.
+Nothing in them is typed: every figure is a median of raw samples of one run, or of their quotients round by round.
 """
 
 from __future__ import annotations

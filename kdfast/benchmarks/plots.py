@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdfast.benchmarks.timing import KINDS
+from kdfast.benchmarks.timing import KINDS, speedup
 from kdfast.report.plots import PALETTE, figure, save_svg, to_svg
 
 __all__ = ["Ratio", "draw", "rates", "ratios", "sweeps"]
@@ -25,8 +25,8 @@ class Ratio(NamedTuple):
         suite: The case's.
         case: Its name and sizes.
         provider: Who kdfast is compared with.
-        seconds: That provider's median.
-        ours: kdfast's.
+        speedup: Above 1, kdfast is that many times as fast (:func:`kdfast.benchmarks.timing.speedup`).
+        ours: kdfast's median, in seconds.
         kind: Of the samples.
         config: How the provider was configured.
     """
@@ -34,15 +34,10 @@ class Ratio(NamedTuple):
     suite: str
     case: str
     provider: str
-    seconds: float
+    speedup: float
     ours: float
     kind: str
     config: str
-
-    @property
-    def speedup(self) -> float:
-        """Above 1: kdfast is that many times as fast."""
-        return self.seconds / self.ours
 
 
 def ratios(result: Mapping[str, Any]) -> Iterator[Ratio]:
@@ -55,9 +50,9 @@ def ratios(result: Mapping[str, Any]) -> Iterator[Ratio]:
                 continue
             kind = next((k for k in KINDS if k in provider["seconds"] and k in ours["seconds"]), None)
             if kind is not None:
-                theirs, mine = (statistics.median(p["seconds"][kind]) for p in (provider, ours))
-                case = title(row)
-                yield Ratio(row["suite"], case, name, theirs, mine, kind, provider.get("config", ""))
+                theirs, mine = (p["seconds"][kind] for p in (provider, ours))
+                faster, median, config = speedup(theirs, mine), statistics.median(mine), provider.get("config", "")
+                yield Ratio(row["suite"], title(row), name, faster, median, kind, config)
 
 
 def title(row: Mapping[str, Any]) -> str:

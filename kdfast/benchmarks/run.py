@@ -138,10 +138,10 @@ def _run_suite(suite: str, settings: Settings, result: dict[str, Any], say: Say,
 
 
 def make_settings(device: str, *, quick: bool, tiny: bool = False) -> Settings:
-    """Patience to match the size: a trial takes two samples, a quick run 9, a full one 40."""
+    """Patience to match the size: a trial takes two samples, a quick run 13, a full one 40."""
     if tiny:
         return Settings(device, True, samples=2, sample_seconds=1e-4, tiny=True)
-    return Settings(device, quick, 9, 0.02) if quick else Settings(device, quick, 40, 0.05)
+    return Settings(device, quick, 13, 0.02) if quick else Settings(device, quick, 40, 0.05)
 
 
 def succeeded(result: dict[str, Any]) -> bool:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from kdfast.benchmarks.timing import KINDS
+from kdfast.benchmarks.timing import KINDS, speedup
 
 _HEAD = (
     "Provider",
@@ -38,8 +38,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         f"A copy in memory moves {copy / 1e9:.1f} GB/s here (read and written); *of copy* is relative to that.",
         "Times are medians; the spread is half the distance between the quartiles, relative to the median.",
-        "*kdfast is* compares kdfast, configured alike, with that provider, on samples of one kind: 2.00× is twice as "
-        "fast, 0.50× is half as fast.",
+        "*kdfast is* compares kdfast, configured alike, with that provider, on samples of one kind, round by round: the "
+        "median of the rounds' quotients. 2.00× is twice as fast, 0.50× is half as fast.",
     ]
     for suite in dict.fromkeys(row["suite"] for row in result["cases"]):
         lines += ["", f"## {suite}"]
@@ -96,7 +96,7 @@ def _figures(
     rate = provider["bytes"] / seconds if "bytes" in provider else None
     ratio = ""
     if ours is not None and provider is not ours:
-        ratio = f"{seconds / statistics.median(ours['seconds'][kind]):.2f}×"
+        ratio = f"{speedup(samples, ours['seconds'][kind]):.2f}×"
     name = provider["name"] + (f" ({provider['config']})" if provider["config"] else "")
     return [
         name,

@@ -1,5 +1,8 @@
 """Timing that can be trusted: providers take turns sample by sample, inputs rotate, raw samples are kept.
 
+A machine whose clock or neighbours change within a run slows neighbouring samples alike, so two providers are compared
+round by round (:func:`speedup`), and every other round goes through them backwards.
+
 On a CPU a sample is the wall time of as many calls as fill ``sample_seconds``. On CUDA it is taken twice: between
 events round a loop of calls (``events``, what someone sees who calls it: launches included where they dominate), and
 round the replay of a graph with all turns (``graph``, the work alone), where every call can be captured. Ratios
@@ -8,9 +11,10 @@ compare samples of one kind only.
 
 from __future__ import annotations
 
+import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,13 +88,32 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def collect(timers: Mapping[str, Timers], settings: Settings) -> dict[str, Samples]:
-    """Seconds a call, for each provider and kind of sample; providers alternate within each round."""
+    """Seconds a call, for each provider and kind of sample; providers alternate, there and back.
+
+    Sample *i* of everyone is of round *i*.
+    """
     samples: dict[str, Samples] = {name: {} for name in timers}
-    for _ in range(settings.samples):
-        for name, kinds in timers.items():
+    there = list(timers.items())
+    for turn in range(settings.samples):
+        for name, kinds in there if turn % 2 == 0 else reversed(there):
             for kind, timer in kinds.items():
                 samples[name].setdefault(kind, []).append(timer())
     return samples
+
+
+def speedup(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """How many times as fast we are: the median of the rounds' quotients.
+
+    A quotient of medians would compare rounds that may lie minutes and several hundred megahertz apart.
+
+    Args:
+        theirs: Seconds a call of the other provider, a sample a round.
+        ours: Seconds a call of kdfast's, of the same rounds.
+
+    Raises:
+        ValueError: They have not one sample for each round.
+    """
+    return statistics.median(their / our for their, our in zip(theirs, ours, strict=True))
 
 
 def _calibrate(case: Case, work: Work, settings: Settings) -> int:

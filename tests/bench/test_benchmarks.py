@@ -18,7 +18,7 @@ from kdfast.benchmarks import Absent, Case, Provider, Settings, Traffic, compare
 from kdfast.benchmarks.case import peer
 from kdfast.benchmarks.run import FAMILIES, SUITES, cases_of, line_of, make_settings, succeeded, write
 from kdfast.benchmarks.table import case_table, markdown, spread
-from kdfast.benchmarks.timing import check_replay
+from kdfast.benchmarks.timing import check_replay, collect, speedup
 from kdfast.errors import ConfigError
 from tests.conftest import INTERPRETING
 
@@ -98,9 +98,28 @@ def test_providers_take_turns_and_inputs_rotate() -> None:
 
     measure(case(Provider("a", noting("a")), Provider("b", noting("b")), turns=3), TRIAL)
     names = [name for name, _ in seen]
-    changes = sum(first != second for first, second in pairwise(names))
-    assert changes >= 2 * TRIAL.samples - 1
+    # Checked, then warmed up: a change each. The samples go there and back: ab, ba, ab.
+    assert sum(first != second for first, second in pairwise(names)) >= 2 + TRIAL.samples
     assert {turn for _, turn in seen} >= {0, 1, 2}
+
+
+def test_samples_go_there_and_back() -> None:
+    seen: list[str] = []
+
+    def timer(name: str) -> Any:
+        return {"wall": lambda: seen.append(name) or float(len(seen))}
+
+    samples = collect({name: timer(name) for name in "abc"}, Settings("cpu", samples=3))
+    assert "".join(seen) == "abccbaabc"
+    assert samples == {"a": {"wall": [1, 6, 7]}, "b": {"wall": [2, 5, 8]}, "c": {"wall": [3, 4, 9]}}
+
+
+def test_a_speedup_forgets_what_slowed_a_whole_round() -> None:
+    # Twice as fast in four rounds of five. The medians, 1 and 1, are of different rounds, and say "equal".
+    theirs, ours = [1.0, 1.0, 1.0, 2.0, 2.0], [0.5, 0.5, 1.0, 1.0, 1.0]
+    assert speedup(theirs, ours) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="shorter"):
+        speedup(theirs, ours[:-1])
 
 
 def test_table_computes_from_samples_and_never_against_the_missing() -> None:
