@@ -7,6 +7,7 @@
 #include "branch_loops.hpp"
 #include "denoise_loops.hpp"
 #include "dist_loop.hpp"
+#include "jsd_loop.hpp"
 #include "noise_loops.hpp"
 #include "norm_loops.hpp"
 #include "topk_loop.hpp"
@@ -137,6 +138,18 @@ void bind_cpu_loops(py::module_& module) {
                          {at<float>(grad_student), classes}, {at<float>(grad_teacher), classes}, threads);
       },
       unlocked, "DIST of rows of float32 logits, with inverse = 1/T, and T times its gradients.");
+  module.def(
+      "jsd_rows",
+      [](int64_t rows, int64_t classes, uintptr_t student, int64_t student_stride, uintptr_t teacher,
+         int64_t teacher_stride, float inverse, uintptr_t loss, uintptr_t grad_student,
+         uintptr_t grad_teacher, int64_t threads, double beta) {
+        if (classes < 1)
+          throw py::value_error("classes: got " + std::to_string(classes) + ", accepted: 1 or more");
+        return jsd_rows(rows, classes, {at<const float>(student), student_stride},
+                        {at<const float>(teacher), teacher_stride}, inverse, beta, at<float>(loss),
+                        {at<float>(grad_student), classes}, {at<float>(grad_teacher), classes}, threads);
+      },
+      unlocked, "JSD(beta) of float32 rows, with inverse = 1/T, and T times its gradients (0: not wanted).");
   module.def(
       "topk_rows",
       [](const std::array<int64_t, 4>& shape, uintptr_t student, const std::array<uintptr_t, 3>& teacher,

@@ -27,8 +27,6 @@ class Ratio(NamedTuple):
         provider: Who kdfast is compared with.
         speedup: Above 1, kdfast is that many times as fast (:func:`kdfast.benchmarks.timing.speedup`).
         ours: kdfast's median, in seconds.
-        kind: Of the samples.
-        config: How the provider was configured.
     """
 
     suite: str
@@ -36,8 +34,13 @@ class Ratio(NamedTuple):
     provider: str
     speedup: float
     ours: float
-    kind: str
-    config: str
+
+
+def title(row: Mapping[str, Any]) -> str:
+    """A case's name with its sizes, for people."""
+    plain = ("shape", "dtype")  # values that say what they are
+    sizes = (str(value) if name in plain else f"{name} {value}" for name, value in row["params"].items())
+    return f"{row['suite']}: {row['case']} ({', '.join(sizes)})"
 
 
 def ratios(result: Mapping[str, Any]) -> Iterator[Ratio]:
@@ -51,15 +54,7 @@ def ratios(result: Mapping[str, Any]) -> Iterator[Ratio]:
             kind = next((k for k in KINDS if k in provider["seconds"] and k in ours["seconds"]), None)
             if kind is not None:
                 theirs, mine = (p["seconds"][kind] for p in (provider, ours))
-                faster, median, config = speedup(theirs, mine), statistics.median(mine), provider.get("config", "")
-                yield Ratio(row["suite"], title(row), name, faster, median, kind, config)
-
-
-def title(row: Mapping[str, Any]) -> str:
-    """A case's name with its sizes, for people."""
-    plain = ("shape", "dtype")  # values that say what they are
-    sizes = (str(value) if name in plain else f"{name} {value}" for name, value in row["params"].items())
-    return f"{row['suite']}: {row['case']} ({', '.join(sizes)})"
+                yield Ratio(row["suite"], title(row), name, speedup(theirs, mine), statistics.median(mine))
 
 
 class Rate(NamedTuple):

@@ -38,8 +38,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         f"A copy in memory moves {copy / 1e9:.1f} GB/s here (read and written); *of copy* is relative to that.",
         "Times are medians; the spread is half the distance between the quartiles, relative to the median.",
-        "*kdfast is* compares kdfast, configured alike, with that provider, on samples of one kind, round by round: the "
-        "median of the rounds' quotients. 2.00× is twice as fast, 0.50× is half as fast.",
+        "*kdfast is* compares kdfast, configured alike, with that provider, on samples of one kind, round by round: "
+        "the median of the rounds' quotients. 2.00× is twice as fast, 0.50× is half as fast.",
     ]
     for suite in dict.fromkeys(row["suite"] for row in result["cases"]):
         lines += ["", f"## {suite}"]

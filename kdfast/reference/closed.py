@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kdfast.reference.common import compute_dtype
+from kdfast.reference.native import address, extension
 
 #: Below this a row's divergence has lost digits to cancellation in float32 (F.kl_div's has, too).
 CAREFUL_BELOW = 1e-3
@@ -20,6 +21,8 @@ Closed = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 Compute = Callable[
     [torch.Tensor, torch.Tensor, slice | torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor
 ]
+#: What :func:`one_loop` is given first: the name of a function of ``kdfast._C``, T, and numbers of its own.
+Loop = tuple[str, torch.Tensor | float, tuple[float, ...]]
 
 
 def closed_form(
@@ -63,6 +66,69 @@ def closed_form(
         return loss, grads[0], grads[1]
     grad_s, grad_t = (None if grad is None else grad.view(shape).movedim(-1, dim) for grad in grads)
     return loss.view(shape[:-1]), grad_s, grad_t
+
+
+def looped_form(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    dim: int,
+    need: tuple[bool, bool],
+    loop: Loop,
+    plain: Compute,
+    careful: Compute,
+) -> Closed:
+    """:func:`closed_form`, in one loop of the extension where there is one: ``plain`` is what runs without it."""
+
+    def compute(
+        s: torch.Tensor,
+        t: torch.Tensor,
+        rows: slice | torch.Tensor,
+        grad_s: torch.Tensor | None,
+        grad_t: torch.Tensor | None,
+    ) -> torch.Tensor:
+        found = one_loop(loop, s, t, grad_s, grad_t)
+        return plain(s, t, rows, grad_s, grad_t) if found is None else found[0]
+
+    if student.dim() != 2 or dim != 1 or student.dtype != torch.float32 or teacher.dtype != torch.float32:
+        return closed_form(student, teacher, dim, need, compute, careful)
+    # Nothing to move, to widen, or to cut: a row is kept in the cache by the loop itself.
+    grads = [torch.empty(student.shape) if wanted else None for wanted in need]
+    found = one_loop(loop, student, teacher, *grads)
+    if found is None:
+        return closed_form(student, teacher, dim, need, compute, careful)
+    loss, smallest = found
+    again_with_care(loss, student.detach(), teacher.detach(), grads, careful, CAREFUL_BELOW, smallest)
+    return loss, grads[0], grads[1]
+
+
+def one_loop(
+    loop: Loop,
+    s: torch.Tensor,
+    t: torch.Tensor,
+    grad_s: torch.Tensor | None,
+    grad_t: torch.Tensor | None,
+) -> tuple[torch.Tensor, float] | None:
+    """The losses of float32 rows ``[n, V]`` and the smallest of them, or NaN; None where no loop can take them."""
+    library = extension()
+    if library is None or s.device.type != "cpu" or s.dtype != torch.float32 or not s.shape[1]:
+        return None
+    s, t = (x if x.stride(1) == 1 else x.contiguous() for x in (s, t))
+    name, temperature, numbers = loop
+    loss = torch.empty(len(s))
+    smallest: float = getattr(library, name)(
+        *s.shape,
+        s.data_ptr(),
+        s.stride(0),
+        t.data_ptr(),
+        t.stride(0),
+        1.0 / float(temperature),
+        loss.data_ptr(),
+        address(grad_s),
+        address(grad_t),
+        torch.get_num_threads(),
+        *numbers,
+    )
+    return loss, smallest
 
 
 def again_with_care(

@@ -11,6 +11,7 @@
 
 #include "dead_leaves.hpp"
 #include "dist_loop.hpp"
+#include "jsd_loop.hpp"
 #include "philox_normal.hpp"
 #include "row_losses.hpp"
 #include "topk_loop.hpp"
@@ -44,15 +45,21 @@ std::vector<float> logits(std::mt19937& random, int64_t rows, int64_t classes, i
   return values;
 }
 
-Losses losses(const std::vector<float>& s, int64_t s_stride, const std::vector<float>& t, int64_t t_stride,
-              int64_t rows, int64_t classes, float inverse, int wanted, int64_t threads) {
+enum class Kind { kKl, kJsd };
+
+Losses losses(Kind kind, const std::vector<float>& s, int64_t s_stride, const std::vector<float>& t,
+              int64_t t_stride, int64_t rows, int64_t classes, float inverse, int wanted, int64_t threads) {
   Losses out;
   out.loss.resize(static_cast<size_t>(rows));
   if (wanted & 1) out.student.resize(static_cast<size_t>(rows * classes));
   if (wanted & 2) out.teacher.resize(static_cast<size_t>(rows * classes));
-  kl_rows(rows, classes, {s.data(), s_stride}, {t.data(), t_stride}, inverse, out.loss.data(),
-          {wanted & 1 ? out.student.data() : nullptr, classes},
-          {wanted & 2 ? out.teacher.data() : nullptr, classes}, threads);
+  const Rows student{s.data(), s_stride}, teacher{t.data(), t_stride};
+  const Gradient grad_s{wanted & 1 ? out.student.data() : nullptr, classes};
+  const Gradient grad_t{wanted & 2 ? out.teacher.data() : nullptr, classes};
+  if (kind == Kind::kKl)
+    kl_rows(rows, classes, student, teacher, inverse, out.loss.data(), grad_s, grad_t, threads);
+  else
+    jsd_rows(rows, classes, student, teacher, inverse, 0.3, out.loss.data(), grad_s, grad_t, threads);
   return out;
 }
 
@@ -98,7 +105,8 @@ int64_t rows_of_all_widths() {
       const auto s = logits(random, rows, classes, s_stride, round % 2);
       const auto t = logits(random, rows, classes, t_stride, round % 4 == 3);
       const float inverse = std::vector<float>{1.0F, 0.25F, 1e-18F, 1e18F}[random() % 4];
-      losses(s, s_stride, t, t_stride, rows, classes, inverse, static_cast<int>(random() % 4), 4);
+      for (Kind kind : {Kind::kKl, Kind::kJsd})
+        losses(kind, s, s_stride, t, t_stride, rows, classes, inverse, static_cast<int>(random() % 4), 4);
       if (rows > 0) dist(s, s_stride, t, t_stride, rows, classes, inverse, static_cast<int>(random() % 4), 4);
       topk(random, s, s_stride, rows, classes, inverse, static_cast<int>(random() % 16), 4);
     }
@@ -111,7 +119,8 @@ bool threads_agree() {
   const int64_t rows = 700, classes = 1003;
   const auto s = logits(random, rows, classes, classes, 0), t = logits(random, rows, classes, classes, 0);
   const auto all = [&](int64_t threads) {
-    return std::array<Losses, 3>{losses(s, classes, t, classes, rows, classes, 0.5F, 3, threads),
+    return std::array<Losses, 4>{losses(Kind::kKl, s, classes, t, classes, rows, classes, 0.5F, 3, threads),
+                                 losses(Kind::kJsd, s, classes, t, classes, rows, classes, 0.5F, 3, threads),
                                  dist(s, classes, t, classes, rows, classes, 0.5F, 3, threads),
                                  topk(random, s, classes, rows, classes, 0.5F, 3, threads)};
   };

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from kdfast.reference.closed import CAREFUL_BELOW, Closed, again_with_care, closed_form, log_softmax_at
+from kdfast.reference.closed import Closed, log_softmax_at, looped_form
 from kdfast.reference.common import NEAR, compute_dtype
 from kdfast.reference.kl.rows import Labels, cross_entropy_gradient
-from kdfast.reference.native import address, extension
 
 Into = torch.Tensor | None
 
@@ -31,46 +30,13 @@ def kd_kl_closed(
     """
 
     def plain(s: torch.Tensor, t: torch.Tensor, rows: object, grad_s: Into, grad_t: Into) -> torch.Tensor:
-        found = _in_one_loop(s, t, temperature, grad_s, grad_t)
-        return _plain(s, t, temperature, grad_s, grad_t) if found is None else found[0]
+        return _plain(s, t, temperature, grad_s, grad_t)
 
     def careful(s: torch.Tensor, t: torch.Tensor, rows: object, grad_s: Into, grad_t: Into) -> torch.Tensor:
         return _careful(s, t, temperature, grad_s, grad_t)
 
-    if student.dim() != 2 or dim != 1 or student.dtype != torch.float32 or teacher.dtype != torch.float32:
-        return closed_form(student, teacher, dim, (need_student, need_teacher), plain, careful)
-    # Nothing to move, to widen, or to cut: a row is kept in the cache by the loop itself.
-    grads = [torch.empty(student.shape) if need else None for need in (need_student, need_teacher)]
-    found = _in_one_loop(student, teacher, temperature, *grads)
-    if found is None:
-        return closed_form(student, teacher, dim, (need_student, need_teacher), plain, careful)
-    loss, smallest = found
-    again_with_care(loss, student.detach(), teacher.detach(), grads, careful, CAREFUL_BELOW, smallest)
-    return loss, grads[0], grads[1]
-
-
-def _in_one_loop(
-    s: torch.Tensor, t: torch.Tensor, temperature: torch.Tensor | float, grad_s: Into, grad_t: Into
-) -> tuple[torch.Tensor, float] | None:
-    """:func:`_plain` of float32 rows ``[n, V]`` in C++, and its smallest loss, or NaN; None where it cannot be."""
-    library = extension()
-    if library is None or s.device.type != "cpu" or s.dtype != torch.float32 or not s.shape[1]:
-        return None
-    s, t = (x if x.stride(1) == 1 else x.contiguous() for x in (s, t))
-    loss = torch.empty(len(s))
-    smallest: float = library.kl_rows(
-        *s.shape,
-        s.data_ptr(),
-        s.stride(0),
-        t.data_ptr(),
-        t.stride(0),
-        1.0 / float(temperature),
-        loss.data_ptr(),
-        address(grad_s),
-        address(grad_t),
-        torch.get_num_threads(),
-    )
-    return loss, smallest
+    need = need_student, need_teacher
+    return looped_form(student, teacher, dim, need, ("kl_rows", temperature, ()), plain, careful)
 
 
 def _plain(

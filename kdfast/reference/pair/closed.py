@@ -1,7 +1,8 @@
 """JSD and decoupled KD with their gradients in closed form: the same numbers as rows.py, in fewer passes.
 
-What CPU tensors take, as kl_closed.py is for the KL divergence. Rows whose student and teacher nearly agree, or that
-hold -inf, are computed again in float64, where what cancels leaves enough.
+What CPU tensors take, as kl/closed.py is for the KL divergence; the JSD in one loop of csrc/jsd_loop.hpp where the
+extension was built. Rows whose student and teacher nearly agree, or that hold -inf, are computed again in float64,
+where what cancels leaves enough.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import logsigmoid
 
-from kdfast.reference.closed import CAREFUL_BELOW, Closed, closed_form, log_softmax_at
+from kdfast.reference.closed import CAREFUL_BELOW, Closed, closed_form, log_softmax_at, looped_form
 from kdfast.reference.pair.rows import LOWEST
 
 #: Below this share of one side the divergence to the mixture cancels in float32 whatever the row: no closed form.
@@ -47,14 +48,8 @@ def jsd_closed(
 
         return rows
 
-    return closed_form(
-        student,
-        teacher,
-        dim,
-        (need_student, need_teacher),
-        compute(_mixture),
-        compute(_careful_mixture),
-    )
+    need, loop = (need_student, need_teacher), ("jsd_rows", temperature, (beta,))
+    return looped_form(student, teacher, dim, need, loop, compute(_mixture), compute(_careful_mixture))
 
 
 def _mixture(
