@@ -168,9 +168,10 @@ class DMKD(Learning):
             generator = torch.Generator(images.device).manual_seed(seed)
             images, partner, lam = cutmix(images, generator, alpha=self.config.cutmix_alpha, one_box=True)
         mixed_target = target[partner] if target is not None and partner is not None else None
-        return self(
-            logits_of(student(images)), self._teach(images), target=target, mixed_target=mixed_target, lam=lam
-        )
+        # The teacher first: what it computes is gone when the student begins to keep activations for backward, which
+        # then are still in the cache.
+        taught = self._teach(images)
+        return self(logits_of(student(images)), taught, target=target, mixed_target=mixed_target, lam=lam)
 
     def _teach(self, images: torch.Tensor) -> torch.Tensor | None:
         if self.config.labels == "hard" and self.config.hard_labels == "stored":
