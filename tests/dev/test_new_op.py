@@ -59,6 +59,13 @@ def test_a_new_family_has_every_room(tree: Path) -> None:
     files = [path for path in (*written, *changed) if path.endswith(".py")]
     run(tree, "-m", "ruff", "check", *files)
     run(tree, "-m", "ruff", "format", "--check", *files)
+    # What the templates call must still be there: its kernels' numbers are the slow test's.
+    lines = (
+        "import torch, kdfast.kernels.logit_mse",
+        "from kdfast.functional import logit_mse_loss",
+        "print(logit_mse_loss(torch.ones(3, 4), torch.zeros(3, 4)))",
+    )
+    assert run(tree, "-c", "\n".join(lines)) == "tensor(2.)\n"
 
 
 @pytest.mark.slow

@@ -64,6 +64,19 @@ def model(sample: torch.Tensor) -> torch.Tensor:
     return torch.sin(3 * sample)
 
 
+def blown_up(scheduler: Any, t: torch.Tensor, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """What one rounding of x - σ·ε in float32 becomes where it is divided by √ᾱ: only LCM's x₀ is made so.
+
+    At t = 959 of 20 steps with rescaled betas √ᾱ is 0.0194, and CPUs with and without fused multiplications differ by
+    2.7e-6 of a result of 1.
+    """
+    if not isinstance(scheduler, diffusers.LCMScheduler) or scheduler.config["prediction_type"] != "epsilon":
+        return torch.zeros(())
+    root = scheduler.alphas_cumprod[int(t)].clamp(min=1e-6).sqrt()
+    terms = sample.abs().max() + output.abs().max()
+    return 2**-24 * terms.float().nan_to_num(0.0, posinf=0.0) / root
+
+
 def compare(
     name: str,
     case: dict[str, Any],
@@ -96,8 +109,10 @@ def compare(
         for key in want:
             assert got[key].dtype == want[key].dtype or dtype == torch.float64
             # Terms larger than the result: what they round to in float32 is not ours to match.
-            slack = max(1.0, float(sample.abs().max() / want[key].abs().max().clamp(min=1e-3)))
-            assert deviation(got[key].cpu(), want[key]) <= tolerance * slack, (t, key)
+            largest = want[key].abs().max().clamp(min=1e-3)
+            slack = max(1.0, float(sample.abs().max() / largest))
+            limit = tolerance * slack + float(blown_up(theirs, t, sample, output) / largest.nan_to_num(1.0))
+            assert deviation(got[key].cpu(), want[key]) <= limit, (t, key)
         sample = want.prev_sample
 
 
