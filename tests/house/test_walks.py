@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
 import pytest
+
+from tests.support.house import leftovers
 
 ROOT = Path(__file__).parents[2]
 WALKS = ROOT / "tests" / "walks"
@@ -24,17 +27,11 @@ RUN = [("README.md", "## In a shell"), ("docs/pages/quickstart.md", "## From not
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a fresh environment that has the wheel, and sees this one's packages but not the checkout."""
     base = tmp_path_factory.mktemp("walks")
-    build = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(base / "dist"),
-        str(ROOT),
-    ]
-    subprocess.run(build, check=True, capture_output=True)
+    # A copy: two processes that build in one checkout take each other's files away.
+    tree = shutil.copytree(ROOT, base / "tree", ignore=leftovers)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", base / "dist", tree]
+    built = subprocess.run(build, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
     venv.create(base / "venv", with_pip=False, symlinks=True)
     (site,) = (base / "venv" / "lib").glob("python*/site-packages")
     others = [entry for entry in sys.path if entry.endswith("site-packages")]
