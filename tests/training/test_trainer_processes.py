@@ -95,7 +95,8 @@ DISTRIBUTED = """
     try:
         result = trainer.fit(Share(), resume=True)
     except TrainingInterrupted as stopped:
-        print("stopped at", stopped.checkpoint.name, flush=True)
+        # In one piece: both ranks write to one pipe.
+        os.write(1, f"stopped at {{stopped.checkpoint.name}}\\n".encode())
         sys.exit(0)
     if os.environ["RANK"] == "0":
         torch.save(result.model.state_dict(), out + "/final.pt")
