@@ -63,11 +63,7 @@ struct Dist {
 // softmax(row/T).
 KDFAST_INLINE void probabilities(const Dist& call, const float* row, float* copy, float* out) {
   const int64_t classes = call.classes, whole = (classes + kRowLanes - 1) / kRowLanes * kRowLanes;
-  const float scale = call.inverse * 1.44269504f;
-  row = padded_row(row, classes, whole, copy);
-  const float peak = largest(row, whole);
-  refill(row, classes, whole, peak - 256.0f / scale);
-  const float share = static_cast<float>(1.0 / exponentials(row, whole, peak, scale, out));
+  const float share = static_cast<float>(1.0 / powers_of(row, classes, whole, call.inverse, copy, out).sum);
   for (int64_t at = 0; at < whole; at += kRowLanes) {
     Lanes x;
     load_lanes(out + at, x);

@@ -43,24 +43,18 @@ struct Shares {
 KDFAST_INLINE float jsd_row(const float* s, const float* t, int64_t classes, float inverse, Shares beta,
                             Scratch& scratch, float* grad_s, float* grad_t) {
   const int64_t padded = scratch.padded;
-  const float scale = inverse * 1.44269504f;
   float *const q_row = scratch.part(2), *const p_row = scratch.part(3);
   // log(q/M) and log(p/M) take the place of the copies of the logits: each is read before it is written.
   float *const b_row = scratch.part(0), *const a_row = scratch.part(1);
-  s = padded_row(s, classes, padded, b_row);
-  t = padded_row(t, classes, padded, a_row);
-  const float peak_s = largest(s, padded), peak_t = largest(t, padded);
-  refill(s, classes, padded, peak_s - 256.0f / scale);
-  refill(t, classes, padded, peak_t - 256.0f / scale);
-  const double z_s = exponentials(s, padded, peak_s, scale, q_row);
-  const double z_t = exponentials(t, padded, peak_t, scale, p_row);
+  const auto [x_row, peak_s, z_s] = powers_of(s, classes, padded, inverse, b_row, q_row);
+  const auto [y_row, peak_t, z_t] = powers_of(t, classes, padded, inverse, a_row, p_row);
   const float inverse_s = static_cast<float>(1.0 / z_s), inverse_t = static_cast<float>(1.0 / z_t);
   const float log_s = static_cast<float>(std::log(z_s)), log_t = static_cast<float>(std::log(z_t));
   Lanes sum_s{}, sum_t{};
   for (int64_t at = 0; at < padded; at += kRowLanes) {
     Lanes x, y, q, p;
-    load_lanes(s + at, x);
-    load_lanes(t + at, y);
+    load_lanes(x_row + at, x);
+    load_lanes(y_row + at, y);
     load_lanes(q_row + at, q);
     load_lanes(p_row + at, p);
     q *= inverse_s;

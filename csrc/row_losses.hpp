@@ -81,6 +81,23 @@ KDFAST_INLINE double exponentials(const float* row, int64_t padded, float peak, 
   return lane_sum(sum);
 }
 
+// A row of whole vectors, its largest element, and the sum of what powers_of has written.
+struct Powers {
+  const float* row;
+  float peak;
+  double sum;
+};
+
+// softmax(row/T) before it is divided by its sum; `inverse` is 1/T, `copy` is for a row of no whole vectors.
+KDFAST_INLINE Powers powers_of(const float* row, int64_t classes, int64_t padded, float inverse, float* copy,
+                               float* out) {
+  const float scale = inverse * 1.44269504f;
+  row = padded_row(row, classes, padded, copy);
+  const float peak = largest(row, padded);
+  refill(row, classes, padded, peak - 256.0f / scale);
+  return {row, peak, exponentials(row, padded, peak, scale, out)};
+}
+
 // Rows in memory: a row's elements lie side by side.
 struct Rows {
   const float* data;
@@ -108,15 +125,9 @@ struct Scratch {
 KDFAST_INLINE float kl_row(const float* s, const float* t, int64_t classes, float inverse, Scratch& scratch,
                            float* grad_s, float* grad_t) {
   const int64_t padded = scratch.padded;
-  const float scale = inverse * 1.44269504f;
   float *const e_s = scratch.part(2), *const e_t = scratch.part(3);
-  s = padded_row(s, classes, padded, scratch.part(0));
-  t = padded_row(t, classes, padded, scratch.part(1));
-  const float peak_s = largest(s, padded), peak_t = largest(t, padded);
-  refill(s, classes, padded, peak_s - 256.0f / scale);
-  refill(t, classes, padded, peak_t - 256.0f / scale);
-  const double z_s = exponentials(s, padded, peak_s, scale, e_s);
-  const double z_t = exponentials(t, padded, peak_t, scale, e_t);
+  const auto [x_row, peak_s, z_s] = powers_of(s, classes, padded, inverse, scratch.part(0), e_s);
+  const auto [y_row, peak_t, z_t] = powers_of(t, classes, padded, inverse, scratch.part(1), e_t);
   const float inverse_s = static_cast<float>(1.0 / z_s), inverse_t = static_cast<float>(1.0 / z_t);
   const float shift = static_cast<float>(std::log(z_t / z_s));
   // δ = log p - log q, of logits that are subtracted before anything is rounded: exact where they are close.
@@ -124,8 +135,8 @@ KDFAST_INLINE float kl_row(const float* s, const float* t, int64_t classes, floa
   Lanes sum{};
   for (int64_t at = 0; at < padded; at += kRowLanes) {
     Lanes x, y, q, p;
-    load_lanes(s + at, x);
-    load_lanes(t + at, y);
+    load_lanes(x_row + at, x);
+    load_lanes(y_row + at, y);
     load_lanes(e_s + at, q);
     load_lanes(e_t + at, p);
     q *= inverse_s;

@@ -86,13 +86,11 @@ inline double renormalized_row(std::vector<Named>& named, int64_t classes, float
 // All other classes as one outcome.
 KDFAST_INLINE double bucket_row(const TopK& call, int64_t row, std::vector<Named>& named, Scratch& scratch) {
   const int64_t padded = scratch.padded;
-  const float scale = static_cast<float>(call.inverse) * 1.44269504f;
   float* const grad = call.grad.at(row);
   float* const powers = grad && call.classes == padded ? grad : scratch.part(1);
-  const float* const student = padded_row(call.student.at(row), call.classes, padded, scratch.part(0));
-  const float peak = largest(student, padded);
-  refill(student, call.classes, padded, peak - 256.0f / scale);
-  exponentials(student, padded, peak, scale, powers);
+  const float peak = powers_of(call.student.at(row), call.classes, padded, static_cast<float>(call.inverse),
+                               scratch.part(0), powers)
+                         .peak;
   // Without the others' own sum 1 - Σ q would cancel.
   for (const Named& one : named) powers[one.at] = 0;
   WideSum sum;
