@@ -6,6 +6,7 @@ works on images ``[B, 3, H, W]`` of any floating dtype. The input is never chang
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -80,7 +81,7 @@ def mixup(
         lam = _beta(alpha, 1 if one_share else len(images), generator).expand(len(images))
     partner = _permutation(images, generator)
     share = lam.to(images.dtype)[:, None, None, None]
-    return Mixed(images * share + images[partner] * (1 - share), partner, lam)
+    return Mixed(images[partner].lerp(images, share), partner, lam)
 
 
 def cutmix(
@@ -103,11 +104,34 @@ def cutmix(
     height, width = images.shape[-2:]
     boxes = 1 if one_box else len(images)
     side = (1 - _beta(alpha, boxes, generator)).sqrt()
+    if one_box and images.device.type == "cpu":
+        return _one_box_pasted(images, float(side), generator)
     rows, columns = _span(height, side, generator), _span(width, side, generator)
     inside = (rows[:, :, None] & columns[:, None, :]).expand(len(images), -1, -1)
     partner = _permutation(images, generator)
     mixed = torch.where(inside[:, None], images[partner], images)
     return Mixed(mixed, partner, 1 - inside.float().mean((1, 2)))
+
+
+def _one_box_pasted(images: torch.Tensor, side: float, generator: torch.Generator) -> Mixed:
+    """The same box from the same draws, where numbers can be looked at without waiting for a device: the box alone is
+    copied."""
+    height, width = images.shape[-2:]
+    rows, columns = _interval(height, side, generator), _interval(width, side, generator)
+    partner = _permutation(images, generator)
+    mixed = images.clone()
+    mixed[:, :, rows, columns] = images[partner, :, rows, columns]
+    area = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return Mixed(
+        mixed, partner, torch.full((len(images),), 1 - area / (height * width or 1), dtype=torch.float32)
+    )
+
+
+def _interval(length: int, side: float, generator: torch.Generator) -> slice:
+    """:func:`_span`'s pixels, of one interval."""
+    centre, half = float(torch.rand((), generator=generator)) * length, side * length / 2
+    first = max(0, math.floor(centre - half + 0.5))
+    return slice(first, max(first, min(length, math.ceil(centre + half - 0.5))))
 
 
 def _beta(alpha: float, count: int, generator: torch.Generator) -> torch.Tensor:

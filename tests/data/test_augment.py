@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kdfast.data.augment import _beta, cutmix, mixup, padded_crop, random_flip
+from kdfast.data.augment import _beta, _span, cutmix, mixup, padded_crop, random_flip
 
 
 def batch(count: int = 64, size: int = 8) -> torch.Tensor:
@@ -107,6 +107,23 @@ def test_cutmix_reports_the_share_that_is_left(alpha: float, one_box: bool) -> N
     # What came in is a box: as many pixels as its rows times its columns.
     assert torch.equal(foreign.sum((1, 2)), foreign.any(2).sum(1) * foreign.any(1).sum(1))
     assert (len(mixed.lam.unique()) == 1) == one_box
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_one_box_is_the_one_that_masks_would_draw(layout: torch.memory_format) -> None:
+    """Masks are for devices that must not be waited for; the box's edges on a CPU are theirs, pixel for pixel."""
+    images = torch.rand(5, 3, 13, 9, generator=seeded(1)).contiguous(memory_format=layout)
+    for seed in range(200):
+        alpha = (0.05, 0.25, 1.0, 8.0)[seed % 4]
+        got, generator = cutmix(images, seeded(seed), alpha=alpha, one_box=True), seeded(seed)
+        side = (1 - _beta(alpha, 1, generator)).sqrt()
+        rows, columns = _span(13, side, generator), _span(9, side, generator)
+        inside = rows[:, :, None] & columns[:, None, :]
+        partner = torch.randperm(5, generator=generator)
+        assert torch.equal(got.partner, partner)
+        assert torch.equal(got.images, torch.where(inside[:, None], images[partner], images))
+        torch.testing.assert_close(got.lam, (1 - inside.float().mean()).expand(5))
+        assert got.images.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("alpha", [0.25, 1.0, 8.0])
