@@ -196,18 +196,20 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "kl_rows",
       [](int64_t rows, int64_t classes, uintptr_t student, int64_t student_stride, uintptr_t teacher,
-         int64_t teacher_stride, float inverse, uintptr_t loss, uintptr_t grad_student,
-         uintptr_t grad_teacher, int64_t threads) {
+         int64_t teacher_stride, double inverse, uintptr_t loss, uintptr_t grad_student,
+         uintptr_t grad_teacher, int64_t threads, float below) {
         if (classes < 1)
           throw py::value_error("classes: got " + std::to_string(classes) + ", accepted: 1 or more");
         return kl_rows(rows, classes, {at<const float>(student), student_stride},
-                       {at<const float>(teacher), teacher_stride}, inverse, at<float>(loss),
+                       {at<const float>(teacher), teacher_stride}, {inverse, below}, at<float>(loss),
                        {at<float>(grad_student), classes}, {at<float>(grad_teacher), classes}, threads);
       },
       py::call_guard<py::gil_scoped_release>(),
       "KL(softmax(teacher/T) || softmax(student/T)) of float32 rows at these addresses, with inverse = 1/T, "
-      "and T "
-      "times its gradients (0: not wanted).");
+      "and "
+      "T times its gradients (0: not wanted), in float64 where it is below that. NaN where a row is left to "
+      "be "
+      "computed otherwise (NaN, an absent class), else infinity.");
 
   bind_cpu_loops(module);
 

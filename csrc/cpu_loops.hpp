@@ -141,15 +141,15 @@ void bind_cpu_loops(py::module_& module) {
   module.def(
       "jsd_rows",
       [](int64_t rows, int64_t classes, uintptr_t student, int64_t student_stride, uintptr_t teacher,
-         int64_t teacher_stride, float inverse, uintptr_t loss, uintptr_t grad_student,
-         uintptr_t grad_teacher, int64_t threads, double beta) {
+         int64_t teacher_stride, double inverse, uintptr_t loss, uintptr_t grad_student,
+         uintptr_t grad_teacher, int64_t threads, float below, double beta) {
         if (classes < 1)
           throw py::value_error("classes: got " + std::to_string(classes) + ", accepted: 1 or more");
         return jsd_rows(rows, classes, {at<const float>(student), student_stride},
-                        {at<const float>(teacher), teacher_stride}, inverse, beta, at<float>(loss),
+                        {at<const float>(teacher), teacher_stride}, {inverse, below}, beta, at<float>(loss),
                         {at<float>(grad_student), classes}, {at<float>(grad_teacher), classes}, threads);
       },
-      unlocked, "JSD(beta) of float32 rows, with inverse = 1/T, and T times its gradients (0: not wanted).");
+      unlocked, "JSD(beta) of float32 rows, as kl_rows.");
   module.def(
       "topk_rows",
       [](const std::array<int64_t, 4>& shape, uintptr_t student, const std::array<uintptr_t, 3>& teacher,

@@ -68,7 +68,7 @@ KDFAST_INLINE void probabilities(const Dist& call, const float* row, float* copy
     Lanes x;
     load_lanes(out + at, x);
     x *= share;
-    std::memcpy(out + at, &x, sizeof x);
+    save_lanes(x, out + at);
   }
   for (int64_t at = classes; at < call.padded; ++at) out[at] = 0;
 }
@@ -117,6 +117,16 @@ KDFAST_INLINE void each_row(const Dist& call, int64_t first, WideSum (&sums)[kAc
   }
 }
 
+KDFAST_INLINE Lanes mean_of(const WideSum& sum, double count) {
+  double wide[kRowLanes];
+  sum.copy(wide);
+  float narrow[kRowLanes];
+  for (int64_t lane = 0; lane < kRowLanes; ++lane) narrow[lane] = static_cast<float>(wide[lane] / count);
+  Lanes out;
+  load_lanes(narrow, out);
+  return out;
+}
+
 KDFAST_EVERY_WIDTH
 inline void dist_columns_some(int64_t begin, int64_t end, const Dist& call) {
   const double count = static_cast<double>(call.rows);
@@ -137,10 +147,10 @@ inline void dist_columns_some(int64_t begin, int64_t end, const Dist& call) {
       away[index][1].add(b - mean_p[index]);
     });
     for (int64_t index = 0; index < kAcross; ++index) {
-      for (int lane = 0; lane < kRowLanes; ++lane) {
-        mean_q[index][lane] += static_cast<float>(away[index][0].lanes[lane] / count);
-        mean_p[index][lane] += static_cast<float>(away[index][1].lanes[lane] / count);
-      }
+      mean_q[index] += mean_of(away[index][0], count);
+      mean_p[index] += mean_of(away[index][1], count);
+      save_lanes(mean_q[index], call.mean_q + first + index * kRowLanes);
+      save_lanes(mean_p[index], call.mean_p + first + index * kRowLanes);
     }
     each_row(call, first, sums, [&](int64_t index, int64_t at) __attribute__((always_inline)) {
       Lanes a, b;
@@ -150,19 +160,20 @@ inline void dist_columns_some(int64_t begin, int64_t end, const Dist& call) {
       b -= mean_p[index];
       add_moments(a, b, sums[index]);
     });
-    for (int64_t index = 0; index < kAcross; ++index)
+    for (int64_t index = 0; index < kAcross; ++index) {
+      double of_lanes[5][kRowLanes];
+      for (int which = 0; which < 5; ++which) sums[index][which].copy(of_lanes[which]);
       for (int64_t lane = 0; lane < kRowLanes; ++lane) {
         const int64_t column = first + index * kRowLanes + lane;
         double totals[5];
-        for (int which = 0; which < 5; ++which) totals[which] = sums[index][which].lanes[lane];
+        for (int which = 0; which < 5; ++which) totals[which] = of_lanes[which][lane];
         const Correlation found = correlation(count, totals, call.gamma / static_cast<double>(call.classes));
         call.rho[column] = found.rho;
-        call.mean_q[column] = mean_q[index][lane];
-        call.mean_p[column] = mean_p[index][lane];
         call.weight[column] = found.weight;
         call.along_q[column] = found.along_a;
         call.along_p[column] = found.along_b;
       }
+    }
   }
 }
 
@@ -186,7 +197,7 @@ KDFAST_INLINE void dist_gradient(const Dist& call, const Correlation& row, float
       const Lanes g = (x - level) * row_along - (y - level) * row.weight +
                       ((x - mean_x) * column - (y - mean_y) * weight);
       dot.add(g * x);
-      std::memcpy(slope + at, &g, sizeof g);
+      save_lanes(g, slope + at);
     }
     dot.flush();
   }

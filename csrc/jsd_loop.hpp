@@ -6,19 +6,17 @@
 
 namespace kdfast {
 
-typedef int32_t IntLanes __attribute__((vector_size(64)));
-
 // log x to 1 ulp, of x ≥ 0; anything below the smallest normal number counts as that; NaN for NaN.
 KDFAST_INLINE void log_lanes(Lanes& x) {
   constexpr int32_t kHalfRoot = 0x3f3504f3;  // the bits of √½
-  x = x < 1.17549435e-38f ? Lanes{} + 1.17549435e-38f : x;
+  at_least(Lanes{} + 1.17549435e-38f, x);
   IntLanes bits;
-  std::memcpy(&bits, &x, sizeof bits);
+  set_bits(x, bits);
   bits -= kHalfRoot;
-  const Lanes exponent = __builtin_convertvector(bits >> 23, Lanes);
+  Lanes exponent, f;
+  convert(bits >> 23, exponent);
   bits = (bits & 0x7fffff) + kHalfRoot;  // x / 2^exponent, between √½ and √2
-  Lanes f;
-  std::memcpy(&f, &bits, sizeof f);
+  set_bits(bits, f);
   f -= 1.0f;
   Lanes p = 7.0376836e-2f * f - 1.1514610e-1f;
   p = p * f + 1.1676998e-1f;
@@ -31,7 +29,8 @@ KDFAST_INLINE void log_lanes(Lanes& x) {
   const Lanes square = f * f;
   // log 2 in two parts, the large one of few bits: its multiples are exact.
   p = p * f * square - 2.1219444e-4f * exponent - 0.5f * square + f + 0.693359375f * exponent;
-  x = x != x ? x : p;
+  keep_nan(x, p);
+  x = p;
 }
 
 // β and what is left of 1.
@@ -65,10 +64,10 @@ KDFAST_INLINE float jsd_row(const float* s, const float* t, int64_t classes, flo
     const Lanes a = ((y - peak_t) * inverse - log_t) - mixture;
     sum_s += q * b;
     sum_t += p * a;
-    std::memcpy(q_row + at, &q, sizeof q);
-    std::memcpy(p_row + at, &p, sizeof p);
-    std::memcpy(b_row + at, &b, sizeof b);
-    std::memcpy(a_row + at, &a, sizeof a);
+    save_lanes(q, q_row + at);
+    save_lanes(p, p_row + at);
+    save_lanes(b, b_row + at);
+    save_lanes(a, a_row + at);
   }
   const float loss_s = static_cast<float>(lane_sum(sum_s)), loss_t = static_cast<float>(lane_sum(sum_t));
   const auto side = [&](const float* own, const float* ratio, float share, float loss, float* grad) {
@@ -85,22 +84,26 @@ KDFAST_INLINE float jsd_row(const float* s, const float* t, int64_t classes, flo
 }
 
 KDFAST_EVERY_WIDTH
-inline void jsd_some(int64_t begin, int64_t end, int64_t classes, Rows s, Rows t, float inverse, Shares beta,
+inline void jsd_some(int64_t begin, int64_t end, int64_t classes, Rows s, Rows t, Care care, double beta,
                      float* loss, Gradient grad_s, Gradient grad_t, Scratch& scratch) {
-  for (int64_t row = begin; row < end; ++row)
-    loss[row] =
-        jsd_row(s.at(row), t.at(row), classes, inverse, beta, scratch, grad_s.at(row), grad_t.at(row));
+  const Shares shares{static_cast<float>(beta), static_cast<float>(1 - beta)};
+  const float inverse = static_cast<float>(care.inverse);
+  for (int64_t row = begin; row < end; ++row) {
+    float *const to_s = grad_s.at(row), *const to_t = grad_t.at(row);
+    loss[row] = jsd_row(s.at(row), t.at(row), classes, inverse, shares, scratch, to_s, to_t);
+    if (is_near(loss[row], care.below))
+      loss[row] = near_jsd_row(s.at(row), t.at(row), classes, care.inverse, beta, scratch.near, to_s, to_t);
+  }
 }
 
 // As kl_rows.
-inline float jsd_rows(int64_t rows, int64_t classes, Rows s, Rows t, float inverse, double beta, float* loss,
+inline float jsd_rows(int64_t rows, int64_t classes, Rows s, Rows t, Care care, double beta, float* loss,
                       Gradient grad_s, Gradient grad_t, int64_t threads) {
-  const Shares shares{static_cast<float>(beta), static_cast<float>(1 - beta)};
   shared_out(rows, classes, threads, [&](int64_t begin, int64_t end) {
     Scratch scratch(classes);
-    jsd_some(begin, end, classes, s, t, inverse, shares, loss, grad_s, grad_t, scratch);
+    jsd_some(begin, end, classes, s, t, care, beta, loss, grad_s, grad_t, scratch);
   });
-  return least_of(rows, loss);
+  return left_over(rows, loss);
 }
 
 }  // namespace kdfast

@@ -69,7 +69,7 @@ KDFAST_INLINE void each_place(const Norm& norm, int64_t c, const Body& body, Sum
 #define KDFAST_PLACE [&](auto* tag, int64_t at) __attribute__((always_inline))
 #define KDFAST_VALUE(name, from)               \
   std::remove_pointer_t<decltype(tag)> name{}; \
-  std::memcpy(&name, from, sizeof name)
+  load_lanes(from, name)
 
 KDFAST_INLINE Channel channel_at(const Norm& norm, int64_t c, float mean, float rstd) {
   const double weight = norm.weight ? static_cast<double>(norm.weight[c]) : 1.0;
@@ -133,8 +133,8 @@ inline void act_some(int64_t begin, int64_t end, const Norm& norm, const Act& ac
             KDFAST_VALUE(beside, residual + at);
             value += beside * act.carry;
           }
-          if (act.relu) value = value < 0.0f ? decltype(value){} : value;  // NaN stays
-          std::memcpy(y + at, &value, sizeof value);
+          if (act.relu) relu(value);
+          save_lanes(value, y + at);
         });
   }
 }
@@ -178,12 +178,12 @@ inline void act_backward_some(int64_t begin, int64_t end, const Norm& norm, cons
       if (!act.relu) return;
       auto shown = value;
       if (y)
-        std::memcpy(&shown, y + at, sizeof shown);
+        load_lanes(y + at, shown);
       else {
         channel.normalise(shown);
         shown *= act.scale;
       }
-      grad = shown <= 0.0f ? std::decay_t<decltype(grad)>{} : grad;
+      relu_backward(shown, grad);
     };
     if (summed)
       each_place(
@@ -209,12 +209,12 @@ inline void act_backward_some(int64_t begin, int64_t end, const Norm& norm, cons
           hide(grad, value, at);
           if (grads.residual) {
             const auto handed = grad * act.carry;
-            std::memcpy(grads.residual + at, &handed, sizeof handed);
+            save_lanes(handed, grads.residual + at);
           }
           if (grads.x) {
             slope.take_off(norm, channel, value, grad);
             grad *= gain;
-            std::memcpy(grads.x + at, &grad, sizeof grad);
+            save_lanes(grad, grads.x + at);
           }
         });
   }
@@ -265,7 +265,7 @@ inline void mse_some(int64_t begin, int64_t end, const Norm& norm, bool known, c
           error -= wanted;
           slope.take_off(norm, channel, value, error);
           error *= gain;
-          std::memcpy(grads.x + at, &error, sizeof error);
+          save_lanes(error, grads.x + at);
         });
   }
 }

@@ -11,17 +11,16 @@
 #include <vector>
 
 #include "lanes.hpp"
+#include "near_rows.hpp"
 #include "shares.hpp"
 
 namespace kdfast {
-
-typedef uint32_t WordLanes __attribute__((vector_size(64)));
 
 // 2^y for y ≤ 0, to 1.5 ulp; 2^-126 below that, NaN for NaN.
 KDFAST_INLINE void exp2_lanes(Lanes& y) {
   const Lanes magic =
       Lanes{} + 12582912.0f;  // 1.5 · 2^23: added and taken away again, it rounds to an integer
-  y = y < -126.0f ? Lanes{} - 126.0f : y;
+  at_least(Lanes{} - 126.0f, y);
   const Lanes whole = y + magic;
   const Lanes f = y - (whole - magic);
   Lanes p = 1.5403530e-4f * f + 1.3333558e-3f;
@@ -31,11 +30,11 @@ KDFAST_INLINE void exp2_lanes(Lanes& y) {
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.0f;
   WordLanes bits, scale;  // unsigned: of NaN they are anything, and wrap
-  std::memcpy(&bits, &whole, sizeof bits);
-  std::memcpy(&scale, &p, sizeof scale);
-  scale += bits << 23;
-  std::memcpy(&p, &scale, sizeof p);
-  y = y != y ? y : p;
+  set_bits(whole, bits);
+  set_bits(p, scale);
+  set_bits(scale + (bits << 23), p);
+  keep_nan(y, p);
+  y = p;
 }
 
 KDFAST_INLINE float largest(const float* row, int64_t padded) {
@@ -44,10 +43,12 @@ KDFAST_INLINE float largest(const float* row, int64_t padded) {
   for (int64_t at = kRowLanes; at < padded; at += kRowLanes) {
     Lanes x;
     load_lanes(row + at, x);
-    most = x > most ? x : most;
+    at_least(x, most);
   }
-  float out = most[0];
-  for (int lane = 1; lane < kRowLanes; ++lane) out = most[lane] > out ? most[lane] : out;
+  float parts[kRowLanes];
+  save_lanes(most, parts);
+  float out = parts[0];
+  for (const float part : parts) out = part > out ? part : out;
   return out;
 }
 
@@ -76,7 +77,7 @@ KDFAST_INLINE double exponentials(const float* row, int64_t padded, float peak, 
     x = (x - peak) * scale;
     exp2_lanes(x);
     sum += x;
-    std::memcpy(out + at, &x, sizeof x);
+    save_lanes(x, out + at);
   }
   return lane_sum(sum);
 }
@@ -119,6 +120,13 @@ struct Scratch {
   float* part(int index) { return memory.data() + index * padded; }
   int64_t padded;
   std::vector<float> memory;
+  NearRow near;
+};
+
+// What a divergence is of: 1/T, and the loss below which a row is taken again in float64.
+struct Care {
+  double inverse;
+  float below;
 };
 
 // KL(softmax(t/T) ‖ softmax(s/T)) and T times its gradients.
@@ -146,8 +154,8 @@ KDFAST_INLINE float kl_row(const float* s, const float* t, int64_t classes, floa
     sum += p * delta + difference;
     if (grad_s) store_lanes(difference, classes - at, grad_s + at);
     if (grad_t) {
-      std::memcpy(e_t + at, &p, sizeof p);
-      std::memcpy(e_s + at, &delta, sizeof delta);
+      save_lanes(p, e_t + at);
+      save_lanes(delta, e_s + at);
     }
   }
   const float loss = static_cast<float>(lane_sum(sum));
@@ -162,10 +170,15 @@ KDFAST_INLINE float kl_row(const float* s, const float* t, int64_t classes, floa
 }
 
 KDFAST_EVERY_WIDTH
-inline void kl_some(int64_t begin, int64_t end, int64_t classes, Rows s, Rows t, float inverse, float* loss,
+inline void kl_some(int64_t begin, int64_t end, int64_t classes, Rows s, Rows t, Care care, float* loss,
                     Gradient grad_s, Gradient grad_t, Scratch& scratch) {
-  for (int64_t row = begin; row < end; ++row)
-    loss[row] = kl_row(s.at(row), t.at(row), classes, inverse, scratch, grad_s.at(row), grad_t.at(row));
+  const float inverse = static_cast<float>(care.inverse);
+  for (int64_t row = begin; row < end; ++row) {
+    float *const to_s = grad_s.at(row), *const to_t = grad_t.at(row);
+    loss[row] = kl_row(s.at(row), t.at(row), classes, inverse, scratch, to_s, to_t);
+    if (is_near(loss[row], care.below))
+      loss[row] = near_kl_row(s.at(row), t.at(row), classes, care.inverse, scratch.near, to_s, to_t);
+  }
 }
 
 // The smallest loss, or NaN where one is NaN.
@@ -175,15 +188,15 @@ inline float least_of(int64_t rows, const float* loss) {
   return least;
 }
 
-// Returns the smallest loss, or NaN where one is NaN. Rows are shared out evenly; what a row gets does not
-// depend on how many threads there are.
-inline float kl_rows(int64_t rows, int64_t classes, Rows s, Rows t, float inverse, float* loss,
-                     Gradient grad_s, Gradient grad_t, int64_t threads) {
+// Returns NaN where a row is left to be computed otherwise, else infinity. Rows are shared out evenly; what a
+// row gets does not depend on how many threads there are.
+inline float kl_rows(int64_t rows, int64_t classes, Rows s, Rows t, Care care, float* loss, Gradient grad_s,
+                     Gradient grad_t, int64_t threads) {
   shared_out(rows, classes, threads, [&](int64_t begin, int64_t end) {
     Scratch scratch(classes);
-    kl_some(begin, end, classes, s, t, inverse, loss, grad_s, grad_t, scratch);
+    kl_some(begin, end, classes, s, t, care, loss, grad_s, grad_t, scratch);
   });
-  return least_of(rows, loss);
+  return left_over(rows, loss);
 }
 
 }  // namespace kdfast

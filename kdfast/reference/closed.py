@@ -35,11 +35,12 @@ def closed_form(
     *,
     below: float = CAREFUL_BELOW,
     chunk: int = 1,
+    loop: Loop | None = None,
 ) -> Closed:
     """Each row's loss by ``compute``; where it is under ``below``, or NaN, by ``careful`` in float64 instead.
 
     ``teacher`` may have a class dimension of its own. ``chunk`` times :data:`CHUNK` elements are taken at a time: more
-    where much of the work is a fixed cost.
+    where much of the work is a fixed cost. Where ``loop`` can take float32 rows, it runs instead of ``compute``.
 
     Returns:
         The loss, of the logits' shape without ``dim``; gradients of the logits' shape, None where not needed; all
@@ -53,15 +54,27 @@ def closed_form(
         s, t = (x.movedim(dim, -1).reshape(math.prod(shape[:-1]), x.shape[dim]) for x in (s, t))
     grads = [torch.empty(s.shape, dtype=dtype, device=s.device) if wanted else None for wanted in need]
     count, step = len(s), max(1, chunk * CHUNK // max(1, s.shape[1]))
+    smallest: list[float] = []
+
+    def some(rows: slice) -> torch.Tensor:
+        here, there = s[rows].to(dtype), t[rows].to(dtype)
+        into = [None if grad is None else grad[rows] for grad in grads]
+        found = None if loop is None else one_loop(loop, here, there, *into)
+        if found is None:
+            loss = compute(here, there, rows, *into)
+            found = loss, float(loss.min()) if len(loss) else math.inf
+        smallest.append(found[1])
+        return found[0]
+
     if count <= step:
-        loss = compute(s.to(dtype), t.to(dtype), slice(None), *grads)
+        loss = some(slice(None))
     else:
         loss = s.new_empty(count, dtype=dtype)
         for start in range(0, count, step):
             rows = slice(start, start + step)
-            into = (None if grad is None else grad[rows] for grad in grads)
-            loss[rows] = compute(s[rows].to(dtype), t[rows].to(dtype), rows, *into)
-    again_with_care(loss, s, t, grads, careful, below)
+            loss[rows] = some(rows)
+    if not all(least >= below for least in smallest):  # NaN is not
+        again_with_care(loss, s, t, grads, careful, below)
     if flat:
         return loss, grads[0], grads[1]
     grad_s, grad_t = (None if grad is None else grad.view(shape).movedim(-1, dim) for grad in grads)
@@ -78,26 +91,16 @@ def looped_form(
     careful: Compute,
 ) -> Closed:
     """:func:`closed_form`, in one loop of the extension where there is one: ``plain`` is what runs without it."""
-
-    def compute(
-        s: torch.Tensor,
-        t: torch.Tensor,
-        rows: slice | torch.Tensor,
-        grad_s: torch.Tensor | None,
-        grad_t: torch.Tensor | None,
-    ) -> torch.Tensor:
-        found = one_loop(loop, s, t, grad_s, grad_t)
-        return plain(s, t, rows, grad_s, grad_t) if found is None else found[0]
-
     if student.dim() != 2 or dim != 1 or student.dtype != torch.float32 or teacher.dtype != torch.float32:
-        return closed_form(student, teacher, dim, need, compute, careful)
+        return closed_form(student, teacher, dim, need, plain, careful, loop=loop)
     # Nothing to move, to widen, or to cut: a row is kept in the cache by the loop itself.
     grads = [torch.empty(student.shape) if wanted else None for wanted in need]
     found = one_loop(loop, student, teacher, *grads)
     if found is None:
-        return closed_form(student, teacher, dim, need, compute, careful)
+        return closed_form(student, teacher, dim, need, plain, careful)
     loss, smallest = found
-    again_with_care(loss, student.detach(), teacher.detach(), grads, careful, CAREFUL_BELOW, smallest)
+    if not smallest >= CAREFUL_BELOW:
+        again_with_care(loss, student.detach(), teacher.detach(), grads, careful, CAREFUL_BELOW)
     return loss, grads[0], grads[1]
 
 
@@ -108,7 +111,10 @@ def one_loop(
     grad_s: torch.Tensor | None,
     grad_t: torch.Tensor | None,
 ) -> tuple[torch.Tensor, float] | None:
-    """The losses of float32 rows ``[n, V]`` and the smallest of them, or NaN; None where no loop can take them."""
+    """The losses of float32 rows ``[n, V]``, and NaN where rows of them are left to be computed otherwise.
+
+    None where no loop can take them. Rows under :data:`CAREFUL_BELOW` are computed with care there.
+    """
     library = extension()
     if library is None or s.device.type != "cpu" or s.dtype != torch.float32 or not s.shape[1]:
         return None
@@ -126,6 +132,7 @@ def one_loop(
         address(grad_s),
         address(grad_t),
         torch.get_num_threads(),
+        CAREFUL_BELOW,
         *numbers,
     )
     return loss, smallest
@@ -138,14 +145,8 @@ def again_with_care(
     grads: Sequence[torch.Tensor | None],
     careful: Compute,
     below: float,
-    smallest: float | None = None,
 ) -> None:
-    """Compute, in place, in float64, the rows of ``[n, V]`` logits whose loss is under ``below``, or NaN.
-
-    One number, the smallest loss or NaN, is looked at and not a mask made: nearly always no row is small.
-    """
-    if not len(loss) or (float(loss.min()) if smallest is None else smallest) >= below:
-        return
+    """Compute, in place, in float64, the rows of ``[n, V]`` logits whose loss is under ``below``, or NaN."""
     chosen = (~(loss >= below)).nonzero().squeeze(-1)  # NaN, too: 0·inf, where a class is absent
     wide_s, wide_t = s[chosen].double(), t[chosen].double()
     again_s, again_t = (None if grad is None else torch.empty_like(wide_s) for grad in grads)

@@ -150,7 +150,8 @@ def topk_closed(
         found = _in_one_loop(s, t, Kept(index, log_z, kept.bucket), temperature, grad)
         if found is not None:
             loss, smallest = found
-            again_with_care(loss, s, t, (grad, None), careful, CAREFUL_BELOW, smallest)
+            if not smallest >= CAREFUL_BELOW:
+                again_with_care(loss, s, t, (grad, None), careful, CAREFUL_BELOW)
             return loss.view(student.shape[:-1]), None if grad is None else grad.view(student.shape), None
     return closed_form(student, logits, last, (need_student, False), plain, careful, chunk=4)
 

@@ -1,4 +1,4 @@
-"""csrc/ built with sanitizers: memory and undefined behaviour, and data races."""
+"""csrc/ built with sanitizers: memory and undefined behaviour, and data races; and for registers of other widths."""
 
 from __future__ import annotations
 
@@ -33,3 +33,24 @@ def test_stress_and_fuzz_under_sanitizers(what: str, sanitizers: str, tmp_path: 
     settings = {**os.environ, "TSAN_OPTIONS": "die_after_fork=0:report_thread_leaks=0:halt_on_error=1"}
     done = subprocess.run([str(program), str(tmp_path)], capture_output=True, text=True, env=settings)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_registers_of_every_width_give_the_same_bits(tmp_path: Path) -> None:
+    """Copies for what this machine has, the oldest x86 alone, and vectors in parts as other machines have them."""
+    said = set()
+    for index, layout in enumerate(
+        ([], ["-DKDFAST_NO_CLONES"], ["-DKDFAST_NO_CLONES", "-DKDFAST_SMALL_PARTS"])
+    ):
+        program = tmp_path / f"stress{index}"
+        flags = ["-std=c++17", "-O3", "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}", *layout]
+        subprocess.run(
+            [str(COMPILER), *flags, str(ROOT / "tests" / "cpp" / "loops_stress.cpp"), "-o", str(program)],
+            check=True,
+        )
+        done = subprocess.run([str(program)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said.add(done.stdout)
+    assert len(said) == 1
+    assert "checksum" in said.pop()
