@@ -216,7 +216,8 @@ class SurrogateKD(Learning):
             ValueError: There is no student, no teacher or one in training mode, or no labels where they are needed.
             TypeError: A network's output has no logits.
         """
-        return self.step_with_parts(batch, student)[0]
+        student_out, teacher_out, _ = self._outputs(batch, student)
+        return self(student_out, teacher_out)
 
     def step_with_parts(
         self, batch: Any, student: nn.Module | None = None
@@ -227,6 +228,14 @@ class SurrogateKD(Learning):
             The loss, and 0-d tensors: ``agreement``, the share of images that both networks put into the same class,
             and with the attack ``attack_success``, the share of images that it found a pair for.
         """
+        student_out, teacher_out, parts = self._outputs(batch, student)
+        parts["agreement"] = (student_out.detach().argmax(1) == teacher_out.argmax(1)).float().mean()
+        return self(student_out, teacher_out), parts
+
+    def _outputs(
+        self, batch: Any, student: nn.Module | None
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """What both networks say of a batch made ready, and with the attack the share that it found a pair for."""
         images, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
         student = chosen_student(student, self.student)
         # Seeded from the CPU's generator: resumable with it, and no wait for the device.
@@ -239,9 +248,7 @@ class SurrogateKD(Learning):
             parts["attack_success"] = pairs.success.float().mean()
             images = self._attacked(images, pairs)
         teacher_out = self._teach(images)
-        student_out = logits_of(student(self.normalise(images)))
-        parts["agreement"] = (student_out.detach().argmax(1) == teacher_out.argmax(1)).float().mean()
-        return self(student_out, teacher_out), parts
+        return logits_of(student(self.normalise(images))), teacher_out, parts
 
     def _attacked(self, images: torch.Tensor, pairs: BoundaryPairs) -> torch.Tensor:
         if not len(pairs.post) and not self.config.include_original:
