@@ -114,6 +114,24 @@ def test_samples_go_there_and_back() -> None:
     assert samples == {"a": {"wall": [1, 6, 7]}, "b": {"wall": [2, 5, 8]}, "c": {"wall": [3, 4, 9]}}
 
 
+@pytest.mark.parametrize(
+    ("theirs", "rounds"),
+    [
+        ([1.0, 1.01, 0.99] * 20, 10),  # a draw, and settled
+        ([1.0, 1.4, 0.7] * 20, 40),  # one that is not: as long as there is patience
+        ([0.96, 1.3, 0.65] * 20, 40),  # the other way, too
+        ([2.0, 2.8, 1.4] * 20, 10),  # no draw
+    ],
+)
+def test_a_draw_on_a_cpu_is_looked_at_longer(theirs: list[float], rounds: int) -> None:
+    def timers() -> Any:
+        return {"eager": {"wall": iter(theirs).__next__}, "kdfast": {"wall": lambda: 1.0}}
+
+    samples = collect(timers(), Settings("cpu", samples=10))
+    assert len(samples["eager"]["wall"]) == len(samples["kdfast"]["wall"]) == rounds
+    assert len(collect(timers(), Settings("cpu", samples=10, tiny=True))["kdfast"]["wall"]) == 10
+
+
 def test_a_speedup_forgets_what_slowed_a_whole_round() -> None:
     # Twice as fast in four rounds of five. The medians, 1 and 1, are of different rounds, and say "equal".
     theirs, ours = [1.0, 1.0, 1.0, 2.0, 2.0], [0.5, 0.5, 1.0, 1.0, 1.0]
