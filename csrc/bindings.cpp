@@ -205,11 +205,9 @@ PYBIND11_MODULE(_C, module) {
                        {at<float>(grad_student), classes}, {at<float>(grad_teacher), classes}, threads);
       },
       py::call_guard<py::gil_scoped_release>(),
-      "KL(softmax(teacher/T) || softmax(student/T)) of float32 rows at these addresses, with inverse = 1/T, "
-      "and "
-      "T times its gradients (0: not wanted), in float64 where it is below that. NaN where a row is left to "
-      "be "
-      "computed otherwise (NaN, an absent class), else infinity.");
+      "KL(softmax(teacher/T) || softmax(student/T)) of float32 rows at these addresses and T times its "
+      "gradients (0: not wanted), with inverse = 1/T; in float64 below `below`. Whether a row is left to be "
+      "computed otherwise: one with NaN, or with an absent class.");
 
   bind_cpu_loops(module);
 

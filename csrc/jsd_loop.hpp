@@ -97,8 +97,8 @@ inline void jsd_some(int64_t begin, int64_t end, int64_t classes, Rows s, Rows t
 }
 
 // As kl_rows.
-inline float jsd_rows(int64_t rows, int64_t classes, Rows s, Rows t, Care care, double beta, float* loss,
-                      Gradient grad_s, Gradient grad_t, int64_t threads) {
+inline bool jsd_rows(int64_t rows, int64_t classes, Rows s, Rows t, Care care, double beta, float* loss,
+                     Gradient grad_s, Gradient grad_t, int64_t threads) {
   shared_out(rows, classes, threads, [&](int64_t begin, int64_t end) {
     Scratch scratch(classes);
     jsd_some(begin, end, classes, s, t, care, beta, loss, grad_s, grad_t, scratch);

@@ -10,9 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "philox_normal.hpp"  // KDFAST_EVERY_WIDTH
-
-#define KDFAST_INLINE inline __attribute__((always_inline))
+#include "philox_normal.hpp"  // KDFAST_EVERY_WIDTH, KDFAST_INLINE
 
 namespace kdfast {
 
@@ -48,6 +46,12 @@ typedef OfParts<WordPart> WordLanes;
 typedef OfParts<WidePart> WideLanes;
 typedef OfParts<DoublePart> Doubles;  // 8 of them
 typedef OfParts<LongPart> Longs;
+
+// What a vector is of, and how many.
+template <typename Vector>
+using NumberOf = std::conditional_t<std::is_same_v<Vector, Doubles>, double, float>;
+template <typename Vector>
+constexpr int64_t kLanesOf = sizeof(Vector) / sizeof(NumberOf<Vector>);
 static_assert(sizeof(Lanes) == kRowLanes * sizeof(float), "16 lanes");
 
 #define KDFAST_LANEWISE(op)                                                                                 \
@@ -183,12 +187,30 @@ KDFAST_INLINE void store_lanes(const Lanes& value, int64_t count, float* to) {
     std::memcpy(to, &value, static_cast<size_t>(count) * sizeof(float));
 }
 
-KDFAST_INLINE double lane_sum(const Lanes& value) {
-  float parts[kRowLanes];
+template <typename Vector>
+KDFAST_INLINE double lane_sum(const Vector& value) {
+  NumberOf<Vector> parts[kLanesOf<Vector>];
   save_lanes(value, parts);
   double sum = 0;
-  for (const float part : parts) sum += static_cast<double>(part);
+  for (const auto part : parts) sum += static_cast<double>(part);
   return sum;
+}
+
+// Of a row of whole vectors.
+template <typename Vector>
+KDFAST_INLINE NumberOf<Vector> largest(const NumberOf<Vector>* row, int64_t padded) {
+  Vector most;
+  load_lanes(row, most);
+  for (int64_t at = kLanesOf<Vector>; at < padded; at += kLanesOf<Vector>) {
+    Vector x;
+    load_lanes(row + at, x);
+    at_least(x, most);
+  }
+  NumberOf<Vector> parts[kLanesOf<Vector>];
+  save_lanes(most, parts);
+  NumberOf<Vector> out = parts[0];
+  for (const auto part : parts) out = part > out ? part : out;
+  return out;
 }
 
 // A sum of float32 terms in float64: a few vectors at a time are added in float32, and what fills no vector

@@ -1,9 +1,10 @@
 // Rows whose student and teacher nearly agree, in float64: where a divergence in float32 has lost its digits
-// to cancellation. At a high temperature that is every row.
+// to cancellation. At a high temperature those of a student that has learned are such.
 //
 // 8 doubles side by side, as lanes.hpp has floats: every instruction set gives the same bits.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -13,7 +14,7 @@
 
 namespace kdfast {
 
-constexpr int64_t kNearLanes = sizeof(Doubles) / sizeof(double);
+constexpr int64_t kNearLanes = kLanesOf<Doubles>;
 
 // p[0] + p[1]·x + …
 template <size_t kTerms>
@@ -87,22 +88,6 @@ KDFAST_INLINE Doubles loaded(const double* from) {
   return out;
 }
 
-KDFAST_INLINE double near_sum(const Doubles& value) {
-  double parts[kNearLanes], sum = 0;
-  save_lanes(value, parts);
-  for (const double part : parts) sum += part;
-  return sum;
-}
-
-KDFAST_INLINE double near_most(const double* row, int64_t padded) {
-  Doubles most = loaded(row);
-  for (int64_t at = kNearLanes; at < padded; at += kNearLanes) at_least(loaded(row + at), most);
-  double parts[kNearLanes], out = -HUGE_VAL;
-  save_lanes(most, parts);
-  for (const double part : parts) out = part > out ? part : out;
-  return out;
-}
-
 // One row: memory, and what is known of it. Beyond the last class p and q are 0.
 struct NearRow {
   int64_t padded = 0;
@@ -116,7 +101,7 @@ struct NearRow {
     for (int64_t c = 0; c < classes; ++c) q[c] = static_cast<double>(s[c]);
     for (int64_t c = 0; c < classes; ++c) p[c] = static_cast<double>(t[c]);
     for (int64_t c = classes; c < padded; ++c) q[c] = q[0], p[c] = p[0];
-    const double most_s = near_most(q, padded), most_t = near_most(p, padded);
+    const double most_s = largest<Doubles>(q, padded), most_t = largest<Doubles>(p, padded);
     Doubles sum_s{}, sum_t{};
     for (int64_t at = 0; at < padded; at += kNearLanes) {
       const Doubles x = loaded(q + at), y = loaded(p + at);
@@ -129,7 +114,7 @@ struct NearRow {
       sum_s += loaded(q + at);
       sum_t += loaded(p + at);
     }
-    const double z_s = near_sum(sum_s), z_t = near_sum(sum_t), shift = std::log(z_t / z_s);
+    const double z_s = lane_sum(sum_s), z_t = lane_sum(sum_t), shift = std::log(z_t / z_s);
     for (int64_t at = 0; at < padded; at += kNearLanes) {
       save_lanes(loaded(q + at) * (1.0 / z_s), q + at);
       save_lanes(loaded(p + at) * (1.0 / z_t), p + at);
@@ -156,7 +141,7 @@ inline float near_kl_row(const float* s, const float* t, int64_t classes, double
     save_lanes(difference, differences + at);
   }
   // The rounding of the two log-sum-exps shifts every δ of a row alike: that is taken off.
-  const double loss = near_sum(sum), centre = near_sum(sum_of_differences);
+  const double loss = lane_sum(sum), centre = lane_sum(sum_of_differences);
   const double *const q = row.q, *const p = row.p, *const delta = row.delta;
   for (int64_t c = 0; grad_s && c < classes; ++c)
     grad_s[c] = static_cast<float>(differences[c] - centre * q[c]);
@@ -181,7 +166,7 @@ inline float near_jsd_row(const float* s, const float* t, int64_t classes, doubl
     sum_t += loaded(row.p + at) * a;
     save_lanes(a, ratio + at);
   }
-  const double loss_s = near_sum(sum_s), loss_t = near_sum(sum_t);
+  const double loss_s = lane_sum(sum_s), loss_t = lane_sum(sum_t);
   const double *const q = row.q, *const p = row.p, *const delta = row.delta;
   for (int64_t c = 0; grad_s && c < classes; ++c)
     grad_s[c] = static_cast<float>((1 - beta) * q[c] * ((ratio[c] - delta[c]) - loss_s));
@@ -193,12 +178,9 @@ inline float near_jsd_row(const float* s, const float* t, int64_t classes, doubl
 // Whether a row's loss in float32 is to be found again in float64; -inf and NaN are left to others.
 KDFAST_INLINE bool is_near(float loss, float below) { return loss < below && loss > -HUGE_VALF; }
 
-// NaN where a row is to be computed by others: one with NaN in it, or with a class that is absent. Else
-// infinity.
-inline float left_over(int64_t rows, const float* loss) {
-  bool all = true;
-  for (int64_t row = 0; row < rows; ++row) all = all && loss[row] > -HUGE_VALF;
-  return all ? HUGE_VALF : NAN;
+// Whether a row is left to be computed by others: one with NaN in it, or with a class that is absent.
+inline bool left_over(int64_t rows, const float* loss) {
+  return !std::all_of(loss, loss + rows, [](float value) { return value > -HUGE_VALF; });
 }
 
 }  // namespace kdfast

@@ -16,7 +16,7 @@
 #define KDFAST_CLONES
 #include <immintrin.h>
 #endif
-#define KDFAST_ALWAYS_INLINE inline __attribute__((always_inline))
+#define KDFAST_INLINE inline __attribute__((always_inline))
 
 namespace kdfast {
 
@@ -73,8 +73,7 @@ inline void normal_pair(uint32_t i, uint32_t k, float* first, float* second) {
 }
 
 // Ten rounds of Philox4x32 of counters side by side, in place.
-KDFAST_ALWAYS_INLINE void philox_rounds_plain(uint64_t key, uint32_t* c0, uint32_t* c1, uint32_t* c2,
-                                              uint32_t* c3) {
+KDFAST_INLINE void philox_rounds_plain(uint64_t key, uint32_t* c0, uint32_t* c1, uint32_t* c2, uint32_t* c3) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
     for (int lane = 0; lane < kNormalLanes; ++lane) {
@@ -134,16 +133,14 @@ __attribute__((target("avx2"))) inline void philox_rounds_avx2(uint64_t key, uin
 // With AVX-512 GCC's own is the faster one.
 inline const bool kPhiloxByAvx2 = __builtin_cpu_supports("avx2") && !__builtin_cpu_supports("avx512dq");
 
-KDFAST_ALWAYS_INLINE void philox_rounds(uint64_t key, uint32_t* c0, uint32_t* c1, uint32_t* c2,
-                                        uint32_t* c3) {
+KDFAST_INLINE void philox_rounds(uint64_t key, uint32_t* c0, uint32_t* c1, uint32_t* c2, uint32_t* c3) {
   if (kPhiloxByAvx2)
     philox_rounds_avx2(key, c0, c1, c2, c3);
   else
     philox_rounds_plain(key, c0, c1, c2, c3);
 }
 #else
-KDFAST_ALWAYS_INLINE void philox_rounds(uint64_t key, uint32_t* c0, uint32_t* c1, uint32_t* c2,
-                                        uint32_t* c3) {
+KDFAST_INLINE void philox_rounds(uint64_t key, uint32_t* c0, uint32_t* c1, uint32_t* c2, uint32_t* c3) {
   philox_rounds_plain(key, c0, c1, c2, c3);
 }
 #endif

@@ -37,21 +37,6 @@ KDFAST_INLINE void exp2_lanes(Lanes& y) {
   y = p;
 }
 
-KDFAST_INLINE float largest(const float* row, int64_t padded) {
-  Lanes most;
-  load_lanes(row, most);
-  for (int64_t at = kRowLanes; at < padded; at += kRowLanes) {
-    Lanes x;
-    load_lanes(row + at, x);
-    at_least(x, most);
-  }
-  float parts[kRowLanes];
-  save_lanes(most, parts);
-  float out = parts[0];
-  for (const float part : parts) out = part > out ? part : out;
-  return out;
-}
-
 // A row of whole vectors: its own memory, or a copy whose last vector is filled up with what changes no
 // maximum.
 KDFAST_INLINE const float* padded_row(const float* row, int64_t classes, int64_t padded, float* copy) {
@@ -94,7 +79,7 @@ KDFAST_INLINE Powers powers_of(const float* row, int64_t classes, int64_t padded
                                float* out) {
   const float scale = inverse * 1.44269504f;
   row = padded_row(row, classes, padded, copy);
-  const float peak = largest(row, padded);
+  const float peak = largest<Lanes>(row, padded);
   refill(row, classes, padded, peak - 256.0f / scale);
   return {row, peak, exponentials(row, padded, peak, scale, out)};
 }
@@ -188,10 +173,10 @@ inline float least_of(int64_t rows, const float* loss) {
   return least;
 }
 
-// Returns NaN where a row is left to be computed otherwise, else infinity. Rows are shared out evenly; what a
-// row gets does not depend on how many threads there are.
-inline float kl_rows(int64_t rows, int64_t classes, Rows s, Rows t, Care care, float* loss, Gradient grad_s,
-                     Gradient grad_t, int64_t threads) {
+// Returns whether a row is left to be computed otherwise. Rows are shared out evenly; what a row gets does
+// not depend on how many threads there are.
+inline bool kl_rows(int64_t rows, int64_t classes, Rows s, Rows t, Care care, float* loss, Gradient grad_s,
+                    Gradient grad_t, int64_t threads) {
   shared_out(rows, classes, threads, [&](int64_t begin, int64_t end) {
     Scratch scratch(classes);
     kl_some(begin, end, classes, s, t, care, loss, grad_s, grad_t, scratch);

@@ -94,8 +94,8 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def collect(timers: Mapping[str, Timers], settings: Settings) -> dict[str, Samples]:
     """Seconds a call, for each provider and kind of sample; providers alternate, there and back.
 
-    Sample *i* of everyone is of round *i*. On a CPU a draw between kdfast and another goes on until it is settled which
-    it is, whichever it is.
+    Sample *i* of everyone is of round *i*. On a CPU a draw between kdfast and another goes on until its error
+    is small, whichever of them is ahead.
     """
     samples: dict[str, Samples] = {name: {} for name in timers}
     there = list(timers.items())
@@ -131,7 +131,7 @@ def _drawn(samples: Mapping[str, Samples]) -> bool:
         if name == "kdfast" or len(ours) < 2 or "wall" not in theirs:
             continue
         quotients = [their / our for their, our in zip(theirs["wall"], ours, strict=True)]
-        middle, (low, _, high) = statistics.median(quotients), statistics.quantiles(quotients, n=4)
+        low, middle, high = statistics.quantiles(quotients, n=4)
         # Of a median of normals: 1.253 deviations over √n, a deviation being 0.741 of the interquartile distance.
         error = 1.253 * 0.741 * (high - low) / math.sqrt(len(quotients))
         if abs(middle - 1) < DRAW and error > SETTLED * middle:

@@ -54,7 +54,7 @@ def closed_form(
         s, t = (x.movedim(dim, -1).reshape(math.prod(shape[:-1]), x.shape[dim]) for x in (s, t))
     grads = [torch.empty(s.shape, dtype=dtype, device=s.device) if wanted else None for wanted in need]
     count, step = len(s), max(1, chunk * CHUNK // max(1, s.shape[1]))
-    smallest: list[float] = []
+    left: list[bool] = []
 
     def some(rows: slice) -> torch.Tensor:
         here, there = s[rows].to(dtype), t[rows].to(dtype)
@@ -62,8 +62,8 @@ def closed_form(
         found = None if loop is None else one_loop(loop, here, there, *into)
         if found is None:
             loss = compute(here, there, rows, *into)
-            found = loss, float(loss.min()) if len(loss) else math.inf
-        smallest.append(found[1])
+            found = loss, bool(len(loss)) and not float(loss.min()) >= below  # NaN is not
+        left.append(found[1])
         return found[0]
 
     if count <= step:
@@ -73,7 +73,7 @@ def closed_form(
         for start in range(0, count, step):
             rows = slice(start, start + step)
             loss[rows] = some(rows)
-    if not all(least >= below for least in smallest):  # NaN is not
+    if any(left):
         again_with_care(loss, s, t, grads, careful, below)
     if flat:
         return loss, grads[0], grads[1]
@@ -98,8 +98,8 @@ def looped_form(
     found = one_loop(loop, student, teacher, *grads)
     if found is None:
         return closed_form(student, teacher, dim, need, plain, careful)
-    loss, smallest = found
-    if not smallest >= CAREFUL_BELOW:
+    loss, left = found
+    if left:
         again_with_care(loss, student.detach(), teacher.detach(), grads, careful, CAREFUL_BELOW)
     return loss, grads[0], grads[1]
 
@@ -110,8 +110,8 @@ def one_loop(
     t: torch.Tensor,
     grad_s: torch.Tensor | None,
     grad_t: torch.Tensor | None,
-) -> tuple[torch.Tensor, float] | None:
-    """The losses of float32 rows ``[n, V]``, and NaN where rows of them are left to be computed otherwise.
+) -> tuple[torch.Tensor, bool] | None:
+    """The losses of float32 rows ``[n, V]``, and whether some are left to be computed otherwise, for NaN or -inf.
 
     None where no loop can take them. Rows under :data:`CAREFUL_BELOW` are computed with care there.
     """
@@ -121,7 +121,7 @@ def one_loop(
     s, t = (x if x.stride(1) == 1 else x.contiguous() for x in (s, t))
     name, temperature, numbers = loop
     loss = torch.empty(len(s))
-    smallest: float = getattr(library, name)(
+    left: bool = getattr(library, name)(
         *s.shape,
         s.data_ptr(),
         s.stride(0),
@@ -135,7 +135,7 @@ def one_loop(
         CAREFUL_BELOW,
         *numbers,
     )
-    return loss, smallest
+    return loss, left
 
 
 def again_with_care(

@@ -123,7 +123,9 @@ def gradient_block(
         gap = gap_of(s, t, k, log_ratio)
         delta, centre_term = gap * 0.6931471805599453, q - p
         term = p * delta
-        if MODE == SUMMED:  # with Σ (q - p), which is 0 but for what rounding did to the two log-sum-exps in δ, too
+        if (
+            MODE == SUMMED
+        ):  # with Σ (q - p), which is 0 but for what rounding did to the two log-sum-exps in δ, too
             term += centre_term
         if MODE == NEAR:
             term, centre_term, delta = near_terms(gap, p, q, t > float("-inf"))

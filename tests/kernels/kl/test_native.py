@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -46,6 +46,14 @@ FORMS = {
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 
 
+def together(got: Closed, want: Closed) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Losses and both gradients, which are there."""
+    for one, two in zip(got, want, strict=True):
+        assert one is not None
+        assert two is not None
+        yield one, two
+
+
 def logits_of(classes: int, rows: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     return 3 * torch.randn(rows, classes), 3 * torch.randn(rows, classes)
 
@@ -57,9 +65,7 @@ def test_every_length_and_temperature(form: Form, classes: int, temperature: flo
     student, teacher = logits_of(classes)
     got = form(student, teacher, temperature, 1, True, True)
     want = form(student.double(), teacher.double(), temperature, 1, True, True)
-    for one, two in zip(got, want, strict=True):
-        assert one is not None
-        assert two is not None
+    for one, two in together(got, want):
         # δ, of logits 10/T apart, is rounded before the row's mean is taken from it.
         torch.testing.assert_close(one.double(), two, rtol=1e-5, atol=2e-7 * max(1.0, 10 / temperature))
 
@@ -108,9 +114,7 @@ def test_rows_that_nearly_agree(form: Form, classes: int, apart: float, temperat
     want = form(student.double(), teacher.double(), temperature, 1, True, True)
     # What the definition itself leaves of a divergence that is the difference of numbers near 1.
     left = 1e-15 if form is not kd_kl_closed else 1e-20
-    for one, two in zip(got, want, strict=True):
-        assert one is not None
-        assert two is not None
+    for one, two in together(got, want):
         largest = float(two.abs().max())
         torch.testing.assert_close(one.double(), two, rtol=2e-7, atol=max(left, 1e-7 * largest))
 
@@ -124,9 +128,7 @@ def test_rows_that_nearly_agree_but_for_classes_that_hardly_are(form: Form) -> N
     got = form(student, teacher, 1.0, 1, True, True)
     want = form(student.double(), teacher.double(), 1.0, 1, True, True)
     assert float(want[0].max()) < shared.CAREFUL_BELOW
-    for one, two in zip(got, want, strict=True):
-        assert one is not None
-        assert two is not None
+    for one, two in together(got, want):
         torch.testing.assert_close(one.double(), two, rtol=2e-7, atol=1e-14)
 
 
@@ -138,7 +140,7 @@ def test_rows_that_nearly_agree_but_for_classes_that_hardly_are(form: Form) -> N
 def test_only_rows_without_a_number_leave_the_loop(
     form: Form, module: Any, careful: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a high temperature every row nearly agrees: operators in float64 took five times eager PyTorch's time."""
+    """Operators in float64 took five times eager PyTorch's time for rows that nearly agree."""
     asked: list[int] = []
     original = getattr(module, careful)
     monkeypatch.setattr(module, careful, lambda *args: (asked.append(1), original(*args))[1])
@@ -153,9 +155,7 @@ def test_only_rows_without_a_number_leave_the_loop(
     odd = form(student, teacher, 10.0, 1, True, True)
     assert asked
     others = [0, 1, 3, 4, 5]
-    for one, two in zip(odd, whole, strict=True):
-        assert one is not None
-        assert two is not None
+    for one, two in together(odd, whole):
         assert bool(one[2].isnan().any())
         torch.testing.assert_close(one[others], two[others], rtol=2e-7, atol=1e-12)
 
