@@ -6,7 +6,8 @@ vectors, ε = 1e-8:
     loss   = T²·(β·mean over rows (1 - ρ(q_row, p_row)) + γ·mean over columns (1 - ρ(q_col, p_col)))
     ∂ρ/∂a  = b/D - v·a,  D = |a||b| + ε,  v = ρ·|b|/(D·|a|);   ∂/∂s = q·(slope - Σ q·slope)/T
 
-A row's mean is 1/V. A column's moments are merged from tiles by Chan's formula, in a fixed order.
+A row's mean is 1/V. A column's moments are those of its values above the mean of its first rows, each thread its own sums
+until the last row; programs that share a column's rows are merged by Chan's formula, in a fixed order.
 
 Bytes moved, N = elements of one logit tensor: 2N for the rows, 2N for the columns (a column is complete only
 when every row's softmax is), 3N for the student's gradient or 4N for both: 4N, 7N, 8N. Where a program reads its

@@ -129,26 +129,69 @@ def dist_tile_rows_kernel(
 
 
 @triton.jit
-def _merge(n, mean_a, mean_b, ab, aa, bb, n_, mean_a_, mean_b_, ab_, aa_, bb_):
-    """Counts, means and centred moments of two groups of rows together (Chan et al. 1983): nothing cancels."""
-    total = tl.maximum(n + n_, 1.0)
-    d_a, d_b = mean_a_ - mean_a, mean_b_ - mean_b
-    between = n * n_ / total
-    share = n_ / total
+def _merge(n, mean_a, mean_b, ab, aa, bb, counts, means_a, means_b, abs_, aas, bbs):
+    """Counts, means and centred moments of groups of rows, [groups, columns], with those of the rows before them.
+
+    Of what groups have between them only squares of differences are taken (Chan et al. 1983): nothing cancels.
+    """
+    more = tl.sum(counts, axis=0)
+    a, b = tl.sum(counts[:, None] * means_a, axis=0) / more, tl.sum(counts[:, None] * means_b, axis=0) / more
+    d_a, d_b = means_a - a[None, :], means_b - b[None, :]
+    w_a, w_b = counts[:, None] * d_a, counts[:, None] * d_b
+    ab += tl.sum(abs_ + w_a * d_b, axis=0)
+    aa += tl.sum(aas + w_a * d_a, axis=0)
+    bb += tl.sum(bbs + w_b * d_b, axis=0)
+    total = n + more
+    share = more / total
+    d_a, d_b = a - mean_a, b - mean_b
+    between = n * share
     return (
-        n + n_, mean_a + d_a * share, mean_b + d_b * share,
-        ab + ab_ + d_a * d_b * between, aa + aa_ + d_a * d_a * between, bb + bb_ + d_b * d_b * between,
+        total, mean_a + d_a * share, mean_b + d_b * share,
+        ab + d_a * d_b * between, aa + d_a * d_a * between, bb + d_b * d_b * between,
     )  # fmt: skip
+
+
+@triton.jit
+def _of_columns(
+    s_ptr, t_ptr, row_ptr, rows, last, classes, k, num_rows, inner, s_outer, s_inner, s_class, t_outer, t_inner, t_class,
+    V: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of a tile, 0 where there is none, and 1 for each of ``rows`` before ``last``, else 0."""
+    valid = rows < last
+    live = valid[:, None] & (classes < V)[None, :]
+    s = _tile(s_ptr, _row_starts(rows, inner, s_outer, s_inner, UNIT), classes, s_class, live)
+    t = _tile(t_ptr, _row_starts(rows, inner, t_outer, t_inner, UNIT), classes, t_class, live)
+    s_log = tl.load(row_ptr + rows, mask=valid, other=0.0)
+    t_log = tl.load(row_ptr + num_rows + rows, mask=valid, other=0.0)
+    return tl.exp2(s * k - s_log[:, None]), tl.exp2(t * k - t_log[:, None]), valid.to(tl.float32)
+
+
+@triton.jit
+def _add_columns(a_sum, b_sum, ab, aa, bb, q, p, valid, q_shift, p_shift):
+    """Sums of what lies above the shifts, in the threads that have them; rows that are not there add 0."""
+    a, b = q - valid[:, None] * q_shift[None, :], p - valid[:, None] * p_shift[None, :]
+    return a_sum + a, b_sum + b, ab + a * b, aa + a * a, bb + b * b
+
+
+@triton.jit
+def _not_below_zero(x):
+    """Where all values of a column are the same, rounding is all that is left: a device's divisions err by two units."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def dist_columns_kernel(
     s_ptr, t_ptr, row_ptr, part_ptr, upstream_ptr, temperature, temperature_ptr, num_rows, inner, rows_per_split,
     s_outer, s_inner, s_class, t_outer, t_inner, t_class,
-    V: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, T_PTR: tl.constexpr,
-    EARLY_EXIT: tl.constexpr,
+    V: tl.constexpr, UNIT: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    T_PTR: tl.constexpr, EARLY_EXIT: tl.constexpr,
 ):  # fmt: skip
-    """Moments of some columns over some of the rows."""
+    """Moments of some columns over some of the rows.
+
+    Sums of powers of what lies above the first tile's mean, each thread its own until the last row. That tile is one of
+    those summed, so of a square's sum no more cancels than the part of the rows that it is not: with n rows, n₀ of them
+    in the tile, Σ(q - shift)² ≤ (1 + n/n₀)·Σ(q - mean)².
+    """
     if finished(upstream_ptr, EARLY_EXIT):
         return
     k = 1.4426950408889634 / scalar(temperature, temperature_ptr, T_PTR)
@@ -156,38 +199,41 @@ def dist_columns_kernel(
     classes = columns.to(tl.int64)
     first = tl.program_id(1) * rows_per_split
     last = tl.minimum(first + rows_per_split, num_rows)
-    zero = tl.zeros([COLUMNS], tl.float32)
-    n = 0.0
-    mean_a, mean_b, ab, aa, bb = zero, zero, zero, zero, zero
-    for start in range(first, last, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        valid = rows < last
-        live = valid[:, None] & (columns < V)[None, :]
-        s = _tile(s_ptr, _row_starts(rows, inner, s_outer, s_inner, UNIT), classes, s_class, live)
-        t = _tile(t_ptr, _row_starts(rows, inner, t_outer, t_inner, UNIT), classes, t_class, live)
-        s_log = tl.load(row_ptr + rows, mask=valid, other=0.0)
-        t_log = tl.load(row_ptr + num_rows + rows, mask=valid, other=0.0)
-        q, p = tl.exp2(s * k - s_log[:, None]), tl.exp2(t * k - t_log[:, None])
-        count = tl.minimum(last - start, ROWS).to(tl.float32)
-        q_mean, p_mean = tl.sum(q, axis=0) / count, tl.sum(p, axis=0) / count
-        a = tl.where(live, q - q_mean[None, :], 0.0)
-        b = tl.where(live, p - p_mean[None, :], 0.0)
-        n, mean_a, mean_b, ab, aa, bb = _merge(
-            n, mean_a, mean_b, ab, aa, bb,
-            count, q_mean, p_mean, tl.sum(a * b, axis=0), tl.sum(a * a, axis=0), tl.sum(b * b, axis=0),
-        )  # fmt: skip
+    lanes = tl.arange(0, ROWS)
+    q, p, valid = _of_columns(
+        s_ptr, t_ptr, row_ptr, first + lanes, last, classes, k, num_rows, inner,
+        s_outer, s_inner, s_class, t_outer, t_inner, t_class, V, UNIT,
+    )  # fmt: skip
+    count = tl.minimum(last - first, ROWS).to(tl.float32)
+    q_shift, p_shift = tl.sum(q, axis=0) / count, tl.sum(p, axis=0) / count
+    zero = tl.zeros([ROWS, COLUMNS], tl.float32)
+    a, b, ab, aa, bb = _add_columns(zero, zero, zero, zero, zero, q, p, valid, q_shift, p_shift)
+    for start in range(first + ROWS, last, TURNS * ROWS):
+        for turn in tl.static_range(TURNS):
+            q, p, valid = _of_columns(
+                s_ptr, t_ptr, row_ptr, start + turn * ROWS + lanes, last, classes, k, num_rows, inner,
+                s_outer, s_inner, s_class, t_outer, t_inner, t_class, V, UNIT,
+            )  # fmt: skip
+            a, b, ab, aa, bb = _add_columns(a, b, ab, aa, bb, q, p, valid, q_shift, p_shift)
+    n = (last - first).to(tl.float32)
+    a_sum, b_sum = tl.sum(a, axis=0), tl.sum(b, axis=0)
+    a_mean, b_mean = a_sum / n, b_sum / n
     part = part_ptr + tl.cast(tl.program_id(1), tl.int64) * 5 * V + columns
-    _store_five(part, V, mean_a, mean_b, ab, aa, bb, columns < V)
+    _store_five(
+        part, V, q_shift + a_mean, p_shift + b_mean, tl.sum(ab, axis=0) - a_sum * b_mean,
+        _not_below_zero(tl.sum(aa, axis=0) - a_sum * a_mean), _not_below_zero(tl.sum(bb, axis=0) - b_sum * b_mean),
+        columns < V,
+    )  # fmt: skip
 
 
 @triton.jit
 def dist_merge_kernel(
     row_ptr, part_ptr, column_ptr, partial_ptr, counter_ptr, loss_ptr, upstream_ptr,
     temperature, temperature_ptr, divisor, divisor_ptr, beta, gamma, num_rows, rows_per_split, splits,
-    V: tl.constexpr, COLUMNS: tl.constexpr, T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr,
+    V: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr,
     EARLY_EXIT: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits in a fixed order; the program that finishes last writes the loss."""
+    """Merge the splits, SPLITS at a time, in a fixed order; the program that finishes last writes the loss."""
     if finished(upstream_ptr, EARLY_EXIT):
         return
     pid = tl.program_id(0)
@@ -196,14 +242,15 @@ def dist_merge_kernel(
     zero = tl.zeros([COLUMNS], tl.float32)
     n = 0.0
     mean_a, mean_b, ab, aa, bb = zero, zero, zero, zero, zero
-    for split in range(0, splits):
-        part = part_ptr + tl.cast(split, tl.int64) * 5 * V + columns
-        count = tl.minimum(num_rows - split * rows_per_split, rows_per_split).to(tl.float32)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        part = part_ptr + split.to(tl.int64)[:, None] * (5 * V) + columns[None, :]
+        inside = (split < splits)[:, None] & live[None, :]
+        counts = tl.where(split < splits, tl.minimum(num_rows - split * rows_per_split, rows_per_split), 0)
         n, mean_a, mean_b, ab, aa, bb = _merge(
-            n, mean_a, mean_b, ab, aa, bb,
-            count, tl.load(part, mask=live, other=0.0), tl.load(part + V, mask=live, other=0.0),
-            tl.load(part + 2 * V, mask=live, other=0.0), tl.load(part + 3 * V, mask=live, other=0.0),
-            tl.load(part + 4 * V, mask=live, other=0.0),
+            n, mean_a, mean_b, ab, aa, bb, counts.to(tl.float32), tl.load(part, mask=inside, other=0.0),
+            tl.load(part + V, mask=inside, other=0.0), tl.load(part + 2 * V, mask=inside, other=0.0),
+            tl.load(part + 3 * V, mask=inside, other=0.0), tl.load(part + 4 * V, mask=inside, other=0.0),
         )  # fmt: skip
     rho, inv, v_s, v_t = _correlation(ab, aa, bb)
     _store_five(column_ptr + columns, V, mean_a, mean_b, inv, v_s, v_t, live)

@@ -13,7 +13,7 @@ from ..common.tile import tile_grid, tile_sizes
 from ..keys import launch_key
 from ..launch import Kept, Launch, reduction
 from . import bodies
-from .plan import dist_plan
+from .plan import TURNS, dist_plan
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -122,13 +122,15 @@ class _Call:
             (groups, plan.splits),
             (*rows, plan.rows_per_split, *strides[:6]),
             UNIT=at.unit,
-            ROWS=plan.tile_rows,
+            TURNS=TURNS,
+            ROWS=plan.tile_rows // TURNS,
             COLUMNS=plan.columns,
         )
         self.merge = launch(
             bodies.dist_merge_kernel,
             (groups,),
             (num_rows, plan.rows_per_split, plan.splits),
+            SPLITS=plan.merged,
             COLUMNS=plan.columns,
             REDUCE=reduce,
             **divisor,

@@ -11,6 +11,10 @@ from ..common.tile import ONE_ROW, few_classes
 
 #: A row pair up to this many classes stays in registers.
 MAX_ROW = 8192
+#: Rows of a tile that a thread of the column kernel adds up for itself.
+TURNS = 2
+#: Splits that are merged at a time.
+MERGED = 32
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,11 @@ class DistPlan:
     Attributes:
         rows: Rows of a program of the row and gradient kernels.
         block: Classes they read at a time.
-        tile_rows: Rows that a program of the column kernel reads at a time.
+        tile_rows: Rows that a program of the column kernel reads at a time, TURNS a thread.
         columns: Its columns.
         splits: Programs that share a group of columns, each taking a stretch of rows.
         rows_per_split: The length of that stretch.
+        merged: Splits that are merged at a time.
         num_warps: Warps a program, of every kernel but a tile's.
         tile: Rows in registers, of the row kernel; None where they are read twice.
     """
@@ -34,6 +39,7 @@ class DistPlan:
     columns: int
     splits: int
     rows_per_split: int
+    merged: int
     num_warps: int
     tile: TilePlan | None
 
@@ -56,13 +62,15 @@ def dist_plan(num_rows: int, num_classes: int, itemsize: int) -> DistPlan:
     wanted = max(1, 512 // triton.cdiv(num_classes, columns))
     splits = max(1, min(wanted, triton.cdiv(num_rows, 4 * tile_rows)))
     rows_per_split = triton.cdiv(num_rows, splits)
+    splits = triton.cdiv(num_rows, rows_per_split)
     return DistPlan(
         max(1, 2048 // block),
         block,
         tile_rows,
         columns,
-        triton.cdiv(num_rows, rows_per_split),
+        splits,
         rows_per_split,
+        min(MERGED, triton.next_power_of_2(splits)),
         4,
         _tile(num_classes, itemsize),
     )

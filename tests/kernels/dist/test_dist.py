@@ -104,6 +104,53 @@ def test_order_of_samples_does_not_matter(target: Target) -> None:
     torch.testing.assert_close(dist_loss(s[order], t[order]), dist_loss(s, t), rtol=1e-5, atol=1e-6)
 
 
+def distance(target: Target, s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns' distance and its error in float64."""
+    got = dist_loss(s.to(target.device), t.to(target.device), beta=0.0, gamma=1.0).cpu().double()
+    want = oracle(s.double(), t.double(), 0.0, 1.0, 1.0)
+    return got, (got - want).abs()
+
+
+@pytest.mark.parametrize("first", [64, 1, 299])
+def test_rows_in_the_order_of_their_classes(target: Target, first: int) -> None:
+    """The first rows say nothing of those that come after them: 64 of them are what a kernel's column begins with."""
+    s, t = draw(300, 16)
+    for x, by in ((s, 9.0), (t, 7.0)):
+        x[:first, 0] += by
+        x[first:, 1] += by
+    value, error = distance(target, s, t)
+    assert float(value) > 1e-3
+    assert float(error) < 2e-6
+
+
+def test_probabilities_that_hardly_vary(target: Target) -> None:
+    """At a high temperature by a hundredth of what they are: sums of squares would say nothing of their variance."""
+    s, t = (x.to(target.device) for x in draw(300, 16))
+    t = s + t
+    want = oracle(s.double(), t.double(), 0.0, 1.0, 300.0)
+    torch.testing.assert_close(
+        dist_loss(s, t, beta=0.0, gamma=1.0, temperature=300.0).double(), want, rtol=3e-6, atol=0
+    )
+
+
+def test_more_stretches_of_rows_than_are_merged_at_a_time(target: Target) -> None:
+    """17 000 rows of three classes are 34 stretches for two turns; the last has fewer rows than the others."""
+    s, t = draw(17_000, 3)
+    s[9_000:] += torch.tensor([0.0, 4.0, -4.0])
+    value, error = distance(target, s, t)
+    assert float(value) > 0.1
+    assert float(error) < 3e-6
+
+
+def test_classes_of_the_same_probability_in_every_row(target: Target) -> None:
+    """Their variance is what rounding leaves of 0: no correlation, and no square root of less than nothing."""
+    for rows in range(1, 70, 3):
+        s, t = (x[:1].repeat(rows, 1) for x in draw(2, 9))
+        value, error = distance(target, s, t)
+        assert float(value) == pytest.approx(1.0)
+        assert float(error) < 1e-6, rows
+
+
 def test_backward_repeats_and_applies_the_upstream_gradient(target: Target) -> None:
     s, t = (x.requires_grad_() for x in draw(6, 11, device=target.device))
     hidden = s * 1, t * 1

@@ -93,6 +93,19 @@ def test_a_row_of_dist_on_the_chip_costs_no_more_than_its_budget(
     assert report.instructions_per_element(tile.rows * num_classes) <= budget, report
 
 
+@pytest.mark.parametrize(("num_classes", "dtype", "budget"), [(1000, BF16, 22), (1000, FP32, 22)])
+def test_a_column_of_dist_costs_no_more_than_its_budget(
+    num_classes: int, dtype: torch.dtype, budget: int
+) -> None:
+    """Lane instructions an element of the turn that reads all rows but the first."""
+    s, t = meta(65536, num_classes, dtype=dtype), meta(65536, num_classes, dtype=dtype)
+    report = audit(lambda: dist.run(s, t, 1.0, 1.0, SCALE, (torch.empty_like(s), None)), 90)[1]
+    assert (report.name, report.spills) == ("dist_columns_kernel", 0), report
+    plan = dist_plan(65536, num_classes, dtype.itemsize)
+    assert report.loops[0] * 32 * plan.num_warps / (plan.tile_rows * plan.columns) <= budget, report
+    assert report.registers <= 128, report
+
+
 def variants() -> list[pytest.ParameterSet]:
     """(call, bytes of the widest load and store at least). Most are slow: compiling one takes seconds."""
     shapes = {  # classes last, or dimension 1; 16 bytes wherever a row's length allows it
