@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdfast.backend import resolve
 from kdfast.ops.common.gradients import is_plain
+from kdfast.ops.common.registered import registered_op
 from kdfast.reference import images as reference
 
 __all__ = ["Crop", "crop_flip"]
@@ -133,7 +134,7 @@ _SCHEMA = (
 )
 
 
-@torch.library.custom_op("kdfast::crop_flip", mutates_args=(), schema=_SCHEMA)
+@registered_op("crop_flip", _SCHEMA)
 def _op(x: Tensor, offsets: Tensor, flips: Tensor, gain: Tensor, bias: Tensor | None, *crop: Any) -> Tensor:
     return _run(x, offsets, flips, gain, bias, Crop(*crop))
 

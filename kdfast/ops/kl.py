@@ -9,6 +9,7 @@ import torch
 
 from kdfast.ops.common.closed import ClosedRows
 from kdfast.ops.common.gradients import Value, join_value, split_value, takes_reference
+from kdfast.ops.common.registered import registered_op
 from kdfast.ops.common.row_loss import Launcher, Row, launches, register
 from kdfast.reference import kl as reference
 from kdfast.reference.common import compute_dtype
@@ -123,7 +124,7 @@ def _statistics(
     return (kl, *statistics)
 
 
-@torch.library.custom_op("kdfast::kd_statistics", mutates_args=())
+@registered_op("kd_statistics")
 def kd_statistics_op(
     student: torch.Tensor,
     teacher: torch.Tensor,

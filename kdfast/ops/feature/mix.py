@@ -16,6 +16,7 @@ from kdfast.backend import resolve
 from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import apply, differentiable_gradients
 from kdfast.ops.common.layouts import laid_out_as
+from kdfast.ops.common.registered import registered_op
 from kdfast.ops.feature import native
 from kdfast.reference import feature as reference
 from kdfast.reference.common import compute_dtype
@@ -233,9 +234,7 @@ _RECURSION = (
 )
 
 
-@torch.library.custom_op(
-    "kdfast::reparam_middle", mutates_args=(), schema=f"({_RECURSION}) -> (Tensor, Tensor)"
-)
+@registered_op("reparam_middle", f"({_RECURSION}) -> (Tensor, Tensor)")
 def _reparam_op(branches: Tensor, target: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     call = _recursion(flat)
     with fresh_counters():
@@ -249,11 +248,7 @@ def _(branches: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return branches.new_empty((), dtype=dtype), torch.empty_like(target, dtype=branches.dtype)
 
 
-@torch.library.custom_op(
-    "kdfast::reparam_middle_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_loss, Tensor grad_mean, {_RECURSION}) -> Tensor",
-)
+@registered_op("reparam_middle_backward", f"(Tensor grad_loss, Tensor grad_mean, {_RECURSION}) -> Tensor")
 def _reparam_backward_op(
     grad_loss: Tensor, grad_mean: Tensor, branches: Tensor, target: Tensor, *flat: Any
 ) -> Tensor:
@@ -294,7 +289,7 @@ def _reparam_backward(ctx: Any, grad_loss: Tensor, grad_mean: Tensor) -> tuple[T
 _reparam_op.register_autograd(_reparam_backward, setup_context=_reparam_context)
 
 
-@torch.library.custom_op("kdfast::noise_mix", mutates_args=())
+@registered_op("noise_mix")
 def _mix_op(x: Tensor, gamma: Tensor, seed: int, seed_tensor: Tensor | None) -> Tensor:
     return laid_out_as(x, noise_mix(x, gamma, seed if seed_tensor is None else seed_tensor))
 
@@ -304,7 +299,7 @@ def _(x: Tensor, gamma: Tensor, seed: int, seed_tensor: Tensor | None) -> Tensor
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("kdfast::noise_mix_backward", mutates_args=())
+@registered_op("noise_mix_backward")
 def _mix_backward_op(
     upstream: Tensor, x: Tensor, gamma: Tensor, seed: int, seed_tensor: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from kdfast.backend import resolve
 from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import apply, differentiable_gradients
 from kdfast.ops.common.layouts import laid_out_as
+from kdfast.ops.common.registered import registered_op
 from kdfast.ops.feature import native
 from kdfast.reference import feature as reference
 from kdfast.reference.common import compute_dtype
@@ -139,7 +140,7 @@ class _AddNoise(torch.autograd.Function):
 # --- the registered form -------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("kdfast::noise_mse", mutates_args=())
+@registered_op("noise_mse")
 def _mse_op(prediction: Tensor, seed: int, seed_tensor: Tensor | None) -> Tensor:
     key = seed if seed_tensor is None else seed_tensor
     if resolve(prediction) == "triton":
@@ -153,7 +154,7 @@ def _(prediction: Tensor, *rest: Any) -> Tensor:
     return prediction.new_empty((), dtype=compute_dtype(prediction))
 
 
-@torch.library.custom_op("kdfast::noise_mse_backward", mutates_args=())
+@registered_op("noise_mse_backward")
 def _mse_backward_op(upstream: Tensor, prediction: Tensor, seed: int, seed_tensor: Tensor | None) -> Tensor:
     """Computed afresh: what a forward wrote in half precision would be rounded before a loss's scale multiplies it."""
     key = seed if seed_tensor is None else seed_tensor
@@ -184,7 +185,7 @@ def _mse_autograd(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 _mse_op.register_autograd(_mse_autograd, setup_context=_mse_context)
 
 
-@torch.library.custom_op("kdfast::add_noise_embed", mutates_args=())
+@registered_op("add_noise_embed")
 def _noise_op(
     x: Tensor,
     timesteps: Tensor,
@@ -202,7 +203,7 @@ def _(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("kdfast::add_noise_embed_backward", mutates_args=())
+@registered_op("add_noise_embed_backward")
 def _noise_backward_op(upstream: Tensor, timesteps: Tensor, embedding: Tensor) -> Tensor:
     if resolve(upstream, embedding) == "triton":
         found = _embedding_gradient(upstream, timesteps, embedding)

@@ -21,6 +21,7 @@ import torch
 from kdfast.backend import resolve
 from kdfast.kernels.linear import chunks_alive, default_chunk_rows
 from kdfast.ops.common.gradients import has_values
+from kdfast.ops.common.registered import registered_op
 from kdfast.ops.linear.chunks import autocasts, compute, definition
 from kdfast.ops.linear.job import SCHEMA, Job, flat, job_of
 from kdfast.profiling import annotate
@@ -85,7 +86,7 @@ _ONCE = (
 )
 
 
-@torch.library.custom_op("kdfast::fused_linear_kd", mutates_args=(), schema=SCHEMA)
+@registered_op("fused_linear_kd", SCHEMA)
 def fused_linear_kd_op(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``kdfast::fused_linear_kd``: loss and gradients of hidden states, weight and bias (empty if not needed)."""
     job, chunk_rows, needs = job_of(given[:-4]), given[-4], given[-3:]

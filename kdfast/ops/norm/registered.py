@@ -14,6 +14,7 @@ from torch import Tensor
 from kdfast.backend import resolve
 from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.layouts import laid_out_as
+from kdfast.ops.common.registered import registered_op
 from kdfast.ops.norm import launch as ops
 from kdfast.reference.common import compute_dtype
 from kdfast.reference.norm import fused as reference
@@ -73,7 +74,7 @@ def _put(
     return laid_out_as(like, value.clone() if value is given else value, dtype)
 
 
-@torch.library.custom_op("kdfast::bn_act", mutates_args=(), schema=_ACT_SCHEMA)
+@registered_op("bn_act", _ACT_SCHEMA)
 def bn_act(x: Tensor, residual: Tensor | None, *flat: Any) -> tuple[Tensor, Tensor]:
     """y and ``[3, C]``: μ, r and the unbiased variance."""
     norm, act = _act(flat)
@@ -97,7 +98,7 @@ def _(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=dtype), _stats(x)
 
 
-@torch.library.custom_op("kdfast::bn_act_backward", mutates_args=(), schema=_ACT_BACKWARD_SCHEMA)
+@registered_op("bn_act_backward", _ACT_BACKWARD_SCHEMA)
 def bn_act_backward(
     grad: Tensor, x: Tensor, residual: Tensor | None, y: Tensor, stats: Tensor, *flat: Any
 ) -> tuple[Tensor, ...]:
@@ -156,7 +157,7 @@ def _act_autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 bn_act.register_autograd(_act_autograd, setup_context=_act_context)
 
 
-@torch.library.custom_op("kdfast::bn_mse", mutates_args=(), schema=_MSE_SCHEMA)
+@registered_op("bn_mse", _MSE_SCHEMA)
 def bn_mse(x: Tensor, target: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """The loss, the statistics as of :func:`bn_act`, and with ``gradients`` the sums that those are made of."""
     *held, gradients = flat
@@ -180,7 +181,7 @@ def _(x: Tensor, target: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     return loss, _stats(x, target), _sums(x, target, flat[-1])
 
 
-@torch.library.custom_op("kdfast::bn_mse_backward", mutates_args=(), schema=_MSE_BACKWARD_SCHEMA)
+@registered_op("bn_mse_backward", _MSE_BACKWARD_SCHEMA)
 def bn_mse_backward(
     upstream: Tensor, x: Tensor, target: Tensor, stats: Tensor, sums: Tensor, *flat: Any
 ) -> tuple[Tensor, ...]:

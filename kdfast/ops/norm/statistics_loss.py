@@ -16,6 +16,7 @@ from kdfast.backend import resolve
 from kdfast.ops.common.counters import fresh_counters
 from kdfast.ops.common.gradients import apply, differentiable_gradients, is_plain
 from kdfast.ops.common.layouts import laid_out_as
+from kdfast.ops.common.registered import registered_op
 from kdfast.reference.common import compute_dtype
 from kdfast.reference.norm import statistics_loss as reference
 from kdfast.reference.norm.statistics_loss import Target
@@ -140,7 +141,7 @@ _SCHEMA = (
 )
 
 
-@torch.library.custom_op("kdfast::bn_statistics", mutates_args=(), schema=_SCHEMA)
+@registered_op("bn_statistics", _SCHEMA)
 def _op(x: Tensor, *target: Any) -> tuple[Tensor, Tensor]:
     with fresh_counters():
         return _forward(_dense(x), Target(*target))
@@ -152,7 +153,7 @@ def _(x: Tensor, *target: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty((), dtype=dtype), x.new_empty((4, x.shape[1]), dtype=dtype)
 
 
-@torch.library.custom_op("kdfast::bn_statistics_backward", mutates_args=())
+@registered_op("bn_statistics_backward")
 def _backward_op(upstream: Tensor, x: Tensor, stats: Tensor) -> Tensor:
     return laid_out_as(x, _backward(_dense(x), stats, upstream, None))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backend import resolve
+from kdfast.ops.common.registered import registered_op
 from kdfast.reference.procedural import leaves as reference
 
 __all__ = ["render_leaves"]
@@ -23,7 +24,7 @@ def _law(pinned: bool) -> tuple[Tensor, Tensor]:
     return (radii.pin_memory(), law.pin_memory()) if pinned else (radii, law)
 
 
-@torch.library.custom_op("kdfast::render_leaves", mutates_args=())
+@registered_op("render_leaves")
 def _render_op(index: Tensor, seed: int, height: int, width: int, limit: int) -> Tensor:
     if resolve(index) == "reference":
         return reference.render(seed, index, height, width, limit)

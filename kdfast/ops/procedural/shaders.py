@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdfast.backend import resolve
 from kdfast.ops.common.gradients import are_plain
+from kdfast.ops.common.registered import registered_op
 from kdfast.reference.procedural import shaders as reference
 from kdfast.reference.procedural.shaders import Programs
 
@@ -29,7 +30,7 @@ def _kernels() -> Any:
     return shaders
 
 
-@torch.library.custom_op("kdfast::render_shaders", mutates_args=(), schema=_SCHEMA)
+@registered_op("render_shaders", _SCHEMA)
 def _render_op(*flat: Any) -> Tensor:
     *tensors, height, width, antialias, as_float = flat
     return _render(Programs(*tensors), height, width, antialias, torch.float32 if as_float else torch.uint8)

@@ -159,7 +159,7 @@ def statistics_case(name: str, shapes: Any, small: Any, **options: Any) -> OpCas
         from kdfast.ops.kl import kd_statistics_op
 
         dim = options.get("dim", -1) % inputs["student"].dim()
-        return kd_statistics_op, (inputs["student"], inputs["teacher"], 4.0, None, dim)
+        return kd_statistics_op.overload, (inputs["student"], inputs["teacher"], 4.0, None, dim)
 
     def make(generator: torch.Generator, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
         # Whole numbers: equal logits are many, and the first of them is the class.

@@ -101,7 +101,7 @@ def case(
     student = ("student_hidden", "student_weight", *(("student_bias",) if bias else ()))
 
     def checked(inputs: dict[str, torch.Tensor]) -> tuple[Any, tuple[Any, ...]]:
-        return fused_linear_kd_op, (*flat(job_of(inputs, student)), 4, True, True, bias)
+        return fused_linear_kd_op.overload, (*flat(job_of(inputs, student)), 4, True, True, bias)
 
     return OpCase(
         name=name,
