@@ -19,7 +19,7 @@ import torch
 __all__ = ["RegisteredOp", "registered_op"]
 
 #: Operators live as long as what defined them.
-_LIBRARY = torch.library.Library("kdfast", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("kdfast", "FRAGMENT")  # type: ignore[no-untyped-call]
 #: Where kernels are, whatever the device: they choose a backend themselves.
 _EVERYWHERE = "CompositeExplicitAutograd"
 
