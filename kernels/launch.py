@@ -303,10 +303,8 @@ _compiled = _Compiled()
 
 
 class fresh_counters:
-    """Keep no counter inside a block: for registered ops, which a compiler runs.
-
-    Its first run may direct every allocation into the memory pool of a CUDA graph (torch.compile with
-    mode="reduce-overhead"), and nothing in there may outlive the call. A class: a generator would take twice as long.
+    """Keep no counter inside a block: for registered ops, whose first run a compiler may direct into the memory pool of
+    a CUDA graph (torch.compile with mode="reduce-overhead"). Nothing in there may outlive the call.
     """
 
     __slots__ = ("_before",)
