@@ -72,6 +72,14 @@ def test_autograd_is_entered_only_where_it_is_asked_for(name: str, entered: bool
     assert bool(frames) is entered, frames
 
 
+def test_a_compiler_that_asks_for_compliance_finds_it() -> None:
+    student, teacher = logits()
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(only_allow_pt2_compliant_ops=True):
+        compiled = torch.compile(lambda s, t: kl.op(s, t, *CALL), fullgraph=True, backend="aot_eager")
+        assert compiled(student, teacher).requires_grad
+
+
 def test_an_operator_without_a_gradient_says_so() -> None:
     student, teacher = logits()
     found = kd_statistics_op(student, teacher, 2.0, None, 1)[0]

@@ -49,7 +49,7 @@ class RegisteredOp:
         self.__doc__ = kernel.__doc__
         self._name = name
         for own in self._both():
-            _LIBRARY.define(own + schema)
+            _LIBRARY.define(own + schema, tags=(torch.Tag.pt2_compliant_tag,))
             _LIBRARY.impl(own, kernel, _EVERYWHERE)
         _LIBRARY.impl(f"{name}_kernel", torch.library.fallthrough_kernel, "Autograd")
         self.overload: Any = getattr(torch.ops.kdfast, name).default
