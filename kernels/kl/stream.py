@@ -123,10 +123,6 @@ def gradient_block(
         gap = gap_of(s, t, k, log_ratio)
         delta, centre_term = gap * 0.6931471805599453, q - p
         term = p * delta
-        if (
-            MODE == SUMMED
-        ):  # with Σ (q - p), which is 0 but for what rounding did to the two log-sum-exps in δ, too
-            term += centre_term
         if MODE == NEAR:
             term, centre_term, delta = near_terms(gap, p, q, t > float("-inf"))
         grad = g * (centre_term - centre * q)
@@ -140,7 +136,10 @@ def gradient_block(
             probability = tl.exp2((s - peak) * 1.4426950408889634) * inv_total
             grad += label_gradient(probability, classes, label, second_label, first, second, smoothing, V)
         store_block(rows[2] + classes * strides[2], grad, counts, classes, MASK, V, WHOLE)
-    return so_far[0] + tl.sum(term, axis=ALONG), so_far[1] + tl.sum(centre_term, axis=ALONG)
+    total, centre_total = tl.sum(term, axis=ALONG), tl.sum(centre_term, axis=ALONG)
+    if MODE == SUMMED:  # Σ (q - p) is 0 but for what rounding did to the two log-sum-exps, which δ has, too
+        total += centre_total
+    return so_far[0] + total, so_far[1] + centre_total
 
 
 @triton.jit
