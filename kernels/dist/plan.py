@@ -11,7 +11,7 @@ from ..common.tile import ONE_ROW, few_classes
 
 #: A row pair up to this many classes stays in registers.
 MAX_ROW = 8192
-#: Rows of a tile that a thread of the column kernel adds up for itself.
+#: Tiles that the column kernel reads at a turn, so that the loads of all are on their way together.
 TURNS = 2
 #: Splits that are merged at a time.
 MERGED = 32
@@ -24,7 +24,7 @@ class DistPlan:
     Attributes:
         rows: Rows of a program of the row and gradient kernels.
         block: Classes they read at a time.
-        tile_rows: Rows that a program of the column kernel reads at a time, TURNS a thread.
+        tile_rows: Rows that a program of the column kernel reads at a turn, in TURNS tiles.
         columns: Its columns.
         splits: Programs that share a group of columns, each taking a stretch of rows.
         rows_per_split: The length of that stretch.

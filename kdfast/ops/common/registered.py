@@ -48,17 +48,14 @@ class RegisteredOp:
     def __init__(self, name: str, kernel: Kernel, schema: str) -> None:
         self.__doc__ = kernel.__doc__
         self._name = name
-        for own in self._both():
+        self._both = name, f"{name}_kernel"
+        for own in self._both:
             _LIBRARY.define(own + schema, tags=(torch.Tag.pt2_compliant_tag,))
             _LIBRARY.impl(own, kernel, _EVERYWHERE)
-        _LIBRARY.impl(f"{name}_kernel", torch.library.fallthrough_kernel, "Autograd")
-        self.overload: Any = getattr(torch.ops.kdfast, name).default
-        self._below: Any = getattr(torch.ops.kdfast, f"{name}_kernel").default
+        _LIBRARY.impl(self._both[1], torch.library.fallthrough_kernel, "Autograd")
+        self.overload, self._below = (getattr(torch.ops.kdfast, own).default for own in self._both)
         self._function = self._recorded(self._refuse, lambda ctx, inputs, output: None)
         _LIBRARY.impl(name, self._autograd, "Autograd")
-
-    def _both(self) -> tuple[str, str]:
-        return self._name, f"{self._name}_kernel"
 
     def __call__(self, *args: Any) -> Any:
         """Run it by torch's dispatcher."""
@@ -66,7 +63,7 @@ class RegisteredOp:
 
     def register_fake(self, fake: Kernel) -> Kernel:
         """Shapes, dtypes and strides of the results, computed from arguments without memory."""
-        for own in self._both():
+        for own in self._both:
             torch.library.register_fake(f"kdfast::{own}", fake, lib=_LIBRARY)
         return fake
 
