@@ -54,7 +54,7 @@ class KernelReport:
     """What one compiled kernel looks like.
 
     ``elements`` are those of the first tensor it was launched with; ``loops`` the instructions of its innermost loops,
-    in the order of the code (NVIDIA's only).
+    in the order of the code, and ``spills_in_loops`` the spills among them (NVIDIA's only).
     """
 
     name: str
@@ -70,6 +70,7 @@ class KernelReport:
     stores: Counter[str] = field(default_factory=Counter)
     elements: int = 0
     loops: list[int] = field(default_factory=list)
+    spills_in_loops: int = 0
 
     @property
     def target(self) -> str:
@@ -156,6 +157,7 @@ def report_of(compiled: Any, name: str, capability: int, grid: tuple[int, ...]) 
         sass = _tool("cuobjdump", "-sass", cubin)
     ops = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.M)
     figure = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    loops = _loops(sass)
     return KernelReport(
         name=name,
         capability=capability,
@@ -168,12 +170,13 @@ def report_of(compiled: Any, name: str, capability: int, grid: tuple[int, ...]) 
         instructions=sum(op != "NOP" for op in ops),  # padding behind the last branch is never issued
         loads=Counter(op for op in ops if op.startswith("LDG")),
         stores=Counter(op for op in ops if op.startswith("STG")),
-        loops=_loops(sass),
+        loops=[sum(op != "NOP" for op in loop) for loop in loops],
+        spills_in_loops=sum(op.startswith(("STL", "LDL")) for loop in loops for op in loop),
     )
 
 
-def _loops(sass: str) -> list[int]:
-    """Instructions between a branch back and where it leads, of the loops that hold no other."""
+def _loops(sass: str) -> list[list[str]]:
+    """What stands between a branch back and where it leads, of the loops that hold no other."""
     code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)", sass, re.M)
     spans = []
     for address, op, operands in code:
@@ -181,7 +184,7 @@ def _loops(sass: str) -> list[int]:
         if op.startswith("BRA") and target is not None and int(target[1], 16) < int(address, 16):
             spans.append((int(target[1], 16), int(address, 16)))
     inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    return [sum(low <= int(at, 16) <= high and op != "NOP" for at, op, _ in code) for low, high in inner]
+    return [[op for at, op, _ in code if low <= int(at, 16) <= high] for low, high in inner]
 
 
 @contextlib.contextmanager

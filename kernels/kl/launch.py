@@ -54,8 +54,10 @@ def _planned(at: Rows, *, stored: dict[str, Any] | None = None) -> RowPlan:
     kernel, own = _kernel(plan, at)
     warps = {"num_warps": plan.num_warps, "num_ctas": plan.num_ctas}
     before = None
+    if plan.registers:
+        warps["maxnreg"] = plan.registers
     if plan.regime == "tickets":
-        return _by_tickets(plan, at, own | warps | {"maxnreg": plan.registers})
+        return _by_tickets(plan, at, own | warps)
     if plan.regime == "split":
         # Five numbers a part.
         before = Before(_kl_split.kd_kl_split_sums_kernel, own | {"num_warps": plan.num_warps}, 5)
@@ -64,16 +66,15 @@ def _planned(at: Rows, *, stored: dict[str, Any] | None = None) -> RowPlan:
     )
 
 
-#: Programs a multiprocessor: enough that one which is late does not hold up the end, few where all return at once.
-TICKET_PROGRAMS = 32
+#: Programs a multiprocessor: as many of 8 warps as its 2048 threads are. One more would find no ticket left.
+TICKET_PROGRAMS = 8
 
 
 def _by_tickets(plan: KLPlan, at: Rows, constants: dict[str, Any]) -> RowPlan:
-    """Items are a part's sums and an earlier row's gradients; each program takes as many as any other."""
+    """Items are a part's sums and an earlier row's gradients; each program takes the next until there is none."""
     items = (at.num_rows + plan.lag) * plan.splits
     assert at.tensors[0] is not None
-    most = TICKET_PROGRAMS * machine_of(at.tensors[0].device).multiprocessors
-    programs = triton.cdiv(items, triton.cdiv(items, most))
+    programs = min(items, TICKET_PROGRAMS * machine_of(at.tensors[0].device).multiprocessors)
     shared = Shared(at.num_rows * plan.splits * _kl_tickets.WIDTH, 1 + 2 * at.num_rows)
     return RowPlan(
         _kl_tickets.kd_kl_tickets_kernel, (programs,), constants, shared=shared, partials=at.num_rows

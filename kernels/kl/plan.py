@@ -42,7 +42,7 @@ class KLPlan(TilePlan):
         splits: Parts a row (split, tickets). There and for ``"two_pass"``, ``chunks`` threads take ``width`` classes
             each.
         lag: Rows between the first and the second read of a row (tickets).
-        registers: A thread may have at most (tickets); 0: as the compiler likes.
+        registers: A thread may have at most; 0: as the compiler likes.
     """
 
     num_ctas: int = 1
@@ -169,16 +169,18 @@ def _long_plan(
     if plain and clusters:
         part = CLUSTER_PART // 2 if both else CLUSTER_PART
         return KLPlan("cluster", ONE_ROW, padded, 1, 1, 16, num_ctas=padded // part)
-    return looped_plan(itemsize, plain)
+    # sm_100 would take 70, and then one program is all that a multiprocessor holds.
+    registers = 64 if plain and both and machine.capability >= 80 else 0
+    return looped_plan(itemsize, plain, registers)
 
 
-def looped_plan(itemsize: int, plain: bool) -> KLPlan:
+def looped_plan(itemsize: int, plain: bool, registers: int = 0) -> KLPlan:
     """A long row by one program, which reads it twice for gradients, and once for the loss alone."""
     # 16 warps of at most 64 registers: two programs a multiprocessor, whose rows stay in the second-level cache between
-    # the two reads (264 rows of 2 x 32000 bfloat16 are 34 MB of an H100's 50). Labels take 100 registers.
+    # the two reads (264 rows of 2 x 32000 bfloat16 are 34 MB of an H100's 50). Labels, by 8 warps, take 64 to 80.
     threads = LONG_BLOCK // (8 if plain else 16)
     warps = max(1, threads // 32)
-    return KLPlan("two_pass", ONE_ROW, threads, 1, 16 // itemsize, warps)
+    return KLPlan("two_pass", ONE_ROW, threads, 1, 16 // itemsize, warps, registers=registers)
 
 
 def _outgrows(row_bytes: int, machine: Machine) -> bool:
@@ -192,7 +194,7 @@ def _outgrows(row_bytes: int, machine: Machine) -> bool:
 
 
 def _ticket_plan(num_classes: int, itemsize: int, machine: Machine, both: bool) -> KLPlan:
-    """Parts of eight blocks, by programs of 8 warps: four a multiprocessor, in 64 registers (three in 80 elsewhere).
+    """Parts of eight blocks, by programs of 8 warps: four a multiprocessor in 64 registers, three in 80 for both.
 
     A row is read again after as many items as there are multiprocessors, a quarter of what is being worked on: its
     parts are as good as summed, and on an H100 some 30 MB have been read since.
@@ -201,7 +203,7 @@ def _ticket_plan(num_classes: int, itemsize: int, machine: Machine, both: bool) 
     splits = triton.cdiv(num_classes, TICKET_BYTES // (2 * itemsize))
     lag = triton.cdiv(machine.multiprocessors, splits)
     warps = max(1, TICKET_THREADS // 32)
-    registers = 80 if both or machine.capability >= 100 else 64  # a few spill on sm_100 in 64
+    registers = 80 if both else 64
     return KLPlan(
         "tickets", ONE_ROW, TICKET_THREADS, 1, vector, warps, splits=splits, lag=lag, registers=registers
     )

@@ -113,7 +113,7 @@ def gradient_block(
     """Store the gradients of a block; return (KL, S) so far with its terms added, a thread each."""
     s_top, t_top, s_inv, t_inv, log_ratio, k = sums
     q, p = tl.exp2(s * k - s_top), tl.exp2(t * k - t_top)
-    term, centre_term = p, p
+    found = so_far
     if MODE == PLAIN and not STORE_T:
         grad = q * (g * s_inv) - p * (g * t_inv)
         q *= s_inv
@@ -125,6 +125,13 @@ def gradient_block(
         term = p * delta
         if MODE == NEAR:
             term, centre_term, delta = near_terms(gap, p, q, t > float("-inf"))
+        # Added up before anything is stored: fewer registers at once.
+        total, centre_total = tl.sum(term, axis=ALONG), tl.sum(centre_term, axis=ALONG)
+        if (
+            MODE == SUMMED
+        ):  # Σ (q - p) is 0 but for what rounding did to the two log-sum-exps, which δ has, too
+            total += centre_total
+        found = so_far[0] + total, so_far[1] + centre_total
         grad = g * (centre_term - centre * q)
         if STORE_T:
             store_block(
@@ -136,10 +143,7 @@ def gradient_block(
             probability = tl.exp2((s - peak) * 1.4426950408889634) * inv_total
             grad += label_gradient(probability, classes, label, second_label, first, second, smoothing, V)
         store_block(rows[2] + classes * strides[2], grad, counts, classes, MASK, V, WHOLE)
-    total, centre_total = tl.sum(term, axis=ALONG), tl.sum(centre_term, axis=ALONG)
-    if MODE == SUMMED:  # Σ (q - p) is 0 but for what rounding did to the two log-sum-exps, which δ has, too
-        total += centre_total
-    return so_far[0] + total, so_far[1] + centre_total
+    return found
 
 
 @triton.jit

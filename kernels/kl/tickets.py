@@ -1,7 +1,8 @@
 """Long rows in parts, by one launch whose programs take work by ticket. Equations and bytes stand in the package.
 
 Two launches, or a program that reads its row twice, bring a row from memory once more than they need to where the rows
-in flight outgrow the second-level cache: 5N. Here every program takes the next ticket, an atomic count, and does
+in flight outgrow the second-level cache: 5N. Here every program takes the next ticket, an atomic count, until there is
+none, and does
 
     item = (row, part)    sums of this part of this row, and
                           gradients of the same part of the row LAG before it, whose sums are complete by then
@@ -88,12 +89,11 @@ def kd_kl_tickets_kernel(
     if finished(upstream_ptr, EARLY_EXIT):
         return
     items = (num_rows + LAG) * PARTS
-    for _turn in range(tl.cdiv(items, tl.num_programs(0))):
-        item = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
-        part = item % PARTS
-        begin = part * PART
-
+    item = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
+    while item < items:
         row = item // PARTS
+        part = item - row * PARTS
+        begin = part * PART
         if row < num_rows:
             _, _, _, k = row_scale(
                 row, True, temperature, temperature_ptr, divisor, divisor_ptr, None, None, None,
@@ -168,5 +168,6 @@ def kd_kl_tickets_kernel(
                 tl.store(rows_ptr + row, loss, mask=tells)
             if REDUCE:
                 tl.store(partial_ptr + row, loss, mask=tells)
+        item = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
     if REDUCE:
         sum_last(num_rows, loss_ptr, partial_ptr, counter_ptr, 1024)

@@ -172,6 +172,27 @@ def test_rows_read_twice_do_not_spill(riding: str) -> None:
             assert report.widest_load == 16, report
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("riding", ["", "both", "labels", "statistics"])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("num_classes", [32000, 69000, 151936])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_loop_over_a_long_row_spills(
+    capability: int, num_classes: int, dtype: torch.dtype, riding: str
+) -> None:
+    """Two registers or four that wait out a loop cost a row nothing: ptxas rather does that than run fewer programs."""
+    both = riding == "both"
+    with use_machine(f"{capability}:132:3.6"):
+        (report,) = compiled(
+            (4096, num_classes), dtype, -1, capability, both=both, riding="" if both else riding
+        )
+    assert report.spills_in_loops == 0, report
+    assert report.spills <= 6, report
+    assert report.loops
+    if riding in ("", "both") and report.name == "kd_kl_two_pass_kernel":
+        assert report.num_warps * 32 * report.registers * 2 <= 65536, report
+
+
 @pytest.mark.parametrize(
     ("dtype", "both", "turns", "budget"),
     [(BF16, False, 1, 32), (F32, False, 4, 32), (BF16, True, 1, 44)],
@@ -197,7 +218,7 @@ def test_rows_by_ticket_cost_no_more_than_their_budget(
     assert whole.num_warps * 32 * whole.registers * (3 if both else 4) <= 65536, whole
     assert (whole.widest_load, whole.widest_store) == (16, 16)
     # One launch of few programs: a backward that has nothing to do ends soon.
-    assert whole.grid[0] <= 132 * 32
+    assert whole.grid[0] <= 132 * 8
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def test_a_gradient_may_go_over_its_logits(target: Target) -> None:
 @pytest.mark.interpreter
 @pytest.mark.skipif(not INTERPRETING, reason="a GPU's order of programs is its own")
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("most", [32, 1], ids=["an item a program", "all items by two programs"])
+@pytest.mark.parametrize("most", [32, 1], ids=["as many programs as items", "two programs"])
 def test_no_order_of_programs_changes_a_bit(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     from triton.runtime import interpreter
 
