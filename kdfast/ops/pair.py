@@ -18,7 +18,8 @@ __all__ = ["divergence", "dkd", "jsd", "launches", "without_ignored"]
 
 def _launch_jsd(_: torch.Tensor, __: torch.Tensor, row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
     kernels = _kernels()
-    return kernels.PAIR, (None, 0.0, row.options[1], 1.0, None), (kernels.JSD, False, False, None)
+    beta = row.options[1]
+    return kernels.PAIR, (None, 0.0, beta, 1.0, None), (kernels.JSD, False, False, None, beta == 0.5)
 
 
 def _launch_dkd(_: torch.Tensor, __: torch.Tensor, row: Row) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:

@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .sign import negative
+
 
 @triton.jit
 def _log(u):
@@ -46,8 +48,8 @@ def _pair(i, k):
     odd = (quadrant & 1) == 1
     swapped_cos = tl.where(odd, sine, cosine)
     swapped_sin = tl.where(odd, cosine, sine)
-    cos_sign = tl.where((quadrant == 1) | (quadrant == 2), -r, r)
-    sin_sign = tl.where(quadrant >= 2, -r, r)
+    cos_sign = tl.where((quadrant == 1) | (quadrant == 2), negative(r), r)
+    sin_sign = tl.where(quadrant >= 2, negative(r), r)
     return cos_sign * swapped_cos, sin_sign * swapped_sin
 
 

@@ -24,6 +24,7 @@ class TilePlan:
         rows: Rows (or pixels) a program handles.
         width: Neighbouring classes handled together by one row's lanes.
         num_warps: Warps a program.
+        registers: A thread may have at most; 0: as the compiler likes.
     """
 
     regime: str
@@ -32,3 +33,4 @@ class TilePlan:
     rows: int
     width: int
     num_warps: int
+    registers: int = 0

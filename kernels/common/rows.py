@@ -5,6 +5,8 @@ that does not cancel, the store of a gradient.
 import triton
 import triton.language as tl
 
+from .sign import negative
+
 
 @triton.jit
 def gap_of(s, t, k, log_ratio):
@@ -20,7 +22,7 @@ def gap_of(s, t, k, log_ratio):
 def near_terms(gap, p, q, present):
     """(p·(δ + expm1(-δ)), p·expm1(-δ), δ), none of which cancels when student and teacher nearly agree."""
     delta = tl.where(present, gap * 0.6931471805599453, 0.0)
-    x = -delta
+    x = negative(delta)
     # A series instead of libdevice's expm1: 8e-7 of h at |x| = 1/2, and it runs in the interpreter.
     h = 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040)))))
     near = (tl.abs(delta) < 0.5) & present

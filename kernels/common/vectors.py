@@ -36,8 +36,18 @@ def blocks_of(begin, V: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def more_of_vector(peak, total, x, k, ALONG: tl.constexpr):
-    """(peak, sum) of a log-sum-exp with one more vector of logits a thread."""
+def scaled(peak, k):
+    """Where exponents are counted from: fl(k·peak), so that each is one fused multiply-add and the rounding cancels."""
+    return tl.maximum(peak * k, -3e38)
+
+
+@triton.jit
+def more_of_vector(peak, total, x, k, ALONG: tl.constexpr, SCALED: tl.constexpr):
+    """(peak, sum) of a log-sum-exp with one more vector of logits a thread; SCALED: of 2^(k·x - :func:`scaled`)."""
     new = tl.maximum(peak, tl.max(x, axis=ALONG))
-    now = tl.exp2((x - over_vector(new, ALONG)) * k)
-    return new, total * tl.exp2((peak - new) * k) + tl.sum(now, axis=ALONG)
+    if SCALED:
+        top = scaled(new, k)
+        now, before = tl.exp2(x * k - over_vector(top, ALONG)), tl.exp2(scaled(peak, k) - top)
+    else:
+        now, before = tl.exp2((x - over_vector(new, ALONG)) * k), tl.exp2((peak - new) * k)
+    return new, total * before + tl.sum(now, axis=ALONG)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..common.rows import finished, in_strides, more_logits_of_two, no_logits, scalar
+from ..common.sign import negative
 from ..common.tile import over_classes, per_row, tile_at, tile_rows
 
 
@@ -282,7 +283,7 @@ def _slope(a, b, inv, v, a_column, b_column, inv_column, v_column, inter, intra,
     """∂loss/∂probability, without T²: what raises the two correlations lowers the loss."""
     row = inv[:, None] * b - v[:, None] * a
     column = inv_column[None, :] * b_column - v_column[None, :] * a_column
-    return tl.where(live, -(inter * row + intra * column), 0.0)
+    return tl.where(live, negative(inter * row + intra * column), 0.0)
 
 
 @triton.jit

@@ -42,14 +42,12 @@ class KLPlan(TilePlan):
         splits: Parts a row (split, tickets). There and for ``"two_pass"``, ``chunks`` threads take ``width`` classes
             each.
         lag: Rows between the first and the second read of a row (tickets).
-        registers: A thread may have at most; 0: as the compiler likes.
     """
 
     num_ctas: int = 1
     window: int = 0
     splits: int = 1
     lag: int = 0
-    registers: int = 0
 
     @property
     def block(self) -> int:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..common.rows import gap_of, load_logits, near_terms, no_logits, store_gradient
-from ..common.vectors import block_classes, blocks_of, over_vector
+from ..common.vectors import block_classes, blocks_of, over_vector, scaled
 from .labels import label_gradient
 
 # How the second read makes the gradient: from the first read's KL; summing KL once more; by what does not cancel.
@@ -22,12 +22,6 @@ def two_blocks(s_row, t_row, s_step, t_step, classes, there):
     """Both networks' logits of a whole block, as they lie in memory; asked for while the block before is worked on."""
     classes = classes.to(tl.int64)
     return tl.load(s_row + classes * s_step, mask=there), tl.load(t_row + classes * t_step, mask=there)
-
-
-@triton.jit
-def scaled(peak, k):
-    """Where exponents are counted from: fl(k·peak), so that each is one fused multiply-add and the rounding cancels."""
-    return tl.maximum(peak * k, -3e38)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from ..common.rows import (
     store_gradient,
 )
 from ..common.tile import over_classes, per_row, store_losses, tile_at, tile_rows
-from ..common.vectors import block_classes, more_of_vector
+from ..common.vectors import block_classes, more_of_vector, scaled
 from .terms import (
     binary_terms,
     clamped_gap,
@@ -70,11 +70,14 @@ def pair_tile_kernel(
     WEIGHT: tl.constexpr, MASK: tl.constexpr, UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr,
     GRAD_S: tl.constexpr, GRAD_T: tl.constexpr, STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
     RARE: tl.constexpr = True, IGNORE: tl.constexpr = None,
+    EVEN: tl.constexpr = False,
 ):  # fmt: skip
     """Rows whose class dimension fits in registers: one read of each logit, one write of each gradient."""
     if finished(upstream_ptr, EARLY_EXIT):
         return
     SOME: tl.constexpr = MASK or IGNORE is not None  # rows may not count
+    if EVEN:  # a constant: the mixture is the same on either side of 0
+        beta = 0.5
 
     rows, valid, outer, within, classes = tile_rows(num_rows, inner, LAYOUT, CHUNKS, ROWS, WIDTH, INNER_ONE)
     scale, counts, inv_t, k = row_scale(
@@ -280,11 +283,14 @@ def pair_loop_kernel(
     T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr, WEIGHT: tl.constexpr, MASK: tl.constexpr,
     UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr,
     STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr, RARE: tl.constexpr = True, IGNORE: tl.constexpr = None,
+    EVEN: tl.constexpr = False,
 ):  # fmt: skip
     """Rows that do not fit on the chip: log-sum-exps, then the row's sums, then its gradients."""
     if finished(upstream_ptr, EARLY_EXIT):
         return
     SOME: tl.constexpr = MASK or IGNORE is not None  # rows may not count
+    if EVEN:  # a constant: the mixture is the same on either side of 0
+        beta = 0.5
     row = tl.program_id(0)
     outer, within = in_strides(row // inner, row % inner, UNIT)
     scale, counts, inv_t, k = row_scale(
@@ -301,6 +307,7 @@ def pair_loop_kernel(
         if IGNORE is not None:
             counts = counts & (target != IGNORE)
 
+    SCALED: tl.constexpr = KIND == 1  # as :func:`exponential` counts
     s_peak, s_acc = no_logits([THREADS])
     t_peak, t_acc = no_logits([THREADS])
     BLOCK: tl.constexpr = THREADS * VECTOR
@@ -310,18 +317,22 @@ def pair_loop_kernel(
         classes = (start + lanes).to(tl.int64)
         s = _logits_of(s_row + classes * s_class, classes, target, ratio, V, KIND, False, True)
         t = _logits_of(t_row + classes * t_class, classes, target, ratio, V, KIND, RATIO, True)
-        s_peak, s_acc = more_of_vector(s_peak, s_acc, s, k, ALONG)
-        t_peak, t_acc = more_of_vector(t_peak, t_acc, t, k, ALONG)
+        s_peak, s_acc = more_of_vector(s_peak, s_acc, s, k, ALONG, SCALED)
+        t_peak, t_acc = more_of_vector(t_peak, t_acc, t, k, ALONG, SCALED)
     if whole < V:
         classes = (whole + lanes).to(tl.int64)
         s = _logits_of(s_row + classes * s_class, classes, target, ratio, V, KIND, False, False)
         t = _logits_of(t_row + classes * t_class, classes, target, ratio, V, KIND, RATIO, False)
-        s_peak, s_acc = more_of_vector(s_peak, s_acc, s, k, ALONG)
-        t_peak, t_acc = more_of_vector(t_peak, t_acc, t, k, ALONG)
+        s_peak, s_acc = more_of_vector(s_peak, s_acc, s, k, ALONG, SCALED)
+        t_peak, t_acc = more_of_vector(t_peak, t_acc, t, k, ALONG, SCALED)
     s_max, t_max = tl.max(s_peak, axis=0), tl.max(t_peak, axis=0)
     s_top, t_top = s_max * k, t_max * k
-    s_sum = tl.sum(s_acc * tl.exp2((s_peak - s_max) * k), axis=0)
-    t_sum = tl.sum(t_acc * tl.exp2((t_peak - t_max) * k), axis=0)
+    if SCALED:
+        s_top, t_top = scaled(s_max, k), scaled(t_max, k)
+        s_part, t_part = tl.exp2(scaled(s_peak, k) - s_top), tl.exp2(scaled(t_peak, k) - t_top)
+    else:
+        s_part, t_part = tl.exp2((s_peak - s_max) * k), tl.exp2((t_peak - t_max) * k)
+    s_sum, t_sum = tl.sum(s_acc * s_part, axis=0), tl.sum(t_acc * t_part, axis=0)
     s_inv, t_inv = 1.0 / s_sum, 1.0 / t_sum
     log_ratio = log_ratio_of(s_top, t_top, s_inv, t_sum, KIND)
 

@@ -25,6 +25,8 @@ rows may be small because λ is large; it takes logarithms of both, and near for
 import triton
 import triton.language as tl
 
+from ..common.sign import negative
+
 
 @triton.jit
 def series(x):
@@ -50,23 +52,23 @@ def _times(p, delta, gap):
 @triton.jit
 def _skew(gap, p, q, alpha, NEAR: tl.constexpr):
     """(term, derivative by q, by p) of KL(p ‖ α·p + (1-α)·q)."""
-    e = tl.exp2(-tl.abs(gap))
+    e = tl.exp2(negative(tl.abs(gap)))
     top = tl.log2(tl.where(gap > 0.0, alpha + (1.0 - alpha) * e, 1.0 - alpha + alpha * e))
     u = (tl.minimum(gap, 0.0) - top) * 0.6931471805599453
     excess = tl.exp2(u * 1.4426950408889634) - 1.0
     # Where p is ruled out, u is -inf and p·u is 0.
     term = tl.where(gap == float("-inf"), 0.0, p * u) + (1.0 - alpha) * (q - p)
     w_p = tl.where(gap == float("-inf"), 0.0, p * (u - alpha * excess))
-    w_q = -(1.0 - alpha) * q * excess
+    w_q = (alpha - 1.0) * q * excess
     if NEAR:
         delta = gap * 0.6931471805599453
         near = tl.abs(delta) < 0.5
         delta = tl.where(near, delta, 0.0)
         small = delta - log1p_series(alpha * (delta + delta * delta * series(delta)))
         excess = small + small * small * series(small)
-        term = tl.where(near, p * small * small * series(-small), term)
+        term = tl.where(near, p * small * small * series(negative(small)), term)
         w_p = tl.where(near, p * (small - alpha * excess), w_p)
-        w_q = tl.where(near, -(1.0 - alpha) * q * excess, w_q)
+        w_q = tl.where(near, (alpha - 1.0) * q * excess, w_q)
     return term, w_q, w_p
 
 
@@ -86,7 +88,7 @@ def _alpha(gap, p, q, alpha, NEAR: tl.constexpr):
         delta = tl.where(near, delta, 0.0)
         by_q, by_p = alpha * delta, beyond * delta
         term = tl.where(near, q * delta * delta * (alpha * series(by_q) - series(delta)) / beyond, term)
-        w_s = tl.where(near, -q * (by_q + by_q * by_q * series(by_q)) / alpha, w_s)
+        w_s = tl.where(near, negative(q) * (by_q + by_q * by_q * series(by_q)) / alpha, w_s)
         w_t = tl.where(near, p * (by_p + by_p * by_p * series(by_p)) / beyond, w_t)
     return term, w_s, w_t
 
@@ -94,9 +96,9 @@ def _alpha(gap, p, q, alpha, NEAR: tl.constexpr):
 @triton.jit
 def _triangular(gap, p, q, NEAR: tl.constexpr):
     """(term, w_s, w_t) of the triangular discrimination (Topsøe 2000)."""
-    e = tl.exp2(-tl.abs(gap))
+    e = tl.exp2(negative(tl.abs(gap)))
     share = (1.0 - e) / (1.0 + e)
-    share = tl.where(gap > 0.0, share, -share)
+    share = tl.where(gap > 0.0, share, negative(share))
     difference = p - q
     if NEAR:
         delta = gap * 0.6931471805599453
@@ -105,7 +107,7 @@ def _triangular(gap, p, q, NEAR: tl.constexpr):
         excess = delta + delta * delta * series(delta)  # p/q - 1
         difference = tl.where(near, q * excess, difference)
         share = tl.where(near, excess / (2.0 + excess), share)
-    return difference * share, -q * share * (2.0 + share), p * share * (2.0 - share)
+    return difference * share, negative(q) * share * (2.0 + share), p * share * (2.0 - share)
 
 
 @triton.jit
@@ -124,8 +126,8 @@ def _ab(gap, log_p, log_q, alpha, beta):
     delta = tl.where(near, delta, 0.0)
     by_q, by_p = alpha * delta, -beta * delta
     small = q_power * delta * delta * (both * series(both * delta) - alpha * series(by_q)) / beta
-    w_s = tl.where(near, -q_power * (by_q + by_q * by_q * series(by_q)), q_power - mixed) / alpha
-    w_t = tl.where(near, -p_power * (by_p + by_p * by_p * series(by_p)), p_power - mixed) / beta
+    w_s = tl.where(near, negative(q_power) * (by_q + by_q * by_q * series(by_q)), q_power - mixed) / alpha
+    w_t = tl.where(near, negative(p_power) * (by_p + by_p * by_p * series(by_p)), p_power - mixed) / beta
     return tl.where(near, small, term), w_s, w_t
 
 
@@ -138,7 +140,7 @@ def divergence_terms(gap, p, q, log_p, log_q, alpha, beta, KIND: tl.constexpr, N
     if KIND == 5:
         term, w_s, w_t = _skew(gap, p, q, beta, NEAR)
     elif KIND == 6:
-        term, w_t, w_s = _skew(-gap, q, p, beta, NEAR)
+        term, w_t, w_s = _skew(negative(gap), q, p, beta, NEAR)
     elif KIND == 8:
         term, w_s, w_t = _alpha(gap, p, q, beta, NEAR)
     elif KIND == 9:
@@ -151,25 +153,25 @@ def divergence_terms(gap, p, q, log_p, log_q, alpha, beta, KIND: tl.constexpr, N
         if NEAR:
             near = tl.abs(delta) < 0.5
             small = tl.where(near, delta, 0.0)
-            difference = tl.where(near, p * (small * small * series(-small) - small), difference)
+            difference = tl.where(near, p * (small * small * series(negative(small)) - small), difference)
         if KIND == 2:
             w_s, w_t = difference, _times(p, delta, gap)
             term = w_t + difference
             if NEAR:
-                term = tl.where(near, p * small * small * series(-small), term)
+                term = tl.where(near, p * small * small * series(negative(small)), term)
         elif KIND == 3:
-            w_s, w_t = _times(q, -delta, -gap), -difference
+            w_s, w_t = _times(q, negative(delta), negative(gap)), negative(difference)
             term = w_s - difference
             if NEAR:
                 term = tl.where(near, q * small * small * series(small), term)
         elif KIND == 4:
-            by_p, by_q = _times(p, delta, gap), _times(q, -delta, -gap)
+            by_p, by_q = _times(p, delta, gap), _times(q, negative(delta), negative(gap))
             w_s, w_t = difference + by_q, by_p - difference
             term = by_p + by_q
             if NEAR:
-                term = tl.where(near, -difference * small, term)
+                term = tl.where(near, negative(difference) * small, term)
         else:
             term = 0.5 * tl.abs(difference)
             half = tl.where(difference > 0.0, 0.5, tl.where(difference < 0.0, -0.5, 0.0))
-            w_s, w_t = half * q, -half * p
+            w_s, w_t = half * q, negative(half) * p
     return term, w_s, w_t

@@ -9,8 +9,9 @@ import torch
 from ..common.launch_rows import RowLaunches, RowPlan, Rows, loop_sizes
 from ..common.scale import value_and_pointer
 from ..common.tile import tile_grid, tile_sizes
+from ..machine import machine_of
 from . import bodies
-from .plan import pair_plan
+from .plan import FEW_REGISTERS, pair_plan
 
 JSD, DKD = 0, 1
 #: What else the bodies know, as divergences.py counts them.
@@ -38,21 +39,34 @@ def pair_arguments(
             temperature, and always for DKD.
         ignore: Rows of this target do not count.
     """
+    even = kind == JSD and beta == 0.5
     if type(ratio) is float:
-        return (target, float(alpha), float(beta), ratio, None), (kind, ratio != 1.0, False, ignore)
+        return (target, float(alpha), float(beta), ratio, None), (kind, ratio != 1.0, False, ignore, even)
     value, pointer = value_and_pointer(ratio)
     further = (target, float(alpha), float(beta), value, pointer)
-    return further, (kind, pointer is not None or value != 1.0, pointer is not None, ignore)
+    return further, (kind, pointer is not None or value != 1.0, pointer is not None, ignore, even)
 
 
-def _planned(at: Rows, kind: int, ratio: bool, ratio_ptr: bool, ignore: int | None) -> RowPlan:
+def _loop_registers(kind: int, itemsize: int) -> int:
+    """That are enough for a long row: most kinds need few; eight powers at once, of 16-bit logits, take more."""
+    if kind == DKD:
+        return 104
+    return 0 if kind in (ALPHA, AB) and itemsize == 2 else FEW_REGISTERS
+
+
+def _planned(
+    at: Rows, kind: int, ratio: bool, ratio_ptr: bool, ignore: int | None, even: bool = False
+) -> RowPlan:
     student, teacher, *_ = at.tensors
+    itemsize = max(student.itemsize, teacher.itemsize)
     plan = pair_plan(
         at.num_classes,
         at.layout.inner,
         min(strides[2] for strides in at.layout.strides[:2]),
-        max(student.itemsize, teacher.itemsize),
+        itemsize,
         both=None not in at.given,
+        capability=machine_of(student.device).capability,
+        registers=_loop_registers(kind, itemsize),
     )
     loop = plan.regime == "loop"
     told = {
@@ -60,8 +74,11 @@ def _planned(at: Rows, kind: int, ratio: bool, ratio_ptr: bool, ignore: int | No
         "RATIO": ratio,
         "RATIO_PTR": ratio_ptr,
         "IGNORE": ignore,
+        "EVEN": even,
         "num_warps": plan.num_warps,
     }
+    if plan.registers:
+        told["maxnreg"] = plan.registers
     own = loop_sizes(plan, at) if loop else tile_sizes(plan, at.layout)
     kernel = bodies.pair_loop_kernel if loop else bodies.pair_tile_kernel
     return RowPlan(kernel, tile_grid(plan, at.layout), own | told)

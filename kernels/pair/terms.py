@@ -5,6 +5,7 @@ import triton.language as tl
 
 from ..common.logarithm import approximate_log2
 from ..common.rows import near_terms
+from ..common.sign import negative
 from .divergences import divergence_terms, log1p_series, series
 
 
@@ -76,8 +77,8 @@ def teachers(ptrs, live, is_target, ratio, KIND: tl.constexpr, RATIO: tl.constex
 def _mixture_logs(gap, beta):
     """(log2(q/M), log2(p/M)) of the mixture M = β·p + (1-β)·q, from log2(p/q)."""
     share = tl.where(gap > 0.0, beta, 1.0 - beta)  # of what leads
-    top = approximate_log2(share + (1.0 - share) * tl.exp2(-tl.abs(gap)))
-    return -(top + tl.maximum(gap, 0.0)), tl.minimum(gap, 0.0) - top
+    top = approximate_log2(share + (1.0 - share) * tl.exp2(negative(tl.abs(gap))))
+    return negative(top + tl.maximum(gap, 0.0)), tl.minimum(gap, 0.0) - top
 
 
 @triton.jit
@@ -102,12 +103,12 @@ def _jsd_near_terms(gap, p, q, present, beta):
     near = (tl.abs(delta) < 0.5) & present
     delta = tl.where(near, delta, 0.0)
     log1p = log1p_series(beta * (delta + delta * delta * series(delta)))
-    q_over_m = tl.where(near, -log1p, q_over_m)
+    q_over_m = tl.where(near, negative(log1p), q_over_m)
     p_over_m = tl.where(near, delta - log1p, p_over_m)
     w_s, w_t = (1.0 - beta) * q * q_over_m, beta * p * p_over_m
     # Their sum cancels; that of β·p·(u + expm1(-u)) and the student's does not, and is the same.
-    exact = beta * p * p_over_m * p_over_m * series(-p_over_m)
-    exact += (1.0 - beta) * q * q_over_m * q_over_m * series(-q_over_m)
+    exact = beta * p * p_over_m * p_over_m * series(negative(p_over_m))
+    exact += (1.0 - beta) * q * q_over_m * q_over_m * series(negative(q_over_m))
     return tl.where(near, exact, w_s + w_t), w_s, w_t
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.sign import negative
+
 LIMIT = tl.constexpr(8192.0)
 
 
@@ -21,7 +23,7 @@ def wave(turns):
     f = tl.minimum(a, 0.5 - a)
     w = f * f
     s = f * (w * (w * (w * -70.99356555 + 81.34078436) + -41.33714291) + 6.28316405)
-    return tl.where(u < 0, -s, s)
+    return tl.where(u < 0, negative(s), s)
 
 
 @triton.jit
@@ -33,7 +35,7 @@ def turns_of(x, y):
     t = a * (w * (w * (w * (w * 0.00331759 + -0.01355304) + 0.02867325) + -0.05256965) + 0.15913367)
     t = tl.where(ay > ax, 0.25 - t, t)
     t = tl.where(x < 0, 0.5 - t, t)
-    return tl.where(y < 0, -t, t)
+    return tl.where(y < 0, negative(t), t)
 
 
 @triton.jit

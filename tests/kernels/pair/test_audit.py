@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -18,7 +19,7 @@ from kdfast.kernels import pair
 from kdfast.kernels.dist import launch as dist
 from kdfast.kernels.dist.plan import dist_plan
 from kdfast.kernels.kl import Scale, Wanted
-from kdfast.kernels.pair.plan import pair_plan
+from kdfast.kernels.pair.plan import FEW_REGISTERS, pair_plan
 from kdfast.kernels.topk import launch as topk
 from kdfast.kernels.topk.plan import TopKPlan, topk_plan
 
@@ -40,15 +41,15 @@ def run_pair(kind: int, shape: tuple[int, ...], dim: int, dtype: torch.dtype) ->
     )
 
 
-def run_student(kind: int, shape: tuple[int, ...]) -> Callable[[], object]:
-    """Forward with the student's gradient, bfloat16: what people train with."""
-    s, t = meta(*shape, dtype=BF16), meta(*shape, dtype=BF16)
+def run_student(kind: int, shape: tuple[int, ...], dtype: torch.dtype = BF16) -> Callable[[], object]:
+    """Forward with the student's gradient: what people train with."""
+    s, t = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
     target = integers(shape[0]) if kind == pair.DKD else None
     own = pair.pair_arguments(kind, target, 1.0, 0.5)
     return lambda: pair.PAIR((s, t), (torch.empty_like(s), None), 1, SCALE, TOTAL, None, *own)
 
 
-@pytest.mark.parametrize(("kind", "budget"), [(pair.JSD, 46), (pair.DKD, 60)], ids=["jsd", "dkd"])
+@pytest.mark.parametrize(("kind", "budget"), [(pair.JSD, 42), (pair.DKD, 60)], ids=["jsd", "dkd"])
 def test_a_row_on_the_chip_costs_no_more_than_its_budget(kind: int, budget: int) -> None:
     """Lane instructions an element without the branch for rows that nearly agree: a variant that is never launched."""
     (report,) = audit(run_student(kind, (65536, 1000)), 90, RARE=False)
@@ -57,13 +58,58 @@ def test_a_row_on_the_chip_costs_no_more_than_its_budget(kind: int, budget: int)
     assert whole.spills == 0, whole
 
 
-@pytest.mark.parametrize(("kind", "registers"), [(pair.JSD, 80), (pair.DKD, 104)], ids=["jsd", "dkd"])
+@pytest.mark.parametrize(("kind", "registers"), [(pair.JSD, 64), (pair.DKD, 104)], ids=["jsd", "dkd"])
 def test_a_row_that_is_read_three_times_costs_no_more_than_its_budget(kind: int, registers: int) -> None:
     (report,) = audit(run_student(kind, (4096, 32000)), 90, RARE=False)
-    assert sum(report.loops[:3]) / 8 <= 65, report  # a thread takes 8 classes at a time
+    # A thread takes 8 classes at a time.
+    assert sum(report.loops[:3]) / 8 <= {pair.JSD: 62, pair.DKD: 63}[kind], report
     (whole,) = audit(run_student(kind, (4096, 32000)), 90)
     assert whole.spills == 0, whole
     assert whole.registers <= registers, whole
+    assert programs(whole) == 2, whole
+
+
+def test_a_jsd_of_another_mixture_costs_a_select_more() -> None:
+    s, t = meta(4096, 32000, dtype=BF16), meta(4096, 32000, dtype=BF16)
+    own = pair.pair_arguments(pair.JSD, None, 1.0, 0.3)
+    call = functools.partial(pair.PAIR, (s, t), (torch.empty_like(s), None), 1, SCALE, TOTAL, None, *own)
+    (report,) = audit(call, 90, RARE=False)
+    assert sum(report.loops[:3]) / 8 <= 66, report
+    (whole,) = audit(call, 90)
+    assert whole.spills == 0, whole
+    assert programs(whole) == 2, whole
+
+
+def programs(report: KernelReport) -> int:
+    """That a multiprocessor of sm_80 to sm_90 holds, for all that registers say."""
+    return 65536 // (report.num_warps * 32 * report.registers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("kind", [pair.JSD, pair.DKD])
+def test_two_programs_with_both_gradients_do_not_spill(
+    kind: int, dtype: torch.dtype, capability: int
+) -> None:
+    (report,) = audit(run_pair(kind, (4096, 4096), 1, dtype), capability)
+    assert report.spills == 0, report
+    assert programs(report) == 2, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("kind", range(pair.JSD, pair.AB + 1))
+def test_long_rows_in_flight_stay_in_the_cache(kind: int, dtype: torch.dtype, capability: int) -> None:
+    """Two programs a multiprocessor, of 16 warps where 64 registers are enough; what waits out a loop may be spilt."""
+    (report,) = audit(run_student(kind, (4096, 32000), dtype), capability)
+    assert report.spills_in_loops == 0, report
+    assert report.spills <= 8, report
+    if report.num_warps == 16:
+        assert programs(report) == 2, report
+    else:
+        assert kind == pair.DKD or (kind in (pair.ALPHA, pair.AB) and dtype == BF16)
 
 
 def run_topk(num_classes: int, dtype: torch.dtype, bucket: bool) -> Callable[[], object]:
@@ -186,6 +232,23 @@ def test_each_regime_gets_its_plan(
 def test_two_gradients_leave_room_for_half_as_long_a_row() -> None:
     assert pair_plan(4096, 1, 1, 2, both=True).regime == "rows"
     assert pair_plan(4097, 1, 1, 2, both=True).regime == "loop"
+
+
+def test_long_rows_get_more_warps_where_few_registers_are_enough() -> None:
+    plan = pair_plan(32_000, 1, 1, 2, capability=90, registers=FEW_REGISTERS)
+    assert (plan.num_warps, plan.registers, plan.chunks) == (16, FEW_REGISTERS, 512)
+    plan = pair_plan(32_000, 1, 1, 2, capability=90, registers=104)
+    assert (plan.num_warps, plan.registers, plan.chunks) == (8, 104, 256)
+    for further in ({"capability": 100}, {"capability": 0}, {"capability": 90, "both": True}):
+        plan = pair_plan(32_000, 1, 1, 2, registers=FEW_REGISTERS, **further)
+        assert (plan.num_warps, plan.registers) == (8, 0)
+
+
+def test_two_programs_hold_both_gradients_of_a_row_on_the_chip() -> None:
+    both = {"both": True, "registers": FEW_REGISTERS}
+    assert pair_plan(4096, 1, 1, 2, capability=90, **both).registers == 128
+    assert pair_plan(4096, 1, 1, 2, capability=100, **both).registers == 0
+    assert pair_plan(2048, 1, 1, 2, capability=90, **both).registers == 0
 
 
 def test_every_row_of_dist_is_in_exactly_one_split() -> None:

@@ -144,6 +144,16 @@ CASES = [
     case(
         "jsd_skewed", jsd_loss, jsd_oracle, [(3, 5)], [(3, 5)], beta=0.95, temperature=1.0, reduction="mean"
     ),
+    case(
+        "jsd_even",
+        jsd_loss,
+        jsd_oracle,
+        [(7, 19), (5, 50)],
+        [(3, 5)],
+        beta=0.5,
+        temperature=2.0,
+        reduction="sum",
+    ),
     case("jsd_rows", jsd_loss, jsd_oracle, [(9, 50), (2, 4, 21)], [(3, 50)], reduction="none", **JSD),
     case(
         "jsd_long",
