@@ -92,7 +92,7 @@ def kd_kl_tickets_kernel(
     item = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
     while item < items:
         row = item // PARTS
-        part = item - row * PARTS
+        part = item % PARTS
         begin = part * PART
         if row < num_rows:
             _, _, _, k = row_scale(
