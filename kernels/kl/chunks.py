@@ -2,7 +2,7 @@
 
 Where V·itemsize is no multiple of 16 bytes (WINDOW > 0), a row is read from the 16 bytes before its first class,
 by whole 16-byte groups. A group at either end also holds a neighbour's classes: those are blotted out, and the two
-groups' gradients are written one by one. The last row's last group would reach past the tensor, and is read class by
+groups' gradients are written class by class. The last row's last group would reach past the tensor, and is read class by
 class. Equations, bytes and launch plans stand in the package.
 """
 
@@ -44,19 +44,27 @@ def _chunk(
 
 
 @triton.jit
-def _whole(c: tl.constexpr, lane, shift, valid, V: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr):
-    """Where a chunk's gradients are stored wide: everywhere but in a window's first and last group."""
+def _store_chunk(
+    ptrs, grad, c: tl.constexpr, lane, shift, keep, valid,
+    V: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Store one chunk's gradients by whole groups, and those of a window's first and last group class by class."""
     first: tl.constexpr = c * WIDTH
-    keep = valid
+    whole = valid
     if WINDOW > 0:
-        group = first + lane // WINDOW * WINDOW
-        if c == 0:
-            keep = keep & (group > 0)
-        if first + WIDTH > V - WINDOW:
-            keep = keep & (group < (V - 1 + shift) // WINDOW * WINDOW)
+        at, group = first + lane, first + lane // WINDOW * WINDOW
+        begins: tl.constexpr = c == 0
+        ends: tl.constexpr = first + WIDTH > V - WINDOW
+        last = (V - 1 + shift) // WINDOW * WINDOW
+        if begins:
+            whole = whole & (group > 0)
+            store_gradient(ptrs, grad, keep, valid & (group == 0) & (at >= shift), MASK)
+        if ends:
+            whole = whole & (group < last)
+            store_gradient(ptrs, grad, keep, valid & (group == last) & (at < V + shift), MASK)
     elif first + WIDTH > V:
-        keep = keep & (first + lane < V)
-    return keep
+        whole = whole & (first + lane < V)
+    store_gradient(ptrs, grad, keep, whole, MASK)
 
 
 @triton.jit
@@ -169,34 +177,20 @@ def kd_kl_chunks_kernel(
                 q_c, p_c = tl.exp2(s_c * k - s_top) * s_inv, tl.exp2(t_c * k - t_top) * t_inv
                 gap = gap_of(s_c, t_c, k, log_ratio)
                 _, difference, delta = near_terms(gap, p_c, q_c, t_c > float("-inf"))
-                whole = _whole(c, lane, shift, store, V, WIDTH, WINDOW)
                 if GRAD_S:
-                    store_gradient(gs_at + c * WIDTH, g * (difference - centre * q_c), keep, whole, MASK)
+                    grad = g * (difference - centre * q_c)
+                    _store_chunk(gs_at + c * WIDTH, grad, c, lane, shift, keep, store, V, WIDTH, WINDOW, MASK)
                 if GRAD_T:
-                    store_gradient(gt_at + c * WIDTH, g * p_c * (delta + (centre - kl)), keep, whole, MASK)
+                    grad = g * p_c * (delta + (centre - kl))
+                    _store_chunk(gt_at + c * WIDTH, grad, c, lane, shift, keep, store, V, WIDTH, WINDOW, MASK)
     else:
         s_scale, t_scale = g * s_inv, g * t_inv
         for c in tl.static_range(CHUNKS):
-            whole = _whole(c, lane, shift, store, V, WIDTH, WINDOW)
             if GRAD_S:
-                store_gradient(gs_at + c * WIDTH, q[c] * s_scale - p[c] * t_scale, keep, whole, MASK)
+                grad = q[c] * s_scale - p[c] * t_scale
+                _store_chunk(gs_at + c * WIDTH, grad, c, lane, shift, keep, store, V, WIDTH, WINDOW, MASK)
             if GRAD_T:
-                delta = (gaps[c] - sum_ratio) * 0.6931471805599453
-                store_gradient(gt_at + c * WIDTH, p[c] * t_scale * (delta - kl), keep, whole, MASK)
-    if WINDOW > 0:
-        if GRAD_S or GRAD_T:
-            edge = tl.arange(0, 2 * WINDOW)[None, :]
-            last = (V - 1 + shift) // WINDOW * WINDOW
-            classes = tl.where(edge < WINDOW, edge, edge - WINDOW + last) - shift
-            live = store & (classes >= 0) & (classes < V)
-            offset = s_from + shift + classes
-            s_e = tl.load(s_ptr + offset, mask=live, other=float("-inf")).to(tl.float32)
-            t_e = tl.load(t_ptr + offset, mask=live, other=float("-inf")).to(tl.float32)
-            q_e, p_e = tl.exp2(s_e * k - s_top) * s_inv, tl.exp2(t_e * k - t_top) * t_inv
-            _, difference, delta = near_terms(gap_of(s_e, t_e, k, log_ratio), p_e, q_e, t_e > float("-inf"))
-            if GRAD_S:
-                store_gradient(gs_ptr + offset, g * (difference - centre * q_e), keep, live, MASK)
-            if GRAD_T:
-                store_gradient(gt_ptr + offset, g * p_e * (delta + (centre - kl)), keep, live, MASK)
+                grad = p[c] * t_scale * ((gaps[c] - sum_ratio) * 0.6931471805599453 - kl)
+                _store_chunk(gt_at + c * WIDTH, grad, c, lane, shift, keep, store, V, WIDTH, WINDOW, MASK)
     loss = tl.where(counts, scale * tl.sum(kl, axis=1), 0.0)
     store_losses(loss, rows, valid, rows_ptr, loss_ptr, partial_ptr, counter_ptr, STORE_ROWS, REDUCE, False)
