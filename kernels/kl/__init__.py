@@ -26,7 +26,7 @@ tests/kernels/kl/test_audit.py holds the compiler to them:
     100 float32             36
     1000 bfloat16           33
     1000+t bfloat16         38
-    1271 bfloat16           40
+    1271 bfloat16           33
     8192 bfloat16           37
     13x512x1024 float32     28
     19x512x1024 float32     28
