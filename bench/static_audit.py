@@ -54,7 +54,8 @@ class KernelReport:
     """What one compiled kernel looks like.
 
     ``elements`` are those of the first tensor it was launched with; ``loops`` the instructions of its innermost loops,
-    in the order of the code, and ``spills_in_loops`` the spills among them (NVIDIA's only).
+    in the order of the code, and ``spills_in_loops`` the spills among them (NVIDIA's only). The loop in which the last
+    program sums all programs' losses is none of them but ``last_sum``: no other program goes there.
     """
 
     name: str
@@ -71,6 +72,7 @@ class KernelReport:
     elements: int = 0
     loops: list[int] = field(default_factory=list)
     spills_in_loops: int = 0
+    last_sum: int = 0
 
     @property
     def target(self) -> str:
@@ -93,8 +95,8 @@ class KernelReport:
         return max((_width(op) for op in self.stores), default=0)
 
     def instructions_per_element(self, elements_per_program: float) -> float:
-        """Lane instructions for each useful element, of straight-line code."""
-        return self.instructions * self.lanes * self.num_warps / elements_per_program
+        """Lane instructions for each useful element, of straight-line code without what the last program alone runs."""
+        return (self.instructions - self.last_sum) * self.lanes * self.num_warps / elements_per_program
 
 
 def _width(op: str) -> int:
@@ -158,6 +160,8 @@ def report_of(compiled: Any, name: str, capability: int, grid: tuple[int, ...]) 
     ops = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.M)
     figure = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     loops = _loops(sass)
+    last = [loop for loop in loops if any(op.startswith(LAST_SUM) for op in loop)]
+    loops = [loop for loop in loops if loop not in last]
     return KernelReport(
         name=name,
         capability=capability,
@@ -166,13 +170,22 @@ def report_of(compiled: Any, name: str, capability: int, grid: tuple[int, ...]) 
         registers=figure["REG"],
         stack=figure["STACK"],
         shared=compiled.metadata.shared,
-        spills=sum(op.startswith(("STL", "LDL")) for op in ops),
+        spills=_spills(ops),
         instructions=sum(op != "NOP" for op in ops),  # padding behind the last branch is never issued
         loads=Counter(op for op in ops if op.startswith("LDG")),
         stores=Counter(op for op in ops if op.startswith("STG")),
         loops=[sum(op != "NOP" for op in loop) for loop in loops],
-        spills_in_loops=sum(op.startswith(("STL", "LDL")) for loop in loops for op in loop),
+        spills_in_loops=sum(map(_spills, loops)),
+        last_sum=sum(op != "NOP" for loop in last for op in loop),
     )
+
+
+#: What only the sum over programs reads by (kernels/common/reduce.py).
+LAST_SUM = "LDG.E.STRONG.SYS"
+
+
+def _spills(ops: list[str]) -> int:
+    return sum(op.startswith(("STL", "LDL")) for op in ops)
 
 
 def _loops(sass: str) -> list[list[str]]:

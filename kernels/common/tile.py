@@ -136,4 +136,4 @@ def store_losses(loss, rows, valid, rows_ptr, loss_ptr, partial_ptr, counter_ptr
         if ONE:
             reduce_last(loss, loss_ptr, partial_ptr, counter_ptr, 1024)
         else:
-            reduce_last(tl.sum(loss, axis=0), loss_ptr, partial_ptr, counter_ptr, 1024)
+            reduce_last(tl.sum(loss, axis=0), loss_ptr, partial_ptr, counter_ptr, 2048)

@@ -1,7 +1,7 @@
 """What the compiler makes of the KL kernels, for GPUs that are not here: no spills, wide loads, few instructions.
 
-Budgets are lane instructions an element of straight-line code, without the branch for nearly equal rows; they stand
-beside the byte formula in kernels/kl/. An H200 issues about 45 (bfloat16) or 90 (float32) in the time in which
+Budgets are lane instructions an element of straight-line code, without the branch for nearly equal rows and the loop
+in which the last program sums all losses; they stand beside the byte formula in kernels/kl/. An H200 issues about 45 (bfloat16) or 90 (float32) in the time in which
 it moves 3N.
 """
 
@@ -57,17 +57,17 @@ def compiled(
 
 # shape, dtype, class dimension, both gradients, instructions an element, bytes of the widest load and store
 CASES = [
-    ((1 << 20, 10), F32, -1, False, 52, 8),
-    ((1 << 20, 100), F32, -1, False, 36, 16),
-    ((65536, 1000), BF16, -1, False, 33, 16),
-    ((65536, 1000), BF16, -1, True, 38, 16),
-    ((65536, 1271), BF16, -1, False, 33, 16),
-    ((4096, 8192), BF16, -1, False, 37, 16),
-    ((8, 13, 512, 1024), F32, 1, False, 28, 16),
-    ((8, 19, 512, 1024), F32, 1, False, 28, 16),
-    ((8, 19, 512, 1024), BF16, 1, False, 33, 4),
-    ((8, 21, 512, 1024), F32, 1, False, 29, 8),
-    ((8, 150, 512, 1024), F32, 1, False, 75, 16),
+    ((1 << 20, 10), F32, -1, False, 48, 8),
+    ((1 << 20, 100), F32, -1, False, 34, 16),
+    ((65536, 1000), BF16, -1, False, 31, 16),
+    ((65536, 1000), BF16, -1, True, 36, 16),
+    ((65536, 1271), BF16, -1, False, 32, 16),
+    ((4096, 8192), BF16, -1, False, 35, 16),
+    ((8, 13, 512, 1024), F32, 1, False, 27, 16),
+    ((8, 19, 512, 1024), F32, 1, False, 27, 16),
+    ((8, 19, 512, 1024), BF16, 1, False, 32, 4),
+    ((8, 21, 512, 1024), F32, 1, False, 28, 8),
+    ((8, 150, 512, 1024), F32, 1, False, 72, 16),
 ]
 #: These compile in seconds, and always run; the matrix is `slow`.
 ALWAYS = [CASES[2], CASES[4], CASES[7], CASES[8]]
@@ -152,13 +152,20 @@ def test_the_budgets_are_the_ones_that_the_kernels_state() -> None:
     ids=["bfloat16", "float32"],
 )
 def test_a_row_that_is_read_twice_costs_no_more_than_its_budget(dtype: torch.dtype, budget: int) -> None:
-    """Two loops, over vectors of a thread; what there is for rows that nearly agree is left out to count."""
+    """Two reads, by vectors of a thread; what there is for rows that nearly agree is left out to count.
+
+    The second is a loop of its own, or the compiler has unrolled its blocks, and they share what is in no loop.
+    """
     shape, machine = (8192, 32000), use_machine("90:132:3.6")  # with clusters from Triton 3.8 on
     with machine:
         (counted,) = compiled(shape, dtype, -1, 90, RARE=False)
         (whole,) = compiled(shape, dtype, -1, 90)
     vector = 16 // dtype.itemsize
-    assert sum(counted.loops[:2]) / vector <= budget, counted
+    blocks = -(-32000 // (counted.num_warps * 32 * vector))
+    unrolled = counted.stores["STG.E.128"] == blocks
+    straight = counted.instructions - sum(counted.loops) - counted.last_sum
+    second = straight / blocks if unrolled else counted.loops[1]
+    assert (counted.loops[0] + second) / vector <= budget, counted
     # 16 warps of 64 registers: two programs a multiprocessor.
     assert whole.spills == 0, whole
     assert whole.num_warps * 32 * whole.registers * 2 <= 65536, whole
