@@ -24,7 +24,7 @@ both, written by the forward launch; a backward whose upstream gradient is 1 mov
 recomputes. Rows that do not fit on the chip (V > 8192, with both gradients 4096) are read three times: 4N, 7N, 8N.
 
 Launch plan: as the KL kernel's, with half the elements a thread, since a class's two derivatives live beside its two
-probabilities: plan.py. Bodies: bodies.py.
+probabilities: plan.py. Bodies: tile.py (on the chip), loop.py, terms.py.
 """
 
 from .launch import (

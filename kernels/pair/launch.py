@@ -10,8 +10,9 @@ from ..common.launch_rows import RowLaunches, RowPlan, Rows, loop_sizes
 from ..common.scale import value_and_pointer
 from ..common.tile import tile_grid, tile_sizes
 from ..machine import machine_of
-from . import bodies
+from .loop import pair_loop_kernel
 from .plan import FEW_REGISTERS, pair_plan
+from .tile import pair_tile_kernel
 
 JSD, DKD = 0, 1
 #: What else the bodies know, as divergences.py counts them.
@@ -80,7 +81,7 @@ def _planned(
     if plan.registers:
         told["maxnreg"] = plan.registers
     own = loop_sizes(plan, at) if loop else tile_sizes(plan, at.layout)
-    kernel = bodies.pair_loop_kernel if loop else bodies.pair_tile_kernel
+    kernel = pair_loop_kernel if loop else pair_tile_kernel
     return RowPlan(kernel, tile_grid(plan, at.layout), own | told)
 
 

@@ -1,4 +1,9 @@
-"""What JSD and decoupled KD add up, class by class. Equations stand in the package."""
+"""What JSD and decoupled KD add up, class by class. Equations stand in the package.
+
+Each loss gives, class by class, its term and w = (probability × derivative with respect to it); softmax's
+derivative then needs one sum a row: ∂/∂s = (w_s - q·Σw_s)/T and ∂/∂t = (w_t - p·Σw_t)/T. A constant error of
+log p - log q (what the two log-sum-exps leave behind) drops out of both.
+"""
 
 import triton
 import triton.language as tl
@@ -6,6 +11,7 @@ import triton.language as tl
 from ..common.logarithm import approximate_log2
 from ..common.rows import near_terms
 from ..common.sign import negative
+from ..common.tile import per_row
 from .divergences import divergence_terms, log1p_series, series
 
 
@@ -186,3 +192,17 @@ def row_gradient(counts, scale, inv_t, log_ratio):
     """What multiplies a row's gradient: 0 where it does not count, NaN where a logit is (log_ratio holds them all)."""
     g = tl.where(log_ratio == log_ratio, scale * inv_t, float("nan"))
     return tl.where(counts, g, 0.0)
+
+
+@triton.jit
+def pair_gradient(
+    w, total, prob, scale, divergence_weight, odds_slope, is_target, LAYOUT: tl.constexpr, KIND: tl.constexpr,
+    APART: tl.constexpr,
+):  # fmt: skip
+    """∂loss/∂logit of a tile: the softmax's derivative, and for DKD the target class's share, unless APART."""
+    grad = w - prob * per_row(total, LAYOUT)
+    if KIND == 1:
+        grad = divergence_weight * grad - prob * per_row(odds_slope, LAYOUT)
+        if not APART:
+            grad = tl.where(is_target, per_row(odds_slope, LAYOUT), grad)
+    return grad * per_row(scale, LAYOUT)

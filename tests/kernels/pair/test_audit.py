@@ -49,11 +49,12 @@ def run_student(kind: int, shape: tuple[int, ...], dtype: torch.dtype = BF16) ->
     return lambda: pair.PAIR((s, t), (torch.empty_like(s), None), 1, SCALE, TOTAL, None, *own)
 
 
-@pytest.mark.parametrize(("kind", "budget"), [(pair.JSD, 41), (pair.DKD, 59)], ids=["jsd", "dkd"])
+@pytest.mark.parametrize(("kind", "budget"), [(pair.JSD, 41), (pair.DKD, 47)], ids=["jsd", "dkd"])
 def test_a_row_on_the_chip_costs_no_more_than_its_budget(kind: int, budget: int) -> None:
     """Lane instructions an element without the branch for rows that nearly agree: a variant that is never launched."""
     (report,) = audit(run_student(kind, (65536, 1000)), 90, RARE=False)
     assert report.instructions_per_element(4000) <= budget, report  # a program has four rows
+    assert report.registers <= 128, report
     (whole,) = audit(run_student(kind, (65536, 1000)), 90)
     assert whole.spills == 0, whole
 

@@ -182,7 +182,7 @@ CASES = [
         dkd_loss,
         dkd_oracle,
         [(17, 10), (5, 19), (3, 2), (64, 1000)],
-        [(5, 10), (3, 19), (2, 2)],
+        [(5, 10), (3, 19), (2, 2), (5, 130)],
         make=labelled(pair),
         reduction="sum",
         **DKD,
@@ -192,7 +192,7 @@ CASES = [
         dkd_loss,
         dkd_oracle,
         [(9, 50), (2, 4, 21)],
-        [(3, 50)],
+        [(3, 50), (2, 2, 70)],
         make=labelled(pair),
         reduction="none",
         **DKD,
@@ -313,7 +313,7 @@ def test_dkd_parts_recompose_the_kl(target: Target) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["rowmean", "batchmean", "sum", "none"])
-@pytest.mark.parametrize("classes_", [6, 9000])  # in registers, and read again and again
+@pytest.mark.parametrize("classes_", [6, 100, 9000])  # in registers, and read again and again
 @pytest.mark.parametrize("ignore", [-100, 3])
 def test_dkd_ignores_rows(target: Target, reduction: Any, classes_: int, ignore: int) -> None:
     s, t = logits(5, classes_, device=target.device)
@@ -336,10 +336,11 @@ def test_dkd_ignores_rows(target: Target, reduction: Any, classes_: int, ignore:
     assert torch.equal(grad[out], torch.zeros_like(grad[out]))
 
 
+@pytest.mark.parametrize("classes_", [5, 70])
 @pytest.mark.parametrize("where", ["student", "teacher"])
-def test_dkd_with_nan_at_the_target_is_nan(target: Target, where: str) -> None:
+def test_dkd_with_nan_at_the_target_is_nan(target: Target, where: str, classes_: int) -> None:
     """In its row only, on every backend."""
-    s, t = logits(2, 5, device=target.device)
+    s, t = logits(2, classes_, device=target.device)
     (s if where == "student" else t)[0, 0] = math.nan
     y = torch.zeros(2, dtype=torch.int64, device=s.device)
     leaf = s.clone().requires_grad_()
