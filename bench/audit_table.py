@@ -3,8 +3,8 @@
     python -m bench.audit_table [--target sm_90] [--out FILE]
 
 No GPU takes part: launchers run on meta tensors and their launches are compiled (bench/static_audit.py). Instruction
-counts are of straight-line code: they compare variants of one kernel; loops and rare branches count once, and an element's
-instructions leave out the sum that the last program makes (not on AMD's GPUs).
+counts are of straight-line code: they compare variants of one kernel; loops and rare branches count once, and what an
+element has leaves out the sum that the last program makes (not on AMD's GPUs).
 """
 
 from __future__ import annotations

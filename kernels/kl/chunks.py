@@ -2,8 +2,8 @@
 
 Where V·itemsize is no multiple of 16 bytes (WINDOW > 0), a row is read from the 16 bytes before its first class,
 by whole 16-byte groups. A group at either end also holds a neighbour's classes: those are blotted out, and the two
-groups' gradients are written class by class. The last row's last group would reach past the tensor, and is read class by
-class. Equations, bytes and launch plans stand in the package.
+groups' gradients are written class by class. The last row's last group would reach past the tensor, and is read class
+by class. Equations, bytes and launch plans stand in the package.
 """
 
 import triton

@@ -1,8 +1,8 @@
 """What the compiler makes of the KL kernels, for GPUs that are not here: no spills, wide loads, few instructions.
 
 Budgets are lane instructions an element of straight-line code, without the branch for nearly equal rows and the loop
-in which the last program sums all losses; they stand beside the byte formula in kernels/kl/. An H200 issues about 45 (bfloat16) or 90 (float32) in the time in which
-it moves 3N.
+in which the last program sums all losses; they stand beside the byte formula in kernels/kl/. An H200 issues about 45
+(bfloat16) or 90 (float32) in the time in which it moves 3N.
 """
 
 from __future__ import annotations
