@@ -9,6 +9,7 @@ import torch
 from ..common.plan import BlockPlan
 from ..common.strided import Strides
 from ..launch import MAX_GRID_Y, Launches, Planned, reduction
+from ..machine import machine_of
 from .bodies import noise_mix_backward_kernel, noise_mix_kernel, reparam_middle_kernel
 from .plan import across_plan, mix_plan, noisy_blocks, walked
 
@@ -77,7 +78,8 @@ def reparam_middle(
             None if grad_mean is None else grad_mean.stride(),
         )
         heads = (branches.stride(0), 0 if grad is None else grad.stride(0))
-        return (branches.shape[0], tuple(target.shape), operands, heads, branches.itemsize, *told)
+        capability = machine_of(branches.device).capability
+        return (branches.shape[0], tuple(target.shape), operands, heads, branches.itemsize, capability, *told)
 
     inputs = (branches, target, mean, grad, grad_mean, upstream, loss)
     others = (u, v, noise_scale, permutation, seed)
@@ -92,6 +94,7 @@ def _planned_recursion(
     operands: tuple[Strides | None, ...],
     heads: tuple[int, int],
     itemsize: int,
+    capability: int,
     noisy: bool,
     seed_on_device: bool,
     carry: bool,
@@ -108,6 +111,9 @@ def _planned_recursion(
         "CARRY": carry,
         "EARLY_EXIT": exit_if_one,
     }
+    if constants["TILE"] is not None and itemsize == 4 and capability >= 80:
+        # Five programs a multiprocessor; for six, which ptxas of Triton 3.6 aims at, it spills.
+        constants["maxnreg"] = 96
     return (programs,), (plan.numel, plan.inner, *heads, 1.0 / plan.numel), constants
 
 
