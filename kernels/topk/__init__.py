@@ -12,7 +12,7 @@ Z is the teacher's log-sum-exp over all V classes; where it was not kept, over t
 Bytes moved, N = elements of the student's logits, k ≪ V: N for the loss, 2N with the gradient while a row
 stays in the cache between its two reads (3N where it does not); renormalize only writes: N.
 
-Launch plan: one row a program, at most 4096 classes at a time, 16 a thread: topk_plan in plan.py. Body: bodies.py.
+Launch plan: one row a program, 16 classes a thread at a time: topk_plan in plan.py. Body: bodies.py.
 """
 
 from .launch import TOPK, topk_arguments

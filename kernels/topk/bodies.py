@@ -3,8 +3,53 @@
 import triton
 import triton.language as tl
 
-from ..common.rows import finished, in_strides, load_logits, more_logits, near_terms, no_logits, row_scale
+from ..common.rows import finished, in_strides, load_logits, near_terms, no_logits, row_scale
 from ..common.tile import store_losses
+from ..common.vectors import block_classes, more_of_vector, scaled
+
+
+@triton.jit
+def _logits(row, classes, stride, V: tl.constexpr, WHOLE: tl.constexpr):
+    """A block's logits in float32, -inf behind the last class; WHOLE: all of it is there."""
+    ptrs = row + classes.to(tl.int64) * stride
+    if WHOLE:
+        s = tl.load(ptrs)
+    else:
+        s = tl.load(ptrs, mask=classes < V, other=float("-inf"))
+    return s.to(tl.float32)
+
+
+@triton.jit
+def _more(
+    peak, acc, row, stride, start, k, V: tl.constexpr,
+    THREADS: tl.constexpr, VECTOR: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """(peak, sum) a thread with BLOCKS more blocks, all of them asked for before one is worked on."""
+    classes = start + block_classes(THREADS, VECTOR, ALONG)
+    s = ()
+    for block in tl.static_range(BLOCKS):
+        s += (_logits(row, classes + block * THREADS * VECTOR, stride, V, WHOLE),)
+    for block in tl.static_range(BLOCKS):
+        peak, acc = more_of_vector(peak, acc, s[block], k, ALONG, True)
+    return peak, acc
+
+
+@triton.jit
+def _store_rest(
+    gs_row, gs_stride, row, stride, start, k, log_sum, g, counts, V: tl.constexpr, THREADS: tl.constexpr,
+    VECTOR: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr, BUCKET: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCKS blocks' classes as if none of them had been kept."""
+    for block in tl.static_range(BLOCKS):
+        classes = start + block * THREADS * VECTOR + block_classes(THREADS, VECTOR, ALONG)
+        grad = tl.zeros(classes.shape, tl.float32)
+        if BUCKET:
+            grad = tl.where(counts, g * tl.exp2(_logits(row, classes, stride, V, WHOLE) * k - log_sum), 0.0)
+        ptrs = gs_row + classes.to(tl.int64) * gs_stride
+        if WHOLE:
+            tl.store(ptrs, grad.to(gs_row.dtype.element_ty))
+        else:
+            tl.store(ptrs, grad.to(gs_row.dtype.element_ty), mask=classes < V)
 
 
 @triton.jit
@@ -12,7 +57,8 @@ def topk_kernel(
     s_ptr, gs_ptr, rows_ptr, loss_ptr, partial_ptr, counter_ptr,
     weight_ptr, mask_ptr, upstream_ptr, temperature, temperature_ptr, divisor, divisor_ptr,
     num_rows, inner, s_outer, s_inner, s_class, gs_outer, gs_inner, gs_class, index_ptr, logit_ptr, normalizer_ptr,
-    V: tl.constexpr, UNIT: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    V: tl.constexpr, UNIT: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+    THREADS: tl.constexpr, VECTOR: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr,
     BUCKET: tl.constexpr, ONCE: tl.constexpr, NORMALIZER: tl.constexpr, T_PTR: tl.constexpr, DIVISOR_PTR: tl.constexpr,
     WEIGHT: tl.constexpr, MASK: tl.constexpr, UPSTREAM: tl.constexpr, EARLY_EXIT: tl.constexpr,
     GRAD_S: tl.constexpr, STORE_ROWS: tl.constexpr, REDUCE: tl.constexpr,
@@ -52,14 +98,19 @@ def topk_kernel(
         t_log = t * k - t_top - tl.log2(tl.sum(tl.exp2(t * k - t_top), axis=0))
     p = tl.exp2(t_log)
 
+    whole: tl.constexpr = V // (BLOCKS * THREADS * VECTOR) * (BLOCKS * THREADS * VECTOR)
     if BUCKET:
-        peak, acc = no_logits([BLOCK])
-        for start in range(0, V, BLOCK):
-            classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
-            s = load_logits(s_row, classes, s_class, classes < V)
-            peak, acc = more_logits(peak, acc, s, k)
-        top = tl.max(peak, axis=0)
-        log_sum = top * k + tl.log2(tl.sum(acc * tl.exp2((peak - top) * k), axis=0))
+        peak, acc = no_logits([THREADS])
+        for start in range(0, whole, BLOCKS * THREADS * VECTOR):
+            peak, acc = _more(
+                peak, acc, s_row, s_class, start, k, V, THREADS, VECTOR, ALONG, BLOCKS, True
+            )  # fmt: skip
+        if whole < V:
+            peak, acc = _more(
+                peak, acc, s_row, s_class, whole, k, V, THREADS, VECTOR, ALONG, BLOCKS, False
+            )  # fmt: skip
+        top = scaled(tl.max(peak, axis=0), k)
+        log_sum = top + tl.log2(tl.sum(acc * tl.exp2(scaled(peak, k) - top), axis=0))
     else:
         top = tl.max(x, axis=0) * k
         log_sum = top + tl.log2(tl.sum(tl.exp2(x * k - top), axis=0))
@@ -83,14 +134,16 @@ def topk_kernel(
     g = tl.where(counts, scale * inv_t, 0.0)
     if GRAD_S:
         gs_row = gs_ptr + outer * gs_outer + within * gs_inner
-        for start in range(0, V, BLOCK):
-            classes = (start + tl.arange(0, BLOCK)).to(tl.int64)
-            live = classes < V
-            grad = tl.zeros([BLOCK], tl.float32)
-            if BUCKET:
-                s = load_logits(s_row, classes, s_class, live)
-                grad = tl.where(counts, g * slope * tl.exp2(s * k - log_sum), 0.0)
-            tl.store(gs_row + classes * gs_class, grad.to(gs_ptr.dtype.element_ty), mask=live)
+        for start in range(0, whole, BLOCKS * THREADS * VECTOR):
+            _store_rest(
+                gs_row, gs_class, s_row, s_class, start, k, log_sum, g * slope, counts, V,
+                THREADS, VECTOR, ALONG, BLOCKS, BUCKET, True,
+            )  # fmt: skip
+        if whole < V:
+            _store_rest(
+                gs_row, gs_class, s_row, s_class, whole, k, log_sum, g * slope, counts, V,
+                THREADS, VECTOR, ALONG, BLOCKS, BUCKET, False,
+            )  # fmt: skip
         tl.debug_barrier()  # the k classes are written again, by other threads
         grad = tl.where(counts, g * difference, 0.0)
         tl.store(gs_row + index * gs_class, grad.to(gs_ptr.dtype.element_ty), mask=present)

@@ -35,7 +35,11 @@ def topk_arguments(
 
 def _planned(at: Rows, k: int, bucket: bool, normalizer: bool) -> RowPlan:
     plan = topk_plan(at.num_classes, k)
-    constants = {"K": k, "WIDE": plan.wide, "BLOCK": plan.block, "BUCKET": bucket, "NORMALIZER": normalizer}
+    threads = 32 * plan.num_warps
+    vector = min(plan.block // threads, 16 // at.tensors[0].itemsize)
+    constants = {"K": k, "WIDE": plan.wide, "BUCKET": bucket, "NORMALIZER": normalizer}
+    constants |= {"THREADS": threads, "VECTOR": vector, "ALONG": int(at.wide)}
+    constants |= {"BLOCKS": plan.block // (threads * vector)}
     constants |= {"ONCE": plan.once, "num_warps": plan.num_warps}
     return RowPlan(bodies.topk_kernel, (at.num_rows,), constants)
 

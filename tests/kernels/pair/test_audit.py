@@ -261,7 +261,8 @@ def test_every_row_of_dist_is_in_exactly_one_split() -> None:
 
 def test_long_rows_of_topk_take_several_blocks() -> None:
     assert topk_plan(1000, 50) == TopKPlan(1024, 64, 2, once=True)
-    assert topk_plan(128_256, 50).block == 4096
+    assert topk_plan(16_384, 50) == TopKPlan(4096, 64, 8, once=True)
+    assert topk_plan(128_256, 50) == TopKPlan(8192, 64, 16, once=True)
     assert not topk_plan(128_256, 200).once  # too many pairs for the chip
 
 

@@ -104,7 +104,7 @@ def case(
 # 5000 and 20000 classes are more than one block; 19 breaks 16-byte loads.
 CASES = [
     case("bucket", [(17, 10), (5, 19), (8, 1000)], [(3, 10), (2, 19)], cached(), reduction="sum"),
-    case("bucket_long", [(2, 5000), (2, 20_000)], [(2, 4200)], cached(), dtypes=WIDE),
+    case("bucket_long", [(2, 5000), (2, 20_000)], [(2, 4200), (1, 16_500)], cached(), dtypes=WIDE),
     case("no_normalizer", [(9, 33), (2, 3, 21)], [(2, 3, 11)], cached(False), reduction="none"),
     case("renormalize", [(9, 33), (3, 5000)], [(3, 11)], cached(False), tail="renormalize"),
     case("weighted", [(16, 12)], [(5, 12)], cached(rowwise=True), reduction="rowmean"),
