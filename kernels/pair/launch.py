@@ -68,6 +68,7 @@ def _planned(
         both=None not in at.given,
         capability=machine_of(student.device).capability,
         registers=_loop_registers(kind, itemsize),
+        masked=kind == DKD,
     )
     loop = plan.regime == "loop"
     told = {

@@ -6,6 +6,7 @@ import triton
 
 from ..common.plan import TilePlan
 from ..common.tile import CLASS_PIXEL, ONE_ROW, few_classes
+from ..machine import triton_version
 
 #: A row pair up to this many classes stays in registers; half as many where both gradients are written, which
 #: spills on sm_100.
@@ -27,6 +28,7 @@ def pair_plan(
     both: bool = False,
     capability: int = 0,
     registers: int = 0,
+    masked: bool = False,
 ) -> TilePlan:
     """Choose the launch plan of the JSD and DKD kernels.
 
@@ -45,6 +47,7 @@ def pair_plan(
         capability: The GPU's.
         registers: So many are enough on sm_80 to sm_90 for a thread that reads a row in a loop and writes the student's
             gradient, and 128 for both gradients of a row on the chip; 0: not known.
+        masked: Whether a class of each row is set apart (DKD).
     """
     padded = max(2, triton.next_power_of_2(num_classes))
     if class_stride != 1 and inner > 1 and padded <= MAX_CLASSES:
@@ -66,5 +69,7 @@ def pair_plan(
         warps = max(4, padded // 512)
         # Two programs of 8 warps: while one alone computes, nothing is loaded.
         return TilePlan("rows", ONE_ROW, padded, 1, 1, warps, registers=128 if known and warps == 8 else 0)
-    # Both gradients of 32 classes a thread would take 250 registers.
-    return few_classes(num_classes, itemsize, 64 if both else 32)
+    # Both gradients of 32 classes a thread would take 250 registers; by Triton 3.6 one does, of a masked row that is read
+    # class by class.
+    crowded = both or (masked and num_classes % 2 and triton_version() < (3, 7))
+    return few_classes(num_classes, itemsize, 64 if crowded else 32)

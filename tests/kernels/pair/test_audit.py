@@ -19,6 +19,7 @@ from kdfast.kernels import pair
 from kdfast.kernels.dist import launch as dist
 from kdfast.kernels.dist.plan import dist_plan
 from kdfast.kernels.kl import Scale, Wanted
+from kdfast.kernels.machine import use_machine
 from kdfast.kernels.pair.plan import FEW_REGISTERS, pair_plan
 from kdfast.kernels.topk import launch as topk
 from kdfast.kernels.topk.plan import TopKPlan, topk_plan
@@ -57,6 +58,22 @@ def test_a_row_on_the_chip_costs_no_more_than_its_budget(kind: int, budget: int)
     assert report.registers <= 128, report
     (whole,) = audit(run_student(kind, (65536, 1000)), 90)
     assert whole.spills == 0, whole
+
+
+@pytest.mark.parametrize("num_classes", [1001, 1002])
+@pytest.mark.parametrize("kind", [pair.JSD, pair.DKD], ids=["jsd", "dkd"])
+def test_rows_that_begin_anywhere_do_not_spill(kind: int, num_classes: int) -> None:
+    (report,) = audit(run_student(kind, (65536, num_classes)), 90)
+    assert report.spills == 0, report
+
+
+def test_dkd_by_triton_3_6_has_two_warps_for_a_row_that_is_read_class_by_class() -> None:
+    """With one it would take 255 registers and spill 90 there."""
+    lanes = {}
+    for version in ("3.6", "3.8"):
+        with use_machine(f"90:132:{version}"):
+            lanes[version] = [128 // pair_plan(v, 1, 1, 2, masked=True).rows for v in (1000, 1001, 1002)]
+    assert lanes == {"3.6": [32, 64, 32], "3.8": [32, 32, 32]}
 
 
 @pytest.mark.parametrize(("kind", "registers"), [(pair.JSD, 64), (pair.DKD, 104)], ids=["jsd", "dkd"])
