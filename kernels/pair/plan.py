@@ -69,7 +69,7 @@ def pair_plan(
         warps = max(4, padded // 512)
         # Two programs of 8 warps: while one alone computes, nothing is loaded.
         return TilePlan("rows", ONE_ROW, padded, 1, 1, warps, registers=128 if known and warps == 8 else 0)
-    # Both gradients of 32 classes a thread would take 250 registers; by Triton 3.6 one does, of a masked row that is read
-    # class by class.
+    # Both gradients of 32 classes a thread would take 250 registers; by Triton 3.6 so does one, of a masked row that is
+    # read class by class.
     crowded = both or (masked and num_classes % 2 and triton_version() < (3, 7))
     return few_classes(num_classes, itemsize, 64 if crowded else 32)
