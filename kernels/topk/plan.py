@@ -30,8 +30,8 @@ class TopKPlan:
 def topk_plan(num_classes: int, k: int) -> TopKPlan:
     """One row a program, 16 classes a thread at a time.
 
-    Longer rows than 16384 take 16 warps: two programs a multiprocessor, whose rows wait in the cache for their second
-    read (17 MB of an H100's 50 at 32000 classes in half precision, for 42 MB by five programs of 8 warps).
+    Longer rows than 16384 take 16 warps: three programs a multiprocessor, whose rows wait in the cache for their second
+    read (25 MB of an H100's 50 at 32000 classes in half precision, for 42 MB by five programs of 8 warps).
     """
     most = 8192 if num_classes > 16384 else 4096
     block = min(most, max(32, triton.next_power_of_2(num_classes)))
