@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common.rows import finished, in_strides, load_logits, near_terms, no_logits, row_scale
+from ..common.rows import finished, in_strides, load_logits, near_terms, no_logits, row_scale, store_gradient
 from ..common.tile import store_losses
 from ..common.vectors import block_classes, more_of_vector, scaled
 
@@ -44,12 +44,9 @@ def _store_rest(
         classes = start + block * THREADS * VECTOR + block_classes(THREADS, VECTOR, ALONG)
         grad = tl.zeros(classes.shape, tl.float32)
         if BUCKET:
-            grad = tl.where(counts, g * tl.exp2(_logits(row, classes, stride, V, WHOLE) * k - log_sum), 0.0)
-        ptrs = gs_row + classes.to(tl.int64) * gs_stride
-        if WHOLE:
-            tl.store(ptrs, grad.to(gs_row.dtype.element_ty))
-        else:
-            tl.store(ptrs, grad.to(gs_row.dtype.element_ty), mask=classes < V)
+            grad = g * tl.exp2(_logits(row, classes, stride, V, WHOLE) * k - log_sum)
+        live = None if WHOLE else classes < V
+        store_gradient(gs_row + classes.to(tl.int64) * gs_stride, grad, counts, live, BUCKET)
 
 
 @triton.jit
