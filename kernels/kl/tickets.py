@@ -89,10 +89,12 @@ def kd_kl_tickets_kernel(
     if finished(upstream_ptr, EARLY_EXIT):
         return
     items = (num_rows + LAG) * PARTS
+    # PARTS, unknown to the compiler: of rows of whole parts alone it would unroll the reads, and registers would spill.
+    parts = items // (num_rows + LAG)
     item = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
     while item < items:
         row = item // PARTS
-        part = item % PARTS
+        part = item - row * parts
         begin = part * PART
         if row < num_rows:
             _, _, _, k = row_scale(
@@ -155,9 +157,9 @@ def kd_kl_tickets_kernel(
                 tl.debug_barrier()
                 tells = tl.atomic_add(counts_ptr + 1, 1, sem="acq_rel", scope="gpu") == PARTS - 1
                 if tells:
-                    parts = tl.arange(0, PADDED)
-                    shares = row_sums + parts * _WIDTH + 5
-                    kl = tl.sum(tl.load(shares, mask=parts < PARTS, other=0.0, volatile=True), axis=0)
+                    of_row = tl.arange(0, PADDED)
+                    shares = row_sums + of_row * _WIDTH + 5
+                    kl = tl.sum(tl.load(shares, mask=of_row < PARTS, other=0.0, volatile=True), axis=0)
             else:
                 second_read(
                     rows, strides, g, counts, sums, 0.0, kl, unlabelled, begin,

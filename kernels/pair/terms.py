@@ -82,8 +82,10 @@ def teachers(ptrs, live, is_target, ratio, KIND: tl.constexpr, RATIO: tl.constex
 @triton.jit
 def _mixture_logs(gap, beta):
     """(log2(q/M), log2(p/M)) of the mixture M = β·p + (1-β)·q, from log2(p/q)."""
-    share = tl.where(gap > 0.0, beta, 1.0 - beta)  # of what leads
-    top = approximate_log2(share + (1.0 - share) * tl.exp2(negative(tl.abs(gap))))
+    rest, other = 1.0 - beta, tl.exp2(negative(tl.abs(gap)))
+    # The mixture over what leads. Two results to select from, of which the second is a predicated instruction.
+    mixed = tl.where(gap > 0.0, rest * other + beta, beta * other + rest)
+    top = approximate_log2(mixed)
     return negative(top + tl.maximum(gap, 0.0)), tl.minimum(gap, 0.0) - top
 
 
