@@ -19,6 +19,16 @@ def block_classes(THREADS: tl.constexpr, VECTOR: tl.constexpr, ALONG: tl.constex
 
 
 @triton.jit
+def block_logits(ptrs, classes, V: tl.constexpr, WHOLE: tl.constexpr):
+    """A block's logits in float32, -inf behind the last class; WHOLE: all of it is there."""
+    if WHOLE:
+        x = tl.load(ptrs)
+    else:
+        x = tl.load(ptrs, mask=classes < V, other=float("-inf"))
+    return x.to(tl.float32)
+
+
+@triton.jit
 def over_vector(v, ALONG: tl.constexpr):
     """One value a thread, for each of its classes."""
     if ALONG == 1:

@@ -90,15 +90,6 @@ def first_read(
 
 
 @triton.jit
-def store_block(ptrs, grad, counts, classes, MASK: tl.constexpr, V: tl.constexpr, WHOLE: tl.constexpr):
-    """:func:`store_gradient` of a block; WHOLE: all of it is there."""
-    if WHOLE:
-        store_gradient(ptrs, grad, counts, None, MASK)
-    else:
-        store_gradient(ptrs, grad, counts, classes < V, MASK)
-
-
-@triton.jit
 def gradient_block(
     so_far, s, t, rows, strides, g, counts, sums, centre, kl, labelled, classes,
     V: tl.constexpr, ALONG: tl.constexpr, MODE: tl.constexpr, STORE_S: tl.constexpr, STORE_T: tl.constexpr,
@@ -106,6 +97,7 @@ def gradient_block(
 ):  # fmt: skip
     """Store the gradients of a block; return (KL, S) so far with its terms added, a thread each."""
     s_top, t_top, s_inv, t_inv, log_ratio, k = sums
+    live = None if WHOLE else classes < V
     q, p = tl.exp2(s * k - s_top), tl.exp2(t * k - t_top)
     found = so_far
     if MODE == PLAIN and not STORE_T:
@@ -128,15 +120,13 @@ def gradient_block(
         found = so_far[0] + total, so_far[1] + centre_total
         grad = g * (centre_term - centre * q)
         if STORE_T:
-            store_block(
-                rows[3] + classes * strides[3], g * p * (delta + centre - kl), counts, classes, MASK, V, WHOLE
-            )
+            store_gradient(rows[3] + classes * strides[3], g * p * (delta + centre - kl), counts, live, MASK)
     if STORE_S:
         if LABELS > 0:
             peak, inv_total, label, second_label, first, second, smoothing = labelled
             probability = tl.exp2((s - peak) * 1.4426950408889634) * inv_total
             grad += label_gradient(probability, classes, label, second_label, first, second, smoothing, V)
-        store_block(rows[2] + classes * strides[2], grad, counts, classes, MASK, V, WHOLE)
+        store_gradient(rows[2] + classes * strides[2], grad, counts, live, MASK)
     return found
 
 

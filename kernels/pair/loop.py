@@ -15,7 +15,7 @@ from ..common.rows import (
     store_gradient,
 )
 from ..common.tile import store_losses
-from ..common.vectors import block_classes, more_of_vector, scaled
+from ..common.vectors import block_classes, block_logits, more_of_vector, scaled
 from .terms import (
     binary_terms,
     clamped_gap,
@@ -35,11 +35,8 @@ from .terms import (
 @triton.jit
 def _logits_of(ptrs, classes, target, ratio, V: tl.constexpr, KIND: tl.constexpr, OF_RATIO: tl.constexpr,
                WHOLE: tl.constexpr):  # fmt: skip
-    """A block's logits in float32, -inf behind the last class and for DKD at the target; WHOLE: all of it is there."""
-    if WHOLE:
-        x = tl.load(ptrs).to(tl.float32)
-    else:
-        x = tl.load(ptrs, mask=classes < V, other=float("-inf")).to(tl.float32)
+    """:func:`block_logits`, for DKD -inf at the target; the teacher's in units of the student's temperature."""
+    x = block_logits(ptrs, classes, V, WHOLE)
     if KIND == 1:
         x = tl.where(classes == target, float("-inf"), x)
     if OF_RATIO:

@@ -5,18 +5,7 @@ import triton.language as tl
 
 from ..common.rows import finished, in_strides, load_logits, near_terms, no_logits, row_scale, store_gradient
 from ..common.tile import store_losses
-from ..common.vectors import block_classes, more_of_vector, scaled
-
-
-@triton.jit
-def _logits(row, classes, stride, V: tl.constexpr, WHOLE: tl.constexpr):
-    """A block's logits in float32, -inf behind the last class; WHOLE: all of it is there."""
-    ptrs = row + classes.to(tl.int64) * stride
-    if WHOLE:
-        s = tl.load(ptrs)
-    else:
-        s = tl.load(ptrs, mask=classes < V, other=float("-inf"))
-    return s.to(tl.float32)
+from ..common.vectors import block_classes, block_logits, more_of_vector, scaled
 
 
 @triton.jit
@@ -28,7 +17,8 @@ def _more(
     classes = start + block_classes(THREADS, VECTOR, ALONG)
     s = ()
     for block in tl.static_range(BLOCKS):
-        s += (_logits(row, classes + block * THREADS * VECTOR, stride, V, WHOLE),)
+        at = classes + block * THREADS * VECTOR
+        s += (block_logits(row + at.to(tl.int64) * stride, at, V, WHOLE),)
     for block in tl.static_range(BLOCKS):
         peak, acc = more_of_vector(peak, acc, s[block], k, ALONG, True)
     return peak, acc
@@ -44,7 +34,8 @@ def _store_rest(
         classes = start + block * THREADS * VECTOR + block_classes(THREADS, VECTOR, ALONG)
         grad = tl.zeros(classes.shape, tl.float32)
         if BUCKET:
-            grad = g * tl.exp2(_logits(row, classes, stride, V, WHOLE) * k - log_sum)
+            x = block_logits(row + classes.to(tl.int64) * stride, classes, V, WHOLE)
+            grad = g * tl.exp2(x * k - log_sum)
         live = None if WHOLE else classes < V
         store_gradient(gs_row + classes.to(tl.int64) * gs_stride, grad, counts, live, BUCKET)
 
