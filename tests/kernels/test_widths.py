@@ -333,6 +333,18 @@ def test_what_wraps_is_found(rows: int, wide: bool, wraps: bool) -> None:
     assert [("arith.muli" in fault, "in 32 bits" in fault) for fault in found] == [(True, True)] * wraps
 
 
+@triton.jit
+def _left_over(x, n, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    number = tl.program_id(0)
+    tl.store(x + (number - number // N * n) * 2**26, 0.0)
+
+
+@pytest.mark.parametrize("n", [30, 31])
+def test_what_a_division_leaves_is_less_than_its_divisor(n: int) -> None:
+    found = faults_of(lambda: launching.launch(_left_over, (2**20,), meta(64), n, N=31))
+    assert bool(found) == (n != 31)
+
+
 def test_a_grid_that_cuda_refuses_is_found() -> None:
     x = meta(64, 1000, dtype=F32)
     found = faults_of(lambda: launching.launch(_narrow, (1, 65_536), x, 1000, 64, WIDE=False, BLOCK=64))

@@ -48,6 +48,7 @@ class Trace:
     arguments: list[int | None]
     grid: tuple[int, ...]
     values: dict[str, Value] = field(default_factory=dict)
+    made: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # by which operation, of what
     faults: set[str] = field(default_factory=set)
     addresses: int = 0
 
@@ -79,7 +80,12 @@ class Trace:
             elif operation in ("tt.load", "tt.atomic_rmw"):
                 self._address(rest)
             if operation not in ("scf.for", "scf.while", "scf.if"):
+                operands = re.findall(r"%[\w#]+", rest.rpartition(" : ")[0] or rest)
+                self.made[name] = operation, operands
                 self.values[name] = self._result(operation, rest, line)
+                left_over = self._left_over(name)
+                if left_over is not None:
+                    self.values[name].interval = left_over
         # Loops without results are lines of their own.
         assert not loops
         return self
@@ -88,6 +94,21 @@ class Trace:
         return [
             self.values.get(name.partition("#")[0]) or Value((0, 0)) for name in re.findall(r"%[\w#]+", text)
         ]
+
+    def _left_over(self, name: str) -> Interval | None:
+        """What ``x - x // n * n`` may be, where the intervals say that both n are one number."""
+        operation, operands = self.made[name]
+        if operation != "arith.subi":
+            return None
+        x, taken = operands
+        times, factors = self.made.get(taken, ("", []))
+        divided, parts = self.made.get(factors[0], ("", [])) if times == "arith.muli" else ("", [])
+        if divided != "arith.divsi" or parts[0] != x:
+            return None
+        start, n, m = (operand.interval for operand in self._operands(" ".join((x, parts[1], factors[1]))))
+        if n != m or n[0] != n[1] or n[0] <= 0:
+            return None
+        return self._interval("arith.remsi", "", [start, n], 32)
 
     def _address(self, text: str) -> None:
         self.addresses += 1
