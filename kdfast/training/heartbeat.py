@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -44,6 +45,13 @@ def hearing(accelerator: Any) -> Iterator[None]:
         yield
         # Nobody falls silent while another still trains.
         accelerator.wait_for_everyone()
+    except RuntimeError:
+        # Whoever missed a lost rank first has ended already, and what fails here is the collective with that one.
+        rank = listener.lost(LIMIT / 2)
+        if rank is not None:
+            traceback.print_exc()
+            listener.lose(rank)
+        raise
     finally:
         listener.end()
     # Rank 0 holds the store: it goes when nobody asks it any more.
@@ -90,7 +98,7 @@ class Listener(threading.Thread):
     def __init__(self, store: Any, rank: int, ranks: int, lose: Callable[[int], None] | None = None) -> None:
         super().__init__(name="kdfast-heartbeat", daemon=True)
         self._store, self._rank, self._ranks = store, rank, ranks
-        self._lose = lose or self._end_process
+        self.lose = lose or self._end_process
         self._ended = threading.Event()
         #: When each of the others was last heard of.
         self.heard = dict.fromkeys((other for other in range(ranks) if other != rank), time.monotonic())
@@ -120,10 +128,18 @@ class Listener(threading.Thread):
             if now - before > LIMIT / 2:  # this process was stopped itself, and perhaps all of them were
                 self.heard, self._answered = dict.fromkeys(self.heard, now), now
             before = now
-            lost = [rank for rank, last in self.heard.items() if now - last > LIMIT]
-            if lost:
-                self._lose(0 if self._rank and now - self._answered > LIMIT / 2 else lost[0])
+            rank = self.lost(LIMIT)
+            if rank is not None:
+                self.lose(rank)
                 return
+
+    def lost(self, limit: float) -> int | None:
+        """Which rank was not heard of for ``limit`` seconds; rank 0 where its store does not answer either."""
+        now = time.monotonic()
+        silent = [rank for rank, last in self.heard.items() if now - last > limit]
+        if not silent:
+            return None
+        return 0 if self._rank and now - self._answered > limit / 2 else silent[0]
 
     def _exchange(self) -> None:
         count, said = 0, dict.fromkeys(self.heard, 0)
@@ -140,8 +156,9 @@ class Listener(threading.Thread):
 
     def _end_process(self, rank: int) -> None:
         """End at once: the main thread waits inside a collective, where no exception reaches it."""
+        silence = time.monotonic() - self.heard[rank]
         print(
-            f"kdfast: rank {rank} of {self._ranks} was not heard of for {LIMIT:g} s (stopped, dead, or off the "
+            f"kdfast: rank {rank} of {self._ranks} was not heard of for {silence:.0f} s (stopped, dead, or off the "
             f"network): rank {self._rank} ends; --resume goes on from the last checkpoint",
             file=sys.stderr,
             flush=True,

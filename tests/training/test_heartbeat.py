@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,32 @@ def test_where_the_store_is_gone_rank_0_is_lost(monkeypatch: pytest.MonkeyPatch)
         time.sleep(0.01)
     one.end()
     assert lost == [0]
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_collective_that_fails_for_want_of_a_rank_names_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], counts: bool
+) -> None:
+    """Another rank missed it first and has ended: gloo then speaks of that one's socket, and exits with 1."""
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.01)
+    monkeypatch.setattr(heartbeat, "LIMIT", 30.0)
+    store = HashStore()
+    lost: list[int] = []
+    monkeypatch.setattr(heartbeat, "_meet", lambda _: store)
+    monkeypatch.setattr(Listener, "_end_process", lambda _, rank: lost.append(rank))
+    accelerator = SimpleNamespace(num_processes=3, process_index=0, wait_for_everyone=lambda: None)
+
+    def train() -> None:
+        with heartbeat.hearing(accelerator):
+            (one,) = (each for each in threading.enumerate() if isinstance(each, Listener))
+            if not counts:
+                one.heard[2] -= 20.0
+            raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        train()
+    assert lost == ([] if counts else [2])
+    assert ("closed by peer" in capsys.readouterr().err) == (not counts)
 
 
 def start(file: Path, out: Path, ranks: int, deed: str, victim: int) -> list[subprocess.Popen[str]]:
